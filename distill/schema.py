@@ -1,0 +1,276 @@
+"""The Arrow schema of a trajectory row: the one contract between actors and learner.
+
+A row is one prompt and one response. Rollout actors fill everything but the teacher's
+payload; the teacher actor fills the payload; the learner reads. A *group* is all the
+rows of one draw and is always one record batch. Nothing travels as Python lists: rows
+are built once, by :func:`trajectory_batch`, and stay Arrow from there on.
+
+Rows of a text corpus (teacher samples, references) have the same schema, with the
+columns of a behaviour policy null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+SCHEMA_VERSION = "1"
+"""Written in the schema's metadata; a reader refuses another one."""
+
+SOURCES = ("student", "teacher", "reference")
+FINISH_REASONS = ("stop", "length")
+
+PAYLOADS = ("hidden", "text")
+"""Teacher payloads known to this version: ``hidden`` (final-norm hidden states, from
+which the full-vocabulary distribution is exact) and ``text`` (the teacher only wrote
+the text, nothing is scored)."""
+
+POLICY_SPAN = pa.struct([("start", pa.int32()), ("version", pa.int64())])
+
+
+class SchemaError(ValueError):
+    """A batch that breaks the contract: says column, expected, got and row."""
+
+
+def hidden_type(hidden_size: int) -> pa.DataType:
+    """Type of one row's hidden payload: T states of ``hidden_size`` bf16 numbers, held as uint16.
+
+    Arrow has no bf16; the bits are kept in uint16 and viewed as bf16 by the learner. The
+    outer list has 64-bit offsets: a column passes 2**31 numbers at about 3.7 M tokens of
+    width 576.
+    """
+    return pa.large_list(pa.list_(pa.uint16(), hidden_size))
+
+
+def trajectory_schema(hidden_size: int | None = None) -> pa.Schema:
+    """The schema of a trajectory batch.
+
+    ``hidden_size``: width of the teacher's hidden states; None for a corpus or a rollout
+    that no teacher has scored (the payload column is then absent).
+    """
+    fields = [
+        # Unique in a run: "<draw_id>/<sample>". Filled by whoever makes the row. Never null.
+        pa.field("trajectory_id", pa.string(), nullable=False),
+        # The draw (table, number) this row answers. Never null.
+        pa.field("draw_id", pa.string(), nullable=False),
+        # All rows of one draw share it; the unit of leasing, age and eviction. Never null.
+        pa.field("group_id", pa.string(), nullable=False),
+        # Who wrote the response: student | teacher | reference. Never null.
+        pa.field("source", pa.string(), nullable=False),
+        # Row of the prompt table that the prompt comes from. Never null.
+        pa.field("prompt_index", pa.int64(), nullable=False),
+        # Number of the sample within the group, from 0. Never null.
+        pa.field("sample_index", pa.int32(), nullable=False),
+        # Token ids of the prompt, chat template applied. At least one. Never null.
+        pa.field("prompt_tokens", pa.list_(pa.int32()), nullable=False),
+        # Token ids a_1..a_T of the response, the stop token included. T >= 1. Never null.
+        pa.field("response_tokens", pa.list_(pa.int32()), nullable=False),
+        # Per response token: does the loss count it. Null: all of them (false only for the
+        # user's turns inside a reference of several turns).
+        pa.field("loss_mask", pa.list_(pa.bool_())),
+        # Per response token: log-probability in nats under the policy that sampled it, at
+        # temperature 1. Filled by the rollout actor; null where no policy of ours sampled.
+        pa.field("behavior_logprobs", pa.list_(pa.float32())),
+        # Which weights sampled which tokens: spans by first token, versions ascending.
+        # Filled by the rollout actor; null for corpus rows.
+        pa.field("policy_versions", pa.list_(POLICY_SPAN)),
+        # stop: a stop token ended it; length: the limit cut it. Null for references.
+        pa.field("finish_reason", pa.string()),
+        # When the response was complete (UTC). Null for references.
+        pa.field("generated_at", pa.timestamp("us", tz="UTC")),
+        # When the teacher's payload was filled (UTC). Null until scored.
+        pa.field("scored_at", pa.timestamp("us", tz="UTC")),
+    ]
+    if hidden_size is not None:
+        # Row t: the teacher's final-norm hidden state before response token t, bf16 bits.
+        # T rows. Filled by the teacher actor; null until scored.
+        fields.append(pa.field("teacher_hidden", hidden_type(hidden_size)))
+    return pa.schema(fields, metadata={"distill.schema_version": SCHEMA_VERSION})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """One row before it is Arrow: what a generator or a corpus reader hands over."""
+
+    draw_id: str
+    source: str
+    prompt_index: int
+    sample_index: int
+    prompt_tokens: Sequence[int]
+    response_tokens: Sequence[int]
+    loss_mask: Sequence[bool] | None = None
+    behavior_logprobs: Sequence[float] | None = None
+    policy_versions: Sequence[tuple[int, int]] | None = None
+    """(first token, version) of each span."""
+    finish_reason: str | None = None
+    generated_at: datetime | None = None
+
+
+def trajectory_batch(rows: Sequence[Trajectory]) -> pa.RecordBatch:
+    """The rows of one group, or of a corpus, as one batch without payload.
+
+    Raises: SchemaError (see :func:`validate`).
+    """
+    columns: dict[str, list[Any]] = {
+        "trajectory_id": [f"{row.draw_id}/{row.sample_index}" for row in rows],
+        "draw_id": [row.draw_id for row in rows],
+        "group_id": [row.draw_id for row in rows],
+        "source": [row.source for row in rows],
+        "prompt_index": [row.prompt_index for row in rows],
+        "sample_index": [row.sample_index for row in rows],
+        "prompt_tokens": [np.asarray(row.prompt_tokens, np.int32) for row in rows],
+        "response_tokens": [np.asarray(row.response_tokens, np.int32) for row in rows],
+        "loss_mask": [row.loss_mask for row in rows],
+        "behavior_logprobs": [row.behavior_logprobs for row in rows],
+        "policy_versions": [
+            None
+            if row.policy_versions is None
+            else [{"start": start, "version": version} for start, version in row.policy_versions]
+            for row in rows
+        ],
+        "finish_reason": [row.finish_reason for row in rows],
+        "generated_at": [row.generated_at for row in rows],
+        "scored_at": [None] * len(rows),
+    }
+    schema = trajectory_schema()
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+    validate(batch)
+    return batch
+
+
+def with_teacher_hidden(
+    batch: pa.RecordBatch, hidden: Sequence[np.ndarray], scored_at: datetime | None = None
+) -> pa.RecordBatch:
+    """The batch with its hidden payload filled.
+
+    ``hidden``: one uint16 array [T, D] (bf16 bits) per row, in row order.
+
+    Raises: SchemaError when a row has another number of states than response tokens.
+    """
+    width = hidden[0].shape[1]
+    lengths = np.fromiter((states.shape[0] for states in hidden), np.int64, len(hidden))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    flat = np.concatenate([np.ascontiguousarray(states).reshape(-1) for states in hidden])
+    values = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.uint16()), width)
+    column = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
+    stamp = pa.array(
+        [scored_at or datetime.now(UTC)] * batch.num_rows, pa.timestamp("us", tz="UTC")
+    )
+    columns = {name: batch.column(name) for name in batch.schema.names}
+    columns |= {"scored_at": stamp, "teacher_hidden": column}
+    schema = trajectory_schema(width)
+    scored = pa.RecordBatch.from_arrays([columns[field.name] for field in schema], schema=schema)
+    validate(scored)
+    return scored
+
+
+def hidden_rows(batch: pa.RecordBatch) -> list[np.ndarray]:
+    """The hidden payload of each row as a uint16 array [T, D], without copying."""
+    column = batch.column("teacher_hidden")
+    width = column.type.value_type.list_size
+    values = column.values.values.to_numpy(zero_copy_only=True).reshape(-1, width)
+    offsets = column.offsets.to_numpy()
+    return [values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def oldest_version(batch: pa.RecordBatch) -> int | None:
+    """The oldest policy version that sampled any token of the batch; None for corpus rows."""
+    spans = batch.column("policy_versions")
+    if spans.null_count == len(spans):
+        return None
+    return int(min(span["version"] for row in spans.to_pylist() if row for span in row))
+
+
+def validate(batch: pa.RecordBatch) -> None:
+    """Check a batch against the contract.
+
+    Raises: SchemaError naming column, expected, got and row.
+    """
+    hidden = batch.schema.field("teacher_hidden") if "teacher_hidden" in batch.schema.names else None
+    width = hidden.type.value_type.list_size if hidden is not None else None
+    _check_types(batch, trajectory_schema(width))
+    _check_values(batch, "source", SOURCES)
+    _check_values(batch, "finish_reason", FINISH_REASONS)
+    _check_not_empty(batch, "prompt_tokens")
+    _check_not_empty(batch, "response_tokens")
+    for name in ("loss_mask", "behavior_logprobs", "teacher_hidden"):
+        if name in batch.schema.names:
+            _check_aligned(batch, name)
+    _check_spans(batch)
+    _check_student_rows(batch)
+
+
+def _check_types(batch: pa.RecordBatch, expected: pa.Schema) -> None:
+    got_version = (batch.schema.metadata or {}).get(b"distill.schema_version", b"none").decode()
+    if got_version != SCHEMA_VERSION:
+        raise SchemaError(f"schema version: expected {SCHEMA_VERSION}, got {got_version}")
+    for field in expected:
+        if field.name not in batch.schema.names:
+            raise SchemaError(f"column {field.name}: expected {field.type}, got no such column")
+        got = batch.schema.field(field.name).type
+        if got != field.type:
+            raise SchemaError(f"column {field.name}: expected {field.type}, got {got}")
+        column = batch.column(field.name)
+        if not field.nullable and column.null_count:
+            row = column.is_null().to_pylist().index(True)
+            raise SchemaError(f"column {field.name}: expected no null, got null in row {row}")
+    for name in batch.schema.names:
+        if name not in expected.names:
+            raise SchemaError(f"column {name}: expected no such column, got one")
+
+
+def _check_values(batch: pa.RecordBatch, name: str, allowed: tuple[str, ...]) -> None:
+    for row, value in enumerate(batch.column(name).to_pylist()):
+        if value is not None and value not in allowed:
+            raise SchemaError(f"column {name}: expected one of {allowed}, got {value!r} in row {row}")
+
+
+def _lengths(column: pa.Array) -> list[int | None]:
+    return column.value_lengths().to_pylist()
+
+
+def _check_not_empty(batch: pa.RecordBatch, name: str) -> None:
+    for row, length in enumerate(_lengths(batch.column(name))):
+        if not length:
+            raise SchemaError(f"column {name}: expected at least 1 token, got 0 in row {row}")
+
+
+def _check_aligned(batch: pa.RecordBatch, name: str) -> None:
+    responses = _lengths(batch.column("response_tokens"))
+    for row, (length, got) in enumerate(zip(responses, _lengths(batch.column(name)), strict=True)):
+        if got is not None and got != length:
+            raise SchemaError(
+                f"column {name}: expected {length} values (one per response token), got {got} in row {row}"
+            )
+
+
+def _check_spans(batch: pa.RecordBatch) -> None:
+    lengths = _lengths(batch.column("response_tokens"))
+    for row, spans in enumerate(batch.column("policy_versions").to_pylist()):
+        if spans is None:
+            continue
+        starts = [span["start"] for span in spans]
+        versions = [span["version"] for span in spans]
+        rising = all(a < b for a, b in zip(starts, starts[1:], strict=False))
+        ordered = all(a < b for a, b in zip(versions, versions[1:], strict=False))
+        length = lengths[row] or 0
+        if not spans or starts[0] != 0 or not rising or not ordered or starts[-1] >= length:
+            raise SchemaError(
+                "column policy_versions: expected spans from token 0, starts and versions rising, "
+                f"within {length} tokens, got {list(zip(starts, versions, strict=True))} in row {row}"
+            )
+
+
+def _check_student_rows(batch: pa.RecordBatch) -> None:
+    for row, source in enumerate(batch.column("source").to_pylist()):
+        if source != "student":
+            continue
+        for name in ("behavior_logprobs", "policy_versions", "finish_reason"):
+            if not batch.column(name)[row].is_valid:
+                raise SchemaError(f"column {name}: expected a value for a student row, got null in row {row}")
