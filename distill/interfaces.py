@@ -14,8 +14,9 @@ from typing import Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
-Table = Literal["student", "text"]
-"""``student``: prompts to roll out; ``text``: rows of the corpus (teacher samples or references)."""
+Table = Literal["student", "text", "heldout"]
+"""``student``: prompts to roll out; ``text``: rows of the corpus (teacher samples or references);
+``heldout``: evaluation, never in the replay index."""
 
 
 @dataclass(frozen=True, kw_only=True)

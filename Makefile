@@ -1,0 +1,29 @@
+# make demo    a real distillation on this machine, from nothing, in about half an hour
+# make test    linters, unit tests, integration tests with real Ray and real vLLM
+
+PYTHON_BIN := .venv/bin
+
+.PHONY: demo test lint unit integration setup setup-dev
+
+demo: setup
+	@$(PYTHON_BIN)/python -m deploy.demo
+
+test: lint unit integration
+
+setup:
+	@deploy/setup.sh
+
+setup-dev:
+	@deploy/setup.sh dev
+
+lint: setup-dev
+	$(PYTHON_BIN)/ruff check .
+	$(PYTHON_BIN)/ruff format --check .
+	$(PYTHON_BIN)/lint-imports
+	$(PYTHON_BIN)/pyright
+
+unit: setup-dev
+	OMP_NUM_THREADS=2 timeout 300 $(PYTHON_BIN)/python -m pytest tests/unit
+
+integration: setup-dev
+	timeout 3000 $(PYTHON_BIN)/python -m pytest tests/integration

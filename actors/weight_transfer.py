@@ -1,0 +1,145 @@
+"""What runs inside vLLM's worker processes: our weight-transfer engine, and a watchdog.
+
+Named as ``worker_extension_cls="actors.weight_transfer.WorkerExtension"``, so vLLM imports
+this module in every worker before the model is loaded. That works from a working directory
+without installation. Importing it
+
+- registers the ``shared_memory`` backend: a push is a safetensors file in shared memory,
+  checked against its size and checksum before the model is touched, then loaded by vLLM's
+  own layerwise reload (the CPU build repacks weights, so they cannot be copied in place);
+- starts a watchdog when the process was started by an engine of ours: a worker outlives a
+  killed holder otherwise, and keeps the device full.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from safetensors import safe_open
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+from distill.interfaces import WeightManifest, WeightPushError
+from distill.weights import verify
+
+BACKEND = "shared_memory"
+
+HOLDER_VARIABLE = "DISTILL_ENGINE_HOLDER"
+"""Environment variable with the process id of the engine's owner; set by actors.engine."""
+
+_WATCH_EVERY_S = 0.5
+
+
+@dataclass
+class SharedMemoryInitInfo(WeightTransferInitInfo):
+    """Nothing to agree on: the file carries names, shapes and number formats."""
+
+
+@dataclass
+class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
+    """A push, as in :class:`distill.interfaces.WeightManifest`."""
+
+    path: str
+    policy_version: int
+    update: int
+    num_bytes: int
+    checksum: str
+
+
+class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
+    """Loads a push from a file on this node; every tensor-parallel rank takes its own shard."""
+
+    init_info_cls = SharedMemoryInitInfo
+    update_info_cls = SharedMemoryUpdateInfo
+
+    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
+        """No rendezvous."""
+
+    def start_weight_update(self) -> None:
+        """Nothing yet: a push that fails its checksum must not have touched the model."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # Not the base's: it synchronises an accelerator, which raises where there is none.
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
+        """Check the bytes, then load them.
+
+        Raises: WeightPushError when they are not what was announced, or not the whole model.
+        """
+        from vllm.model_executor.model_loader.reload import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
+
+        verify(WeightManifest(**vars(update_info)))
+        expected = {name for name, _ in self.model.named_parameters()}
+        initialize_layerwise_reload(self.model)
+        loaded = self.model.load_weights(_tensors(update_info.path))  # pyright: ignore[reportCallIssue]
+        if loaded is not None and (missing := expected - set(loaded)):
+            raise WeightPushError(
+                f"weights of policy version {update_info.policy_version} in {update_info.path}: "
+                f"expected {len(expected)} parameters, got none for {', '.join(sorted(missing)[:3])}"
+            )
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def finish_weight_update(self) -> None:
+        """Nothing left: :meth:`receive_weights` is the whole transaction."""
+
+    def shutdown(self) -> None:
+        """Nothing is held between pushes."""
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class; its import is what matters."""
+
+
+def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            yield name, file.get_tensor(name)
+
+
+def _register() -> None:
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryWeightTransferEngine)
+
+
+def _watch(holder_id: int) -> None:
+    """End this process, and the engine core above it, when the holder is gone."""
+    parent_id = os.getppid()
+    try:
+        holder = psutil.Process(holder_id)
+        while holder.is_running() and holder.status() != psutil.STATUS_ZOMBIE and os.getppid() == parent_id:
+            time.sleep(_WATCH_EVERY_S)
+    except psutil.NoSuchProcess:
+        pass
+    # With several ranks the engine core stands between holder and worker and never imports
+    # this module, so a worker takes it along. It is ours while it is still our parent.
+    if parent_id not in (1, holder_id) and os.getppid() == parent_id:
+        os.kill(parent_id, signal.SIGKILL)
+    os._exit(1)
+
+
+def _start_watchdog() -> None:
+    holder_id = int(os.environ.get(HOLDER_VARIABLE, "0"))
+    if holder_id and holder_id != os.getpid():
+        threading.Thread(target=_watch, args=(holder_id,), name="distill-watchdog", daemon=True).start()
+
+
+_register()
+_start_watchdog()

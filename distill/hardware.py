@@ -1,0 +1,51 @@
+"""What this machine can do, read without torch: asked by engines, learner and preflight."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Literal
+
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""Names in /proc/cpuinfo: x86 writes avx512_bf16 and amx_bf16, aarch64 writes bf16."""
+
+
+def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
+    """Instruction-set flags of the first processor; empty where the system does not tell."""
+    try:
+        text = Path(cpuinfo).read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def computes_in_bfloat16(cpuinfo: str = "/proc/cpuinfo") -> bool:
+    """Whether the processor multiplies bfloat16 itself.
+
+    Where it does not, bfloat16 is emulated and many times slower than float32.
+    """
+    return bool(_BFLOAT16_FLAGS & cpu_flags(cpuinfo))
+
+
+def resolve_dtype(
+    setting: Literal["auto", "float32", "bfloat16"], device: Literal["cpu", "cuda"] = "cpu"
+) -> Literal["float32", "bfloat16"]:
+    """The number format behind a setting: ``auto`` is bfloat16 where it is computed natively."""
+    if setting != "auto":
+        return setting
+    return "bfloat16" if device == "cuda" or computes_in_bfloat16() else "float32"
+
+
+def usable_cores(cpu_max: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """Cores this process may use: its affinity, cut by the container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path(cpu_max).read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))

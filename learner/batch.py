@@ -1,0 +1,180 @@
+"""Arrow rows to packed token batches: what the learner's update reads.
+
+Sequences are packed into forward passes of a bounded number of tokens, without padding.
+Only the states before response tokens are used, so the last response token is no input.
+
+Shapes: L inputs of a pack, N response tokens of a pack, B rows of a batch, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from distill.schema import hidden_rows
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Sequences that share one forward pass."""
+
+    input_ids: Tensor
+    """[L] int64."""
+    position_ids: Tensor
+    """[L] int64, from 0 again with every sequence."""
+    state_index: Tensor
+    """[N] int64: where in the pack the state before response token t lies."""
+    targets: Tensor
+    """[N] int64: the response tokens."""
+    teacher_hidden: Tensor | None
+    """[N, D] bfloat16: the teacher's state before each response token; None without payload."""
+    counted: Tensor
+    """[N] bool: the loss mask."""
+    on_policy: Tensor
+    """[N] bool: the student wrote it."""
+    row: Tensor
+    """[N] int64: row number in the batch."""
+    step: Tensor
+    """[N] int64: t, from 0."""
+    behavior_logprobs: Tensor
+    """[N] float32 nats; 0 for text that no policy of ours wrote."""
+
+    def to(self, device: torch.device) -> Pack:
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One update's packs, with the global denominators of its losses."""
+
+    packs: tuple[Pack, ...]
+    group: Tensor
+    """[B] int64: number of each row's group; -1 for corpus rows."""
+    num_off_policy: int
+    """Counted response tokens of text that the student did not write."""
+    num_on_policy: int
+    """Counted response tokens of student text."""
+    num_input_tokens: int
+    """Inputs of all packs: what the backbone computes."""
+
+    def to(self, device: torch.device) -> TokenBatch:
+        return replace(self, packs=tuple(pack.to(device) for pack in self.packs), group=self.group.to(device))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row as numpy views of its batch."""
+
+    number: int
+    prompt: np.ndarray
+    response: np.ndarray
+    counted: np.ndarray
+    behavior_logprobs: np.ndarray
+    hidden: np.ndarray | None
+    on_policy: bool
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.prompt) + len(self.response) - 1
+
+
+def token_batch(batches: Sequence[pa.RecordBatch], micro_batch_tokens: int) -> TokenBatch:
+    """Pack the groups of one update.
+
+    Rows keep their number in the order given; where they are packed does not matter to the
+    losses, which carry global denominators. Longest first into the first pack with room
+    (first-fit decreasing); a row longer than ``micro_batch_tokens`` has a pack of its own.
+    """
+    rows: list[_Row] = []
+    group: list[int] = []
+    for number, batch in enumerate(batches):
+        found = _rows(batch, len(rows))
+        rows += found
+        group += [number if row.on_policy else -1 for row in found]
+    bins: list[list[_Row]] = []
+    room: list[int] = []
+    for row in sorted(rows, key=lambda row: (-row.num_inputs, row.number)):
+        place = next((i for i, free in enumerate(room) if free >= row.num_inputs), None)
+        if place is None:
+            bins.append([])
+            room.append(micro_batch_tokens)
+            place = len(bins) - 1
+        bins[place].append(row)
+        room[place] -= row.num_inputs
+    return TokenBatch(
+        packs=tuple(_pack(members) for members in bins),
+        group=torch.tensor(group, dtype=torch.int64),
+        num_off_policy=sum(int(row.counted.sum()) for row in rows if not row.on_policy),
+        num_on_policy=sum(int(row.counted.sum()) for row in rows if row.on_policy),
+        num_input_tokens=sum(row.num_inputs for row in rows),
+    )
+
+
+def _rows(batch: pa.RecordBatch, first: int) -> list[_Row]:
+    hidden = hidden_rows(batch) if "teacher_hidden" in batch.schema.names else [None] * batch.num_rows
+    rows = []
+    for i in range(batch.num_rows):
+        response = _list(batch, "response_tokens", i)
+        assert response is not None
+        counted = _list(batch, "loss_mask", i)
+        behavior = _list(batch, "behavior_logprobs", i)
+        prompt = _list(batch, "prompt_tokens", i)
+        assert prompt is not None
+        rows.append(
+            _Row(
+                number=first + i,
+                prompt=prompt,
+                response=response,
+                counted=np.ones(len(response), bool) if counted is None else counted.astype(bool),
+                behavior_logprobs=np.zeros(len(response), np.float32) if behavior is None else behavior,
+                hidden=hidden[i],
+                on_policy=batch.column("source")[i].as_py() == "student",
+            )
+        )
+    return rows
+
+
+def _list(batch: pa.RecordBatch, name: str, row: int) -> np.ndarray | None:
+    scalar = batch.column(name)[row]
+    return scalar.values.to_numpy(zero_copy_only=False) if scalar.is_valid else None
+
+
+def _pack(rows: Sequence[_Row]) -> Pack:
+    starts = np.cumsum([0] + [row.num_inputs for row in rows])[:-1]
+    inputs = [np.concatenate([row.prompt, row.response[:-1]]) for row in rows]
+    states = [
+        start + np.arange(len(row.prompt) - 1, row.num_inputs) for start, row in zip(starts, rows, strict=True)
+    ]
+    lengths = [len(row.response) for row in rows]
+    hidden = None
+    if all(row.hidden is not None for row in rows):
+        bits = np.concatenate([row.hidden for row in rows if row.hidden is not None])
+        hidden = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+    return Pack(
+        input_ids=_int64(np.concatenate(inputs)),
+        position_ids=_int64(np.concatenate([np.arange(row.num_inputs) for row in rows])),
+        state_index=_int64(np.concatenate(states)),
+        targets=_int64(np.concatenate([row.response for row in rows])),
+        teacher_hidden=hidden,
+        counted=torch.from_numpy(np.concatenate([row.counted for row in rows])),
+        on_policy=torch.from_numpy(np.repeat([row.on_policy for row in rows], lengths)),
+        row=_int64(np.repeat([row.number for row in rows], lengths)),
+        step=_int64(np.concatenate([np.arange(length) for length in lengths])),
+        behavior_logprobs=torch.from_numpy(
+            np.concatenate([row.behavior_logprobs for row in rows]).astype(np.float32)
+        ),
+    )
+
+
+def _int64(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))

@@ -1,0 +1,120 @@
+"""Checkpoints: safetensors shards, made whole by a JSON manifest with checksums.
+
+Written into a temporary folder and renamed, so a folder named ``step-N`` is always whole.
+No pickle: tensors are safetensors, everything else is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distill.weights import checksum_file
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is not whole or not ours: says file, expected and got."""
+
+
+class Checkpoints:
+    """The ``step-N`` folders of one run."""
+
+    def __init__(self, root: str | Path, keep: int) -> None:
+        self.root = Path(root)
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps with a whole checkpoint, ascending."""
+        found = [re.fullmatch(r"step-(\d+)", path.name) for path in self.root.glob("step-*")]
+        return sorted(int(match[1]) for match in found if match)
+
+    def latest(self) -> Path | None:
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+    def path(self, step: int) -> Path:
+        return self.root / f"step-{step}"
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        """Write ``step-N`` and remove all but the newest ``keep``."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        temporary = self.root / f".step-{step}.{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        shard = temporary / "rank-0.safetensors"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, shard)
+        _sync(shard)
+        num_bytes, checksum = checksum_file(shard)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "shards": {shard.name: {"num_bytes": num_bytes, "xxh3": checksum}},
+            "state": state,
+        }
+        path = temporary / MANIFEST
+        path.write_text(json.dumps(manifest, indent=1))
+        _sync(path)
+        final = self.path(step)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+        _sync(self.root)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(old), ignore_errors=True)
+        return final
+
+    @staticmethod
+    def load(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and state of a checkpoint.
+
+        Raises: CheckpointError when a shard is missing or its bytes are not the manifest's.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        tensors: dict[str, Tensor] = {}
+        for name, expected in manifest["shards"].items():
+            shard = folder / name
+            if not shard.exists():
+                raise CheckpointError(f"{shard}: expected a shard of {expected['num_bytes']} bytes, got no file")
+            num_bytes, checksum = checksum_file(shard)
+            if (num_bytes, checksum) != (expected["num_bytes"], expected["xxh3"]):
+                raise CheckpointError(
+                    f"{shard}: expected {expected['num_bytes']} bytes with xxh3 {expected['xxh3']}, "
+                    f"got {num_bytes} bytes with {checksum}; delete {folder} to resume from an older one"
+                )
+            tensors |= load_file(shard)
+        return tensors, manifest["state"]
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, without its tensors.
+
+    Raises: CheckpointError when it is missing, unreadable or of another format.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: expected a checkpoint manifest, got {error}") from error
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: expected format_version {FORMAT_VERSION}, got {manifest.get('format_version')}"
+        )
+    return manifest
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

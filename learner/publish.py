@@ -1,0 +1,128 @@
+"""The learner's side of a weight push: a transaction with a deadline and a checksum.
+
+The version is persisted before anything is written and never used twice, so a crash between
+two steps can leave a gap in the versions but never two weights under one number. The bytes
+lie in one shared-memory file per node, which every engine on the node maps and verifies.
+
+On GPUs, vLLM's own trainer engines (nccl, ipc) take the place of the file; see
+:class:`TrainerEnginePublisher`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from distill.interfaces import WeightManifest, WeightPushError
+from distill.weights import checksum_file, remove_old_segments, segment_path
+
+
+class WeightReceiver(Protocol):
+    """A generator, here or behind a handle."""
+
+    async def update_weights(self, manifest: WeightManifest) -> None: ...
+
+
+class SharedMemoryPublisher:
+    """Writes the weights once per push and has every receiver load them."""
+
+    def __init__(
+        self,
+        *,
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        receivers: Sequence[WeightReceiver],
+        next_version: Callable[[], int],
+        folder: str | Path,
+        deadline_s: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """``dtype``: number format on the wire, that of the engines."""
+        self.weights = weights
+        self.receivers = list(receivers)
+        self.next_version = next_version
+        self.folder = Path(folder)
+        self.deadline_s = deadline_s
+        self.dtype = dtype
+        self.push_s = 0.0
+        """Seconds of the last push."""
+
+    async def publish(self, updates_done: int) -> int:
+        """Push the weights after ``updates_done`` updates; returns their policy version.
+
+        Raises: WeightPushError when a receiver refuses, dies or passes the deadline.
+        """
+        start = time.monotonic()
+        version = self.next_version()
+        manifest = await asyncio.to_thread(self._write, version, updates_done)
+        try:
+            async with asyncio.timeout(self.deadline_s):
+                await asyncio.gather(*(receiver.update_weights(manifest) for receiver in self.receivers))
+        except TimeoutError as error:
+            raise WeightPushError(
+                f"push of policy version {version}: expected all {len(self.receivers)} engines to hold it within "
+                f"weights.deadline_s={self.deadline_s}; an engine hangs, or raise the deadline"
+            ) from error
+        remove_old_segments(self.folder, keep=version)
+        self.push_s = time.monotonic() - start
+        return version
+
+    def _write(self, version: int, updates_done: int) -> WeightManifest:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = segment_path(self.folder, version)
+        temporary = path.with_suffix(".tmp")
+        save_file({name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in self.weights()}, temporary)
+        num_bytes, checksum = checksum_file(temporary)
+        os.rename(temporary, path)
+        return WeightManifest(
+            policy_version=version, update=updates_done, path=str(path), num_bytes=num_bytes, checksum=checksum
+        )
+
+
+class TrainerEnginePublisher:
+    """vLLM's own trainer engines: NCCL broadcast or CUDA IPC. Not run on a GPU yet.
+
+    ``send_weights`` drives start, update and finish through ``client`` and is called on every
+    trainer rank; FSDP shards are gathered by vLLM's ``ModuleSource`` in parameter order.
+    """
+
+    def __init__(
+        self,
+        *,
+        init_info: Any,
+        client: Any,
+        module: nn.Module,
+        next_version: Callable[[], int],
+        deadline_s: float,
+    ) -> None:
+        """``init_info``: vLLM's ``NCCLTrainerInitInfo`` or ``IPCTrainerInitInfo``; ``client``:
+        its ``RayVLLMWeightSyncClient`` over the rollout actors."""
+        from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
+
+        self.client = client
+        self.engine = WeightTransferTrainerFactory.trainer_init(
+            init_info, client=client, source=ModuleSource(module)
+        )
+        self.next_version = next_version
+        self.deadline_s = deadline_s
+
+    async def publish(self, updates_done: int) -> int:
+        """As :meth:`SharedMemoryPublisher.publish`. A raw NCCL broadcast has no deadline of its
+        own: when ours passes, the caller ends this process."""
+        version = self.next_version()
+        try:
+            async with asyncio.timeout(self.deadline_s):
+                await asyncio.to_thread(self.engine.send_weights)
+                await asyncio.to_thread(self.client.finish_weight_update, str(version))
+        except TimeoutError as error:
+            raise WeightPushError(
+                f"push of policy version {version}: no answer within weights.deadline_s={self.deadline_s}"
+            ) from error
+        return version

@@ -1,0 +1,69 @@
+"""The warm start: cross-entropy on the references, a stage of its own.
+
+Resumable: its checkpoint holds the weights, the optimiser and the number of steps; the order
+of the rows is a function of (seed, step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from distill.config import SftConfig
+from distill.interfaces import Draw
+from distill.objectives import cross_entropy
+from distill.replay.draws import DrawOrder
+from learner.batch import token_batch
+from learner.optimizer import set_learning_rate
+from learner.schedule import learning_rate
+from learner.student import Student
+from learner.vocabulary import chunked_loss
+
+
+def run_sft(
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    rows_of: Callable[[Sequence[Draw]], list[pa.RecordBatch]],
+    order: DrawOrder,
+    sft: SftConfig,
+    *,
+    first_update: int,
+    micro_batch_tokens: int,
+    vocabulary_chunk: int,
+    max_grad_norm: float,
+    after_update: Callable[[int, dict[str, float]], None],
+) -> None:
+    """Train from ``first_update`` to ``sft.num_updates``.
+
+    ``rows_of``: the references of some draws, one batch each. ``after_update`` is called with
+    the number of updates done and ``{"sft/loss", "sft/learning_rate", "sft/num_tokens"}``.
+    """
+    for update in range(first_update, sft.num_updates):
+        first = update * sft.rows_per_update
+        draws = [order.draw(number) for number in range(first, first + sft.rows_per_update)]
+        batch = token_batch(rows_of(draws), micro_batch_tokens).to(student.device)
+        rate = learning_rate(update, sft.num_updates, sft.learning_rate, sft.warmup_fraction, 0.1)
+        set_learning_rate(optimizer, rate)
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for pack in batch.packs:
+            weight = pack.counted.float() / batch.num_off_policy
+
+            def loss_of_chunk(
+                where: slice, logits: Tensor, targets: Tensor = pack.targets, weight: Tensor = weight
+            ) -> tuple[Tensor, dict[str, Tensor]]:
+                losses = cross_entropy(logits.log_softmax(-1), targets[where])
+                return (weight[where] * losses).sum(), {}
+
+            loss, _ = chunked_loss(
+                student.states(pack), student.head_weight, student.transform, loss_of_chunk, vocabulary_chunk
+            )
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
+        optimizer.step()
+        metrics = {"sft/loss": total, "sft/learning_rate": rate, "sft/num_tokens": float(batch.num_off_policy)}
+        after_update(update + 1, metrics)

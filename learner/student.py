@@ -1,0 +1,96 @@
+"""The student: a Hugging Face causal LM whose states and head are used separately.
+
+The full vocabulary is never formed for a whole batch: :meth:`Student.states` gives the
+final-norm hidden states before response tokens, and :mod:`learner.vocabulary` forms logits
+from them in chunks. Master weights are float32; the forward pass computes in ``precision``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distill.hardware import computes_in_bfloat16
+from learner.batch import Pack
+from learner.vocabulary import LogitTransform
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto``: the GPU when there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 where the processor computes in it, since elsewhere it is emulated
+    (on an AVX2 processor twenty times slower than float32)."""
+    if name == "auto":
+        fast = device.type == "cuda" or computes_in_bfloat16()
+        return torch.bfloat16 if fast else torch.float32
+    return getattr(torch, name)
+
+
+class Student:
+    """A causal LM in training."""
+
+    def __init__(self, folder: str | Path, *, precision: str = "auto", device: str = "auto") -> None:
+        self.device = resolve_device(device)
+        self.precision = resolve_precision(precision, self.device)
+        self.folder = Path(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        )
+        # Dropout off: the objective is a function of the policy, not of a noisy copy of it.
+        self.model: nn.Module = model.to(self.device).eval()
+        self.transform = LogitTransform.from_config(self.model.config)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Each once; a tied head counts as the embedding it is."""
+        return self.model.parameters()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's names and tensors, tied ones once: what a push carries."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[name])
+
+    def states(self, pack: Pack) -> Tensor:
+        """[N, D]: final-norm hidden states before the pack's response tokens.
+
+        The sequences of a pack see only themselves: with positions given and no mask,
+        transformers builds the block-diagonal causal mask from where positions restart.
+        """
+        autocast = (
+            torch.autocast(self.device.type, self.precision)
+            if self.precision != torch.float32
+            else nullcontext()
+        )
+        with autocast:
+            output = self.model.get_decoder()(
+                input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], use_cache=False
+            )
+        return output.last_hidden_state[0].index_select(0, pack.state_index)
+
+    def save(self, folder: str | Path) -> None:
+        """An ordinary Hugging Face checkpoint with its tokenizer, in bfloat16-free float32."""
+        self.model.save_pretrained(folder)
+        if (self.folder / "tokenizer_config.json").exists():
+            AutoTokenizer.from_pretrained(self.folder, local_files_only=True).save_pretrained(folder)
