@@ -7,6 +7,7 @@ and, between updates, samples held-out prompts for an evaluation. The Ray shell 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 
@@ -17,11 +18,12 @@ from distill.interfaces import (
     Generator,
     GroupRef,
     Prompts,
-    Replay,
     SampleRequest,
-    Store,
     WeightManifest,
 )
+from distill.replay.segments import SegmentStore
+from distill.replay.service import ReplayService
+from distill.replay.tidy import release_segments
 
 
 class MeteredGenerator:
@@ -63,19 +65,32 @@ class RolloutWorker:
     """Samples training prompts as they are admitted, and held-out prompts on request."""
 
     def __init__(
-        self, *, prompts: Prompts, heldout: Prompts, generator: Generator, store: Store, together: bool
+        self,
+        *,
+        prompts: Prompts,
+        heldout: Prompts,
+        generator: Generator,
+        store: SegmentStore,
+        writer_id: str,
+        together: bool,
     ) -> None:
         self.prompts = prompts
         self.heldout = heldout
         self.generator = MeteredGenerator(generator)
         self.store = store
+        self.writer_id = writer_id
         self.together = together
+        self._heldout_groups: list[GroupRef] = []
 
-    async def run(self, replay: Replay, max_draws: int = 1) -> None:
+    async def run(self, replay: ReplayService, max_draws: int = 1) -> None:
         """Until the replay says that the run is over."""
-        await rollout_loop(
-            replay, self.prompts, self.generator, self.store, max_draws=max_draws, together=self.together
-        )
+        tidy = asyncio.create_task(release_segments(replay.freed_segments, self.store, self.writer_id))
+        try:
+            await rollout_loop(
+                replay, self.prompts, self.generator, self.store, max_draws=max_draws, together=self.together
+            )
+        finally:
+            tidy.cancel()
 
     async def sample_heldout(self, num_prompts: int) -> list[GroupRef]:
         """One sample of each of the first held-out prompts.
@@ -84,7 +99,14 @@ class RolloutWorker:
         differ by the weights alone.
         """
         draws = [Draw(table="heldout", number=i, epoch=0, index=i) for i in range(num_prompts)]
-        return await roll_out(draws, self.heldout, self.generator, self.store)
+        groups = await roll_out(draws, self.heldout, self.generator, self.store)
+        self._heldout_groups += groups
+        return groups
+
+    def release_heldout(self) -> None:
+        """The evaluation has read them."""
+        self.store.discard(self._heldout_groups)
+        self._heldout_groups = []
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         await self.generator.update_weights(manifest)

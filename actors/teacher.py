@@ -5,13 +5,17 @@ Runs :func:`distill.algorithm.score_loop`. The Ray shell is :class:`actors.ray_a
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
 from distill.algorithm import score, score_loop
-from distill.interfaces import Corpus, Draw, GroupRef, Replay, ScoringJob, Store, Teacher
+from distill.interfaces import Corpus, Draw, GroupRef, ScoringJob, Teacher
+from distill.replay.segments import SegmentStore
+from distill.replay.service import ReplayService
+from distill.replay.tidy import release_segments
 
 
 class MeteredTeacher:
@@ -40,27 +44,49 @@ class TeacherScorer:
     """Scores whatever the replay asks for, and held-out text on request."""
 
     def __init__(
-        self, *, corpus: Corpus, heldout_corpus: Corpus, teacher: Teacher, store: Store, max_groups: int
+        self,
+        *,
+        corpus: Corpus,
+        heldout_corpus: Corpus,
+        teacher: Teacher,
+        store: SegmentStore,
+        writer_id: str,
+        max_groups: int,
     ) -> None:
         self.corpus = corpus
         self.heldout_corpus = heldout_corpus
         self.teacher = MeteredTeacher(teacher)
         self.store = store
+        self.writer_id = writer_id
         self.max_groups = max_groups
+        self._heldout_groups: list[GroupRef] = []
 
-    async def run(self, replay: Replay) -> None:
+    async def run(self, replay: ReplayService) -> None:
         """Until the replay says that the run is over."""
-        await score_loop(replay, self.corpus, self.teacher, self.store, max_groups=self.max_groups)
+        tidy = asyncio.create_task(release_segments(replay.freed_segments, self.store, self.writer_id))
+        try:
+            await score_loop(replay, self.corpus, self.teacher, self.store, max_groups=self.max_groups)
+        finally:
+            tidy.cancel()
 
     async def score_samples(self, groups: Sequence[GroupRef]) -> list[GroupRef]:
         """The student's held-out samples, scored."""
-        job = ScoringJob(groups=tuple(groups))
-        return await score(job, self.corpus, self.teacher, self.store)
+        return await self._score_heldout(ScoringJob(groups=tuple(groups)))
 
     async def score_heldout(self, num_rows: int) -> list[GroupRef]:
         """The teacher's own text on the first held-out prompts, scored."""
         draws = tuple(Draw(table="heldout", number=i, epoch=0, index=i) for i in range(num_rows))
-        return await score(ScoringJob(text_draws=draws), self.heldout_corpus, self.teacher, self.store)
+        return await self._score_heldout(ScoringJob(text_draws=draws))
+
+    async def _score_heldout(self, job: ScoringJob) -> list[GroupRef]:
+        groups = await score(job, self.heldout_corpus, self.teacher, self.store)
+        self._heldout_groups += groups
+        return groups
+
+    def release_heldout(self) -> None:
+        """The evaluation has read them."""
+        self.store.discard(self._heldout_groups)
+        self._heldout_groups = []
 
     def stats(self) -> dict[str, float]:
         return {

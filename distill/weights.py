@@ -70,7 +70,11 @@ def write_weights(
         write_tensors(partial)
         num_bytes, checksum = checksum_file(partial)
         manifest = WeightManifest(
-            policy_version=policy_version, update=update, path=str(path), num_bytes=num_bytes, checksum=checksum
+            policy_version=policy_version,
+            update=update,
+            path=str(path),
+            num_bytes=num_bytes,
+            checksum=checksum,
         )
         # The manifest first: a segment under its final name always has one.
         _write_whole(manifest_path(path), json.dumps(asdict(manifest)).encode())

@@ -1,0 +1,113 @@
+"""Which engine stands behind Generator and Teacher: vLLM or plain transformers, by config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill.config import RolloutConfig, RunConfig
+from distill.data import PromptTable, TextCorpus
+from distill.interfaces import Generator, Teacher
+from distill.replay.segments import SegmentStore
+from distill.run_inputs import RunInputs
+
+from actors.rollout import RolloutWorker
+from actors.teacher import TeacherScorer
+
+
+async def build_generator(
+    model_dir: str,
+    rollout: RolloutConfig,
+    *,
+    max_model_tokens: int,
+    stop_token_ids: Sequence[int],
+    on_push: str,
+    lock_step: bool,
+    seed: int,
+) -> Generator:
+    """Start the engine that ``rollout.engine`` names."""
+    if rollout.engine == "vllm":
+        from actors.engine import VllmGenerator
+
+        return await VllmGenerator.start(
+            model_dir,
+            rollout,
+            max_model_tokens=max_model_tokens,
+            stop_token_ids=stop_token_ids,
+            on_push=on_push,
+            lock_step=lock_step,
+            seed=seed,
+        )
+    from actors.transformers_engine import TransformersGenerator
+
+    return await TransformersGenerator.start(
+        model_dir, rollout, max_model_tokens=max_model_tokens, stop_token_ids=stop_token_ids
+    )
+
+
+async def build_teacher(config: RunConfig, model_dir: str) -> Teacher:
+    """Start the engine that ``scoring.engine`` names."""
+    if config.scoring.engine == "vllm":
+        from actors.engine import VllmTeacher
+
+        return await VllmTeacher.start(model_dir, config.scoring, max_model_tokens=config.max_model_tokens)
+    from actors.transformers_engine import TransformersTeacher
+
+    return await TransformersTeacher.start(
+        model_dir, config.scoring, max_model_tokens=config.max_model_tokens
+    )
+
+
+def build_store(config: RunConfig, inputs: RunInputs, writer_id: str) -> SegmentStore:
+    """This process's segment files, and reading of everybody's."""
+    return SegmentStore(
+        memory_dir=inputs.segments,
+        spill_dir=Path(inputs.run_dir) / "replay",
+        writer_id=writer_id,
+        node=inputs.node,
+        segment_bytes=config.replay.segment_bytes,
+        memory_bytes=config.replay.memory_bytes,
+    )
+
+
+async def build_rollout(config: RunConfig, inputs: RunInputs, writer_id: str) -> RolloutWorker:
+    """A rollout worker with its engine started."""
+    generator = await build_generator(
+        inputs.student_dir,
+        config.rollout,
+        max_model_tokens=config.max_model_tokens,
+        stop_token_ids=inputs.stop_token_ids,
+        on_push=config.weights.on_push,
+        lock_step=config.replay.lock_step,
+        seed=config.seed,
+    )
+    return RolloutWorker(
+        prompts=PromptTable.read(
+            inputs.train_prompts,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            max_new_tokens=config.rollout.max_new_tokens,
+            seed=config.seed,
+        ),
+        heldout=PromptTable.read(
+            inputs.heldout_prompts,
+            samples_per_prompt=1,
+            max_new_tokens=config.rollout.max_new_tokens,
+            seed=config.seed,
+        ),
+        generator=generator,
+        store=build_store(config, inputs, writer_id),
+        writer_id=writer_id,
+        together=config.replay.lock_step,
+    )
+
+
+async def build_scorer(config: RunConfig, inputs: RunInputs, writer_id: str) -> TeacherScorer:
+    """A teacher scorer with its engine started."""
+    return TeacherScorer(
+        corpus=TextCorpus.read(inputs.text_corpus),
+        heldout_corpus=TextCorpus.read(inputs.heldout_corpus),
+        teacher=await build_teacher(config, inputs.teacher_dir),
+        store=build_store(config, inputs, writer_id),
+        writer_id=writer_id,
+        max_groups=config.scoring.max_groups,
+    )

@@ -1,0 +1,52 @@
+"""The teacher's text, written once: every prompt of a table answered by one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+
+from distill.data import PromptTable
+from distill.interfaces import Draw, Generator
+from distill.schema import Trajectory, trajectory_batch
+
+
+async def write_corpus(
+    prompts: PromptTable,
+    num_prompts: int,
+    generator: Generator,
+    *,
+    rows_per_call: int,
+    progress: Callable[[int, int], None],
+) -> pa.Table:
+    """Answer the first ``num_prompts`` prompts; row i is the answer to prompt i.
+
+    ``prompts`` asks for one sample a prompt. ``progress`` is called with rows and tokens done.
+    """
+    batches: list[pa.RecordBatch] = []
+    num_tokens = 0
+    for first in range(0, num_prompts, rows_per_call):
+        indices = range(first, min(first + rows_per_call, num_prompts))
+        draws = [Draw(table="text", number=i, epoch=0, index=i) for i in indices]
+        batch = trajectory_batch(await _answers(prompts, draws, generator))
+        num_tokens += len(batch.column("response_tokens").flatten())
+        batches.append(batch)
+        progress(indices.stop, num_tokens)
+    return pa.Table.from_batches(batches)
+
+
+async def _answers(prompts: PromptTable, draws: Sequence[Draw], generator: Generator) -> list[Trajectory]:
+    requests = prompts.requests(draws)
+    completions = await generator.generate(requests)
+    return [
+        Trajectory(
+            draw_id=draw.draw_id,
+            source="teacher",
+            prompt_index=draw.index,
+            sample_index=0,
+            prompt_tokens=request.prompt_tokens,
+            response_tokens=completion.response_tokens,
+            finish_reason=completion.finish_reason,
+        )
+        for draw, request, completion in zip(draws, requests, completions, strict=True)
+    ]

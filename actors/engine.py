@@ -1,0 +1,472 @@
+"""vLLM behind the protocols Generator and Teacher; with :mod:`actors.weight_transfer` the
+only modules that import it.
+
+Importing this module is cheap: vLLM is imported when an engine starts, after the environment
+variables that it reads at import are set. One process holds one engine.
+
+On a CPU (and for a push through shared memory) everything here is exercised by the tests.
+The GPU paths (``device="cuda"``; :meth:`VllmGenerator.init_transfer` and
+:meth:`VllmGenerator.receive` for the nccl and ipc backends) are written against vLLM's
+interface and were not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import psutil
+
+from distill.config import RolloutConfig, ScoringConfig
+from distill.hardware import resolve_dtype, usable_cores
+from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+WORKER_EXTENSION = "actors.weight_transfer.WorkerExtension"
+HOLDER_VARIABLE = "DISTILL_ENGINE_HOLDER"
+"""Read by the watchdog of :mod:`actors.weight_transfer` in the processes started here."""
+
+_STEP_TOKENS = 2048
+"""Tokens computed in one step on a CPU; a whole sequence must fit."""
+
+_CLOSE_AFTER_S = 10.0
+"""How long an engine may take to end by itself before it is killed."""
+
+
+def _set_environment(num_threads: int, tensor_parallel_size: int) -> None:
+    """What vLLM reads from the environment; before its first import in this process."""
+    os.environ |= {
+        # At WARNING a start on a CPU prints fifteen lines about what is absent by design.
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        HOLDER_VARIABLE: str(os.getpid()),
+        # One rank: the model runs in the engine core itself (or, for an offline LLM, in this
+        # process), which saves a process and a message per step.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(max(1, num_threads // tensor_parallel_size)),
+        "VLLM_CPU_OMP_THREADS_BIND": _thread_binding(num_threads, tensor_parallel_size),
+    }
+    # The size is an engine argument here (bytes); this variable knows whole GiB only.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+
+
+def _thread_binding(num_threads: int, tensor_parallel_size: int) -> str:
+    """Cores of each rank as ``0,1|2,3``; one rank is left to the operating system."""
+    if tensor_parallel_size == 1:
+        return "nobind"
+    cores = sorted(os.sched_getaffinity(0))[: max(num_threads, tensor_parallel_size)]
+    share = len(cores) // tensor_parallel_size
+    if share == 0:
+        raise ValueError(
+            f"tensor_parallel_size={tensor_parallel_size} must be <= the cores of this machine "
+            f"({len(cores)}); lower it"
+        )
+    ranks = (cores[rank * share : (rank + 1) * share] for rank in range(tensor_parallel_size))
+    return "|".join(",".join(map(str, rank)) for rank in ranks)
+
+
+def _engine_arguments(
+    model_dir: str,
+    settings: RolloutConfig | ScoringConfig,
+    max_model_tokens: int,
+    device: Literal["cpu", "cuda"],
+) -> dict[str, Any]:
+    """Engine arguments common to generation and scoring."""
+    on_cpu = device == "cpu"
+    return {
+        "model": model_dir,
+        "dtype": resolve_dtype(settings.dtype, device),
+        "max_model_len": max_model_tokens,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
+        # The checkpoint's sampling defaults are not ours, and stop tokens are given.
+        "generation_config": "vllm",
+        "enforce_eager": on_cpu,  # compiling takes minutes on a CPU
+        # vLLM's 128 on a CPU is longer than most prompts: nothing of a prompt would be shared
+        # between the members of a group.
+        "block_size": 32 if on_cpu else None,
+        "kv_cache_memory_bytes": int(settings.kv_cache_gib * (1 << 30)) if on_cpu else None,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "worker_extension_cls": WORKER_EXTENSION,
+    }
+
+
+def _device() -> Literal["cpu", "cuda"]:
+    from vllm.platforms import current_platform
+
+    return "cpu" if current_platform.is_cpu() else "cuda"
+
+
+def _engine_processes() -> list[psutil.Process]:
+    """Descendants of this process, without multiprocessing's own tracker."""
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "resource_tracker" not in "".join(_command_line(child))
+    ]
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return []
+
+
+def _end_processes(processes: Sequence[psutil.Process]) -> None:
+    """Wait for processes that were asked to end; kill those that do not."""
+    _, alive = psutil.wait_procs(processes, timeout=_CLOSE_AFTER_S)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=_CLOSE_AFTER_S)
+
+
+class VllmGenerator:
+    """Samples with vLLM's AsyncLLM; built by :meth:`start`.
+
+    A push that fails leaves the engine in a state that nobody knows, so the engine is ended:
+    requests in flight and all later calls raise the WeightPushError.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncLLM,
+        processes: list[psutil.Process],
+        *,
+        stop_token_ids: Sequence[int],
+        on_push: Literal["recompute", "keep_kv"],
+        lock_step: bool,
+    ) -> None:
+        self._engine = engine
+        self._processes = processes
+        self._stop_token_ids = list(stop_token_ids)
+        self._on_push = on_push
+        self._lock_step = lock_step
+        self._num_requests = 0
+        self._scheduler = asyncio.Lock()  # held by whoever has paused the engine
+        self._in_flight: set[asyncio.Task[Any]] = set()
+        self._failure: WeightPushError | None = None
+        self._closed = False
+
+    @classmethod
+    async def start(
+        cls,
+        model_dir: str,
+        settings: RolloutConfig,
+        *,
+        max_model_tokens: int,
+        stop_token_ids: Sequence[int],
+        on_push: Literal["recompute", "keep_kv"] = "recompute",
+        seed: int = 0,
+        lock_step: bool = False,
+        backend: str = "shared_memory",
+    ) -> VllmGenerator:
+        """Load a checkpoint; returns when it can sample.
+
+        ``lock_step``: all requests of a call are admitted while the engine is paused, so that
+        which of them share a step does not depend on timing. ``backend``: vLLM's weight
+        transfer; a push by manifest needs ``shared_memory``.
+        """
+        num_threads = settings.num_threads or usable_cores()
+        _set_environment(num_threads, settings.tensor_parallel_size)
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        before = {process.pid for process in _engine_processes()}
+        device = _device()
+        arguments = AsyncEngineArgs(
+            **_engine_arguments(model_dir, settings, max_model_tokens, device),
+            max_num_seqs=settings.max_num_seqs,
+            # On a CPU a prompt that is prefilled in pieces ends the engine when its request has
+            # a seed (vLLM rewinds the generator, which a CPU generator cannot).
+            enable_chunked_prefill=None if device == "cuda" else False,
+            max_num_batched_tokens=None if device == "cuda" else max(_STEP_TOKENS, max_model_tokens),
+            seed=seed,
+            # Kept keys and values of older weights must not serve new requests.
+            enable_prefix_caching=on_push == "recompute",
+            weight_transfer_config=WeightTransferConfig(backend=backend),
+            enable_log_requests=False,
+            disable_log_stats=True,
+        )
+        engine = AsyncLLM.from_engine_args(arguments)
+        processes = [process for process in _engine_processes() if process.pid not in before]
+        return cls(engine, processes, stop_token_ids=stop_token_ids, on_push=on_push, lock_step=lock_step)
+
+    async def generate(self, requests: Sequence[SampleRequest]) -> list[Completion]:
+        """Sample all requests; answers in the order of the requests.
+
+        Raises: WeightPushError when a push has failed before or meanwhile.
+        """
+        from vllm.sampling_params import SamplingParams
+
+        params = [
+            SamplingParams(
+                temperature=1.0,
+                top_p=1.0,
+                seed=request.seed & (2**63 - 1),
+                max_tokens=request.max_new_tokens,
+                stop_token_ids=self._stop_token_ids,
+                logprobs=0,  # of the sampled token only
+                detokenize=False,
+                output_kind=_final_only(),
+            )
+            for request in requests
+        ]
+        outputs = await self._run_all([request.prompt_tokens for request in requests], params)
+        return [_completion(output) for output in outputs]
+
+    async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """The most probable continuation of each prompt, the stop token included."""
+        from vllm.sampling_params import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_new_tokens,
+            stop_token_ids=self._stop_token_ids,
+            detokenize=False,
+            output_kind=_final_only(),
+        )
+        outputs = await self._run_all(prompts, [params] * len(prompts))
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    async def update_weights(self, manifest: WeightManifest) -> None:
+        """Load a push; the receivers check its bytes before they touch the model.
+
+        Raises: WeightPushError; the engine is ended then.
+        """
+        await self.receive(asdict(manifest), manifest.policy_version)
+
+    async def init_transfer(self, init_info: dict[str, Any]) -> None:
+        """Meet the trainer of an nccl or ipc backend (not run on a GPU)."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+
+    async def receive(self, update_info: dict[str, Any], policy_version: int) -> None:
+        """One push through whatever backend the engine was started with.
+
+        Requests in flight wait and go on under the new weights.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        self._check_usable()
+        engine = self._engine
+        try:
+            async with self._scheduler:
+                await engine.pause_generation(mode="keep", clear_cache=self._on_push == "recompute")
+                await engine.start_weight_update()
+                await engine.update_weights(WeightTransferUpdateRequest(update_info))
+                await engine.finish_weight_update(weight_version=str(policy_version))
+                if (version := await self.policy_version()) != policy_version:
+                    raise WeightPushError(
+                        f"policy version after a push: expected {policy_version}, got {version}"
+                    )
+                await engine.resume_generation()
+        except BaseException as error:
+            failure = WeightPushError(
+                f"push of policy version {policy_version}: {error or type(error).__name__}"
+            )
+            await self._discard(failure)
+            if isinstance(error, Exception):
+                raise failure from error
+            raise  # cancelled, by a deadline for instance
+
+    async def policy_version(self) -> int:
+        """The version that samples now; 0 before the first push."""
+        self._check_usable()
+        version = await self._engine.get_weight_version()
+        return 0 if version == "default" else int(version)
+
+    async def close(self) -> None:
+        """End the engine core and its workers."""
+        if self._closed:
+            return
+        self._closed = True
+        for task in self._in_flight:
+            task.cancel()
+        descendants = [*self._processes]
+        for process in self._processes:
+            if process.is_running():
+                descendants += process.children(recursive=True)
+        self._engine.shutdown()
+        await asyncio.to_thread(_end_processes, descendants)
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise WeightPushError(str(self._failure)) from self._failure
+        if self._closed:
+            raise RuntimeError("this generator was closed")
+
+    async def _discard(self, failure: WeightPushError) -> None:
+        self._failure = failure
+        await self.close()
+
+    async def _run_all(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
+        self._check_usable()
+        if self._lock_step:
+            async with self._scheduler:
+                # An empty prefix cache too: what it holds would depend on the calls before.
+                await self._engine.pause_generation(mode="keep", clear_cache=True)
+                queues = [await self._admit(*request) for request in zip(prompts, params, strict=True)]
+                await self._engine.resume_generation()
+        else:
+            queues = [await self._admit(*request) for request in zip(prompts, params, strict=True)]
+        return await self._tracked(_all_finished(self._engine, queues))
+
+    async def _admit(self, prompt: Sequence[int], params: SamplingParams) -> Any:
+        from vllm.inputs import tokens_input
+
+        self._num_requests += 1
+        tokens = tokens_input([int(token) for token in prompt])
+        return await self._engine.add_request(str(self._num_requests), tokens, params)
+
+    async def _tracked(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Run ``work`` so that a failing push can end it."""
+        task = asyncio.ensure_future(work)
+        self._in_flight.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            self._check_usable()
+            raise
+        finally:
+            self._in_flight.discard(task)
+            task.cancel()
+
+
+async def _all_finished(engine: AsyncLLM, queues: Sequence[Any]) -> list[RequestOutput]:
+    """The final output of each admitted request; aborts what is left when interrupted."""
+    outputs = []
+    try:
+        for queue in queues:
+            output = await queue.get()
+            while not output.finished:
+                output = await queue.get()
+            outputs.append(output)
+    except BaseException:
+        if not engine.errored:
+            await engine.abort([queue.request_id for queue in queues[len(outputs) :]], internal=True)
+        raise
+    return outputs
+
+
+def _final_only() -> Any:
+    from vllm.sampling_params import RequestOutputKind
+
+    return RequestOutputKind.FINAL_ONLY
+
+
+def _completion(output: RequestOutput) -> Completion:
+    sample = output.outputs[0]
+    tokens = list(sample.token_ids)
+    finish_reason = sample.finish_reason
+    if finish_reason not in ("stop", "length") or sample.logprobs is None:
+        raise RuntimeError(f"request {output.request_id} ended with {finish_reason}")
+    logprobs = [
+        (position or {})[token].logprob for token, position in zip(tokens, sample.logprobs, strict=True)
+    ]
+    spans = [
+        (span.start, 0 if span.version == "default" else int(span.version))
+        for span in sample.weight_versions or ()
+    ]
+    return Completion(
+        response_tokens=tokens,
+        logprobs=logprobs,
+        policy_versions=spans or [(0, 0)],
+        finish_reason=finish_reason,  # pyright: ignore[reportArgumentType]
+    )
+
+
+class VllmTeacher:
+    """Scores with vLLM's pooling runner; built by :meth:`start`.
+
+    The model lives in this process (with several ranks, in children that end with it), and
+    one thread does all its work, so calls queue up and the event loop stays free.
+    """
+
+    def __init__(self, llm: LLM, thread: ThreadPoolExecutor) -> None:
+        self._llm = llm
+        self._thread = thread
+        self.hidden_size: int = llm.llm_engine.model_config.get_hidden_size()
+
+    @classmethod
+    async def start(cls, model_dir: str, settings: ScoringConfig, *, max_model_tokens: int) -> VllmTeacher:
+        """Load the teacher; returns when it can score."""
+        thread = ThreadPoolExecutor(1, thread_name_prefix="vllm-teacher")
+        start = partial(_start_teacher, model_dir, settings, max_model_tokens)
+        return cls(await asyncio.get_running_loop().run_in_executor(thread, start), thread)
+
+    async def hidden_states(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        """Final-norm state before each response token: one uint16 array [T, D] (bf16 bits) per pair."""
+        return await self._in_thread(lambda: [_bfloat16_bits(s) for s in self._states(prompts, responses)])
+
+    async def hidden_states_float32(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        """The same states before they are rounded: float32 arrays [T, D]."""
+        return await self._in_thread(lambda: [s.float().numpy() for s in self._states(prompts, responses)])
+
+    async def close(self) -> None:
+        """End the ranks; in-process memory goes with the process."""
+        await self._in_thread(self._llm.llm_engine.engine_core.shutdown)
+        self._thread.shutdown()
+        await asyncio.to_thread(_end_processes, _engine_processes())
+
+    def _states(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Any]:
+        # The state before response token t has seen the prompt and t tokens, so the last
+        # token is never fed, and T rows begin at the prompt's last token.
+        texts = [
+            {"prompt_token_ids": [*map(int, prompt), *map(int, response[:-1])]}
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        outputs = self._llm.encode(texts, pooling_task="token_embed", use_tqdm=False)  # pyright: ignore
+        return [
+            output.outputs.data[len(prompt) - 1 :] for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _start_teacher(model_dir: str, settings: ScoringConfig, max_model_tokens: int) -> LLM:
+    num_threads = settings.num_threads or usable_cores()
+    _set_environment(num_threads, settings.tensor_parallel_size)
+    import torch
+    from vllm import LLM
+
+    # Before vLLM's CPU worker turns this function off. Per thread, hence in the one that works.
+    torch.set_num_threads(max(1, num_threads // settings.tensor_parallel_size))
+    return LLM(
+        **_engine_arguments(model_dir, settings, max_model_tokens, _device()),
+        runner="pooling",
+        max_num_batched_tokens=max(_STEP_TOKENS, max_model_tokens),
+        pooler_config={"task": "token_embed", "use_activation": False},  # pyright: ignore[reportArgumentType]
+        # Cached positions return no state.
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+
+
+def _bfloat16_bits(states: Any) -> np.ndarray:
+    """Round to nearest even; the bits as uint16."""
+    import torch
+
+    return states.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)

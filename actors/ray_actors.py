@@ -1,0 +1,149 @@
+"""Ray shells of the actors: construct, forward, report. The work is in the plain classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from actors.build import build_generator, build_rollout, build_scorer
+from actors.corpus import write_corpus
+from actors.rollout import RolloutWorker
+from actors.teacher import TeacherScorer
+from distill.config import RunConfig
+from distill.data import PromptTable, write_table
+from distill.interfaces import GroupRef, WeightManifest
+from distill.remote import Remote
+from distill.replay.draws import BatchPlan, DrawOrder
+from distill.replay.index import ReplayIndex
+from distill.replay.service import ReplayService
+from distill.run_inputs import RunInputs
+
+
+@ray.remote(num_cpus=0)
+class ReplayActor(ReplayService):
+    """The index of the replay buffer: ids, states and locations, no rows."""
+
+    def __init__(self, config: RunConfig, num_prompts: int, num_text_rows: int) -> None:
+        super().__init__(
+            ReplayIndex(
+                replay=config.replay,
+                plan=BatchPlan.of(config),
+                student_order=DrawOrder("student", num_prompts, config.seed),
+                text_order=DrawOrder("text", num_text_rows, config.seed) if num_text_rows else None,
+                num_updates=config.learner.num_updates,
+            )
+        )
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@ray.remote(num_cpus=0)
+class RolloutActor:
+    """Holds a rollout worker; its engine ends with it."""
+
+    worker: RolloutWorker
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    async def start(self, config: RunConfig, inputs: RunInputs, writer_id: str) -> None:
+        self.worker = await build_rollout(config, inputs, writer_id)
+
+    async def run(self, replay: Any) -> None:
+        await self.worker.run(Remote(replay))
+
+    async def update_weights(self, manifest: WeightManifest) -> None:
+        await self.worker.update_weights(manifest)
+
+    async def sample_heldout(self, num_prompts: int) -> list[GroupRef]:
+        return await self.worker.sample_heldout(num_prompts)
+
+    async def release_heldout(self) -> None:
+        self.worker.release_heldout()
+
+    def stats(self) -> dict[str, float]:
+        return self.worker.stats()
+
+    async def close(self) -> None:
+        await self.worker.close()
+
+
+@ray.remote(num_cpus=0)
+class TeacherActor:
+    """Holds a teacher scorer."""
+
+    worker: TeacherScorer
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    async def start(self, config: RunConfig, inputs: RunInputs, writer_id: str) -> None:
+        self.worker = await build_scorer(config, inputs, writer_id)
+
+    async def run(self, replay: Any) -> None:
+        await self.worker.run(Remote(replay))
+
+    async def score_samples(self, groups: Sequence[GroupRef]) -> list[GroupRef]:
+        return await self.worker.score_samples(groups)
+
+    async def score_heldout(self, num_rows: int) -> list[GroupRef]:
+        return await self.worker.score_heldout(num_rows)
+
+    async def release_heldout(self) -> None:
+        self.worker.release_heldout()
+
+    def stats(self) -> dict[str, float]:
+        return self.worker.stats()
+
+    async def close(self) -> None:
+        await self.worker.close()
+
+
+@ray.remote(num_cpus=0)
+class CorpusActor:
+    """The teacher as a writer, for the corpus stage alone."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    async def start(self, config: RunConfig, teacher_dir: str, stop_token_ids: Sequence[int]) -> None:
+        self.config = config
+        self.rows = self.tokens = 0
+        rollout = replace(config.rollout, max_num_seqs=128)
+        self.rows_per_call = rollout.max_num_seqs
+        self.generator = await build_generator(
+            teacher_dir,
+            rollout,
+            max_model_tokens=config.max_model_tokens,
+            stop_token_ids=stop_token_ids,
+            on_push="recompute",
+            lock_step=True,
+            seed=config.corpus.seed,
+        )
+
+    async def write(self, prompts_path: str, num_prompts: int, path: str) -> int:
+        """Answer the first prompts of a table into ``path``; returns the response tokens."""
+        self.rows = self.tokens = 0
+        corpus = self.config.corpus
+        prompts = PromptTable.read(
+            prompts_path, samples_per_prompt=1, max_new_tokens=corpus.max_new_tokens, seed=corpus.seed
+        )
+        table = await write_corpus(
+            prompts, num_prompts, self.generator, rows_per_call=self.rows_per_call, progress=self._progress
+        )
+        write_table(table, path)
+        return self.tokens
+
+    def _progress(self, rows: int, tokens: int) -> None:
+        self.rows, self.tokens = rows, tokens
+
+    def stats(self) -> dict[str, float]:
+        return {"corpus/num_rows": float(self.rows), "corpus/num_tokens": float(self.tokens)}
+
+    async def close(self) -> None:
+        await self.generator.close()

@@ -1,0 +1,346 @@
+"""Plain transformers behind the protocols Generator and Teacher: for machines without vLLM,
+for tiny models, and as the reference that vLLM is tested against.
+
+One thread does the model's work, so the event loop stays free. A push is taken between two
+decoding steps: requests in flight go on under the new weights, as with vLLM.
+
+Shapes: B sequences of a batch, L tokens so far (left-padded), V vocabulary, D features.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from distill.config import RolloutConfig, ScoringConfig
+from distill.hardware import resolve_dtype, usable_cores
+from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
+from distill.weights import verify
+
+_SCORING_TOKENS = 2048
+"""Padded tokens of one scoring batch."""
+
+
+@dataclass
+class _Sequence:
+    """One request while it is sampled."""
+
+    tokens: list[int]
+    num_prompt_tokens: int
+    max_new_tokens: int
+    generator: torch.Generator | None
+    """None: greedy."""
+    logprobs: list[float] = field(default_factory=list)
+    policy_versions: list[tuple[int, int]] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+
+    @property
+    def response_tokens(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+
+class TransformersGenerator:
+    """Batched sampling with a key-value cache; built by :meth:`start`.
+
+    A response depends on its own seed and prompt only, but for the rounding of batched
+    arithmetic. A push that fails may have left half a model: later calls raise its error.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        thread: ThreadPoolExecutor,
+        *,
+        stop_token_ids: Sequence[int],
+        on_push: Literal["recompute", "keep_kv"],
+        max_num_seqs: int,
+    ) -> None:
+        self._model: Any = model
+        self._thread = thread
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._on_push = on_push
+        self._max_num_seqs = max_num_seqs
+        self._version = 0
+        self._pushes: list[tuple[WeightManifest, asyncio.Future[None]]] = []
+        self._failure: WeightPushError | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        model_dir: str,
+        settings: RolloutConfig,
+        *,
+        max_model_tokens: int,
+        stop_token_ids: Sequence[int],
+        on_push: Literal["recompute", "keep_kv"] = "recompute",
+        seed: int = 0,
+        lock_step: bool = False,
+        backend: str = "shared_memory",
+    ) -> TransformersGenerator:
+        """Load a checkpoint. Takes the vLLM engine's arguments.
+
+        Unused here: ``max_model_tokens`` (no cache is set aside), ``seed`` (every request
+        has one), ``lock_step`` (requests of a call always share their steps) and
+        ``backend`` (a push is a file).
+        """
+        thread = ThreadPoolExecutor(1, thread_name_prefix="transformers-generator")
+        load = partial(_load, AutoModelForCausalLM, model_dir, settings)
+        model = await asyncio.get_running_loop().run_in_executor(thread, load)
+        return cls(
+            model, thread, stop_token_ids=stop_token_ids, on_push=on_push, max_num_seqs=settings.max_num_seqs
+        )
+
+    async def generate(self, requests: Sequence[SampleRequest]) -> list[Completion]:
+        """Sample all requests; answers in the order of the requests."""
+        sequences = [
+            _Sequence(
+                tokens=[int(token) for token in request.prompt_tokens],
+                num_prompt_tokens=len(request.prompt_tokens),
+                max_new_tokens=request.max_new_tokens,
+                generator=torch.Generator().manual_seed(request.seed & (2**63 - 1)),
+            )
+            for request in requests
+        ]
+        await self._in_thread(lambda: self._decode_all(sequences))
+        return [_completion(sequence) for sequence in sequences]
+
+    async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """The most probable continuation of each prompt, the stop token included."""
+        sequences = [
+            _Sequence([int(token) for token in prompt], len(prompt), max_new_tokens, None)
+            for prompt in prompts
+        ]
+        await self._in_thread(lambda: self._decode_all(sequences))
+        return [sequence.response_tokens for sequence in sequences]
+
+    async def update_weights(self, manifest: WeightManifest) -> None:
+        """Load a push between two decoding steps.
+
+        Raises: WeightPushError; later calls raise it too.
+        """
+        self._check_usable()
+        done = asyncio.get_running_loop().create_future()
+        self._pushes.append((manifest, done))
+        # Whoever comes first takes it: a decoding loop in the thread, or this call behind it.
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._take_pushes)
+        await done
+
+    async def policy_version(self) -> int:
+        """The version that samples now; 0 before the first push."""
+        self._check_usable()
+        return self._version
+
+    async def close(self) -> None:
+        """Free the model; nothing runs outside this process."""
+        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+        self._model = None
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise WeightPushError(str(self._failure)) from self._failure
+
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        self._check_usable()
+        await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _take_pushes(self) -> None:
+        while self._pushes:
+            manifest, done = self._pushes.pop(0)
+            try:
+                _load_push(self._model, manifest)
+                self._version = manifest.policy_version
+            except Exception as error:
+                self._failure = WeightPushError(f"push of policy version {manifest.policy_version}: {error}")
+                done.get_loop().call_soon_threadsafe(done.set_exception, self._failure)
+            else:
+                done.get_loop().call_soon_threadsafe(done.set_result, None)
+
+    def _decode_all(self, sequences: Sequence[_Sequence]) -> None:
+        for first in range(0, len(sequences), self._max_num_seqs):
+            self._decode(list(sequences[first : first + self._max_num_seqs]))
+
+    @torch.inference_mode()
+    def _decode(self, batch: list[_Sequence]) -> None:
+        """Sample until every sequence of the batch has ended."""
+        cache: DynamicCache | None = None
+        version = self._version
+        width = max(len(sequence.tokens) for sequence in batch)
+        while batch:
+            self._take_pushes()
+            self._check_usable()
+            if version != self._version and self._on_push == "recompute":
+                cache = None
+            version = self._version
+            logits, cache = self._forward(batch, width, cache)
+            for sequence, row in zip(batch, logits, strict=True):
+                _append_token(sequence, row, version, self._stop_token_ids)
+            width += 1
+            going_on = [index for index, sequence in enumerate(batch) if sequence.finish_reason is None]
+            if len(going_on) < len(batch):
+                cache.batch_select_indices(torch.tensor(going_on, dtype=torch.long))
+                batch = [batch[index] for index in going_on]
+
+    def _forward(
+        self, batch: list[_Sequence], width: int, cache: DynamicCache | None
+    ) -> tuple[torch.Tensor, DynamicCache]:
+        """Logits [B, V] of the next token; feeds all tokens without a cache, else the last one."""
+        mask = torch.zeros(len(batch), width, dtype=torch.long)
+        tokens = torch.zeros(len(batch), width, dtype=torch.long)
+        for row, sequence in enumerate(batch):
+            mask[row, width - len(sequence.tokens) :] = 1
+            tokens[row, width - len(sequence.tokens) :] = torch.tensor(sequence.tokens)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        first = 0 if cache is None else width - 1
+        cache = DynamicCache() if cache is None else cache
+        output = self._model(
+            input_ids=tokens[:, first:],
+            attention_mask=mask,
+            position_ids=positions[:, first:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float(), cache
+
+
+def _append_token(
+    sequence: _Sequence, logits: torch.Tensor, version: int, stop_token_ids: frozenset[int]
+) -> None:
+    """Sample one token from logits [V] and note what the answer needs."""
+    logprobs = logits.log_softmax(-1)
+    if sequence.generator is None:
+        token = int(logprobs.argmax())
+    else:
+        # argmax of p / e with e exponential is a sample of p.
+        noise = torch.empty_like(logprobs).exponential_(generator=sequence.generator)
+        token = int((logprobs - noise.log()).argmax())
+    if not sequence.policy_versions or sequence.policy_versions[-1][1] != version:
+        sequence.policy_versions.append((len(sequence.logprobs), version))
+    sequence.tokens.append(token)
+    sequence.logprobs.append(float(logprobs[token]))
+    if token in stop_token_ids:
+        sequence.finish_reason = "stop"
+    elif len(sequence.logprobs) == sequence.max_new_tokens:
+        sequence.finish_reason = "length"
+
+
+def _completion(sequence: _Sequence) -> Completion:
+    assert sequence.finish_reason is not None
+    return Completion(
+        response_tokens=sequence.response_tokens,
+        logprobs=sequence.logprobs,
+        policy_versions=sequence.policy_versions,
+        finish_reason=sequence.finish_reason,
+    )
+
+
+@torch.no_grad()
+def _load_push(model: Any, manifest: WeightManifest) -> None:
+    """Check a push, then copy it over the model's parameters.
+
+    Raises: WeightPushError when it is not what was announced, or not the whole model.
+    """
+    verify(manifest)
+    with safe_open(manifest.path, framework="pt") as file:
+        names = set(file.keys())
+        for name, parameter in model.named_parameters():
+            if name not in names:
+                raise WeightPushError(f"{manifest.path}: expected parameter {name}, got none of that name")
+            tensor = file.get_tensor(name)
+            if tensor.shape != parameter.shape:
+                raise WeightPushError(
+                    f"{manifest.path}: parameter {name}: expected shape {tuple(parameter.shape)}, "
+                    f"got {tuple(tensor.shape)}"
+                )
+            parameter.copy_(tensor)
+
+
+class TransformersTeacher:
+    """Scores with the model's body, without its head; built by :meth:`start`."""
+
+    def __init__(self, model: Any, thread: ThreadPoolExecutor) -> None:
+        self._model: Any = model
+        self._thread = thread
+        self.hidden_size: int = model.config.hidden_size
+
+    @classmethod
+    async def start(
+        cls, model_dir: str, settings: ScoringConfig, *, max_model_tokens: int
+    ) -> TransformersTeacher:
+        """Load the teacher. ``max_model_tokens`` is not needed here."""
+        thread = ThreadPoolExecutor(1, thread_name_prefix="transformers-teacher")
+        load = partial(_load, AutoModel, model_dir, settings)
+        return cls(await asyncio.get_running_loop().run_in_executor(thread, load), thread)
+
+    async def hidden_states(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        """Final-norm state before each response token: one uint16 array [T, D] (bf16 bits) per pair."""
+        return await self._in_thread(lambda: [_bfloat16_bits(s) for s in self._states(prompts, responses)])
+
+    async def hidden_states_float32(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        """The same states before they are rounded: float32 arrays [T, D]."""
+        return await self._in_thread(lambda: [s.float().numpy() for s in self._states(prompts, responses)])
+
+    async def close(self) -> None:
+        """Free the model; nothing runs outside this process."""
+        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+        self._model = None
+
+    @torch.inference_mode()
+    def _states(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[torch.Tensor]:
+        # The state before response token t has seen the prompt and t tokens, so the last
+        # token is never fed, and T rows begin at the prompt's last token.
+        texts = [
+            [*map(int, prompt), *map(int, response[:-1])]
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        states: list[Any] = [None] * len(texts)
+        for batch in _similar_lengths(texts):
+            width = max(len(texts[index]) for index in batch)
+            # Padded on the right: under a causal mask padding changes nothing before it.
+            tokens = torch.tensor([texts[index] + [0] * (width - len(texts[index])) for index in batch])
+            hidden = self._model(input_ids=tokens, use_cache=False).last_hidden_state
+            for row, index in enumerate(batch):
+                states[index] = hidden[row, len(prompts[index]) - 1 : len(texts[index])]
+        return states
+
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _similar_lengths(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indices in batches of similar length, each within the token budget when padded."""
+    batch: list[int] = []
+    for index in sorted(range(len(texts)), key=lambda index: len(texts[index])):
+        if batch and len(texts[index]) * (len(batch) + 1) > _SCORING_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _load(auto_class: Any, model_dir: str, settings: RolloutConfig | ScoringConfig) -> Any:
+    torch.set_num_threads(settings.num_threads or usable_cores())
+    dtype = getattr(torch, resolve_dtype(settings.dtype))
+    return auto_class.from_pretrained(model_dir, dtype=dtype).eval().requires_grad_(False)
+
+
+def _bfloat16_bits(states: torch.Tensor) -> np.ndarray:
+    """Round to nearest even; the bits as uint16."""
+    return states.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)

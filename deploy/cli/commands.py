@@ -1,0 +1,119 @@
+"""What each command does. Heavy imports are inside, so `distill --help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from distill.config import ConfigError, RunConfig
+from distill.config_load import load_config
+
+PRESETS = Path(__file__).parent.parent / "configs"
+
+DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
+
+
+def guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Run a command; a user's mistake is one line and exit code 2, without traceback."""
+    try:
+        return run(options)
+    except ConfigError as error:
+        _complain(str(error))
+        return WRONG_REQUEST
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return INTERRUPTED
+
+
+def train(options: argparse.Namespace) -> int:
+    from deploy.cluster import ActorFailed
+    from deploy.progress import Progress
+    from deploy.report import print_report
+    from deploy.train import resume
+    from deploy.train import train as run_train
+
+    if (options.config is None) == (options.resume is None):
+        raise ConfigError("train must be given a configuration or --resume RUN, one of them; see distill train --help")
+    run_dir = options.resume
+    try:
+        with Progress() as progress:
+            if options.resume is not None:
+                summary = resume(options.resume, progress)
+            else:
+                config = _load(options)
+                run_dir = config.run_dir
+                summary = run_train(config, progress)
+    except ActorFailed as error:
+        _complain(f"the run failed: {error}")
+        _complain(f"events and metrics are in {run_dir}; go on with: distill train --resume {run_dir}")
+        return FAILED
+    except KeyboardInterrupt:
+        _complain(f"interrupted; go on with: distill train --resume {run_dir}")
+        return INTERRUPTED
+    print_report(Path(run_dir), summary)
+    return DONE
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from deploy.preflight import Check, Preflight
+
+    try:
+        preflight = Preflight(_load(options))
+        checks = preflight.run()
+    except ConfigError as error:
+        message, _, remedy = str(error).partition("; ")
+        checks = [Check("configuration", "fail", message, remedy)]
+    if options.json:
+        print(json.dumps({"checks": [vars(check) for check in checks]}, indent=1))
+    else:
+        for check in checks:
+            remedy = f"; {check.remedy}" if check.remedy else ""
+            print(f"{check.status:4}  {check.name}: {check.message}{remedy}")
+    return WRONG_REQUEST if any(check.status == "fail" for check in checks) else DONE
+
+
+def report(options: argparse.Namespace) -> int:
+    from deploy.report import print_report
+    from distill.run_folder import RunFolder
+
+    folder = RunFolder(options.run_dir)
+    folder.require()
+    summary = folder.read_summary()
+    if summary is None:
+        raise ConfigError(
+            f"run_dir={folder.path} must hold summary.json, which a run writes at its end; "
+            f"go on with: distill train --resume {folder.path}"
+        )
+    print_report(folder.path, summary)
+    return DONE
+
+
+def chat(options: argparse.Namespace) -> int:
+    from deploy.chat import run_chat
+
+    return run_chat(options.model, options.prompt, options.max_new_tokens)
+
+
+def fetch_model(options: argparse.Namespace) -> int:
+    from deploy.fetch import fetch_model
+
+    fetch_model(options.name)
+    return DONE
+
+
+def fetch_data(options: argparse.Namespace) -> int:
+    from deploy.fetch import fetch_data
+
+    fetch_data(options.name)
+    return DONE
+
+
+def _load(options: argparse.Namespace) -> RunConfig:
+    return load_config(options.config, options.overrides, PRESETS)
+
+
+def _complain(message: str) -> None:
+    print(f"distill: {message}", file=sys.stderr)

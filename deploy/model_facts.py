@@ -1,0 +1,109 @@
+"""What can be known of a checkpoint without loading it: sizes, vocabulary, context, stop ids.
+
+Reads config.json, generation_config.json and the headers of the safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from distill.config import ConfigError, rule
+
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """A causal LM's checkpoint folder."""
+
+    folder: Path
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    context_tokens: int
+    num_parameters: int
+    stop_token_ids: tuple[int, ...]
+    config: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: str | Path, setting: str) -> ModelFacts:
+        """Facts of a checkpoint; ``setting`` names it in errors.
+
+        Raises: ConfigError when the folder is no Hugging Face checkpoint of safetensors.
+        """
+        folder = Path(folder)
+        config = _json(folder / "config.json", setting)
+        missing = [name for name in ("model_type", "vocab_size", "hidden_size") if name not in config]
+        if missing:
+            raise ConfigError(
+                rule(setting, folder, f"have {', '.join(missing)} in its config.json",
+                     "use a causal language model saved with save_pretrained")
+            )  # fmt: skip
+        return cls(
+            folder=folder,
+            model_type=config["model_type"],
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            context_tokens=config.get("max_position_embeddings", 1 << 30),
+            num_parameters=_num_parameters(folder, setting),
+            stop_token_ids=_stop_token_ids(folder, config, setting),
+            config=config,
+        )
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """xxh3 over what decides the ids: vocabulary, added tokens, and how a probe is split.
+
+    Padding and truncation settings, which differ between checkpoints of one family, are not in it.
+    """
+    probe = "Héllo, wörld! 12345\n\tif x != y: return 'ok'  <|im_start|> 東京 🙂"
+    facts = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "probe": tokenizer(probe, add_special_tokens=False)["input_ids"],
+    }
+    return xxhash.xxh3_64_hexdigest(json.dumps(facts, ensure_ascii=True).encode())
+
+
+def _json(path: Path, setting: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            rule(setting, path.parent, f"hold {path.name}", "give the folder of a Hugging Face checkpoint")
+        ) from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(rule(setting, path, f"be readable JSON ({error})", "save the model again")) from error
+
+
+def _num_parameters(folder: Path, setting: str) -> int:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            rule(setting, folder, "hold safetensors", "convert it with save_pretrained; pickled weights are not read")
+        )
+    return sum(_elements(path) for path in files)
+
+
+def _elements(path: Path) -> int:
+    with open(path, "rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    total = 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            start, end = tensor["data_offsets"]
+            total += (end - start) // _BYTES.get(tensor["dtype"], 1)
+    return total
+
+
+def _stop_token_ids(folder: Path, config: dict[str, Any], setting: str) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    eos = _json(path, setting).get("eos_token_id") if path.exists() else None
+    eos = config.get("eos_token_id") if eos is None else eos
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)

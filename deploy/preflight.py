@@ -1,0 +1,312 @@
+"""What is checked before any engine starts: by `distill train`, and alone by `distill doctor`.
+
+Each check finds one thing that would end a run later, when devices are already held. A check
+that cannot be made since an earlier one failed is left out. What the checks load on their way
+(tokenizers, rows, model facts) is what :mod:`deploy.prepare` goes on with.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from deploy.fetch import cache_dir, resolve_model
+from deploy.model_facts import ModelFacts, tokenizer_fingerprint
+from distill.config import ConfigError, RunConfig, rule
+from distill.data import PromptTables, build_prompts, load_rows
+from distill.hardware import resolve_dtype
+from distill.replay.draws import BatchPlan
+from distill.run_inputs import shared_memory_root
+
+Status = Literal["pass", "warn", "fail"]
+
+_PROCESS_BYTES = 450 << 20
+"""Interpreter, torch and libraries of one actor (PSS, measured)."""
+_RAY_BYTES = 700 << 20
+"""A local Ray: raylet, GCS, agents and its object store's pages in use (PSS, measured)."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one check."""
+
+    name: str
+    status: Status
+    message: str
+    remedy: str = ""
+
+
+class Preflight:
+    """The checks of one configuration, in the order of their cost."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.teacher: ModelFacts
+        self.student: ModelFacts
+        """Of the checkpoint given; for a student that is cut, the teacher's."""
+        self.tokenizer: Any
+        self.prompts: PromptTables
+        self.checks: list[Check] = []
+
+    def run(self) -> list[Check]:
+        """Make all checks; a failed one ends those that need it."""
+        stages: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+            ("configuration", self._configuration),
+            ("engines", self._engines),
+            ("teacher", self._teacher),
+            ("student", self._student),
+            ("tokenizers", self._tokenizers),
+            ("vocabulary", self._vocabulary),
+            ("data", self._data),
+            ("buffer", self._buffer),
+            ("memory", self._memory),
+            ("disk", self._disk),
+            ("ports", self._ports),
+        ]
+        for name, check in stages:
+            try:
+                self.checks += list(check())
+            except ConfigError as error:
+                message, _, remedy = str(error).partition("; ")
+                self.checks.append(Check(name, "fail", message, remedy))
+                break
+        return self.checks
+
+    def require(self) -> None:
+        """Raises: ConfigError with the first failure, as the one line the user sees."""
+        for check in self.checks:
+            if check.status == "fail":
+                raise ConfigError(f"{check.message}; {check.remedy}" if check.remedy else check.message)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"checks": [asdict(check) for check in self.checks]}
+
+    def _configuration(self) -> Iterator[Check]:
+        self.config.validate()
+        yield Check("configuration", "pass", "every rule holds")
+        recipe = self.config.recipe
+        needs = recipe.payload
+        yield Check("payload", "pass", f"recipe {recipe.name} needs the payload {needs}; the teacher actor gives hidden")
+
+    def _engines(self) -> Iterator[Check]:
+        for section in ("rollout", "scoring"):
+            engine = getattr(self.config, section).engine
+            if engine == "vllm" and importlib.util.find_spec("vllm") is None:
+                raise ConfigError(
+                    rule(f"{section}.engine", "vllm", "be installed",
+                         "install the cpu or gpu extra, or set engine=transformers")
+                )  # fmt: skip
+        yield Check(
+            "engines", "pass", f"rollout by {self.config.rollout.engine}, scoring by {self.config.scoring.engine}"
+        )
+
+    def _teacher(self) -> Iterator[Check]:
+        teacher = self.config.teacher
+        folder = resolve_model("teacher.model", teacher.model, teacher.revision, cache_dir())
+        self.teacher = ModelFacts.read(folder, "teacher.model")
+        yield self._model("teacher", self.teacher)
+        if not self.teacher.stop_token_ids:
+            raise ConfigError(
+                rule("teacher.model", folder, "name an eos_token_id in its generation_config.json",
+                     "without one no text ever ends; add it")
+            )  # fmt: skip
+        yield self._transform("teacher", self.teacher)
+
+    def _student(self) -> Iterator[Check]:
+        student = self.config.student
+        if student.model is None:
+            layers = self.teacher.config.get("num_hidden_layers", 0)
+            wanted = student.init.num_layers or 0
+            if wanted > layers:
+                raise ConfigError(
+                    rule("student.init.num_layers", wanted, f"be <= the teacher's {layers}", "keep fewer layers")
+                )
+            self.student = self.teacher
+            yield Check("student", "pass", f"{wanted} of the teacher's {layers} layers, evenly spaced")
+            return
+        folder = resolve_model("student.model", student.model, student.revision, cache_dir())
+        self.student = ModelFacts.read(folder, "student.model")
+        yield self._model("student", self.student)
+        yield self._transform("student", self.student)
+
+    def _model(self, role: str, facts: ModelFacts) -> Check:
+        if "auto_map" in facts.config and not self.config.teacher.trust_remote_code:
+            raise ConfigError(
+                rule(f"{role}.model", facts.folder, "need no code of its own (it has auto_map)",
+                     "use a built-in architecture, or set teacher.trust_remote_code=true")
+            )  # fmt: skip
+        wanted = self.config.max_model_tokens
+        if facts.context_tokens < wanted:
+            raise ConfigError(
+                rule(f"{role} context", facts.context_tokens, f"be >= the longest sequence, {wanted} tokens",
+                     "lower data.max_prompt_tokens or rollout.max_new_tokens")
+            )  # fmt: skip
+        millions = facts.num_parameters / 1e6
+        return Check(role, "pass", f"{facts.model_type}, {millions:.0f} M parameters, context {facts.context_tokens}")
+
+    def _transform(self, role: str, facts: ModelFacts) -> Check:
+        from learner.vocabulary import LogitTransform
+
+        LogitTransform.from_config(facts.config)
+        return Check(f"{role} logits", "pass", f"the logit transform of {facts.model_type} is known")
+
+    def _tokenizers(self) -> Iterator[Check]:
+        self.tokenizer = _load_tokenizer(self.teacher.folder, "teacher.model")
+        fingerprint = tokenizer_fingerprint(self.tokenizer)
+        if self.student is not self.teacher:
+            other = tokenizer_fingerprint(_load_tokenizer(self.student.folder, "student.model"))
+            if other != fingerprint:
+                raise ConfigError(
+                    rule("student tokenizer", other, f"be the teacher's ({fingerprint})",
+                         "token probabilities are compared id by id; choose a student of the teacher's family")
+                )  # fmt: skip
+        yield Check("tokenizers", "pass", f"one vocabulary, fingerprint {fingerprint}")
+
+    def _vocabulary(self) -> Iterator[Check]:
+        teacher, student, used = self.teacher.vocab_size, self.student.vocab_size, len(self.tokenizer)
+        if min(teacher, student) < used:
+            raise ConfigError(
+                rule("vocabulary", min(teacher, student), f"be >= the tokenizer's {used} ids",
+                     "the model cannot name every token; choose a matching one")
+            )  # fmt: skip
+        if teacher != student:
+            yield Check(
+                "vocabulary",
+                "warn",
+                f"padded to {teacher} (teacher) and {student} (student) rows: the first "
+                f"{min(teacher, student)} are compared, the tail is masked",
+            )
+        else:
+            yield Check("vocabulary", "pass", f"{teacher} rows, {used} of them used")
+
+    def _data(self) -> Iterator[Check]:
+        data = self.config.data
+        rows = load_rows(data, cache_dir())
+        self.prompts = build_prompts(rows, self.tokenizer, data, self.teacher.stop_token_ids)
+        train, heldout = self.prompts.train.num_rows, self.prompts.heldout.num_rows
+        recipe = self.config.recipe
+        references = self.prompts.num_references
+        if references == 0 and (self.config.sft.enabled or recipe.off_policy_text == "reference"):
+            raise ConfigError(
+                rule("data", data.path, "have references (completions) for the warm start and this recipe",
+                     "set sft.enabled=false and a recipe on teacher text, or give completions")
+            )  # fmt: skip
+        skipped = f", {self.prompts.num_skipped} too long and left out" if self.prompts.num_skipped else ""
+        template = "the teacher's chat template" if data.chat_template else "no template"
+        yield Check("data", "pass", f"{train} prompts to train on, {heldout} held out{skipped}; {template}")
+
+    def _buffer(self) -> Iterator[Check]:
+        config = self.config
+        need = self._window_bytes()
+        if need > config.replay.max_bytes:
+            raise ConfigError(
+                rule("replay.max_bytes", config.replay.max_bytes,
+                     f"be >= the groups of {config.replay.max_policy_age + 2} updates, {need} bytes",
+                     "otherwise the learner waits for rows that do not fit; raise it or use smaller batches")
+            )  # fmt: skip
+        yield Check("buffer", "pass", f"{need >> 20} MiB of at most {config.replay.max_bytes >> 20} MiB in use")
+
+    def _window_bytes(self) -> int:
+        """Bytes of the rows of all updates in flight, every response at its limit."""
+        config = self.config
+        plan = BatchPlan.of(config)
+        updates = min(config.replay.max_policy_age + 2, config.learner.num_updates)
+        response = max(config.rollout.max_new_tokens, config.corpus.max_new_tokens)
+        row = response * (2 * self.teacher.hidden_size + 16) + 4 * config.data.max_prompt_tokens + 512
+        students = plan.student_through(updates) * config.rollout.samples_per_prompt
+        return (students + plan.text_through(updates)) * row
+
+    def _memory(self) -> Iterator[Check]:
+        need = sum(self.memory_estimate().values())
+        available = psutil.virtual_memory().available
+        parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in self.memory_estimate().items())
+        message = f"about {need / 2**30:.1f} GiB of {available / 2**30:.1f} GiB available ({parts})"
+        if need > available:
+            yield Check("memory", "warn", message,
+                        "lower kv_cache_gib, learner.micro_batch_tokens or learner.vocabulary_chunk")  # fmt: skip
+        else:
+            yield Check("memory", "pass", message)
+
+    def memory_estimate(self) -> dict[str, int]:
+        """Bytes per role on one CPU node, all at their peak."""
+        config = self.config
+        rollout_bytes = 2 if resolve_dtype(config.rollout.dtype, "cpu") == "bfloat16" else 4
+        scoring_bytes = 2 if resolve_dtype(config.scoring.dtype, "cpu") == "bfloat16" else 4
+        student = self._student_parameters()
+        vocabulary_rows = config.learner.vocabulary_chunk * self.teacher.vocab_size * 4
+        # Weights, gradient and two moments in float32; about twelve full-vocabulary tensors of a
+        # chunk; activations of a micro-batch at about forty numbers of width D per layer.
+        layers = config.student.init.num_layers or self.student.config.get("num_hidden_layers", 0)
+        activations = config.learner.micro_batch_tokens * self.student.hidden_size * 40 * layers * 4
+        learner = student * 16 + 12 * vocabulary_rows + activations + 4 * self.teacher.vocab_size * self.teacher.hidden_size
+        teacher = self.teacher.num_parameters * scoring_bytes + int(config.scoring.kv_cache_gib * 2**30)
+        estimate = {"teacher": teacher + _PROCESS_BYTES, "learner": learner + _PROCESS_BYTES, "ray": _RAY_BYTES}
+        if config.recipe.uses_student_text:
+            rollout = student * rollout_bytes + int(config.rollout.kv_cache_gib * 2**30)
+            estimate["rollout"] = rollout + 2 * _PROCESS_BYTES
+        return estimate
+
+    def _student_parameters(self) -> int:
+        if self.config.student.model is not None:
+            return self.student.num_parameters
+        embedding = self.teacher.vocab_size * self.teacher.hidden_size
+        if not self.teacher.config.get("tie_word_embeddings", False):
+            embedding *= 2
+        layers = self.teacher.config.get("num_hidden_layers", 1)
+        share = (self.config.student.init.num_layers or layers) / layers
+        return embedding + int(share * (self.teacher.num_parameters - embedding))
+
+    def _disk(self) -> Iterator[Check]:
+        config = self.config
+        run_dir = Path(config.run_dir).absolute()
+        place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+        if not os.access(place, os.W_OK):
+            raise ConfigError(rule("run_dir", run_dir, f"be writable ({place} is not)", "choose another run_dir"))
+        student = self._student_parameters()
+        # A checkpoint is weights and two moments; one more is written before the oldest goes.
+        need = student * 12 * (config.checkpoint.keep + 1) + student * 4 * 4
+        free = shutil.disk_usage(place).free
+        if free < need:
+            raise ConfigError(
+                rule("free disk", f"{free >> 20} MiB", f"be >= {need >> 20} MiB at {place}",
+                     "lower checkpoint.keep or choose another run_dir")
+            )  # fmt: skip
+        shm = shared_memory_root()
+        wanted = min(config.replay.memory_bytes, self._window_bytes()) + 2 * 4 * student
+        if (left := shutil.disk_usage(shm).free) < wanted:
+            raise ConfigError(
+                rule("free shared memory", f"{left >> 20} MiB", f"be >= {wanted >> 20} MiB at {shm}",
+                     "lower replay.memory_bytes, or give the container a larger /dev/shm")
+            )  # fmt: skip
+        yield Check("disk", "pass", f"{need >> 20} MiB of {free >> 20} MiB free; {wanted >> 20} MiB of shared memory")
+
+    def _ports(self) -> Iterator[Check]:
+        if self.config.cluster.address is not None:
+            yield Check("ports", "pass", f"Ray at {self.config.cluster.address}")
+            return
+        try:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+        except OSError as error:
+            raise ConfigError(
+                rule("loopback", "127.0.0.1", f"have a free port ({error})", "local Ray listens on loopback only")
+            ) from error
+        yield Check("ports", "pass", "a local Ray on free loopback ports")
+
+
+def _load_tokenizer(folder: Path, setting: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(rule(setting, folder, f"hold a tokenizer ({first})", "save one beside the model")) from error

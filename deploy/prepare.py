@@ -1,0 +1,106 @@
+"""Everything a run needs on disk before its actors start: prompt tables and a student.
+
+Prompt tables lie in ``<run>/data``; they are small and made anew when they are missing. The
+teacher's corpora and models lie in the cache, by fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from deploy.fetch import cache_dir
+from deploy.preflight import Preflight
+from distill.config import RunConfig
+from distill.data import corpus_table, heldout_rows, reference_corpus, training_rows, write_table
+from distill.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Paths and counts that the stages go on with."""
+
+    teacher_dir: Path
+    student_init: Path
+    """The student before the warm start."""
+    train_prompts: Path
+    heldout_prompts: Path
+    references: Path | None
+    """References of the training prompts as a corpus; None when the data has none."""
+    num_prompts: int
+    stop_token_ids: tuple[int, ...]
+    teacher_corpus: Path
+    """Where the teacher's text on the training prompts is, or is to be written."""
+    heldout_corpus: Path
+    num_corpus_prompts: int
+    """Training prompts that the teacher answers; 0 when the recipe does not use its text."""
+
+
+def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Prepared:
+    """Write the tables; cut the student when it is to be cut."""
+    data = folder.path / "data"
+    paths = {name: data / f"{name}.parquet" for name in ("train", "heldout", "references")}
+    table = preflight.prompts
+    train, heldout = training_rows(table), heldout_rows(table)
+    if not paths["train"].exists():
+        write_table(train, paths["train"])
+        write_table(heldout, paths["heldout"])
+        if preflight.num_references:
+            write_table(corpus_table(reference_corpus(table)), paths["references"])
+    teacher_dir = preflight.teacher.folder
+    num_corpus = 0
+    if config.recipe.off_policy_text == "teacher":
+        num_corpus = min(config.corpus.num_prompts or train.num_rows, train.num_rows)
+    identity = {
+        "teacher": _fingerprint_of(teacher_dir),
+        "max_new_tokens": config.corpus.max_new_tokens,
+        "seed": config.corpus.seed,
+        "stop": preflight.teacher.stop_token_ids,
+    }
+    corpora = cache_dir() / "corpora"
+    return Prepared(
+        teacher_dir=teacher_dir,
+        student_init=_student(config, preflight, folder),
+        train_prompts=paths["train"],
+        heldout_prompts=paths["heldout"],
+        references=paths["references"] if preflight.num_references else None,
+        num_prompts=train.num_rows,
+        stop_token_ids=preflight.teacher.stop_token_ids,
+        teacher_corpus=corpora / f"{_hash(identity, train, num_corpus)}.parquet",
+        heldout_corpus=corpora / f"{_hash(identity, heldout, config.evaluation.num_prompts)}.parquet",
+        num_corpus_prompts=num_corpus,
+    )
+
+
+def _student(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Path:
+    if config.student.init.source is None:
+        return preflight.student.folder
+    from learner.cut import cut_student
+
+    cut = folder.path / "student-init"
+    if not cut.exists():
+        cut_student(preflight.teacher.folder, cut, config.student.init.num_layers or 0)
+    return cut
+
+
+def _hash(identity: dict[str, object], prompts: object, num_prompts: int) -> str:
+    """Name of a corpus: teacher, sampling, and the very prompts that are answered."""
+    tokens = prompts["prompt_tokens"].slice(0, num_prompts).to_pylist()  # type: ignore[index]
+    text = json.dumps([identity, tokens], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _fingerprint_of(model: Path) -> str:
+    """A checkpoint by its weights: sizes and the first and last mebibyte of every file."""
+    state = xxhash.xxh3_64()
+    for path in sorted(model.glob("*.safetensors")):
+        size = path.stat().st_size
+        state.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            state.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            state.update(file.read(1 << 20))
+    return state.hexdigest()

@@ -1,0 +1,73 @@
+"""The live line of a long command: one line that changes on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.status import Status
+
+_PLAIN_INTERVAL_S = 15.0
+"""Without a terminal: seconds between lines of the same stage."""
+
+
+class Progress:
+    """What the user sees while a run goes on."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._status: Status | None = None
+        self._last_plain = 0.0
+        self._last_text = ""
+        self._start = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal:
+            self._status = self.console.status("starting", spinner="line")
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(f"[{_clock(time.monotonic() - self._start)}] {text}", markup=False)
+
+    def show(self, text: str, *, force: bool = False) -> None:
+        """The line of this moment."""
+        if self._status is not None:
+            self._status.update(text.replace("[", r"\["))
+            return
+        now = time.monotonic()
+        due = force or now - self._last_plain >= _PLAIN_INTERVAL_S
+        if due and text != self._last_text:
+            self.say(text)
+            self._last_plain = now
+            self._last_text = text
+
+
+def training_line(facts: dict[str, object], rates: dict[str, float]) -> str:
+    """``update 7/20 | rollout 310 tok/s | ... | age 0 | ETA 6:10`` from the learner's facts."""
+    parts = [f"update {facts.get('update', 0)}/{facts.get('num_updates', '?')}"]
+    parts += [f"{stage} {rate:.0f} tok/s" for stage, rate in rates.items()]
+    parts.append(f"policy age {facts.get('policy_age', 0)}")
+    if (limit := facts.get("limiting_stage")) is not None:
+        parts.append(f"limit: {limit}")
+    eta = facts.get("eta_s")
+    parts.append(f"ETA {_clock(float(eta))}" if isinstance(eta, int | float) else "ETA -")
+    if facts.get("activity") not in (None, "training"):
+        parts.append(str(facts["activity"]))
+    return " | ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,291 @@
+"""`distill train`: all stages of a run that are not done yet, in one cluster.
+
+    prepare -> warm start -> teacher corpus -> distillation (with evaluation) -> summary
+
+Each stage leaves a file or folder that says it is done, so a run that was ended goes on where
+it stopped. The driver holds no rows and no model: it starts actors, waits and shows.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deploy.cluster import Cluster
+from deploy.memory import MemorySampler
+from deploy.preflight import Preflight
+from deploy.prepare import Prepared, prepare
+from deploy.progress import Progress, training_line
+from deploy.rates import Rates
+from distill.config import ConfigError, RunConfig, rule
+from distill.config_load import fingerprint, load_config, to_yaml
+from distill.data import read_table, write_table
+from distill.evaluation import load_evaluation
+from distill.hardware import usable_cores
+from distill.metrics import EventLog
+from distill.run_folder import RunFolder, write_json
+from distill.run_inputs import RunInputs
+from distill.schema import trajectory_schema
+
+NODE = "local"
+
+
+def train(config: RunConfig, progress: Progress) -> dict[str, Any]:
+    """Run, or go on with, the run of ``config.run_dir``; returns its summary.
+
+    Raises: ConfigError before anything starts; ActorFailed when a stage fails.
+    """
+    folder = RunFolder(config.run_dir)
+    if (summary := _finished(folder, config)) is not None:
+        progress.say(f"{folder.path} is finished ({summary['updates']} updates); nothing to do")
+        return summary
+    preflight = Preflight(config)
+    for check in preflight.run():
+        if check.status != "pass":
+            progress.say(f"{check.status}: {check.message}")
+    preflight.require()
+    with folder:
+        resumes = folder.create(to_yaml(config), fingerprint(config))
+        progress.say(f"{'going on with' if resumes else 'new run'} {folder.path}")
+        run = Run(config, folder, prepare(config, preflight, folder), progress)
+        return run.run()
+
+
+def resume(run_dir: str, progress: Progress) -> dict[str, Any]:
+    """Go on with the run of a folder, by its own config.yaml.
+
+    Raises: ConfigError when no run is there.
+    """
+    folder = RunFolder(run_dir)
+    folder.require()
+    config = load_config(folder.config, [f"run_dir={folder.path}"])
+    return train(config, progress)
+
+
+def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
+    """The summary of a run of this very configuration that has ended."""
+    if not folder.exists or folder.fingerprint != fingerprint(config):
+        return None
+    return folder.read_summary()
+
+
+class Run:
+    """The stages of one run."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, prepared: Prepared, progress: Progress) -> None:
+        self.config = config
+        self.folder = folder
+        self.prepared = prepared
+        self.progress = progress
+        self.events = EventLog(folder.path)
+        self.timing_s: dict[str, float] = {}
+        self.tokens: dict[str, float] = {}
+        self.start = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        self.events.write("started", incarnation=self.folder.incarnation)
+        cluster = Cluster(self.config.cluster, self.folder.run_id)
+        with self._timed("start_ray"):
+            cluster.__enter__()
+        self.memory = MemorySampler({"driver": os.getpid()}).start()
+        try:
+            self.cluster = cluster
+            learner = self._actor("learner", *_learner_actor(), self.config)
+            student_dir = self._warm_start(learner)
+            self._write_corpora()
+            result = self._distil(learner, self._inputs(student_dir))
+        except BaseException as error:
+            cluster.__exit__(type(error), error, error.__traceback__)
+            self.memory.stop()
+            raise
+        peak = self.memory.stop()
+        cluster.__exit__(None, None, None)
+        summary = self._summary(result, peak)
+        self.folder.write_summary(summary)
+        self.events.write("finished", updates=summary["updates"])
+        return summary
+
+    # Stages
+
+    def _warm_start(self, learner: Any) -> Path:
+        """The student that distillation starts from."""
+        if not self.config.sft.enabled:
+            return self.prepared.student_init
+        out = self.folder.path / "sft"
+        if out.exists():
+            return out
+        assert self.prepared.references is not None
+        updates = self.config.sft.num_updates
+        with self._timed("sft"):
+            work = learner.warm_start.remote(
+                str(self.prepared.student_init), str(self.prepared.references), str(out)
+            )
+
+            def tick() -> None:
+                facts = self.cluster.poll(learner.facts.remote()) or {}
+                loss = facts.get("sft_loss")
+                shown = f", loss {loss:.3f}" if loss is not None else ""
+                self.progress.show(f"warm start: update {facts.get('sft_update', 0)}/{updates}{shown}")
+
+            totals = self.cluster.wait({"learner": work}, tick=tick)["learner"]
+        self.tokens["sft"] = totals["num_tokens"]
+        self.progress.say(
+            f"warm start done: {updates} updates, loss {totals['loss']:.3f}, {self.timing_s['sft']:.0f} s"
+        )
+        return out
+
+    def _write_corpora(self) -> None:
+        """The teacher's text, where the cache has none of this fingerprint."""
+        prepared = self.prepared
+        wanted = [
+            (prepared.heldout_prompts, self.config.evaluation.num_prompts, prepared.heldout_corpus),
+            (prepared.train_prompts, prepared.num_corpus_prompts, prepared.teacher_corpus),
+        ]
+        missing = [work for work in wanted if work[1] and not work[2].exists()]
+        if not missing:
+            self.progress.say("teacher corpus: in the cache")
+            return
+        from actors.ray_actors import CorpusActor
+
+        with self._timed("corpus"):
+            writer = self._actor("corpus", CorpusActor, self.config.rollout.num_threads)
+            self._ready(
+                {
+                    "corpus": writer.start.remote(
+                        self.config, str(prepared.teacher_dir), prepared.stop_token_ids
+                    )
+                }
+            )
+            total = sum(num_prompts for _, num_prompts, _ in missing)
+            written = tokens = 0.0
+            for prompts, num_prompts, path in missing:
+
+                def tick(before: float = written) -> None:
+                    rows = (self.cluster.poll(writer.stats.remote()) or {}).get("corpus/num_rows", 0.0)
+                    self.progress.show(f"teacher corpus: {before + rows:.0f}/{total} texts")
+
+                work = writer.write.remote(str(prompts), num_prompts, str(path))
+                tokens += self.cluster.wait({"corpus": work}, tick=tick)["corpus"]
+                written += num_prompts
+            self.cluster.end_actor("corpus")
+        self.tokens["corpus"] = tokens
+        self.progress.say(
+            f"teacher corpus written: {total} texts, {tokens:.0f} tokens, {self.timing_s['corpus']:.0f} s"
+        )
+
+    def _inputs(self, student_dir: Path) -> RunInputs:
+        prepared = self.prepared
+        text = {"teacher": prepared.teacher_corpus, "reference": prepared.references, "none": None}[
+            self.config.recipe.off_policy_text
+        ]
+        if text is None:
+            text = self.folder.path / "data" / "no-text.parquet"
+            write_table(trajectory_schema().empty_table(), text)
+        return RunInputs(
+            run_dir=str(self.folder.path),
+            run_id=self.folder.run_id,
+            node=NODE,
+            teacher_dir=str(prepared.teacher_dir),
+            student_dir=str(student_dir),
+            train_prompts=str(prepared.train_prompts),
+            heldout_prompts=str(prepared.heldout_prompts),
+            text_corpus=str(text),
+            heldout_corpus=str(prepared.heldout_corpus),
+            stop_token_ids=prepared.stop_token_ids,
+        )
+
+    def _distil(self, learner: Any, inputs: RunInputs) -> dict[str, Any]:
+        from actors.ray_actors import ReplayActor, RolloutActor, TeacherActor
+
+        config = self.config
+        with self._timed("start_engines"):
+            self.progress.show("starting engines", force=True)
+            num_text_rows = read_table(inputs.text_corpus).num_rows
+            replay = self._actor("replay", ReplayActor, 1, config, self.prepared.num_prompts, num_text_rows)
+            rollout = self._actor(_sampler_name(config), RolloutActor, config.rollout.num_threads)
+            teacher = self._actor("teacher", TeacherActor, config.scoring.num_threads)
+            ready = self._ready(
+                {
+                    _sampler_name(config): rollout.start.remote(config, inputs, "rollout-0"),
+                    "teacher": teacher.start.remote(config, inputs, "teacher-0"),
+                    "learner": learner.load.remote(inputs),
+                }
+            )
+            if (state := ready["learner"]) is not None:
+                self._ready({"replay": replay.load_state.remote(state["ledger"])})
+                self.progress.say(f"resumed from the checkpoint after update {state['updates_done']}")
+        loops = {"teacher": teacher.run.remote(replay)}
+        if config.recipe.uses_student_text:
+            loops["rollout"] = rollout.run.remote(replay)
+        loops["learner"] = learner.train.remote(replay, rollout, teacher)
+        rates = Rates()
+
+        def tick() -> None:
+            facts = self.cluster.poll(learner.facts.remote())
+            if facts:
+                rates.observe(facts)
+                self.progress.show(training_line(facts | rates.outlook(), rates.tokens_per_s()))
+
+        result = self.cluster.wait(loops, tick=tick)["learner"]
+        for name, seconds in result["timing_s"].items():
+            self.timing_s[name] = seconds
+        self.tokens["learner"] = result["num_tokens"]
+        stats = self._ready({"teacher": teacher.stats.remote(), _sampler_name(config): rollout.stats.remote()})
+        self.tokens["teacher"] = stats["teacher"]["teacher/num_tokens"]
+        self.tokens["rollout"] = stats[_sampler_name(config)]["rollout/num_tokens"]
+        self.timing_s["rollout_busy"] = stats[_sampler_name(config)]["timing/rollout_busy_s"]
+        self.timing_s["teacher_busy"] = stats["teacher"]["timing/teacher_busy_s"]
+        return result
+
+    # Parts
+
+    def _actor(self, name: str, actor_class: Any, num_threads: int | None, *args: object) -> Any:
+        handle = self.cluster.start_actor(
+            name, actor_class, *args, num_threads=num_threads or usable_cores()
+        )
+        self.memory.add(name, self.cluster.pids[name])
+        return handle
+
+    def _ready(self, work: dict[str, Any]) -> dict[str, Any]:
+        return self.cluster.wait(work, timeout_s=self.config.cluster.start_timeout_s)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        self.events.write("stage_started", stage=stage)
+        yield
+        self.timing_s[stage] = time.monotonic() - start
+        self.events.write("stage_finished", stage=stage, seconds=self.timing_s[stage])
+
+    def _summary(self, result: dict[str, Any], peak: dict[str, int]) -> dict[str, Any]:
+        before, after = (load_evaluation(self.folder.evaluation(label)) for label in ("before", "after"))
+        wall = time.monotonic() - self.start
+        return {
+            "updates": result["updates"],
+            "policy_version": result["policy_version"],
+            "recipe": self.config.recipe.name,
+            "engine": self.config.rollout.engine,
+            "before": before.to_dict(),
+            "after": after.to_dict(),
+            "best": self.folder.read_best(),
+            "timing_s": {name: round(seconds, 2) for name, seconds in self.timing_s.items()},
+            "tokens": {name: int(count) for name, count in self.tokens.items()},
+            "peak_pss_bytes": peak,
+            "wall_s": round(wall, 2),
+            "incarnations": self.folder.incarnation,
+        }
+
+
+def _learner_actor() -> tuple[Any, None]:
+    from learner.ray_actor import LearnerActor
+
+    return LearnerActor, None
+
+
+def _sampler_name(config: RunConfig) -> str:
+    """An actor that samples for evaluations alone is not called a rollout actor."""
+    return "rollout" if config.recipe.uses_student_text else "sampler"

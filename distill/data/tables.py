@@ -1,0 +1,189 @@
+"""Table rows as what the loops ask for: requests, trajectory rows; and the tables on disk."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from distill.config import ConfigError
+from distill.data.prompts import training_rows
+from distill.interfaces import Completion, Draw, SampleRequest
+from distill.schema import SchemaError, Trajectory, trajectory_batch, trajectory_schema, validate
+
+
+class PromptTable:
+    """The prompt table as :class:`distill.interfaces.Prompts`."""
+
+    def __init__(self, table: pa.Table, *, samples_per_prompt: int, max_new_tokens: int, seed: int) -> None:
+        self._prompts = table["prompt_tokens"].combine_chunks()
+        self._samples_per_prompt = samples_per_prompt
+        self._max_new_tokens = max_new_tokens
+        self._seed = seed
+
+    @classmethod
+    def read(cls, path: str | Path, *, samples_per_prompt: int, max_new_tokens: int, seed: int) -> Self:
+        """From the Parquet file of a prompt table."""
+        table = read_table(path)
+        return cls(table, samples_per_prompt=samples_per_prompt, max_new_tokens=max_new_tokens, seed=seed)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._prompts)
+
+    def requests(self, draws: Sequence[Draw]) -> list[SampleRequest]:
+        """``samples_per_prompt`` requests per draw, in draw order, seeded by (run, draw, sample)."""
+        return [
+            SampleRequest(
+                prompt_tokens=prompt_tokens,
+                max_new_tokens=self._max_new_tokens,
+                seed=sample_seed(self._seed, draw.draw_id, sample),
+            )
+            for draw in draws
+            for prompt_tokens in [self._prompts[draw.index].as_py()]
+            for sample in range(self._samples_per_prompt)
+        ]
+
+    def groups(self, draws: Sequence[Draw], completions: Sequence[Completion]) -> list[pa.RecordBatch]:
+        """One validated batch per draw from the answers to :meth:`requests`.
+
+        Raises: ValueError when there are not ``samples_per_prompt`` completions per draw.
+        """
+        if len(completions) != len(draws) * self._samples_per_prompt:
+            raise ValueError(
+                f"{len(draws)} draws need {len(draws) * self._samples_per_prompt} completions, got {len(completions)}"
+            )
+        now = datetime.now(UTC)
+        answers = iter(completions)
+        return [
+            trajectory_batch(
+                [
+                    Trajectory(
+                        draw_id=draw.draw_id,
+                        source="student",
+                        prompt_index=draw.index,
+                        sample_index=sample,
+                        prompt_tokens=self._prompts[draw.index].values.to_numpy(),
+                        response_tokens=completion.response_tokens,
+                        behavior_logprobs=completion.logprobs,
+                        policy_versions=completion.policy_versions,
+                        finish_reason=completion.finish_reason,
+                        generated_at=now,
+                    )
+                    for sample, completion in enumerate(itertools.islice(answers, self._samples_per_prompt))
+                ]
+            )
+            for draw in draws
+        ]
+
+
+def sample_seed(run_seed: int, draw_id: str, sample: int) -> int:
+    """The seed of one response: the same on every machine, in 31 bits as engines want it."""
+    return xxhash.xxh3_64_intdigest(f"{run_seed}/{draw_id}/{sample}".encode()) & 0x7FFFFFFF
+
+
+class TextCorpus:
+    """A table of trajectory rows as :class:`distill.interfaces.Corpus`."""
+
+    def __init__(self, table: pa.Table) -> None:
+        """Raises: SchemaError when the rows are not trajectory rows without payload."""
+        batches = table.combine_chunks().to_batches()
+        self._rows = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+        _validate_corpus(self._rows)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """From the Parquet file of a corpus."""
+        return cls(read_table(path))
+
+    @property
+    def num_rows(self) -> int:
+        return self._rows.num_rows
+
+    def rows(self, draws: Sequence[Draw]) -> list[pa.RecordBatch]:
+        """One batch of one row per draw: a group of its own, so its sample number is 0."""
+        return [self._row(draw) for draw in draws]
+
+    def _row(self, draw: Draw) -> pa.RecordBatch:
+        row = self._rows.take(pa.array([draw.index]))  # a copy: a slice would drag the corpus along
+        filled = {
+            "trajectory_id": pa.array([f"{draw.draw_id}/0"]),
+            "draw_id": pa.array([draw.draw_id]),
+            "group_id": pa.array([draw.draw_id]),
+            "sample_index": pa.array([0], pa.int32()),
+        }
+        arrays = [filled.get(name, row.column(name)) for name in row.schema.names]
+        return pa.RecordBatch.from_arrays(arrays, schema=row.schema)
+
+
+def reference_corpus(table: pa.Table) -> list[Trajectory]:
+    """The references of the training rows of a prompt table as trajectory rows, in table order.
+
+    Raises: ConfigError when there is none.
+    """
+    rows = [
+        Trajectory(
+            draw_id=f"reference-{index}",
+            source="reference",
+            prompt_index=index,
+            sample_index=0,
+            prompt_tokens=row["prompt_tokens"],
+            response_tokens=row["reference_tokens"],
+            loss_mask=row["reference_mask"],
+        )
+        for index, row in enumerate(_rows_of(training_rows(table)))
+        if row["reference_tokens"] is not None
+    ]
+    if not rows:
+        raise ConfigError(
+            "data.path must have references for this recipe or for sft.enabled=true, has none; "
+            "add completions, or choose recipe.off_policy_text=teacher and sft.enabled=false"
+        )
+    return rows
+
+
+def corpus_table(rows: Sequence[Trajectory]) -> pa.Table:
+    """Trajectory rows as the table that :class:`TextCorpus` reads."""
+    return pa.Table.from_batches([trajectory_batch(rows)])
+
+
+def _rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
+    wanted = table.select(["prompt_tokens", "reference_tokens", "reference_mask"])
+    for batch in wanted.to_batches(max_chunksize=1024):
+        yield from batch.to_pylist()
+
+
+def _validate_corpus(batch: pa.RecordBatch) -> None:
+    validate(batch)
+    extra = set(batch.schema.names) - set(trajectory_schema().names)
+    if extra:
+        raise SchemaError(f"column {min(extra)}: expected no payload in a text corpus, got one")
+
+
+# Parquet
+
+
+def write_table(table: pa.Table, path: str | Path) -> None:
+    """Write Parquet so that ``path`` is always absent, the old file, or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pq.write_table(table, temporary, use_compliant_nested_type=False)  # lists read back as written
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_table(path: str | Path) -> pa.Table:
+    """A table that :func:`write_table` wrote, schema metadata included."""
+    return pq.read_table(path)

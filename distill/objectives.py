@@ -1,0 +1,211 @@
+"""Divergences, moment gaps and critic losses, one value per state.
+
+Called by ``learner.update`` (with gradients) and by the evaluation (without). Nothing here
+knows of configs, modules or processes: tensors and plain numbers in, ``[N]`` out, so that
+mask and denominator stay with the caller and a sum over micro-batches is the full batch.
+
+Legend: N states, V vocabulary. p = π(·|s) the policy (the student, trained), q = π*(·|s) the
+teacher (fixed), m = (p + q)/2, f(s, ·) a critic's values. Policy first, teacher second, always;
+both are log-probabilities in nats over the same V tokens.
+
+Every function takes ``policy_probs`` and ``teacher_probs``, the exponentials of its first two
+arguments, when the caller has them: at V = 49,152 an exponential costs as much as four
+products. A masked token (log-probability -inf) has probability 0 and counts 0, in the value
+and in the gradient; a token that only the policy masks costs the teacher's mass times
+``-LOG_FLOOR`` nats instead of infinity.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+LOG_FLOOR = -1e4
+"""Stands in for log 0 where it is multiplied by a probability, so that 0 · log 0 = 0."""
+
+_TINY = 1e-37
+"""Least float32 denominator: 0/0 becomes 0 and no other quotient changes visibly."""
+
+
+def total_variation(
+    policy_logprobs: Float[Tensor, "N V"],
+    teacher_logprobs: Float[Tensor, "N V"],
+    *,
+    policy_probs: Float[Tensor, "N V"] | None = None,
+    teacher_probs: Float[Tensor, "N V"] | None = None,
+) -> Float[Tensor, " N"]:
+    """TV = ½ Σ_a |p(a) − q(a)|; 2B·TV is the supremum of the moment gap over |f| <= B."""
+    return 0.5 * _difference(policy_logprobs, teacher_logprobs, policy_probs, teacher_probs).abs().sum(-1)
+
+
+def forward_kl(
+    policy_logprobs: Float[Tensor, "N V"],
+    teacher_logprobs: Float[Tensor, "N V"],
+    *,
+    teacher_probs: Float[Tensor, "N V"] | None = None,
+) -> Float[Tensor, " N"]:
+    """KL(teacher || policy) = Σ_a q(a) (log q(a) − log p(a)). Witness: w = ρ = q/p."""
+    teacher_probs = _probs(teacher_logprobs, teacher_probs)
+    return _dot(teacher_probs, _finite(teacher_logprobs) - _finite(policy_logprobs))
+
+
+def reverse_kl(
+    policy_logprobs: Float[Tensor, "N V"],
+    teacher_logprobs: Float[Tensor, "N V"],
+    *,
+    policy_probs: Float[Tensor, "N V"] | None = None,
+) -> Float[Tensor, " N"]:
+    """KL(policy || teacher) = Σ_a p(a) (log p(a) − log q(a)). Witness: w = log ρ."""
+    policy_probs = _probs(policy_logprobs, policy_probs)
+    return _dot(policy_probs, _finite(policy_logprobs) - _finite(teacher_logprobs))
+
+
+def generalized_jsd(
+    policy_logprobs: Float[Tensor, "N V"],
+    teacher_logprobs: Float[Tensor, "N V"],
+    beta: float,
+    *,
+    policy_probs: Float[Tensor, "N V"] | None = None,
+    teacher_probs: Float[Tensor, "N V"] | None = None,
+) -> Float[Tensor, " N"]:
+    """JSD_b = b KL(q || m_b) + (1−b) KL(p || m_b), m_b = b q + (1−b) p, 0 < b < 1.
+
+    Agarwal et al., "On-Policy Distillation of Language Models" (GKD, 2023), eq. 1, with
+    P = teacher and Q = policy; also what TRL's GKD trainer computes. JSD_b / b → KL(q || p)
+    as b → 0 and JSD_b / (1−b) → KL(p || q) as b → 1; the value itself vanishes at both ends,
+    where TRL returns those limits instead, so the ends are refused here.
+
+    Raises: ValueError when beta is not inside (0, 1).
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta={beta} must lie in (0, 1); use forward_kl or reverse_kl for the two limits")
+    policy_probs = _probs(policy_logprobs, policy_probs)
+    teacher_probs = _probs(teacher_logprobs, teacher_probs)
+    mixture_logprobs = torch.lerp(policy_probs, teacher_probs, beta).clamp_min(_TINY).log()
+    teacher_term = _dot(teacher_probs, _finite(teacher_logprobs) - mixture_logprobs)
+    policy_term = _dot(policy_probs, _finite(policy_logprobs) - mixture_logprobs)
+    return beta * teacher_term + (1 - beta) * policy_term
+
+
+def entropy(
+    policy_logprobs: Float[Tensor, "N V"], *, policy_probs: Float[Tensor, "N V"] | None = None
+) -> Float[Tensor, " N"]:
+    """H(p) = −Σ_a p(a) log p(a)."""
+    return -_dot(_probs(policy_logprobs, policy_probs), _finite(policy_logprobs))
+
+
+def cross_entropy(policy_logprobs: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """−log p(y) of the token that the text has."""
+    return -policy_logprobs.gather(-1, targets[:, None]).squeeze(-1)
+
+
+def moment_gap(
+    policy_logprobs: Float[Tensor, "N V"],
+    teacher_logprobs: Float[Tensor, "N V"],
+    f: Float[Tensor, "N V"],
+    *,
+    policy_probs: Float[Tensor, "N V"] | None = None,
+    teacher_probs: Float[Tensor, "N V"] | None = None,
+) -> Float[Tensor, " N"]:
+    """g_f = Σ_a (q(a) − p(a)) f(a), exact over the vocabulary.
+
+    As the student's loss f is detached by the caller; the gradient in the policy's logits is
+    then −p(a) (f(a) − E_p f), and the value is 0 at p = q for any f.
+    """
+    return _dot(_difference(policy_logprobs, teacher_logprobs, policy_probs, teacher_probs), f)
+
+
+def critic_loss(
+    policy_logprobs: Float[Tensor, "N V"],
+    teacher_logprobs: Float[Tensor, "N V"],
+    f: Float[Tensor, "N V"],
+    variance_penalty: float,
+    *,
+    policy_probs: Float[Tensor, "N V"] | None = None,
+    teacher_probs: Float[Tensor, "N V"] | None = None,
+) -> Float[Tensor, " N"]:
+    """−g_f + (λ/2) Var_m f: what a critic minimises. Gradient in f: −(q−p) + λ m (f − E_m f).
+
+    Both policies are detached by the caller. The negative of it, with f detached instead, is
+    the student's loss of the zero-sum game.
+    """
+    policy_probs = _probs(policy_logprobs, policy_probs)
+    teacher_probs = _probs(teacher_logprobs, teacher_probs)
+    mean_probs = (policy_probs + teacher_probs) * 0.5
+    # Both terms ignore a constant in f, so f is centred once. The centre needs no gradient:
+    # the variance is stationary in it, Σ_a m(a) (f(a) − E_m f) = 0.
+    centred = f - _dot(mean_probs, f).detach()[:, None]
+    variance = _dot(mean_probs, centred.square())
+    return 0.5 * variance_penalty * variance - _dot(teacher_probs - policy_probs, centred)
+
+
+def closed_form_critic(
+    policy_logprobs: Float[Tensor, "N V"],
+    teacher_logprobs: Float[Tensor, "N V"],
+    bound: float,
+    variance_penalty: float,
+    *,
+    policy_probs: Float[Tensor, "N V"] | None = None,
+    teacher_probs: Float[Tensor, "N V"] | None = None,
+) -> Float[Tensor, "N V"]:
+    """f°: the minimiser of :func:`critic_loss` among all |f| <= B.
+
+    Stationarity is (q − p) = λ m (f − E_m f) where |f| < B, hence
+
+        f° = clip( c + (2/λ) (q − p)/(q + p), −B, B )   with   c = E_m f°.
+
+    At λ >= 2/B nothing is clipped and c = 0 solves it, because E_m (q−p)/(q+p) = 0; at
+    λ = 2/B it is B tanh(½ log q/p). Below that c is found by bisection: E_m clip(c + ·) − c
+    falls in c from >= 0 at −B to <= 0 at B. No gradient flows.
+
+    Raises: ValueError unless bound and variance_penalty are positive.
+    """
+    if bound <= 0 or variance_penalty <= 0:
+        raise ValueError(f"bound={bound} and variance_penalty={variance_penalty} must be positive")
+    with torch.no_grad():
+        policy_probs = _probs(policy_logprobs, policy_probs)
+        teacher_probs = _probs(teacher_logprobs, teacher_probs)
+        total = policy_probs + teacher_probs
+        unclipped = (teacher_probs - policy_probs).div_(total.clamp_min(_TINY)).mul_(2 / variance_penalty)
+        if variance_penalty * bound >= 2:
+            return unclipped
+        low = unclipped.new_full((len(unclipped), 1), -bound)
+        high = -low
+        for _ in range(30 if unclipped.dtype == torch.float32 else 55):
+            centre = (low + high) / 2
+            rises = _dot(total, (unclipped + centre).clamp_(-bound, bound))[:, None] / 2 > centre
+            low, high = torch.where(rises, centre, low), torch.where(rises, high, centre)
+        return (unclipped + (low + high) / 2).clamp_(-bound, bound)
+
+
+def policy_gradient(
+    policy_logprobs: Float[Tensor, "N V"], targets: Int[Tensor, " N"], advantages: Float[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """log p(a_t) · sg(A_t): its gradient is the score-function part of the gradient of L_on.
+
+    A_t is what choosing a_t adds to the moment gaps that follow, so minimising this makes
+    tokens that lead to large gaps less likely. Targets must be sampled from the policy.
+    """
+    return -cross_entropy(policy_logprobs, targets) * advantages.detach()
+
+
+def _probs(logprobs: Tensor, probs: Tensor | None) -> Tensor:
+    return logprobs.exp() if probs is None else probs
+
+
+def _difference(
+    policy_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    policy_probs: Tensor | None,
+    teacher_probs: Tensor | None,
+) -> Tensor:
+    return _probs(teacher_logprobs, teacher_probs) - _probs(policy_logprobs, policy_probs)
+
+
+def _finite(logprobs: Tensor) -> Tensor:
+    return logprobs.clamp_min(LOG_FLOOR)
+
+
+def _dot(weights: Tensor, values: Tensor) -> Tensor:
+    return torch.linalg.vecdot(weights, values)

@@ -1,0 +1,127 @@
+"""The data order: which row a draw falls on, and which draws an update uses.
+
+Both are pure functions of the seed and a number, so the cursor of the data is one integer
+and a resumed run needs nothing but that integer. Called by the replay index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+
+from distill.config import ConfigError, RunConfig, rule
+from distill.interfaces import Draw, Table
+
+
+class Purpose(IntEnum):
+    """What a random number is for: tells the generators of one seed apart."""
+
+    STUDENT_ORDER = 0
+    TEXT_ORDER = 1
+    MIXED_COIN = 2
+    SAMPLER = 3
+
+
+def seeded_generator(seed: int, purpose: Purpose, number: int) -> np.random.Generator:
+    """The generator of (seed, purpose, number)."""
+    # SeedSequence takes no negative numbers; a user's seed may be one.
+    return np.random.default_rng([seed % 2**64, purpose, number])
+
+
+class DrawOrder:
+    """Draws of one table: every epoch is a permutation of its rows, seeded by (seed, table, epoch)."""
+
+    def __init__(self, table: Table, num_rows: int, seed: int) -> None:
+        if num_rows < 1:
+            raise ConfigError(
+                rule(
+                    f"rows of the {table} table", num_rows, "be >= 1", "the data set has no row left to draw"
+                )
+            )
+        self.table: Table = table
+        self.num_rows = num_rows
+        self.seed = seed
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def draw(self, number: int) -> Draw:
+        """Draw ``number`` of the table, counted from 0."""
+        epoch, place = divmod(number, self.num_rows)
+        return Draw(table=self.table, number=number, epoch=epoch, index=int(self._permutation(epoch)[place]))
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            # Draws move forward; two epochs are enough for the ones around a boundary.
+            while len(self._permutations) >= 2:
+                del self._permutations[next(iter(self._permutations))]
+            purpose = Purpose.STUDENT_ORDER if self.table == "student" else Purpose.TEXT_ORDER
+            generator = seeded_generator(self.seed, purpose, epoch)
+            self._permutations[epoch] = generator.permutation(self.num_rows)
+        return self._permutations[epoch]
+
+
+@dataclass(kw_only=True)
+class BatchPlan:
+    """How many student groups and text rows each update uses."""
+
+    student_share: float
+    """Probability that an update uses student groups; 0 and 1 are certain."""
+    text_beside_student: bool
+    """Whether an update with student groups uses text as well."""
+    prompts_per_update: int
+    text_rows_per_update: int
+    """0 without off-policy text."""
+    seed: int
+    _student_updates: list[int] = field(default_factory=lambda: [0], init=False, repr=False)
+    """Entry u: updates before u that use student groups. Grows as it is asked for."""
+
+    @staticmethod
+    def of(config: RunConfig) -> BatchPlan:
+        """The plan of a recipe.
+
+        Raises: ConfigError for ``student_text=mixed`` without text, whose updates could be empty.
+        """
+        recipe, learner = config.recipe, config.learner
+        if recipe.student_text == "mixed" and recipe.off_policy_text == "none":
+            raise ConfigError(
+                rule("recipe.off_policy_text", "none", "not be none when recipe.student_text=mixed",
+                     "an update without student text needs another text; use student_text=every_update")
+            )  # fmt: skip
+        shares = {"none": 0.0, "every_update": 1.0, "mixed": recipe.student_fraction}
+        return BatchPlan(
+            student_share=shares[recipe.student_text],
+            text_beside_student=recipe.student_text == "every_update",
+            prompts_per_update=learner.prompts_per_update,
+            text_rows_per_update=0 if recipe.off_policy_text == "none" else learner.text_rows_per_update,
+            seed=config.seed,
+        )
+
+    def student_groups(self, update: int) -> int:
+        """Student groups that ``update`` uses."""
+        return self.student_through(update + 1) - self.student_through(update)
+
+    def text_rows(self, update: int) -> int:
+        """Corpus rows that ``update`` uses."""
+        return self.text_through(update + 1) - self.text_through(update)
+
+    def student_through(self, updates: int) -> int:
+        """Student groups that the first ``updates`` updates use."""
+        return self._student_updates_before(updates) * self.prompts_per_update
+
+    def text_through(self, updates: int) -> int:
+        """Corpus rows that the first ``updates`` updates use."""
+        with_text = updates if self.text_beside_student else updates - self._student_updates_before(updates)
+        return with_text * self.text_rows_per_update
+
+    def _student_updates_before(self, update: int) -> int:
+        counts = self._student_updates
+        counts.extend(self._counts_from(len(counts) - 1, update))
+        return counts[update]
+
+    def _counts_from(self, first: int, end: int) -> Iterator[int]:
+        count = self._student_updates[-1]
+        for update in range(first, end):
+            count += seeded_generator(self.seed, Purpose.MIXED_COIN, update).random() < self.student_share
+            yield count

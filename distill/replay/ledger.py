@@ -1,0 +1,144 @@
+"""The words of the replay index: draw states, an item, which draws are trained, which version is how old.
+
+Values only. Called by the two tables and the index.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Literal
+
+from distill.interfaces import Draw, GroupRef
+
+Stage = Literal["rollout", "scoring"]
+"""Where a draw that is given back was being worked on."""
+
+
+class ReplayError(RuntimeError):
+    """A call that breaks the ledger or a setting that starves it: name, rule, value, remedy."""
+
+
+class DrawState(IntEnum):
+    """How far a draw is, in order."""
+
+    DRAWN = 0
+    """In the order, with nobody."""
+    DISPATCHED = 1
+    """With a rollout actor (student) or a teacher actor (text)."""
+    GENERATED = 2
+    """Rolled out and stored, not scored. Student draws only."""
+    SCORED = 3
+    """Ready for the learner."""
+    LEASED = 4
+    """With the learner."""
+    TRAINED = 5
+    """Its update was applied; provisional until the checkpoint that contains it is durable."""
+
+
+@dataclass(kw_only=True)
+class Item:
+    """A live draw: what the index knows of it."""
+
+    draw: Draw
+    state: DrawState
+    ref: GroupRef | None = None
+    in_scoring: bool = False
+    """A teacher actor has it."""
+    times_sampled: int = 0
+    last_update: int = -1
+    """Newest update that leased it; of a text draw, the only one."""
+
+    @property
+    def stored(self) -> GroupRef:
+        assert self.ref is not None
+        return self.ref
+
+    def lease(self, update: int) -> None:
+        self.state = DrawState.LEASED
+        self.times_sampled += 1
+        self.last_update = update
+
+
+class TrainedDraws:
+    """A set of draw numbers that is nearly 0..n-1: the n, and the few beyond it."""
+
+    def __init__(self, prefix: int = 0, extra: Iterable[int] = ()) -> None:
+        self.prefix = prefix
+        self.extra = set(extra)
+
+    def __contains__(self, number: int) -> bool:
+        return number < self.prefix or number in self.extra
+
+    def __len__(self) -> int:
+        return self.prefix + len(self.extra)
+
+    def add(self, number: int) -> None:
+        if number in self:
+            return
+        self.extra.add(number)
+        while self.prefix in self.extra:
+            self.extra.remove(self.prefix)
+            self.prefix += 1
+
+    def with_numbers(self, numbers: Iterable[int]) -> TrainedDraws:
+        """A copy with these added."""
+        copy = TrainedDraws(self.prefix, self.extra)
+        for number in numbers:
+            copy.add(number)
+        return copy
+
+    def to_json(self) -> dict[str, Any]:
+        return {"prefix": self.prefix, "extra": sorted(self.extra)}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> TrainedDraws:
+        return TrainedDraws(int(value["prefix"]), (int(number) for number in value["extra"]))
+
+
+class PolicyVersions:
+    """Which update each policy version was made at.
+
+    A version that is not known (its push failed, or is live in one engine but not yet in
+    all) counts as the newest known one below it: never younger than it is.
+    """
+
+    def __init__(self, known: Iterable[tuple[int, int]] = ((0, 0),)) -> None:
+        self._versions: list[int] = []
+        self._updates: list[int] = []
+        for version, updates in known:
+            self.record(version, updates)
+
+    @property
+    def newest(self) -> int:
+        return self._versions[-1]
+
+    def record(self, version: int, updates_done: int) -> None:
+        """``version`` holds the weights after ``updates_done`` updates.
+
+        Raises: ReplayError when a version is used again for other weights.
+        """
+        if self._versions and version <= self.newest:
+            if (version, updates_done) == (self.newest, self._updates[-1]):
+                return
+            raise ReplayError(
+                f"policy_version={version} must be above the newest one ({self.newest}): a version is never "
+                "used for two sets of weights; persist the counter before each push"
+            )
+        self._versions.append(version)
+        self._updates.append(updates_done)
+
+    def made_at(self, version: int) -> int:
+        """Updates done when ``version`` was made."""
+        place = bisect_right(self._versions, version)
+        return self._updates[place - 1] if place else 0
+
+    def forget_before(self, updates: int) -> None:
+        """Drop versions that are older than ``updates``, but the newest of those (a floor for the rest)."""
+        while len(self._updates) > 1 and self._updates[1] <= updates:
+            del self._updates[0], self._versions[0]
+
+    def to_json(self) -> list[list[int]]:
+        return [list(pair) for pair in zip(self._versions, self._updates, strict=True)]

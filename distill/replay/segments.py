@@ -1,0 +1,292 @@
+"""The segment store: groups as Arrow messages in append-only files that readers map.
+
+A file belongs to one writer, so there are no locks. It starts in shared memory and moves to
+the spill folder when the node is over its bound. A message is written before its group is
+announced, and a file outlives its writer: zero-copy, spill and restart are one mechanism.
+
+    memory_dir/<writer_id>-<k>.arrow:  schema message | pad | record batch | pad | record batch ...
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from distill.interfaces import Draw, GroupRef, Location, SegmentMissing
+from distill.schema import oldest_version
+
+ALIGNMENT = 64
+"""Each message starts at a multiple: Arrow copies buffers that are not aligned."""
+
+MAX_OPEN_MAPS = 64
+"""A map keeps its file's memory alive, even when the file has moved to disk or is deleted."""
+
+FOLDER_PREFIX = "distill-replay-"
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class RemoteSegment(NotImplementedError):
+    """A group on another node: fetching it is not there yet."""
+
+
+def memory_folder(run_id: str, root: Path = SHARED_MEMORY) -> Path:
+    """Where the segments of a run lie in shared memory; :func:`sweep` knows these names."""
+    return root / f"{FOLDER_PREFIX}{run_id}"
+
+
+def sweep(root: Path, alive: Callable[[str], bool], prefix: str = FOLDER_PREFIX) -> list[Path]:
+    """Remove the folders of runs that are not ``alive(run_id)``; returns them.
+
+    Touches only folders of this user with the prefix, and follows no link.
+    """
+    removed: list[Path] = []
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        ours = entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False)
+        if not ours or entry.stat(follow_symlinks=False).st_uid != os.getuid():
+            continue
+        if not alive(entry.name.removeprefix(prefix)):
+            shutil.rmtree(entry.path, ignore_errors=True)
+            removed.append(Path(entry.path))
+    return removed
+
+
+@dataclass
+class _OpenSegment:
+    """The file that is being appended to."""
+
+    name: str
+    descriptor: int
+    schema: pa.Schema
+    size: int = 0
+
+    def write(self, message: pa.Buffer) -> int:
+        """Append a message at the next aligned offset, all of it or nothing; returns the offset."""
+        offset = -(-self.size // ALIGNMENT) * ALIGNMENT
+        view = memoryview(message)
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self.descriptor, view[done:], offset + done)
+        except OSError:
+            os.ftruncate(self.descriptor, self.size)
+            raise
+        self.size = offset + done
+        return offset
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A file as one buffer; slices of it keep the mapping alive."""
+
+    path: Path
+    buffer: pa.Buffer
+    schema: pa.Schema
+
+
+class SegmentStore:
+    """Segment files of this writer, and reading of every writer's on this node.
+
+    ``memory_bytes`` bounds the files of all writers in ``memory_dir``; each writer moves its
+    own when the sum is above. One thread appends; any may read.
+    """
+
+    def __init__(
+        self,
+        memory_dir: Path,
+        spill_dir: Path,
+        writer_id: str,
+        node: str,
+        segment_bytes: int,
+        memory_bytes: int,
+    ) -> None:
+        self._memory_dir = Path(memory_dir)
+        self._spill_dir = Path(spill_dir)
+        self._writer_id = writer_id
+        self._node = node
+        self._segment_bytes = segment_bytes
+        self._memory_bytes = memory_bytes
+        # Rows hold users' prompts; /dev/shm is open to everybody on the machine.
+        self._memory_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._spill_dir.mkdir(parents=True, exist_ok=True)
+        self._open: _OpenSegment | None = None
+        self._number = self._first_number()
+        self._in_memory: list[str] = []
+        """Sealed segments in shared memory, oldest first."""
+        self._appended: Counter[str] = Counter()
+        self._gone: Counter[str] = Counter()
+        """Groups of a segment that the replay never heard of and that are done with."""
+        self._announced_dead: Counter[str] = Counter()
+        """Groups of a segment that the replay had, all dead."""
+        self._maps: OrderedDict[str, _Map] = OrderedDict()
+
+    def append(self, draw: Draw, batch: pa.RecordBatch) -> GroupRef:
+        """Write one group as one message. It survives the death of this process.
+
+        Arrow writes only the values that the batch refers to, so a slice does not drag its
+        parent along.
+
+        Raises: OSError when the medium is full; nothing is written then.
+        """
+        message = batch.serialize()
+        segment = self._segment_for(batch.schema, message.size)
+        offset = segment.write(message)
+        self._appended[segment.name] += 1
+        if segment.size >= self._segment_bytes:
+            self._seal()
+        self._spill()
+        return GroupRef(
+            draw=draw,
+            location=Location(node=self._node, segment=segment.name, offset=offset, num_bytes=message.size),
+            num_rows=batch.num_rows,
+            num_tokens=len(batch.column("response_tokens").flatten()),
+            oldest_version=oldest_version(batch),
+        )
+
+    def read(self, group: GroupRef) -> pa.RecordBatch:
+        """Map a group without copying; the batch keeps the mapping alive.
+
+        Raises: SegmentMissing when its segment is gone; RemoteSegment when it is on another node.
+        """
+        location = group.location
+        if location.node != self._node:
+            raise RemoteSegment(
+                f"location.node={location.node} must be this node ({self._node}): segments are not fetched across "
+                "nodes yet; run all roles on one node"
+            )
+        segment = self._map(location.segment, location.offset + location.num_bytes)
+        message = segment.buffer.slice(location.offset, location.num_bytes)
+        return pa.ipc.read_record_batch(message, segment.schema)
+
+    def discard(self, groups: Iterable[GroupRef]) -> None:
+        """Groups of this writer that were never announced to the replay (held-out text) are done with."""
+        for group in groups:
+            self._gone[group.location.segment] += 1
+        self._delete_dead()
+
+    def release(self, segments: Mapping[str, int]) -> None:
+        """Delete this writer's segments whose groups are all gone.
+
+        ``segments``: name -> groups of it that the index has seen, all dead now. A group that
+        is written but not yet announced keeps its segment; so does the open segment.
+        """
+        for name, num_dead in segments.items():
+            if name in self._appended:
+                self._announced_dead[name] = num_dead
+        self._delete_dead()
+
+    def close(self, delete: bool) -> None:
+        """Close the open file and all maps; ``delete``: and remove this writer's files."""
+        self._seal()
+        self._maps.clear()
+        if delete:
+            for name in list(self._appended):
+                self._delete(name)
+
+    # Writing
+
+    def _segment_for(self, schema: pa.Schema, num_bytes: int) -> _OpenSegment:
+        segment = self._open
+        if segment is not None:
+            full = segment.size + num_bytes > self._segment_bytes
+            if full or not segment.schema.equals(schema, check_metadata=True):
+                self._seal()
+        if self._open is None:
+            name = f"{self._writer_id}-{self._number}.arrow"
+            self._number += 1
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._open = _OpenSegment(name, os.open(self._memory_dir / name, flags, 0o600), schema)
+            self._open.write(schema.serialize())
+        return self._open
+
+    def _first_number(self) -> int:
+        """After the files that a dead process of this writer id left."""
+        stem = f"{self._writer_id}-"
+        names = [entry.name for folder in (self._memory_dir, self._spill_dir) for entry in os.scandir(folder)]
+        numbers = [name.removeprefix(stem).removesuffix(".arrow") for name in names if name.startswith(stem)]
+        return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+    def _seal(self) -> None:
+        if self._open is not None:
+            os.close(self._open.descriptor)
+            self._in_memory.append(self._open.name)
+            self._open = None
+            self._delete_dead()
+
+    def _spill(self) -> None:
+        """Move this writer's oldest sealed segments to disk while the node is over its bound."""
+        while self._in_memory and _folder_bytes(self._memory_dir) > self._memory_bytes:
+            name = self._in_memory[0]
+            temporary = self._spill_dir / f".{name}.tmp"
+            shutil.copyfile(self._memory_dir / name, temporary)
+            # In this order a reader always finds it in one of the two folders.
+            temporary.replace(self._spill_dir / name)
+            (self._memory_dir / name).unlink()
+            del self._in_memory[0]
+
+    def _delete_dead(self) -> None:
+        for name, num_groups in list(self._appended.items()):
+            is_open = self._open is not None and self._open.name == name
+            if not is_open and self._gone[name] + self._announced_dead[name] == num_groups:
+                self._delete(name)
+
+    def _delete(self, name: str) -> None:
+        for folder in (self._memory_dir, self._spill_dir):
+            (folder / name).unlink(missing_ok=True)
+        self._maps.pop(name, None)
+        for counts in (self._appended, self._gone, self._announced_dead):
+            counts.pop(name, None)
+        if name in self._in_memory:
+            self._in_memory.remove(name)
+
+    # Reading
+
+    def _map(self, name: str, end: int) -> _Map:
+        known = self._maps.get(name)
+        if known is None or known.buffer.size < end or not known.path.exists():
+            self._drop_maps_of_moved_files()
+            known = self._open_map(name)
+            self._maps[name] = known
+        self._maps.move_to_end(name)
+        while len(self._maps) > MAX_OPEN_MAPS:
+            self._maps.popitem(last=False)
+        if known.buffer.size < end:
+            raise SegmentMissing(
+                f"segment {name} in {known.path.parent} has {known.buffer.size} bytes, and the group ends at {end}: "
+                "it was cut; resume from the newest checkpoint"
+            )
+        return known
+
+    def _drop_maps_of_moved_files(self) -> None:
+        for name, known in list(self._maps.items()):
+            if not known.path.exists():
+                del self._maps[name]
+
+    def _open_map(self, name: str) -> _Map:
+        for folder in (self._memory_dir, self._spill_dir):
+            try:
+                file = pa.memory_map(str(folder / name))
+            except FileNotFoundError:
+                continue
+            buffer = file.read_buffer()
+            return _Map(folder / name, buffer, pa.ipc.read_schema(buffer))
+        raise SegmentMissing(
+            f"segment {name} must lie in {self._memory_dir} or {self._spill_dir} and is in neither: its run was "
+            "swept or its groups were released; resume from the newest checkpoint"
+        )
+
+
+def _folder_bytes(folder: Path) -> int:
+    """Bytes of all files, of every writer; one that vanishes meanwhile counts nothing."""
+    total = 0
+    for entry in os.scandir(folder):
+        try:
+            total += entry.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total

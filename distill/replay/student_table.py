@@ -1,0 +1,267 @@
+"""Student draws: admitted under the rate limiter, used in draw order or re-used at random.
+
+The index composes it with the text table; times and files are unknown here.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+
+from distill.config import ReplayConfig
+from distill.interfaces import Draw, GroupRef
+from distill.replay.draws import BatchPlan, DrawOrder, Purpose, seeded_generator
+from distill.replay.ledger import DrawState, Item, PolicyVersions, ReplayError, Stage, TrainedDraws
+from distill.replay.limiter import RateLimiter
+from distill.replay.payload_cache import SegmentLedger
+
+
+class StudentTable:
+    """The live student draws by number.
+
+    With ``max_times_sampled`` 1, and in lock-step, an update uses the next draws in order:
+    whoever took what is ready would favour short responses. Otherwise it draws without
+    replacement from the groups that are young enough and not used up; a group that got too
+    old unused is rolled out again in the place of a new draw, so no draw is skipped.
+    """
+
+    def __init__(
+        self,
+        replay: ReplayConfig,
+        plan: BatchPlan,
+        limiter: RateLimiter,
+        order: DrawOrder | None,
+        segments: SegmentLedger,
+        trained: TrainedDraws,
+        versions: PolicyVersions,
+    ) -> None:
+        if order is None and plan.student_share > 0:
+            raise ReplayError("student_order=None must be a DrawOrder: the recipe uses student text")
+        self._replay = replay
+        self._plan = plan
+        self._limiter = limiter
+        self._order = order
+        self._segments = segments
+        self.in_order = replay.lock_step or replay.max_times_sampled == 1
+        self.items: dict[int, Item] = {}
+        self.trained = trained
+        self.versions = versions
+        self.num_inserted = 0
+        self.num_expired = 0
+        self._cursor = trained.prefix
+        self._admitted = len(trained)
+        self._again: list[int] = []
+        """Heap of draws given back by a dead actor: still the same insert for the limiter."""
+        self._expired: list[int] = []
+        """Heap of draws whose group nobody used in time: a new insert for the limiter."""
+        self._rewound_below = 0
+        """Draws below were in flight when the learner went back to a checkpoint."""
+
+    # Admission
+
+    def admit(self, max_draws: int, updates_done: int, next_update: int) -> list[Draw]:
+        """Re-issued draws, then new ones, as far as the limiter allows."""
+        self._expire(next_update)
+        room = self._room(updates_done, next_update)
+        if self._replay.lock_step:
+            max_draws = len(self._again) + room
+        numbers = [heapq.heappop(self._again) for _ in range(min(max_draws, len(self._again)))]
+        for _ in range(min(room, max_draws - len(numbers))):
+            numbers.append(heapq.heappop(self._expired) if self._expired else self._next_number())
+            self._admitted += 1
+        return [self._dispatch(number) for number in numbers]
+
+    def _room(self, updates_done: int, next_update: int) -> int:
+        room = self._limiter.student_draws(updates_done) - self._admitted
+        return max(0, room, self._shortfall(updates_done, next_update))
+
+    def _shortfall(self, updates_done: int, next_update: int) -> int:
+        """Groups that the update at hand lacks although everything in flight is counted."""
+        if self.in_order or updates_done != next_update or next_update >= self._limiter.num_updates:
+            return 0
+        supply = len(self._usable(next_update)) + self._num_pending()
+        return max(0, self._plan.student_groups(next_update) - supply)
+
+    def _num_pending(self) -> int:
+        unscored = sum(item.state < DrawState.SCORED for item in self.items.values())
+        return unscored - len(self._expired)
+
+    def _next_number(self) -> int:
+        while self._cursor in self.trained:
+            self._cursor += 1
+        self._cursor += 1
+        return self._cursor - 1
+
+    def _dispatch(self, number: int) -> Draw:
+        if number not in self.items:
+            assert self._order is not None
+            self.items[number] = Item(draw=self._order.draw(number), state=DrawState.DRAWN)
+        self.items[number].state = DrawState.DISPATCHED
+        return self.items[number].draw
+
+    # Rollout and scoring
+
+    def insert(self, groups: Sequence[GroupRef]) -> None:
+        """Rolled-out groups, all or none."""
+        for item, group in self._expected(groups, DrawState.DISPATCHED):
+            item.state, item.ref = DrawState.GENERATED, group
+            self._segments.add(group)
+            self.num_inserted += 1
+
+    def insert_scored(self, groups: Sequence[GroupRef]) -> None:
+        """Groups with their payload, all or none."""
+        for item, group in self._expected(groups, DrawState.GENERATED):
+            self._segments.replace(item.stored, group)
+            item.state, item.ref, item.in_scoring = DrawState.SCORED, group, False
+
+    def _expected(self, groups: Sequence[GroupRef], state: DrawState) -> list[tuple[Item, GroupRef]]:
+        pairs = [(self.items.get(group.draw.number), group) for group in groups]
+        if len({group.draw.number for group in groups}) < len(groups):
+            raise ReplayError(f"groups={[group.draw.draw_id for group in groups]} must be of different draws")
+        for item, group in pairs:
+            found = (
+                "unknown or trained" if item is None or item.draw != group.draw else item.state.name.lower()
+            )
+            if item is None or item.draw != group.draw or item.state != state:
+                raise ReplayError(
+                    f"draw {group.draw.draw_id} is {found} and must be {state.name.lower()}: its group comes twice, "
+                    "or late from an actor whose draws were given to another; drop the group"
+                )
+            if state == DrawState.GENERATED and not item.in_scoring:
+                raise ReplayError(
+                    f"draw {group.draw.draw_id} must be with a teacher to be scored: its job was given back; drop the group"
+                )
+            if group.oldest_version is None:
+                raise ReplayError(
+                    f"oldest_version=None of draw {group.draw.draw_id} must be a policy version"
+                )
+        return [(item, group) for item, group in pairs if item is not None]
+
+    def take_for_scoring(self, max_groups: int) -> list[GroupRef]:
+        """Rolled-out groups in draw order; in lock-step only when the whole batch is there."""
+        waiting = sorted(
+            number
+            for number, item in self.items.items()
+            if item.state == DrawState.GENERATED and not item.in_scoring
+        )
+        if self._replay.lock_step:
+            whole = all(item.state >= DrawState.GENERATED for item in self.items.values())
+            max_groups = len(waiting) if whole else 0
+        items = [self.items[number] for number in waiting[:max_groups]]
+        for item in items:
+            item.in_scoring = True
+        return [item.stored for item in items]
+
+    def requeue(self, draw_id: str, number: int, stage: Stage | None) -> bool:
+        """Give back what a dead actor held. False when the draw was past that stage."""
+        item = self.items.get(number)
+        if item is None or item.draw.draw_id != draw_id:
+            return False
+        if item.state == DrawState.DISPATCHED and stage != "scoring":
+            self._draw_again(item, self._again)
+            return True
+        if item.in_scoring and stage != "rollout":
+            item.in_scoring = False
+            return True
+        return False
+
+    # Sampling
+
+    def select(self, update: int, updates_done: int) -> list[Item] | None:
+        """The groups of ``update``, in draw order; None while some are not there."""
+        count = self._plan.student_groups(update)
+        if count == 0:
+            return []
+        if self.in_order:
+            return self._next_in_order(update, updates_done)
+        self._expire(update)
+        usable = self._usable(update)
+        if len(usable) < max(count, self._min_size(len(usable), updates_done)):
+            return None
+        chosen = seeded_generator(self._plan.seed, Purpose.SAMPLER, update).choice(
+            len(usable), size=count, replace=False
+        )
+        return [usable[place] for place in sorted(chosen)]
+
+    def _next_in_order(self, update: int, updates_done: int) -> list[Item] | None:
+        numbers = range(self._plan.student_through(update), self._plan.student_through(update + 1))
+        items = [self.items.get(number) for number in numbers]
+        found = [item for item in items if item is not None and item.state == DrawState.SCORED]
+        ready = sum(item.state == DrawState.SCORED for item in self.items.values())
+        if len(found) < len(numbers) or ready < self._min_size(ready, updates_done):
+            return None
+        stale = [item for item in found if self.age(item, update) > self._replay.max_policy_age]
+        for item in stale:
+            self._refuse_or_repeat(item, update)
+        return None if stale else found
+
+    def _min_size(self, ready: int, updates_done: int) -> int:
+        """What must be ready: never more than what is, is in flight, or may be admitted now."""
+        room = max(0, self._limiter.student_draws(updates_done) - self._admitted)
+        return self._limiter.min_size(ready + self._num_pending() + room)
+
+    def age(self, item: Item, update: int) -> int:
+        """Updates between the weights that sampled the group's oldest token and ``update``."""
+        version = item.stored.oldest_version
+        assert version is not None
+        return max(0, update - self.versions.made_at(version))
+
+    def _usable(self, update: int) -> list[Item]:
+        return [
+            item
+            for _, item in sorted(self.items.items())
+            if item.state >= DrawState.SCORED
+            and item.times_sampled < self._replay.max_times_sampled
+            and self.age(item, update) <= self._replay.max_policy_age
+        ]
+
+    # Removal
+
+    def _expire(self, update: int) -> None:
+        """Unused groups that are too old for ``update`` and all later ones are rolled out again."""
+        if self.in_order:
+            return
+        for item in list(self.items.values()):
+            idle = item.state in (DrawState.GENERATED, DrawState.SCORED) and not item.in_scoring
+            if idle and item.times_sampled == 0 and self.age(item, update) > self._replay.max_policy_age:
+                self._draw_again(item, self._expired)
+                self.num_expired += 1
+
+    def _refuse_or_repeat(self, item: Item, update: int) -> None:
+        """In draw order a group is never too old by construction of the limiter, but for one case.
+
+        A learner that went back to a checkpoint pushes its older weights into rollouts that
+        were in flight; those are rolled out again.
+        """
+        if item.draw.number >= self._rewound_below:
+            raise ReplayError(
+                f"age={self.age(item, update)} of draw {item.draw.draw_id} in update {update} must be <= "
+                f"replay.max_policy_age ({self._replay.max_policy_age}): the rate limiter rules this out, so a "
+                "rollout actor sampled with weights older than the newest announced; check the weight push"
+            )
+        self._draw_again(item, self._again)
+        self.num_expired += 1
+
+    def _draw_again(self, item: Item, queue: list[int]) -> None:
+        if item.ref is not None:
+            self._segments.remove(item.ref)
+        item.state, item.ref = DrawState.DRAWN, None
+        heapq.heappush(queue, item.draw.number)
+
+    def rewind(self) -> None:
+        """The learner went back: what is in flight may come from weights that are older than planned."""
+        self._rewound_below = max([self._cursor, self._rewound_below])
+
+    def commit(self, numbers: Iterable[int], updates_done: int, next_update: int) -> None:
+        """Draws of durable updates are trained for good; used-up groups are removed."""
+        for number in numbers:
+            self.trained.add(number)
+        for number, item in list(self.items.items()):
+            final = item.times_sampled > 0 and item.last_update < updates_done
+            if final and (self.in_order or self._used_up(item, next_update)):
+                self._segments.remove(item.stored)
+                del self.items[number]
+
+    def _used_up(self, item: Item, next_update: int) -> bool:
+        too_old = self.age(item, next_update) > self._replay.max_policy_age
+        return too_old or item.times_sampled >= self._replay.max_times_sampled

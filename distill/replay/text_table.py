@@ -1,0 +1,117 @@
+"""Text draws: the corpus rows of each update, scored once and kept while there is room.
+
+The index composes it with the student table. Text does not age, so its draws are admitted
+by the update that uses them, and a lease takes exactly those.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from distill.interfaces import Draw, GroupRef
+from distill.replay.draws import BatchPlan, DrawOrder
+from distill.replay.ledger import DrawState, Item, ReplayError, Stage
+from distill.replay.payload_cache import PayloadCache
+
+
+class TextTable:
+    """The live text draws by number, and who waits for which corpus row."""
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        order: DrawOrder | None,
+        cache: PayloadCache,
+        one_update_per_job: bool,
+        first_update: int,
+    ) -> None:
+        self._plan = plan
+        self._order = order
+        self._cache = cache
+        self._one_update_per_job = one_update_per_job
+        self.items: dict[int, Item] = {}
+        self._unscored: defaultdict[int, list[Item]] = defaultdict(list)
+        """Corpus index -> draws without payload."""
+        self._updates_admitted = first_update
+        """Updates below are trained, or their draws are here."""
+
+    def admit_through(self, updates: int) -> None:
+        """Admit the draws of the first ``updates`` updates; what is in the cache is scored at once."""
+        while self._updates_admitted < updates:
+            update = self._updates_admitted
+            for number in range(self._plan.text_through(update), self._plan.text_through(update + 1)):
+                self._admit(number, update)
+            self._updates_admitted += 1
+
+    def _admit(self, number: int, update: int) -> None:
+        if self._order is None:
+            raise ReplayError("text_order=None must be a DrawOrder: the recipe uses off-policy text")
+        item = Item(draw=self._order.draw(number), state=DrawState.DRAWN, last_update=update)
+        self.items[number] = item
+        row = self._cache.pin(item.draw.index)
+        if row is None:
+            self._unscored[item.draw.index].append(item)
+        else:
+            item.state, item.ref = DrawState.SCORED, replace(row, draw=item.draw)
+
+    def take_for_scoring(self, max_draws: int) -> list[Draw]:
+        """Draws whose corpus row nobody has scored or is scoring; in lock-step one update's, whole."""
+        items: list[Item] = []
+        for waiting in self._unscored.values():
+            if all(item.state == DrawState.DRAWN for item in waiting):
+                items.append(min(waiting, key=lambda item: item.draw.number))
+        items.sort(key=lambda item: item.draw.number)
+        if self._one_update_per_job:
+            items = [item for item in items if item.last_update == items[0].last_update]
+        else:
+            items = items[:max_draws]
+        for item in items:
+            item.state = DrawState.DISPATCHED
+        return [item.draw for item in items]
+
+    def insert_scored(self, groups: Sequence[GroupRef]) -> None:
+        """Scored corpus rows; every draw that waits for one of them has it."""
+        self.check_expected(groups)
+        for group in groups:
+            self._cache.put(group.draw.index, group)
+            for item in self._unscored.pop(group.draw.index, ()):
+                item.state, item.ref = DrawState.SCORED, replace(group, draw=item.draw)
+
+    def check_expected(self, groups: Sequence[GroupRef]) -> None:
+        """Raises: ReplayError when a teacher was not asked for one of these rows, or hands it over twice."""
+        if len({group.draw.number for group in groups}) < len(groups):
+            raise ReplayError(f"groups={[group.draw.draw_id for group in groups]} must be of different draws")
+        for group in groups:
+            item = self.items.get(group.draw.number)
+            if item is None or item.draw != group.draw or item.state != DrawState.DISPATCHED:
+                found = "unknown or trained" if item is None else item.state.name.lower()
+                raise ReplayError(
+                    f"draw {group.draw.draw_id} is {found} and must be dispatched: its row comes twice, or late "
+                    "from a teacher whose draws were given to another; drop the row"
+                )
+
+    def requeue(self, draw_id: str, number: int, stage: Stage | None) -> bool:
+        """Give back what a dead teacher held. False when it held no such draw."""
+        item = self.items.get(number)
+        if item is None or item.draw.draw_id != draw_id or stage == "rollout":
+            return False
+        if item.state != DrawState.DISPATCHED:
+            return False
+        item.state = DrawState.DRAWN
+        return True
+
+    def select(self, update: int) -> list[Item] | None:
+        """The rows of ``update``, in draw order; None while some are not there."""
+        numbers = range(self._plan.text_through(update), self._plan.text_through(update + 1))
+        items = [self.items.get(number) for number in numbers]
+        scored = [item for item in items if item is not None and item.state >= DrawState.SCORED]
+        return scored if len(scored) == len(numbers) else None
+
+    def commit(self, updates_done: int) -> None:
+        """Draws of durable updates are trained for good; their rows stay in the cache, unpinned."""
+        for number, item in list(self.items.items()):
+            if item.last_update < updates_done:
+                self._cache.unpin(item.draw.index)
+                del self.items[number]

@@ -1,0 +1,309 @@
+"""The folder of one run: its paths, its identity, and who may write in it.
+
+Used by the driver (which holds it), and by ``report``, ``watch`` and ``audit`` (which only
+read paths). A run exists once ``run.json`` does; everything here is replaced whole
+(temporary file, fsync, rename), so a reader never meets half a file and a crash never leaves
+one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import math
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from distill.config import ConfigError, rule
+
+_temporary_numbers = itertools.count()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file whole: after a crash there is the old one or the new one, both complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_temporary_numbers)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file whole. Numbers that JSON has no word for (NaN, infinity) become null."""
+    write_bytes(path, (json.dumps(plain(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON has it: numpy numbers and paths unpacked, non-finite numbers null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy arrays and scalars
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class PolicyVersions:
+    """The counter of weight pushes, ``policy_version.json`` in a run folder.
+
+    Any process of the run may ask (the learner is not the holder of the folder), also while
+    one that was given up for dead still asks.
+    """
+
+    def __init__(self, run_dir: str | Path):
+        self._file = Path(run_dir) / "policy_version.json"
+
+    @property
+    def last(self) -> int:
+        """The newest version handed out; 0 before the first."""
+        return json.loads(self._file.read_text())["policy_version"] if self._file.is_file() else 0
+
+    def next(self) -> int:
+        """A number never handed out before by this run, from 1.
+
+        On disk before it is returned, so a version that was published, or may have been, is
+        not given to other weights after a crash. Numbers may be skipped, never repeated.
+        """
+        guard = os.open(
+            self._file.with_name(".policy_version.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
+        )
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            version = self.last + 1
+            write_json(self._file, {"policy_version": version})
+            return version
+        finally:
+            os.close(guard)
+
+
+class RunFolder:
+    """Paths of a run; after ``create`` or ``open_for_resume`` also its only writer.
+
+    The lock is the kernel's (flock on ``.lock``): it falls with the process, however that
+    ends, so there is never a stale one to remove.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).absolute()
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.parquet"
+        self.events = self.path / "events.jsonl"
+        self.summary = self.path / "summary.json"
+        self.report = self.path / "report.html"
+        self.replay = self.path / "replay"
+        self.checkpoints = self.path / "checkpoints"
+        self.student = self.path / "student"
+        self.best = self.path / "best"
+        self.evaluations = self.path / "evaluations"
+        self._identity_file = self.path / "run.json"
+        self._best_file = self.path / "best.json"
+        self._lock_file = self.path / ".lock"
+        self._lock: int | None = None
+
+    def checkpoint(self, updates_done: int) -> Path:
+        return self.checkpoints / f"step-{updates_done}"
+
+    def evaluation(self, label: str) -> Path:
+        return self.evaluations / f"{label}.parquet"
+
+    # Opening
+
+    def create(self, config_yaml: str, fingerprint: str) -> bool:
+        """Take the folder for a run of this configuration; True when it goes on with one.
+
+        ``fingerprint``: of the settings that decide the result. On resuming, ``config.yaml``
+        becomes the text given: what the fingerprint leaves out may have changed.
+
+        Raises: ConfigError when another process holds the folder, or when it holds a run of
+        another configuration or something else.
+        """
+        self._make_folder()
+        self._take_lock()
+        try:
+            resumes = self.exists
+            if resumes:
+                known = self._identity()["fingerprint"]
+                if known != fingerprint:
+                    remedy = (
+                        "choose another run_dir, or go on with `distill train --resume` as it was configured"
+                    )
+                    must = f"be new or hold a run of this configuration (fingerprint {fingerprint}, there {known})"
+                    raise ConfigError(rule("run_dir", self.path, must, remedy))
+            else:
+                self._refuse_foreign_files()
+            write_bytes(self.config, config_yaml.encode())
+            self._begin_incarnation(fingerprint)
+        except BaseException:
+            self.close()
+            raise
+        return resumes
+
+    def open_for_resume(self) -> str:
+        """Take the folder of a run that is there; returns its ``config.yaml``.
+
+        Raises: ConfigError when there is no run, or another process holds it.
+        """
+        self.require()
+        self._take_lock()
+        try:
+            text = self.config.read_text()
+            self._begin_incarnation(self._identity()["fingerprint"])
+        except BaseException:
+            self.close()
+            raise
+        return text
+
+    def close(self) -> None:
+        """Give the folder up; it can be opened again."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def exists(self) -> bool:
+        return self._identity_file.is_file()
+
+    def require(self) -> None:
+        """Raises: ConfigError when no run is there."""
+        if not self.exists:
+            remedy = "check the path, or start one with `distill train`"
+            raise ConfigError(
+                rule("run_dir", self.path, "be the folder of a run (it has no run.json)", remedy)
+            )
+
+    # Identity
+
+    @property
+    def run_id(self) -> str:
+        """Eight hexadecimal digits, drawn once when the folder was made. Names of shared memory,
+        Ray namespaces and metrics carry it."""
+        return self._identity()["run_id"]
+
+    @property
+    def incarnation(self) -> int:
+        """How often the run was started, this time included; 1 is the first."""
+        return self._identity()["incarnation"]
+
+    @property
+    def fingerprint(self) -> str:
+        return self._identity()["fingerprint"]
+
+    def next_policy_version(self) -> int:
+        """See :meth:`PolicyVersions.next`. Raises: ConfigError when there is no run."""
+        self.require()
+        return PolicyVersions(self.path).next()
+
+    # Files
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self._require_lock()
+        write_json(self.summary, summary)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """None before the run has ended once."""
+        return json.loads(self.summary.read_text()) if self.summary.is_file() else None
+
+    def write_best(self, best: Mapping[str, Any]) -> None:
+        """Say which update's student lies in ``best/``. By the learner, which is not the holder."""
+        write_json(self._best_file, best)
+
+    def read_best(self) -> dict[str, Any] | None:
+        return json.loads(self._best_file.read_text()) if self._best_file.is_file() else None
+
+    # Steps of opening
+
+    def _make_folder(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            must = f"be a folder that can be made ({error.strerror})"
+            raise ConfigError(rule("run_dir", self.path, must, "choose another run_dir")) from error
+
+    def _take_lock(self) -> None:
+        if self._lock is not None:
+            raise RuntimeError(f"{self.path} is open already")
+        try:
+            lock = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            must = f"be a folder one can write in ({error.strerror})"
+            raise ConfigError(rule("run_dir", self.path, must, "choose another run_dir")) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(lock, 256, 0).decode(errors="replace").strip() or "another process"
+            os.close(lock)
+            must = f"be used by one process at a time ({holder} holds it)"
+            remedy = "wait for it, stop it, or choose another run_dir"
+            raise ConfigError(rule("run_dir", self.path, must, remedy)) from error
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._lock = lock
+
+    def _require_lock(self) -> None:
+        if self._lock is None:
+            raise RuntimeError(
+                f"{self.path} must be opened by create or open_for_resume before it is written"
+            )
+
+    def _refuse_foreign_files(self) -> None:
+        # config.yaml without run.json: an earlier start died in between.
+        ours = {self._lock_file.name, self.config.name}
+        others = sorted(
+            name for name in os.listdir(self.path) if name not in ours and not _is_temporary(name)
+        )
+        if others:
+            must = f"be new, empty, or the folder of a run (it holds {others[0]})"
+            raise ConfigError(rule("run_dir", self.path, must, "choose another run_dir"))
+
+    def _begin_incarnation(self, fingerprint: str) -> None:
+        for name in os.listdir(self.path):
+            if _is_temporary(name):  # of a process that died while writing
+                (self.path / name).unlink(missing_ok=True)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        before: dict[str, Any] = {"run_id": secrets.token_hex(4), "created_at": now, "incarnation": 0}
+        if self.exists:
+            before = self._identity()
+        identity = {
+            "run_id": before["run_id"],
+            "incarnation": before["incarnation"] + 1,
+            "fingerprint": fingerprint,
+            "created_at": before["created_at"],
+            "started_at": now,
+        }
+        write_json(self._identity_file, identity)
+
+    def _identity(self) -> dict[str, Any]:
+        self.require()
+        return json.loads(self._identity_file.read_text())
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")

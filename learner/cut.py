@@ -1,0 +1,91 @@
+"""A student cut from the teacher: every so many layers, everything else as it is.
+
+Called once per run, by the stage that makes the student's start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distill.config import ConfigError, rule
+
+KEPT_LAYERS_KEY = "distill_kept_layers"
+"""Where the student's config.json records which layers of the teacher it has."""
+
+
+def kept_layers(num_teacher_layers: int, num_layers: int) -> list[int]:
+    """``num_layers`` evenly spaced layers, first and last among them (one layer: the first)."""
+    return np.linspace(0, num_teacher_layers - 1, num_layers).round().astype(int).tolist()
+
+
+def cut_student(
+    teacher_dir: str | Path, out_dir: str | Path, num_layers: int, *, trust_remote_code: bool = False
+) -> Path:
+    """Write a checkpoint of ``num_layers`` of the teacher's layers, with its tokenizer.
+
+    ``out_dir`` is absent or whole. One that is already there is kept if it is the same cut.
+
+    Raises: ConfigError when the teacher has fewer layers, keeps them elsewhere than Llama
+    does, or ``out_dir`` is something else.
+    """
+    out_dir = Path(out_dir)
+    model = AutoModelForCausalLM.from_pretrained(
+        teacher_dir, dtype="auto", trust_remote_code=trust_remote_code
+    )
+    keep = _choose(model, num_layers)
+    if out_dir.exists():
+        return _same_cut(out_dir, keep)
+    _keep_layers(model, keep)
+    tokenizer = AutoTokenizer.from_pretrained(teacher_dir, trust_remote_code=trust_remote_code)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as temporary:
+        whole = Path(temporary) / "student"
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        os.rename(whole, out_dir)
+    return out_dir
+
+
+def _choose(model: Any, num_layers: int) -> list[int]:
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) != getattr(
+        model.config, "num_hidden_layers", None
+    ):
+        raise ConfigError(
+            rule(
+                "student.init.from", "teacher", f"have a Llama-like teacher, not {type(model).__name__}",
+                "its layers cannot be told apart; set student.model to a checkpoint instead",
+            )
+        )  # fmt: skip
+    if not 1 <= num_layers <= len(layers):
+        raise ConfigError(
+            rule("student.init.num_layers", num_layers, f"lie in [1, {len(layers)}], the teacher's layers",
+                 "keep fewer layers")
+        )  # fmt: skip
+    return kept_layers(len(layers), num_layers)
+
+
+def _keep_layers(model: Any, keep: list[int]) -> None:
+    layers, config = model.model.layers, model.config
+    # Lists with an entry per layer (layer_types, no_rope_layers, ...) go with their layers.
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == len(layers):
+            setattr(config, name, [value[index] for index in keep])
+    model.model.layers = nn.ModuleList(layers[index] for index in keep)
+    config.num_hidden_layers = len(keep)
+    setattr(config, KEPT_LAYERS_KEY, keep)
+
+
+def _same_cut(out_dir: Path, keep: list[int]) -> Path:
+    config = out_dir / "config.json"
+    if not config.is_file() or json.loads(config.read_text()).get(KEPT_LAYERS_KEY) != keep:
+        raise ConfigError(f"{out_dir} must be absent or the student cut to layers {keep}; move it away")
+    return out_dir

@@ -1,0 +1,96 @@
+"""The trained state of a run: student, critics, optimisers, and one update of them.
+
+Implements :class:`distill.interfaces.Learner`. What a checkpoint holds is what is here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from distill.config import RunConfig
+from learner.batch import token_batch
+from learner.critics import CriticPair
+from learner.optimizer import adamw, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from learner.schedule import learning_rate
+from learner.student import Student
+from learner.update import update
+from learner.vocabulary import Head
+
+
+class Distiller:
+    """Student and critics against a fixed teacher."""
+
+    def __init__(self, config: RunConfig, student: Student, teacher_dir: str | Path) -> None:
+        self.config = config
+        self.student = student
+        self.teacher = Head.from_checkpoint(teacher_dir, device=student.device)
+        learner = config.learner
+        self.optimizer = adamw(
+            student.parameters(), beta1=learner.beta1, beta2=learner.beta2, weight_decay=learner.weight_decay
+        )
+        self.critics: CriticPair | None = None
+        if config.recipe.uses_critics:
+            sizes = self.teacher.hidden_size, student.head_weight.shape[1]
+            self.critics = CriticPair(config.critic, *sizes, seed=config.seed, device=student.device)
+        self.updates_done = 0
+        self.num_tokens = 0
+        """Inputs that the backbone has computed since this process started."""
+
+    def update(self, batches: Sequence[pa.RecordBatch]) -> dict[str, float]:
+        """Critic steps, then the student step, on the groups of one update."""
+        start = time.monotonic()
+        config = self.config
+        learner = config.learner
+        batch = token_batch(batches, learner.micro_batch_tokens).to(self.student.device)
+        rate = learning_rate(
+            self.updates_done,
+            learner.num_updates,
+            learner.learning_rate,
+            learner.warmup_fraction,
+            learner.final_fraction,
+        )
+        set_learning_rate(self.optimizer, rate)
+        metrics = update(
+            self.student,
+            self.optimizer,
+            batch,
+            self.teacher,
+            self.critics,
+            config.recipe,
+            config.critic,
+            learner,
+            seed=self.updates_done,
+            critics_only=self.updates_done < config.critic.warmup_updates,
+        )
+        self.updates_done += 1
+        self.num_tokens += batch.num_input_tokens
+        return metrics | {
+            "policy/learning_rate": rate,
+            "policy/num_tokens_off": float(batch.num_off_policy),
+            "policy/num_tokens_on": float(batch.num_on_policy),
+            "timing/learner_busy_s": time.monotonic() - start,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that an update changes, by flat names."""
+        student = {f"student.{name}": tensor for name, tensor in self.student.named_weights()}
+        critics = self.critics.state_dict() if self.critics is not None else {}
+        return student | optimizer_tensors(self.optimizer, "optimizer") | critics
+
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """The inverse of :meth:`tensors`, at ``state["updates_done"]``."""
+        prefix = "student."
+        self.student.load_weights(
+            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        )
+        load_optimizer_tensors(self.optimizer, tensors, "optimizer")
+        if self.critics is not None:
+            self.critics.load_state_dict(tensors)
+        self.updates_done = state["updates_done"]

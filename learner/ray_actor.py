@@ -1,0 +1,59 @@
+"""The Ray shell of the learner: construct, forward, report. One per rank."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+import ray
+
+from distill.config import RunConfig
+from distill.remote import Remote
+from distill.run_inputs import RunInputs
+from learner.worker import LearnerWorker
+
+
+class _Samplers:
+    """The rollout and the teacher actor as one :class:`learner.milestones.Samplers`."""
+
+    def __init__(self, rollout: Any, teacher: Any) -> None:
+        self.sample_heldout = Remote(rollout).sample_heldout
+        self.score_samples = Remote(teacher).score_samples
+        self.score_heldout = Remote(teacher).score_heldout
+        self._actors = (Remote(rollout), Remote(teacher))
+
+    async def release_heldout(self) -> None:
+        await asyncio.gather(*(actor.release_heldout() for actor in self._actors))
+
+
+@ray.remote(num_cpus=0)
+class LearnerActor:
+    """Holds a learner worker."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.worker = LearnerWorker(config)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    async def warm_start(self, student_dir: str, references: str, out_dir: str) -> dict[str, float]:
+        return await asyncio.to_thread(self.worker.warm_start, student_dir, references, out_dir)
+
+    async def load(self, inputs: RunInputs) -> dict[str, Any] | None:
+        return await asyncio.to_thread(self.worker.load, inputs)
+
+    async def train(self, replay: Any, rollout: Any, teacher: Any) -> dict[str, Any]:
+        """``rollout``: the actor that samples, for training or for evaluation alone."""
+        actors = (Remote(rollout), Remote(teacher))
+
+        async def stage_stats() -> dict[str, float]:
+            found: dict[str, float] = {}
+            for stats in await asyncio.gather(*(actor.stats() for actor in actors)):
+                found |= stats
+            return found
+
+        return await self.worker.train(Remote(replay), _Samplers(rollout, teacher), [actors[0]], stage_stats)
+
+    def facts(self) -> dict[str, Any]:
+        return dict(self.worker.facts)

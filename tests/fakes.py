@@ -1,0 +1,125 @@
+"""Stand-ins for the engines and the learner, for tests of the loops alone.
+
+They pass the same contract suite as the real parts where there is one
+(tests/integration/test_engine_contract.py covers generators and teachers).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from distill.interfaces import Completion, Lease, SampleRequest, WeightManifest
+from distill.schema import Trajectory, trajectory_batch
+
+
+class FakeGenerator:
+    """Answers with tokens that depend on the seed alone, after ``delay(request)`` seconds."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self.version = 0
+        self.delay_s = delay_s
+        self.num_calls = 0
+
+    async def generate(self, requests: Sequence[SampleRequest]) -> list[Completion]:
+        self.num_calls += 1
+        version = self.version
+        await asyncio.sleep(self.delay_s * (1 + self.num_calls % 3))
+        return [self._complete(request, version) for request in requests]
+
+    def _complete(self, request: SampleRequest, version: int) -> Completion:
+        generator = np.random.default_rng(request.seed)
+        length = int(generator.integers(1, request.max_new_tokens + 1))
+        return Completion(
+            response_tokens=generator.integers(0, 50, length).tolist(),
+            logprobs=[-1.0] * length,
+            policy_versions=[(0, version)],
+            finish_reason="length" if length == request.max_new_tokens else "stop",
+        )
+
+    async def update_weights(self, manifest: WeightManifest) -> None:
+        self.version = manifest.policy_version
+
+    async def policy_version(self) -> int:
+        return self.version
+
+    async def close(self) -> None:
+        pass
+
+
+class FakeTeacher:
+    """Hidden states that are the response's tokens, so a mix-up of rows is seen."""
+
+    hidden_size = 4
+
+    async def hidden_states(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        await asyncio.sleep(0)
+        return [np.repeat(np.array(tokens, np.uint16)[:, None], self.hidden_size, 1) for tokens in responses]
+
+    async def close(self) -> None:
+        pass
+
+
+class FakeLearner:
+    """Remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+        self.batches: list[list[pa.RecordBatch]] = []
+
+    def update(self, batches: Sequence[pa.RecordBatch]) -> dict[str, float]:
+        self.seen.append([batch.column("draw_id")[0].as_py() for batch in batches])
+        self.batches.append(list(batches))
+        return {"policy/loss": float(len(self.seen))}
+
+
+class FakePublisher:
+    """Counts versions and tells the generator at once."""
+
+    def __init__(self, generator: FakeGenerator, first_version: int = 1) -> None:
+        self.generator = generator
+        self.version = first_version - 1
+
+    async def publish(self, updates_done: int) -> int:
+        self.version += 1
+        self.generator.version = self.version
+        return self.version
+
+
+class FakeMilestones:
+    """Remembers when it was called and with which lease."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+        self.leases: list[Lease] = []
+
+    async def before_training(self, updates_done: int, policy_version: int) -> None:
+        self.calls.append((updates_done, policy_version))
+
+    async def after_update(
+        self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]
+    ) -> None:
+        self.calls.append((updates_done, policy_version))
+        self.leases.append(lease)
+
+
+def corpus_rows(num_rows: int, source: str = "teacher") -> pa.Table:
+    """A text corpus of short rows with distinct tokens."""
+    rows = [
+        Trajectory(
+            draw_id=f"row-{i}",
+            source=source,
+            prompt_index=i,
+            sample_index=0,
+            prompt_tokens=[1, i % 40 + 2],
+            response_tokens=[i % 50, (i + 1) % 50, (i + 2) % 50][: 1 + i % 3],
+            finish_reason="stop",
+        )
+        for i in range(num_rows)
+    ]
+    return pa.Table.from_batches([trajectory_batch(rows)])

@@ -1,0 +1,85 @@
+"""The data order and the plan of updates."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.config import ConfigError, LearnerConfig, RecipeConfig, RunConfig
+from distill.replay.draws import BatchPlan, DrawOrder
+from tests.unit.replay.builders import Settings
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(-5, 5), st.integers(0, 3))
+def test_an_epoch_draws_every_row_once(num_rows, seed, epoch):
+    order = DrawOrder("student", num_rows, seed)
+    draws = [order.draw(epoch * num_rows + place) for place in range(num_rows)]
+    assert sorted(draw.index for draw in draws) == list(range(num_rows))
+    assert {draw.epoch for draw in draws} == {epoch}
+
+
+def test_a_draw_depends_on_nothing_but_its_number():
+    forward = [DrawOrder("text", 9, 1).draw(number) for number in range(40)]
+    order = DrawOrder("text", 9, 1)
+    assert [order.draw(number) for number in reversed(range(40))][::-1] == forward
+
+
+def test_orders_differ_by_seed_table_and_epoch():
+    def indices(table, seed, epoch):
+        return [DrawOrder(table, 50, seed).draw(epoch * 50 + place).index for place in range(50)]
+
+    orders = [
+        indices("student", 0, 0),
+        indices("student", 0, 1),
+        indices("student", 1, 0),
+        indices("text", 0, 0),
+    ]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_an_empty_table_is_refused():
+    with pytest.raises(ConfigError, match="rows of the text table=0 must be >= 1"):
+        DrawOrder("text", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("student_text", "off_policy_text", "expected"),
+    [
+        ("none", "teacher", (0, 3)),
+        ("every_update", "teacher", (2, 3)),
+        ("every_update", "none", (2, 0)),
+    ],
+)
+def test_plan_of_a_recipe(student_text, off_policy_text, expected):
+    plan = Settings(student_text=student_text, off_policy_text=off_policy_text, text_rows_per_update=3).plan
+    for update in range(5):
+        assert (plan.student_groups(update), plan.text_rows(update)) == expected
+    assert (plan.student_through(5), plan.text_through(5)) == (5 * expected[0], 5 * expected[1])
+
+
+def test_mixed_flips_one_coin_per_update():
+    plan = Settings(student_text="mixed", text_rows_per_update=3).plan
+    batches = [(plan.student_groups(update), plan.text_rows(update)) for update in range(200)]
+    assert set(batches) == {(2, 0), (0, 3)}
+    assert 60 < batches.count((2, 0)) < 140
+    other = Settings(student_text="mixed", text_rows_per_update=3).plan
+    assert other.student_groups(199) == batches[199][0], "a coin depends on what was asked before"
+    assert plan.student_through(200) == sum(students for students, _ in batches)
+    assert plan.text_through(200) == sum(rows for _, rows in batches)
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.0, (0, 3)), (1.0, (2, 0))])
+def test_mixed_at_its_ends(fraction, expected):
+    config = RunConfig(
+        recipe=RecipeConfig(student_text="mixed", student_fraction=fraction),
+        learner=LearnerConfig(prompts_per_update=2, text_rows_per_update=3),
+    )
+    plan = BatchPlan.of(config)
+    assert {(plan.student_groups(update), plan.text_rows(update)) for update in range(20)} == {expected}
+
+
+def test_mixed_without_text_is_refused():
+    with pytest.raises(ConfigError, match=r"recipe\.off_policy_text=none"):
+        _ = Settings(student_text="mixed", off_policy_text="none").plan

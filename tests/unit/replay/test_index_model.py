@@ -1,0 +1,85 @@
+"""Random interleavings of a whole run, with deaths, against the books of :class:`World`."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.replay.builders import Settings
+from tests.unit.replay.world import World, students
+
+
+@st.composite
+def runs(draw: st.DrawFn, lock_step: bool = False) -> Settings:
+    age = 0 if lock_step else draw(st.integers(0, 3))
+    batch = draw(st.integers(1, 4))
+    times = draw(st.integers(1, 3))
+    student_text, off_policy_text = draw(
+        st.sampled_from(
+            [("every_update", "teacher"), ("every_update", "none"), ("none", "teacher"), ("mixed", "teacher")]
+        )
+    )
+    return Settings(
+        num_updates=draw(st.integers(1, 7)),
+        prompts_per_update=batch,
+        text_rows_per_update=draw(st.integers(1, 4)),
+        student_text=student_text,
+        off_policy_text=off_policy_text,
+        max_policy_age=age,
+        max_times_sampled=times,
+        samples_per_insert=1
+        if age == 0
+        else draw(st.sampled_from([1.0, 1.5, 2.0, 3.0]).filter(lambda s: s <= times)),
+        min_size_to_sample=draw(st.integers(0, batch * (age + 1))),
+        max_bytes=draw(st.sampled_from([1, 200, 1 << 40])),
+        num_prompts=draw(st.integers(1, 9)),
+        num_corpus_rows=draw(st.integers(1, 9)),
+        seed=draw(st.integers(0, 9)),
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(runs(), st.integers(0, 2**32), st.integers(0, 250))
+def test_every_interleaving_reaches_the_end_and_keeps_the_ledger(run, seed, num_steps):
+    world = World(run, seed)
+    for _ in range(num_steps):
+        if world.index.finished:
+            break
+        world.step()
+    world.finish()
+    used = [number for update in range(run.num_updates) for number in students(world.uses[update])]
+    if world.in_order:
+        assert used == list(range(run.plan.student_through(run.num_updates)))
+
+
+def trace(run: Settings, seed: int, deaths: tuple[str, ...]) -> World:
+    world = World(run, seed)
+    for _ in range(150):
+        if not world.index.finished:
+            world.step(deaths)
+    world.finish()
+    return world
+
+
+@settings(max_examples=40, deadline=None)
+@given(runs(lock_step=True), st.integers(0, 2**32), st.integers(0, 2**32))
+def test_lock_step_does_not_depend_on_timing(run, seed, other_seed):
+    run = Settings(**(vars(run) | {"max_bytes": 1 << 40}))  # eviction follows the bytes, and these are random
+    one, other = trace(run, seed, ()), trace(run, other_seed, ())
+    assert one.admissions == other.admissions
+    assert sorted(one.jobs) == sorted(other.jobs), "what is scored in one call differs"
+    assert all(not groups or not texts for groups, texts in one.jobs)
+    for update in range(run.num_updates):
+        assert draws(one, update) == draws(other, update)
+
+
+@settings(max_examples=40, deadline=None)
+@given(runs(lock_step=True), st.integers(0, 2**32), st.integers(0, 2**32))
+def test_a_resumed_lock_step_run_uses_the_same_draws(run, seed, other_seed):
+    one, other = trace(run, seed, ("crash",)), trace(run, other_seed, ())
+    for update in range(run.num_updates):
+        assert draws(one, update) == draws(other, update)
+
+
+def draws(world: World, update: int) -> list[object]:
+    return [ref.draw for ref in world.uses[update].groups]

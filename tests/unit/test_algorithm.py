@@ -1,0 +1,188 @@
+"""The three loops in one process: real replay and segments, fake engines and learner."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from distill.algorithm import RunStopped, rollout_loop, score_loop, train_loop
+from distill.config import RunConfig, StudentConfig, StudentInitConfig
+from distill.data import PromptTable, TextCorpus
+from distill.data.prompts import PROMPT_SCHEMA
+from distill.replay.draws import BatchPlan, DrawOrder
+from distill.replay.index import ReplayIndex
+from distill.replay.segments import SegmentStore
+from distill.replay.service import ReplayService
+from distill.schema import hidden_rows
+from tests.fakes import FakeGenerator, FakeLearner, FakeMilestones, FakePublisher, FakeTeacher, corpus_rows
+
+NUM_PROMPTS, NUM_TEXTS = 10, 8
+
+
+def make_config(*, max_policy_age: int = 0, num_updates: int = 4, **recipe: object) -> RunConfig:
+    config = RunConfig(student=StudentConfig(init=StudentInitConfig(source="teacher", num_layers=1)))
+    return replace(
+        config,
+        recipe=replace(config.recipe, **recipe),
+        replay=replace(config.replay, max_policy_age=max_policy_age),
+        learner=replace(config.learner, num_updates=num_updates, prompts_per_update=3, text_rows_per_update=2),
+        rollout=replace(config.rollout, max_new_tokens=5),
+    )
+
+
+class World:
+    """Everything of a run but the engines."""
+
+    def __init__(self, config: RunConfig, tmp_path: Path, delay_s: float = 0.0) -> None:
+        self.config = config
+        self.service = ReplayService(self.new_index())
+        table = pa.table(
+            {
+                "prompt_tokens": [[1, i + 2] for i in range(NUM_PROMPTS)],
+                "reference_tokens": [None] * NUM_PROMPTS,
+                "reference_mask": [None] * NUM_PROMPTS,
+                "prompt_text": [str(i) for i in range(NUM_PROMPTS)],
+                "reference_text": [None] * NUM_PROMPTS,
+                "heldout": [False] * NUM_PROMPTS,
+                "data_row": list(range(NUM_PROMPTS)),
+            },
+            schema=PROMPT_SCHEMA,
+        )
+        self.prompts = PromptTable(table, samples_per_prompt=2, max_new_tokens=5, seed=config.seed)
+        self.corpus = TextCorpus(corpus_rows(NUM_TEXTS))
+        self.generator = FakeGenerator(delay_s)
+        self.learner = FakeLearner()
+        self.milestones = FakeMilestones()
+        self.publisher = FakePublisher(self.generator)
+        self.stores = {
+            name: SegmentStore(
+                memory_dir=tmp_path / "memory",
+                spill_dir=tmp_path / "spill",
+                writer_id=name,
+                node="local",
+                segment_bytes=4096,
+                memory_bytes=1 << 20,
+            )
+            for name in ("rollout", "teacher", "learner")
+        }
+
+    def new_index(self) -> ReplayIndex:
+        config = self.config
+        return ReplayIndex(
+            replay=config.replay,
+            plan=BatchPlan.of(config),
+            student_order=DrawOrder("student", NUM_PROMPTS, config.seed),
+            text_order=DrawOrder("text", NUM_TEXTS, config.seed),
+            num_updates=config.learner.num_updates,
+        )
+
+    async def run(self) -> None:
+        together = self.config.replay.lock_step
+        await asyncio.gather(
+            rollout_loop(
+                self.service,
+                self.prompts,
+                self.generator,
+                self.stores["rollout"],
+                max_draws=1,
+                together=together,
+            ),
+            score_loop(self.service, self.corpus, FakeTeacher(), self.stores["teacher"], max_groups=4),
+            train_loop(
+                self.service,
+                self.stores["learner"],
+                self.learner,
+                self.publisher,
+                self.milestones,
+                updates_done=0,
+                num_updates=self.config.learner.num_updates,
+            ),
+        )
+
+
+async def test_every_update_gets_its_groups_once_and_versions_rise(tmp_path: Path) -> None:
+    world = World(make_config(), tmp_path)
+    await world.run()
+    assert len(world.learner.seen) == 4
+    used = [draw for draws in world.learner.seen for draw in draws]
+    assert len(used) == len(set(used)) == 4 * (3 + 2)
+    assert world.milestones.calls == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+    # In lock-step every student token of update u was sampled by version u + 1.
+    for update, batches in enumerate(world.learner.batches):
+        versions = {
+            span["version"]
+            for batch in batches
+            for row in batch.column("policy_versions").to_pylist()
+            for span in row or ()
+        }
+        assert versions == {update + 1}
+
+
+async def test_a_row_keeps_its_own_payload(tmp_path: Path) -> None:
+    world = World(make_config(), tmp_path)
+    await world.run()
+    for batches in world.learner.batches:
+        for batch in batches:
+            for tokens, states in zip(batch.column("response_tokens").to_pylist(), hidden_rows(batch), strict=True):
+                assert states[:, 0].tolist() == tokens
+
+
+async def test_lock_step_is_deterministic_whatever_the_timing(tmp_path: Path) -> None:
+    seen = []
+    for number, delay_s in enumerate((0.0, 0.003)):
+        world = World(make_config(), tmp_path / str(number), delay_s)
+        await world.run()
+        seen.append(
+            [
+                [(batch.column("trajectory_id").to_pylist(), batch.column("response_tokens").to_pylist()) for batch in batches]
+                for batches in world.learner.batches
+            ]
+        )
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("max_policy_age", [1, 3])
+async def test_age_stays_within_its_bound(tmp_path: Path, max_policy_age: int) -> None:
+    world = World(make_config(max_policy_age=max_policy_age, num_updates=8), tmp_path, 0.001)
+    await world.run()
+    ages = [age for lease in world.milestones.leases for age in lease.policy_ages]
+    assert len(ages) == 8 * 3
+    assert 0 < max(ages) <= max_policy_age
+
+
+async def test_a_recipe_on_text_alone_samples_nothing(tmp_path: Path) -> None:
+    config = make_config(student_text="none", loss="forward_kl", off_policy_text="reference")
+    world = World(config, tmp_path)
+    await world.run()
+    assert world.generator.num_calls == 0
+    assert all(len(draws) == 2 for draws in world.learner.seen)
+
+
+async def test_a_stopped_replay_ends_training_with_an_error(tmp_path: Path) -> None:
+    world = World(make_config(num_updates=1000), tmp_path, 0.001)
+    running = asyncio.create_task(world.run())
+    await asyncio.sleep(0.05)
+    await world.service.stop()
+    with pytest.raises(RunStopped, match="of 1000 updates"):
+        await running
+
+
+async def test_a_failing_generator_ends_the_loop(tmp_path: Path) -> None:
+    world = World(make_config(), tmp_path)
+
+    async def fail(requests: object) -> list:
+        raise RuntimeError("engine is gone")
+
+    world.generator.generate = fail  # type: ignore[method-assign]
+    loop = rollout_loop(
+        world.service, world.prompts, world.generator, world.stores["rollout"], max_draws=1, together=True
+    )
+    running = asyncio.create_task(loop)
+    await world.service.advance(0, 1)
+    with pytest.raises(ExceptionGroup) as failure:
+        await asyncio.wait_for(running, 5)
+    assert "engine is gone" in str(failure.value.exceptions[0])

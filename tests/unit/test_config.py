@@ -1,0 +1,381 @@
+"""Configuration: loading, messages, presets, round trip, rules."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill import config as config_module
+from distill.config import ConfigError, RecipeConfig, RunConfig, StudentConfig, StudentInitConfig
+from distill.config_load import fingerprint, load_config, setting_names, to_yaml
+
+PRESETS = Path(__file__).parents[2] / "deploy" / "configs"
+STUDENT = "student: {init: {from: teacher, num_layers: 10}}\n"
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., RunConfig]:
+    def load_text(text: str, overrides: Sequence[str] = ()) -> RunConfig:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(path, overrides, PRESETS)
+
+    return load_text
+
+
+def message(load: Callable[..., RunConfig], text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(STUDENT + text, overrides)
+    assert "\n" not in str(caught.value)
+    assert "full_key" not in str(caught.value)
+    return str(caught.value)
+
+
+# Layers
+
+
+def test_overrides_lie_over_the_file(load):
+    config = load(
+        STUDENT + "learner:\n  num_updates: 7\n  learning_rate: 1e-5\n", ["learner.num_updates=40", "seed=3"]
+    )
+    assert (config.learner.num_updates, config.learner.learning_rate, config.seed) == (40, 1e-5, 3)
+
+
+def test_from_is_written_from(load):
+    config = load(STUDENT, ["student.init.num_layers=4"])
+    assert config.student.init == StudentInitConfig(source="teacher", num_layers=4)
+    assert "from: teacher" in to_yaml(config)
+    assert "source" not in to_yaml(config)
+    assert "student.init.from" in setting_names()
+
+
+def test_an_empty_section_changes_nothing(load):
+    assert load(STUDENT + "learner:\n") == load(STUDENT)
+
+
+def test_interpolation(load):
+    assert load(STUDENT + "seed: 5\ncorpus: {seed: '${seed}'}").corpus.seed == 5
+
+
+def test_recipe_by_name_in_file_and_override(load):
+    assert load(STUDENT + "recipe: kd").recipe.lm_weight == 0.5
+    config = load(STUDENT + "recipe: ammd", ["recipe=kd", "recipe.loss_weight=0.9"])
+    assert (config.recipe.name, config.recipe.loss_weight, config.recipe.anchor_weight) == ("kd", 0.9, 0.0)
+
+
+def test_a_later_recipe_replaces_the_whole_section(load):
+    config = load(STUDENT + "recipe: ammd_paper", ["recipe=gkd"])
+    assert config.recipe.long_weight == RecipeConfig().long_weight
+
+
+def test_a_preset_stands_where_it_is_named(load):
+    file_wins = load(STUDENT + "recipe: ammd_paper\ncritic: {features: both}")
+    override_wins = load(STUDENT + "critic: {features: both}", ["recipe=ammd_paper"])
+    assert (file_wins.critic.features, override_wins.critic.features) == ("both", "teacher")
+
+
+def test_recipe_fields_in_the_file(load):
+    assert load(STUDENT + "recipe: {beta: 0.5}").recipe == RecipeConfig(beta=0.5)
+
+
+# Presets
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (PRESETS / "recipes").glob("*.yaml")])
+def test_each_recipe_loads_under_its_own_name(load, name):
+    assert load(STUDENT, [f"recipe={name}"]).recipe.name == name
+
+
+def test_recipe_rows(load):
+    ammd = load(STUDENT + "recipe: ammd")
+    assert ammd == load(STUDENT)
+    paper = load(STUDENT + "recipe: ammd_paper")
+    assert paper.recipe == RecipeConfig(name="ammd_paper", beta=0.5, anchor_weight=0.1, long_weight=1.0)
+    assert (ammd.critic.features, paper.critic.features) == ("ratio", "teacher")
+    kd, gkd = load(STUDENT + "recipe: kd").recipe, load(STUDENT + "recipe: gkd").recipe
+    assert (kd.off_policy_text, kd.student_text, kd.loss, kd.loss_weight, kd.lm_weight, kd.anchor_weight) == (
+        "reference", "none", "forward_kl", 0.5, 0.5, 0.0,
+    )  # fmt: skip
+    assert (gkd.off_policy_text, gkd.student_text, gkd.student_fraction, gkd.loss, gkd.jsd_beta) == (
+        "reference", "mixed", 0.5, "generalized_jsd", 0.5,
+    )  # fmt: skip
+    assert gkd.anchor_weight == 0.0
+
+
+def test_demo_needs_no_more_than_it_makes():
+    config = load_config(PRESETS / "demo.yaml", (), PRESETS)
+    assert config.run_dir == "runs/demo"
+    assert config.corpus.num_prompts == config.learner.num_updates * config.learner.text_rows_per_update
+    assert (config.learner.prompts_per_update, config.rollout.samples_per_prompt) == (16, 2)
+
+
+def test_each_line_of_a_recipe_says_why():
+    for path in (PRESETS / "recipes").glob("*.yaml"):
+        for line in path.read_text().splitlines():
+            assert line.startswith("#") or line.endswith(":") or "  # " in line, f"{path.name}: {line}"
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("learner.lerning_rate=1", "learner.lerning_rate is not a setting; did you mean learner.learning_rate?"),
+        ("learnr.num_updates=1", "learnr is not a setting; did you mean learner?"),
+        ("learner.max_policy_age=1", "did you mean replay.max_policy_age?"),
+        ("learning_rate=1", "sft.learning_rate or critic.learning_rate or learner.learning_rate?"),
+        ("student.init.source=teacher", "student.init.source is not a setting; did you mean student.init.from?"),
+        ("zzzz=1", "zzzz is not a setting; there are run_dir, seed"),
+        ("learner.num_updates=many", "learner.num_updates=many must be an integer; the default is 20"),
+        ("learner.num_updates=2.5", "learner.num_updates=2.5 must be an integer"),
+        ("learner.num_updates=null", "learner.num_updates=null must be an integer"),
+        ("learner.num_threads=few", "learner.num_threads=few must be an integer or null"),
+        ("learner.learning_rate=fast", "learner.learning_rate=fast must be a number"),
+        ("learner.learning_rate=nan", "learner.learning_rate=nan must be finite"),
+        ("sft.enabled=maybe", "sft.enabled=maybe must be a boolean"),
+        ("run_dir=[a]", "run_dir=['a'] must be a text"),
+        ("run_dir=???", "run_dir=??? must be given"),
+        ("student.init.num_layers=x", "student.init.num_layers=x must be an integer or null"),
+        ("recipe.loss=revers_kl", "must be one of moment_gap, forward_kl, reverse_kl, generalized_jsd; did you mean reverse_kl?"),
+        ("recipe.loss=${data.path}", "must be one of moment_gap, forward_kl"),
+        ("recipe.student_text=x", "must be one of none, every_update, mixed; choose one of them"),
+        ("learner=3", "learner=3 must be a section; write its settings, such as learner.num_updates=20"),
+        ("recipe=3", "recipe=3 must be a section"),
+        ("recipe=gkdd", "recipe=gkdd must be one of ammd, ammd_paper, gkd, kd; did you mean gkd?"),
+        ("corpus.seed=${nowhere}", "corpus.seed: Interpolation key 'nowhere' not found"),
+        ("run_dir='a", "line 1: found unexpected end of stream"),
+        ("run_dir=${", "put the value in quotes"),
+        ("foo", "'foo' must be name=value"),
+        ("=3", "'=3' must be name=value"),
+        ("recipe.beta=2", "recipe.beta=2.0 must lie in [0, 1]; 0.25 is the default"),
+    ],
+)  # fmt: skip
+def test_messages_for_overrides(load, wrong, said):
+    assert said in message(load, "", wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learner:\n  num_updates: [1\nseed: 3\n", "run.yaml line 4: "),
+        ("seed: 1\nseed: 2\n", "run.yaml line 3: found duplicate key seed"),
+        ("learner: 3\n", "learner=3 must be a section"),
+        ("learner:\n  lerning_rate: 1\n", "learner.lerning_rate is not a setting"),
+        ("1: 2\n", "1 is not a setting"),
+        ("seed: '${'\n", "mend the value"),
+    ],
+)
+def test_messages_for_files(load, text, said):
+    assert said in message(load, text)
+
+
+def test_messages_for_whole_files(load, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"nowhere\.yaml must be a configuration file; there is no such file"
+    ):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match="must be a readable configuration file"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"run_dir: caf\xe9")
+    with pytest.raises(ConfigError, match="byte 12 is not UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+    for text in ("- a\n- b\n", "3"):
+        with pytest.raises(ConfigError, match="must hold a mapping of sections"):
+            load(text)
+    with pytest.raises(ConfigError, match="no presets here"):
+        (tmp_path / "named.yaml").write_text("recipe: kd")
+        load_config(tmp_path / "named.yaml")
+
+
+# Round trip and fingerprint
+
+
+def leaf_paths(part: type, prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], object]]:
+    hints = typing.get_type_hints(part)
+    paths: list[tuple[tuple[str, ...], object]] = []
+    for field in dataclasses.fields(part):
+        path, hint = (*prefix, field.name), hints[field.name]
+        paths += leaf_paths(hint, path) if dataclasses.is_dataclass(hint) else [(path, hint)]
+    return paths
+
+
+def values(hint: object) -> st.SearchStrategy:
+    if typing.get_origin(hint) is types.UnionType:
+        return st.one_of([values(kind) for kind in typing.get_args(hint)])
+    if typing.get_origin(hint) is typing.Literal:
+        return st.sampled_from(typing.get_args(hint))
+    return {
+        int: st.one_of(st.integers(0, 100), st.integers(-(10**12), 10**12)),
+        float: st.one_of(st.floats(0, 1), st.floats(allow_nan=False, allow_infinity=False)),
+        bool: st.booleans(),
+        types.NoneType: st.none(),
+        # What YAML or OmegaConf could take for something else, and anything that can be encoded.
+        str: st.one_of(
+            st.sampled_from(["1e3", "null", "~", "yes", "0x1f", "- a", "a: b", "", " x ", "\\", "1_000"]),
+            st.text(st.sampled_from("\\${}:#'\" \n\tab"), max_size=12),
+            st.text(st.characters(codec="utf-8")),
+        ),
+    }[hint]
+
+
+def replaced(part: object, path: tuple[str, ...], value: object):
+    name, *rest = path
+    return dataclasses.replace(
+        part, **{name: replaced(getattr(part, name), tuple(rest), value) if rest else value}
+    )
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> RunConfig:
+    """Any settings that break no rule: a value that would is left at its default."""
+    config = RunConfig(student=StudentConfig(init=StudentInitConfig(source="teacher", num_layers=1)))
+    for path, hint in draw(st.lists(st.sampled_from(leaf_paths(RunConfig)), max_size=12, unique=True)):
+        changed = replaced(config, path, draw(values(hint).filter(lambda value: value != "???")))
+        if not list(changed.violations()):
+            config = changed
+    return config
+
+
+@settings(max_examples=50, deadline=None)
+@given(config=configs())
+def test_yaml_round_trip(tmp_path_factory, config):
+    path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    loaded = load_config(path)
+    assert loaded == config
+    assert fingerprint(loaded) == fingerprint(config)
+    assert to_yaml(loaded) == to_yaml(config)
+
+
+def test_round_trip_of_what_looks_like_an_interpolation(load):
+    for text in ("${seed}", "\\${seed}", "\\\\${seed}", "a${b", "$${x}", "\\\\"):
+        config = dataclasses.replace(load(STUDENT), run_dir=text)
+        assert load(to_yaml(config)).run_dir == text
+
+
+def test_fingerprint_is_what_determines_the_numbers(load):
+    config = load(STUDENT)
+    same = load(STUDENT, ["run_dir=elsewhere", "cluster.address=auto", "cluster.start_timeout_s=5"])
+    assert fingerprint(same) == fingerprint(config)
+    assert len(fingerprint(config)) == 16
+    for path, hint in leaf_paths(RunConfig):
+        if path[0] in ("run_dir", "cluster"):
+            continue
+        old = config
+        for name in path:
+            old = getattr(old, name)
+        choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+        other = next((choice for choice in choices if choice != old), "other")
+        new = other if isinstance(old, str) else 77 if old is None else not old if old is True else old + 1
+        assert fingerprint(replaced(config, path, new)) != fingerprint(config), path
+
+
+def test_fingerprint_does_not_depend_on_int_or_float(load):
+    config = load(STUDENT)
+    assert fingerprint(replaced(config, ("recipe", "loss_weight"), 1)) == fingerprint(config)
+
+
+# Rules and documentation of the sections
+
+BROKEN = [
+    "recipe.student_text=none recipe.off_policy_text=none", "recipe.beta=-1", "recipe.gamma=0",
+    "recipe.student_fraction=2", "recipe.jsd_beta=1", "recipe.lm_weight=-1",
+    "recipe.long_weight=1 recipe.student_text=none", "student.model=x", "student.init.from=other",
+    "student.init.num_layers=0", "data.num_heldout=0", "sft.num_updates=0", "sft.rows_per_update=0",
+    "corpus.max_new_tokens=0", "corpus.num_prompts=0", "rollout.samples_per_prompt=0",
+    "rollout.max_new_tokens=0", "rollout.temperature=0.7", "rollout.top_p=0.9",
+    "rollout.tensor_parallel_size=0", "replay.max_policy_age=-1", "replay.samples_per_insert=0",
+    "replay.max_times_sampled=0", "replay.samples_per_insert=2 replay.max_times_sampled=2",
+    "replay.min_size_to_sample=-1", "replay.segment_bytes=1", "replay.segment_bytes=2000000000",
+    "replay.memory_bytes=9000000000", "critic.rank=0", "critic.bound=0", "critic.num_steps=0",
+    "critic.warmup_updates=-1", "learner.num_updates=0", "learner.learning_rate=0",
+    "learner.warmup_fraction=1", "weights.deadline_s=0", "checkpoint.every=0", "checkpoint.keep=0",
+    "evaluation.every=-1", "evaluation.num_prompts=1 evaluation.num_prompts_during=1",
+    "evaluation.num_prompts_during=129", "evaluation.best_metric=bleu", "cluster.object_store_bytes=1",
+    "replay.min_size_to_sample=17", "recipe.long_weight=1 rollout.samples_per_prompt=1",
+    "data.num_heldout=100", "recipe.student_text=mixed",
+]  # fmt: skip
+"""Overrides of a valid configuration, each breaking the rule named by one of its settings."""
+
+
+def test_each_rule_is_broken_by_some_value(load, monkeypatch):
+    source = inspect.getsource(config_module)
+    rules = [
+        (node.lineno, node.end_lineno)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "rule"
+    ]
+    reached: set[int] = set()
+    true_rule = config_module.rule
+
+    def recording_rule(*arguments):
+        reached.add(sys._getframe(1).f_lineno)
+        return true_rule(*arguments)
+
+    monkeypatch.setattr(config_module, "rule", recording_rule)
+    for overrides in BROKEN:
+        with pytest.raises(ConfigError):
+            load(STUDENT, overrides.split())
+    unbroken = [
+        source.splitlines()[first - 1].strip()
+        for first, last in rules
+        if not any(first <= line <= last for line in reached)
+    ]
+    assert not unbroken, "rules without a value in BROKEN that breaks them first"
+
+
+@pytest.mark.parametrize("overrides", BROKEN)
+def test_a_broken_rule_names_the_setting(load, overrides):
+    with pytest.raises(ConfigError) as caught:
+        load(STUDENT, overrides.split())
+    said = str(caught.value)
+    assert " must " in said and "; " in said and "\n" not in said
+    names = [override.split("=")[0] for override in overrides.split()]
+    assert any(name in said for name in names)
+    assert said.split("=")[0] in setting_names()
+
+
+def test_every_field_has_a_docstring():
+    undocumented = [
+        f"{part.name}.{field.target.id}"
+        for part in ast.parse(inspect.getsource(config_module)).body
+        if isinstance(part, ast.ClassDef) and part.name.endswith("Config")
+        for field, below in zip(part.body, [*part.body[1:], None], strict=True)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if not (
+            isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and isinstance(below.value.value, str)
+        )
+    ]
+    assert undocumented == []
+
+
+def test_every_section_with_rules_is_asked():
+    source = inspect.getsource(RunConfig.violations)
+    for field in dataclasses.fields(RunConfig):
+        part = field.default_factory
+        if dataclasses.is_dataclass(part) and hasattr(part, "violations"):
+            assert f'"{field.name}"' in source, field.name
+
+
+def test_loading_imports_no_heavy_library():
+
+    code = (
+        "import distill.config_load, sys; "
+        "print([name for name in ('torch', 'transformers', 'ray', 'vllm') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
