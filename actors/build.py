@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors.rollout import RolloutWorker
+from actors.teacher import TeacherScorer
 from distill.config import RolloutConfig, RunConfig
 from distill.data import PromptTable, TextCorpus
 from distill.interfaces import Generator, Teacher
 from distill.replay.segments import SegmentStore
 from distill.run_inputs import RunInputs
-
-from actors.rollout import RolloutWorker
-from actors.teacher import TeacherScorer
 
 
 async def build_generator(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from deploy.fetch import cache_dir, resolve_model
+from deploy.fetch import local_checkpoint
 from deploy.report_text import strip_control
 
 
@@ -14,7 +14,7 @@ def run_chat(model: str, prompt: str | None, max_new_tokens: int) -> int:
 
     Raises: ConfigError when the model is not there.
     """
-    folder = resolve_model("model", model, None, cache_dir())
+    folder = local_checkpoint(model, None, "model")
     answer = _load(folder, max_new_tokens)
     if prompt is not None:
         print(strip_control(answer([{"role": "user", "content": prompt}])))

@@ -103,10 +103,11 @@ class Cluster:
     def poll(self, reference: Any, timeout_s: float = 2.0) -> Any | None:
         """The value of a reference if it comes in time, else None."""
         import ray
+        from ray.exceptions import RayError
 
         try:
             return ray.get(reference, timeout=timeout_s)
-        except ray.exceptions.RayError:
+        except RayError:
             return None
 
     def end_actor(self, name: str) -> None:
@@ -149,13 +150,14 @@ class Cluster:
 
     def _get(self, name: str, reference: Any, timeout_s: float) -> Any:
         import ray
+        from ray.exceptions import RayActorError, RayTaskError
 
         try:
             return ray.get(reference, timeout=timeout_s)
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             cause = root_cause(error.cause if isinstance(error.cause, BaseException) else error)
             raise ActorFailed(f"{name}: {type(cause).__name__}: {cause}") from error
-        except ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             raise ActorFailed(f"{name} died: {str(error).splitlines()[0]}") from error
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from distill.config import ConfigError, rule
 from distill.data import KNOWN_DATA
@@ -172,6 +172,31 @@ def resolve_model(name: str, revision: str | None, cache: Path, *, setting: str 
     return str(path)
 
 
+def local_checkpoint(name: str, revision: str | None, setting: str, cache: Path | None = None) -> Path:
+    """The folder of a model: as it is, or brought from the hub into the hub's own cache.
+
+    Raises: ConfigError when it is nowhere to be had.
+    """
+    place = resolve_model(name, revision, cache or cache_dir(), setting=setting)
+    if Path(place).is_dir():
+        return Path(place)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(place, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises those of its transport, too
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            rule(
+                setting,
+                name,
+                f"be had from the hub ({reason})",
+                "check id and network, or give a local folder",
+            )
+        ) from error
+
+
 def _hub_id(name: str, setting: str) -> str:
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return name
@@ -284,8 +309,9 @@ def convert_gguf(gguf: Path, checkpoint: Path) -> None:
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = quantised.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the numbers are plain ones from here on
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+        delattr(config, "quantization_config")  # the numbers are plain ones from here on
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)
     model.load_state_dict(quantised.state_dict())
     model.tie_weights()
     model.generation_config = GenerationConfig(

@@ -78,14 +78,21 @@ def _json(path: Path, setting: str) -> dict[str, Any]:
             rule(setting, path.parent, f"hold {path.name}", "give the folder of a Hugging Face checkpoint")
         ) from error
     except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(rule(setting, path, f"be readable JSON ({error})", "save the model again")) from error
+        raise ConfigError(
+            rule(setting, path, f"be readable JSON ({error})", "save the model again")
+        ) from error
 
 
 def _num_parameters(folder: Path, setting: str) -> int:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(
-            rule(setting, folder, "hold safetensors", "convert it with save_pretrained; pickled weights are not read")
+            rule(
+                setting,
+                folder,
+                "hold safetensors",
+                "convert it with save_pretrained; pickled weights are not read",
+            )
         )
     return sum(_elements(path) for path in files)
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import pyarrow as pa
 
-from deploy.fetch import cache_dir, resolve_model
+from deploy.fetch import cache_dir, local_checkpoint
 from deploy.model_facts import ModelFacts, tokenizer_fingerprint
 from distill.config import ConfigError, RunConfig, rule
-from distill.data import PromptTables, build_prompts, load_rows
+from distill.data import build_prompts, load_rows, num_skipped_prompts
 from distill.hardware import resolve_dtype
 from distill.replay.draws import BatchPlan
 from distill.run_inputs import shared_memory_root
@@ -53,7 +54,9 @@ class Preflight:
         self.student: ModelFacts
         """Of the checkpoint given; for a student that is cut, the teacher's."""
         self.tokenizer: Any
-        self.prompts: PromptTables
+        self.prompts: pa.Table
+        self.num_references = 0
+        """Prompts that have a reference."""
         self.checks: list[Check] = []
 
     def run(self) -> list[Check]:
@@ -94,7 +97,11 @@ class Preflight:
         yield Check("configuration", "pass", "every rule holds")
         recipe = self.config.recipe
         needs = recipe.payload
-        yield Check("payload", "pass", f"recipe {recipe.name} needs the payload {needs}; the teacher actor gives hidden")
+        yield Check(
+            "payload",
+            "pass",
+            f"recipe {recipe.name} needs the payload {needs}; the teacher actor gives hidden",
+        )
 
     def _engines(self) -> Iterator[Check]:
         for section in ("rollout", "scoring"):
@@ -105,12 +112,14 @@ class Preflight:
                          "install the cpu or gpu extra, or set engine=transformers")
                 )  # fmt: skip
         yield Check(
-            "engines", "pass", f"rollout by {self.config.rollout.engine}, scoring by {self.config.scoring.engine}"
+            "engines",
+            "pass",
+            f"rollout by {self.config.rollout.engine}, scoring by {self.config.scoring.engine}",
         )
 
     def _teacher(self) -> Iterator[Check]:
         teacher = self.config.teacher
-        folder = resolve_model("teacher.model", teacher.model, teacher.revision, cache_dir())
+        folder = local_checkpoint(teacher.model, teacher.revision, "teacher.model")
         self.teacher = ModelFacts.read(folder, "teacher.model")
         yield self._model("teacher", self.teacher)
         if not self.teacher.stop_token_ids:
@@ -127,12 +136,17 @@ class Preflight:
             wanted = student.init.num_layers or 0
             if wanted > layers:
                 raise ConfigError(
-                    rule("student.init.num_layers", wanted, f"be <= the teacher's {layers}", "keep fewer layers")
+                    rule(
+                        "student.init.num_layers",
+                        wanted,
+                        f"be <= the teacher's {layers}",
+                        "keep fewer layers",
+                    )
                 )
             self.student = self.teacher
             yield Check("student", "pass", f"{wanted} of the teacher's {layers} layers, evenly spaced")
             return
-        folder = resolve_model("student.model", student.model, student.revision, cache_dir())
+        folder = local_checkpoint(student.model, student.revision, "student.model")
         self.student = ModelFacts.read(folder, "student.model")
         yield self._model("student", self.student)
         yield self._transform("student", self.student)
@@ -150,7 +164,9 @@ class Preflight:
                      "lower data.max_prompt_tokens or rollout.max_new_tokens")
             )  # fmt: skip
         millions = facts.num_parameters / 1e6
-        return Check(role, "pass", f"{facts.model_type}, {millions:.0f} M parameters, context {facts.context_tokens}")
+        return Check(
+            role, "pass", f"{facts.model_type}, {millions:.0f} M parameters, context {facts.context_tokens}"
+        )
 
     def _transform(self, role: str, facts: ModelFacts) -> Check:
         from learner.vocabulary import LogitTransform
@@ -191,15 +207,18 @@ class Preflight:
         data = self.config.data
         rows = load_rows(data, cache_dir())
         self.prompts = build_prompts(rows, self.tokenizer, data, self.teacher.stop_token_ids)
-        train, heldout = self.prompts.train.num_rows, self.prompts.heldout.num_rows
+        heldout = data.num_heldout
+        train = self.prompts.num_rows - heldout
+        references = self.prompts["reference_tokens"]
+        self.num_references = len(references) - references.null_count
         recipe = self.config.recipe
-        references = self.prompts.num_references
-        if references == 0 and (self.config.sft.enabled or recipe.off_policy_text == "reference"):
+        if self.num_references == 0 and (self.config.sft.enabled or recipe.off_policy_text == "reference"):
             raise ConfigError(
                 rule("data", data.path, "have references (completions) for the warm start and this recipe",
                      "set sft.enabled=false and a recipe on teacher text, or give completions")
             )  # fmt: skip
-        skipped = f", {self.prompts.num_skipped} too long and left out" if self.prompts.num_skipped else ""
+        num_skipped = num_skipped_prompts(self.prompts)
+        skipped = f", {num_skipped} too long and left out" if num_skipped else ""
         template = "the teacher's chat template" if data.chat_template else "no template"
         yield Check("data", "pass", f"{train} prompts to train on, {heldout} held out{skipped}; {template}")
 
@@ -212,7 +231,9 @@ class Preflight:
                      f"be >= the groups of {config.replay.max_policy_age + 2} updates, {need} bytes",
                      "otherwise the learner waits for rows that do not fit; raise it or use smaller batches")
             )  # fmt: skip
-        yield Check("buffer", "pass", f"{need >> 20} MiB of at most {config.replay.max_bytes >> 20} MiB in use")
+        yield Check(
+            "buffer", "pass", f"{need >> 20} MiB of at most {config.replay.max_bytes >> 20} MiB in use"
+        )
 
     def _window_bytes(self) -> int:
         """Bytes of the rows of all updates in flight, every response at its limit."""
@@ -246,9 +267,18 @@ class Preflight:
         # chunk; activations of a micro-batch at about forty numbers of width D per layer.
         layers = config.student.init.num_layers or self.student.config.get("num_hidden_layers", 0)
         activations = config.learner.micro_batch_tokens * self.student.hidden_size * 40 * layers * 4
-        learner = student * 16 + 12 * vocabulary_rows + activations + 4 * self.teacher.vocab_size * self.teacher.hidden_size
+        learner = (
+            student * 16
+            + 12 * vocabulary_rows
+            + activations
+            + 4 * self.teacher.vocab_size * self.teacher.hidden_size
+        )
         teacher = self.teacher.num_parameters * scoring_bytes + int(config.scoring.kv_cache_gib * 2**30)
-        estimate = {"teacher": teacher + _PROCESS_BYTES, "learner": learner + _PROCESS_BYTES, "ray": _RAY_BYTES}
+        estimate = {
+            "teacher": teacher + _PROCESS_BYTES,
+            "learner": learner + _PROCESS_BYTES,
+            "ray": _RAY_BYTES,
+        }
         if config.recipe.uses_student_text:
             rollout = student * rollout_bytes + int(config.rollout.kv_cache_gib * 2**30)
             estimate["rollout"] = rollout + 2 * _PROCESS_BYTES
@@ -269,7 +299,9 @@ class Preflight:
         run_dir = Path(config.run_dir).absolute()
         place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
         if not os.access(place, os.W_OK):
-            raise ConfigError(rule("run_dir", run_dir, f"be writable ({place} is not)", "choose another run_dir"))
+            raise ConfigError(
+                rule("run_dir", run_dir, f"be writable ({place} is not)", "choose another run_dir")
+            )
         student = self._student_parameters()
         # A checkpoint is weights and two moments; one more is written before the oldest goes.
         need = student * 12 * (config.checkpoint.keep + 1) + student * 4 * 4
@@ -286,7 +318,9 @@ class Preflight:
                 rule("free shared memory", f"{left >> 20} MiB", f"be >= {wanted >> 20} MiB at {shm}",
                      "lower replay.memory_bytes, or give the container a larger /dev/shm")
             )  # fmt: skip
-        yield Check("disk", "pass", f"{need >> 20} MiB of {free >> 20} MiB free; {wanted >> 20} MiB of shared memory")
+        yield Check(
+            "disk", "pass", f"{need >> 20} MiB of {free >> 20} MiB free; {wanted >> 20} MiB of shared memory"
+        )
 
     def _ports(self) -> Iterator[Check]:
         if self.config.cluster.address is not None:
@@ -297,7 +331,12 @@ class Preflight:
                 probe.bind(("127.0.0.1", 0))
         except OSError as error:
             raise ConfigError(
-                rule("loopback", "127.0.0.1", f"have a free port ({error})", "local Ray listens on loopback only")
+                rule(
+                    "loopback",
+                    "127.0.0.1",
+                    f"have a free port ({error})",
+                    "local Ray listens on loopback only",
+                )
             ) from error
         yield Check("ports", "pass", "a local Ray on free loopback ports")
 
@@ -309,4 +348,6 @@ def _load_tokenizer(folder: Path, setting: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise ConfigError(rule(setting, folder, f"hold a tokenizer ({first})", "save one beside the model")) from error
+        raise ConfigError(
+            rule(setting, folder, f"hold a tokenizer ({first})", "save one beside the model")
+        ) from error

@@ -19,9 +19,7 @@ def print_report(run_dir: str | Path, summary: dict[str, Any], console: Console 
     folder = RunFolder(run_dir)
     before, after = (load_evaluation(folder.evaluation(label)) for label in ("before", "after"))
     console.print()
-    console.print(
-        before_after_table(summary["before"], summary["after"], paired_difference(before, after))
-    )
+    console.print(before_after_table(summary["before"], summary["after"], paired_difference(before, after)))
     answers = _answers(folder)
     if answers:
         console.print(three_answers(*answers), markup=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from deploy.preflight import Preflight
 from deploy.prepare import Prepared, prepare
 from deploy.progress import Progress, training_line
 from deploy.rates import Rates
-from distill.config import ConfigError, RunConfig, rule
+from distill.config import RunConfig
 from distill.config_load import fingerprint, load_config, to_yaml
 from distill.data import read_table, write_table
 from distill.evaluation import load_evaluation
 from distill.hardware import usable_cores
 from distill.metrics import EventLog
-from distill.run_folder import RunFolder, write_json
+from distill.run_folder import RunFolder
 from distill.run_inputs import RunInputs
 from distill.schema import trajectory_schema
 
@@ -94,7 +94,7 @@ class Run:
         self.memory = MemorySampler({"driver": os.getpid()}).start()
         try:
             self.cluster = cluster
-            learner = self._actor("learner", *_learner_actor(), self.config)
+            learner = self._start_learner()
             student_dir = self._warm_start(learner)
             self._write_corpora()
             result = self._distil(learner, self._inputs(student_dir))
@@ -234,7 +234,9 @@ class Run:
         for name, seconds in result["timing_s"].items():
             self.timing_s[name] = seconds
         self.tokens["learner"] = result["num_tokens"]
-        stats = self._ready({"teacher": teacher.stats.remote(), _sampler_name(config): rollout.stats.remote()})
+        stats = self._ready(
+            {"teacher": teacher.stats.remote(), _sampler_name(config): rollout.stats.remote()}
+        )
         self.tokens["teacher"] = stats["teacher"]["teacher/num_tokens"]
         self.tokens["rollout"] = stats[_sampler_name(config)]["rollout/num_tokens"]
         self.timing_s["rollout_busy"] = stats[_sampler_name(config)]["timing/rollout_busy_s"]
@@ -243,10 +245,13 @@ class Run:
 
     # Parts
 
+    def _start_learner(self) -> Any:
+        from learner.ray_actor import LearnerActor
+
+        return self._actor("learner", LearnerActor, self.config.learner.num_threads, self.config)
+
     def _actor(self, name: str, actor_class: Any, num_threads: int | None, *args: object) -> Any:
-        handle = self.cluster.start_actor(
-            name, actor_class, *args, num_threads=num_threads or usable_cores()
-        )
+        handle = self.cluster.start_actor(name, actor_class, *args, num_threads=num_threads or usable_cores())
         self.memory.add(name, self.cluster.pids[name])
         return handle
 
@@ -278,12 +283,6 @@ class Run:
             "wall_s": round(wall, 2),
             "incarnations": self.folder.incarnation,
         }
-
-
-def _learner_actor() -> tuple[Any, None]:
-    from learner.ray_actor import LearnerActor
-
-    return LearnerActor, None
 
 
 def _sampler_name(config: RunConfig) -> str:

@@ -69,8 +69,12 @@ class RecipeConfig:
 
     def violations(self) -> Iterator[str]:
         if self.off_policy_text == "none" and self.student_text == "none":
-            yield rule("recipe.student_text", "none", "not be none when recipe.off_policy_text is none",
-                       "choose a text to learn from")
+            yield rule(
+                "recipe.student_text",
+                "none",
+                "not be none when recipe.off_policy_text is none",
+                "choose a text to learn from",
+            )
         if not 0 <= self.beta <= 1:
             yield rule("recipe.beta", self.beta, "lie in [0, 1]", "0.25 is the default")
         if not 0 < self.gamma <= 1:
@@ -78,15 +82,22 @@ class RecipeConfig:
         if not 0 <= self.student_fraction <= 1:
             yield rule("recipe.student_fraction", self.student_fraction, "lie in [0, 1]", "0.5 is GKD's")
         if not 0 < self.jsd_beta < 1:
-            yield rule("recipe.jsd_beta", self.jsd_beta, "lie in (0, 1)",
-                       "use loss=forward_kl or reverse_kl for the two limits")
+            yield rule(
+                "recipe.jsd_beta",
+                self.jsd_beta,
+                "lie in (0, 1)",
+                "use loss=forward_kl or reverse_kl for the two limits",
+            )
         for name in ("loss_weight", "anchor_weight", "lm_weight", "long_weight"):
             if getattr(self, name) < 0:
                 yield rule(f"recipe.{name}", getattr(self, name), "be >= 0", "0 turns the term off")
         if self.long_weight > 0 and not (self.uses_critics and self.uses_student_text):
-            yield rule("recipe.long_weight", self.long_weight,
-                       "be 0 unless loss=moment_gap and student text is used",
-                       "the long-horizon term needs a critic on the student's own text")
+            yield rule(
+                "recipe.long_weight",
+                self.long_weight,
+                "be 0 unless loss=moment_gap and student text is used",
+                "the long-horizon term needs a critic on the student's own text",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,14 +136,26 @@ class StudentConfig:
     def violations(self) -> Iterator[str]:
         if (self.model is None) == (self.init.source is None):
             value = "null" if self.model is None else self.model
-            yield rule("student.model", value, "be set exactly when student.init.from is not",
-                       "give a checkpoint, or student.init: {from: teacher, num_layers: N}")
+            yield rule(
+                "student.model",
+                value,
+                "be set exactly when student.init.from is not",
+                "give a checkpoint, or student.init: {from: teacher, num_layers: N}",
+            )
         if self.init.source not in (None, "teacher"):
-            yield rule("student.init.from", self.init.source, "be teacher",
-                       "to start from another checkpoint set student.model")
+            yield rule(
+                "student.init.from",
+                self.init.source,
+                "be teacher",
+                "to start from another checkpoint set student.model",
+            )
         if self.init.source is not None and (self.init.num_layers or 0) < 1:
-            yield rule("student.init.num_layers", self.init.num_layers, "be >= 1",
-                       "say how many of the teacher's layers to keep")
+            yield rule(
+                "student.init.num_layers",
+                self.init.num_layers,
+                "be >= 1",
+                "say how many of the teacher's layers to keep",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +203,9 @@ class SftConfig:
 
     def violations(self) -> Iterator[str]:
         if self.enabled and self.num_updates < 1:
-            yield rule("sft.num_updates", self.num_updates, "be >= 1", "to skip the stage set sft.enabled=false")
+            yield rule(
+                "sft.num_updates", self.num_updates, "be >= 1", "to skip the stage set sft.enabled=false"
+            )
         if self.rows_per_update < 1:
             yield rule("sft.rows_per_update", self.rows_per_update, "be >= 1", "16 is the default")
 
@@ -236,13 +261,23 @@ class RolloutConfig:
         if self.max_new_tokens < 1:
             yield rule("rollout.max_new_tokens", self.max_new_tokens, "be >= 1", "64 is the default")
         if self.temperature != 1.0:
-            yield rule("rollout.temperature", self.temperature, "be 1",
-                       "the on-policy distance is an expectation over the policy itself")
+            yield rule(
+                "rollout.temperature",
+                self.temperature,
+                "be 1",
+                "the on-policy distance is an expectation over the policy itself",
+            )
         if self.top_p != 1.0:
-            yield rule("rollout.top_p", self.top_p, "be 1",
-                       "the on-policy distance is an expectation over the policy itself")
+            yield rule(
+                "rollout.top_p",
+                self.top_p,
+                "be 1",
+                "the on-policy distance is an expectation over the policy itself",
+            )
         if self.tensor_parallel_size < 1:
-            yield rule("rollout.tensor_parallel_size", self.tensor_parallel_size, "be >= 1", "1 is the default")
+            yield rule(
+                "rollout.tensor_parallel_size", self.tensor_parallel_size, "be >= 1", "1 is the default"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,24 +328,41 @@ class ReplayConfig:
         if self.max_policy_age < 0:
             yield rule("replay.max_policy_age", self.max_policy_age, "be >= 0", "0 is lock-step")
         if self.samples_per_insert <= 0:
-            yield rule("replay.samples_per_insert", self.samples_per_insert, "be > 0", "1 uses each group once")
+            yield rule(
+                "replay.samples_per_insert", self.samples_per_insert, "be > 0", "1 uses each group once"
+            )
         if self.max_times_sampled < self.samples_per_insert:
-            yield rule("replay.max_times_sampled", self.max_times_sampled,
-                       f"be >= replay.samples_per_insert ({self.samples_per_insert})",
-                       "otherwise groups run out and the learner waits forever; raise it or lower samples_per_insert")
+            yield rule(
+                "replay.max_times_sampled",
+                self.max_times_sampled,
+                f"be >= replay.samples_per_insert ({self.samples_per_insert})",
+                "otherwise groups run out and the learner waits forever; raise it or lower samples_per_insert",
+            )
         if self.max_policy_age == 0 and self.samples_per_insert != 1:
-            yield rule("replay.samples_per_insert", self.samples_per_insert, "be 1 when replay.max_policy_age=0",
-                       "a re-used group is older than 0 updates; raise max_policy_age")
+            yield rule(
+                "replay.samples_per_insert",
+                self.samples_per_insert,
+                "be 1 when replay.max_policy_age=0",
+                "a re-used group is older than 0 updates; raise max_policy_age",
+            )
         if self.min_size_to_sample < 0:
             yield rule("replay.min_size_to_sample", self.min_size_to_sample, "be >= 0", "0 is the default")
         if self.segment_bytes < 1 << 12:
             yield rule("replay.segment_bytes", self.segment_bytes, "be >= 4096", "33554432 is the default")
         if self.segment_bytes > self.memory_bytes:
-            yield rule("replay.segment_bytes", self.segment_bytes,
-                       f"be <= replay.memory_bytes ({self.memory_bytes})", "lower it")
+            yield rule(
+                "replay.segment_bytes",
+                self.segment_bytes,
+                f"be <= replay.memory_bytes ({self.memory_bytes})",
+                "lower it",
+            )
         if self.memory_bytes > self.max_bytes:
-            yield rule("replay.memory_bytes", self.memory_bytes, f"be <= replay.max_bytes ({self.max_bytes})",
-                       "raise max_bytes or lower memory_bytes")
+            yield rule(
+                "replay.memory_bytes",
+                self.memory_bytes,
+                f"be <= replay.max_bytes ({self.max_bytes})",
+                "raise max_bytes or lower memory_bytes",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,14 +442,21 @@ class LearnerConfig:
     """CPU threads; null: all cores of the machine."""
 
     def violations(self) -> Iterator[str]:
-        for name in ("num_updates", "prompts_per_update", "text_rows_per_update",
-                     "micro_batch_tokens", "vocabulary_chunk"):
+        for name in (
+            "num_updates",
+            "prompts_per_update",
+            "text_rows_per_update",
+            "micro_batch_tokens",
+            "vocabulary_chunk",
+        ):
             if getattr(self, name) < 1:
                 yield rule(f"learner.{name}", getattr(self, name), "be >= 1", "see docs/configuration.md")
         if self.learning_rate <= 0:
             yield rule("learner.learning_rate", self.learning_rate, "be > 0", "1e-4 is the default")
         if not 0 <= self.warmup_fraction < 1:
-            yield rule("learner.warmup_fraction", self.warmup_fraction, "lie in [0, 1)", "0.05 is the default")
+            yield rule(
+                "learner.warmup_fraction", self.warmup_fraction, "lie in [0, 1)", "0.05 is the default"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,9 +493,14 @@ class CheckpointConfig:
 
 
 EVALUATION_METRICS = (
-    "teacher_text.tv", "teacher_text.forward_kl", "teacher_text.reverse_kl",
-    "student_text.tv", "student_text.forward_kl", "student_text.reverse_kl",
-    "rouge_l.teacher", "rouge_l.reference",
+    "teacher_text.tv",
+    "teacher_text.forward_kl",
+    "teacher_text.reverse_kl",
+    "student_text.tv",
+    "student_text.forward_kl",
+    "student_text.reverse_kl",
+    "rouge_l.teacher",
+    "rouge_l.reference",
 )
 
 
@@ -462,13 +526,23 @@ class EvaluationConfig:
             yield rule("evaluation.every", self.every, "be >= 0", "0 evaluates only before and after")
         for name in ("num_prompts", "num_prompts_during"):
             if getattr(self, name) < 2:
-                yield rule(f"evaluation.{name}", getattr(self, name), "be >= 2", "a standard error needs two prompts")
+                yield rule(
+                    f"evaluation.{name}", getattr(self, name), "be >= 2", "a standard error needs two prompts"
+                )
         if self.num_prompts_during > self.num_prompts:
-            yield rule("evaluation.num_prompts_during", self.num_prompts_during,
-                       f"be <= evaluation.num_prompts ({self.num_prompts})", "lower it")
+            yield rule(
+                "evaluation.num_prompts_during",
+                self.num_prompts_during,
+                f"be <= evaluation.num_prompts ({self.num_prompts})",
+                "lower it",
+            )
         if self.best_metric not in EVALUATION_METRICS:
-            yield rule("evaluation.best_metric", self.best_metric, f"be one of {', '.join(EVALUATION_METRICS)}",
-                       "choose one of them")
+            yield rule(
+                "evaluation.best_metric",
+                self.best_metric,
+                f"be one of {', '.join(EVALUATION_METRICS)}",
+                "choose one of them",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -484,8 +558,12 @@ class ClusterConfig:
 
     def violations(self) -> Iterator[str]:
         if self.object_store_bytes < 80 << 20:
-            yield rule("cluster.object_store_bytes", self.object_store_bytes, "be >= 83886080 (Ray's least)",
-                       "134217728 is the default")
+            yield rule(
+                "cluster.object_store_bytes",
+                self.object_store_bytes,
+                "be >= 83886080 (Ray's least)",
+                "134217728 is the default",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -530,30 +608,58 @@ class RunConfig:
     @property
     def max_model_tokens(self) -> int:
         """Longest sequence that any engine sees."""
-        return self.data.max_prompt_tokens + max(self.rollout.max_new_tokens, self.corpus.max_new_tokens,
-                                                 self.data.max_reference_tokens)
+        return self.data.max_prompt_tokens + max(
+            self.rollout.max_new_tokens, self.corpus.max_new_tokens, self.data.max_reference_tokens
+        )
 
     def violations(self) -> Iterator[str]:
         """Every broken rule, parts first, then the rules across parts."""
-        for part in ("recipe", "student", "data", "sft", "corpus", "rollout", "replay", "critic", "learner",
-                     "weights", "checkpoint", "evaluation", "cluster"):
+        for part in (
+            "recipe",
+            "student",
+            "data",
+            "sft",
+            "corpus",
+            "rollout",
+            "replay",
+            "critic",
+            "learner",
+            "weights",
+            "checkpoint",
+            "evaluation",
+            "cluster",
+        ):
             yield from getattr(self, part).violations()
         batch = self.learner.prompts_per_update
         bound = batch * (self.replay.max_policy_age + 1)
         if self.recipe.uses_student_text and self.replay.min_size_to_sample > bound:
-            yield rule("replay.min_size_to_sample", self.replay.min_size_to_sample,
-                       f"be <= learner.prompts_per_update * (replay.max_policy_age + 1) = {bound}",
-                       "no more groups are admitted, so the learner would wait forever; lower it or raise max_policy_age")
+            yield rule(
+                "replay.min_size_to_sample",
+                self.replay.min_size_to_sample,
+                f"be <= learner.prompts_per_update * (replay.max_policy_age + 1) = {bound}",
+                "no more groups are admitted, so the learner would wait forever; lower it or raise max_policy_age",
+            )
         if self.recipe.long_weight > 0 and self.rollout.samples_per_prompt < 2:
-            yield rule("rollout.samples_per_prompt", self.rollout.samples_per_prompt,
-                       "be >= 2 when recipe.long_weight > 0",
-                       "the leave-one-out baseline needs another member of the group")
+            yield rule(
+                "rollout.samples_per_prompt",
+                self.rollout.samples_per_prompt,
+                "be >= 2 when recipe.long_weight > 0",
+                "the leave-one-out baseline needs another member of the group",
+            )
         if self.evaluation.num_prompts > self.data.num_heldout:
-            yield rule("evaluation.num_prompts", self.evaluation.num_prompts,
-                       f"be <= data.num_heldout ({self.data.num_heldout})", "hold out more rows or evaluate on fewer")
+            yield rule(
+                "evaluation.num_prompts",
+                self.evaluation.num_prompts,
+                f"be <= data.num_heldout ({self.data.num_heldout})",
+                "hold out more rows or evaluate on fewer",
+            )
         if self.recipe.loss == "moment_gap" and self.recipe.student_text == "mixed":
-            yield rule("recipe.student_text", "mixed", "be none or every_update when recipe.loss=moment_gap",
-                       "both critics need their text in every update")
+            yield rule(
+                "recipe.student_text",
+                "mixed",
+                "be none or every_update when recipe.loss=moment_gap",
+                "both critics need their text in every update",
+            )
 
     def validate(self) -> None:
         """Raises: ConfigError with the first broken rule."""

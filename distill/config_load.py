@@ -162,9 +162,7 @@ def _merge(base: Tree, layer: Tree) -> Tree:
 
 def _build(tree: Tree) -> RunConfig:
     try:
-        typed = OmegaConf.merge(
-            OmegaConf.structured(RunConfig), OmegaConf.create(_by_field(tree, RunConfig, ""))
-        )
+        typed = OmegaConf.merge(_schema(), OmegaConf.create(_by_field(tree, RunConfig, "")))
         config = typing.cast(RunConfig, OmegaConf.to_object(typed))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, tree)) from None
@@ -176,6 +174,11 @@ def _build(tree: Tree) -> RunConfig:
         if _choices(hint) and value is not None and value not in _choices(hint):
             raise ConfigError(_wrong_value(name, hint, value))  # came through an interpolation
     return config
+
+
+@cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(RunConfig)
 
 
 def _by_field(tree: Tree, part: type, prefix: str) -> Tree:

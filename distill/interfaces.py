@@ -195,9 +195,7 @@ class Prompts(Protocol):
         """``samples_per_prompt`` requests per draw, in draw order, seeded by (run, draw, sample)."""
         ...
 
-    def groups(
-        self, draws: Sequence[Draw], completions: Sequence[Completion]
-    ) -> list[pa.RecordBatch]:
+    def groups(self, draws: Sequence[Draw], completions: Sequence[Completion]) -> list[pa.RecordBatch]:
         """One validated batch per draw from the answers to :meth:`requests`."""
         ...
 

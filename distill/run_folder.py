@@ -14,6 +14,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -216,11 +217,6 @@ class RunFolder:
     def fingerprint(self) -> str:
         return self._identity()["fingerprint"]
 
-    def next_policy_version(self) -> int:
-        """See :meth:`PolicyVersions.next`. Raises: ConfigError when there is no run."""
-        self.require()
-        return PolicyVersions(self.path).next()
-
     # Files
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -232,10 +228,12 @@ class RunFolder:
         return json.loads(self.summary.read_text()) if self.summary.is_file() else None
 
     def write_best(self, best: Mapping[str, Any]) -> None:
-        """Say which update's student lies in ``best/``. By the learner, which is not the holder."""
+        """Which update ``best/`` is of, by which metric, and its value. By the learner, which
+        does not hold the folder."""
         write_json(self._best_file, best)
 
     def read_best(self) -> dict[str, Any] | None:
+        """None before an evaluation during training."""
         return json.loads(self._best_file.read_text()) if self._best_file.is_file() else None
 
     # Steps of opening
@@ -286,7 +284,7 @@ class RunFolder:
     def _begin_incarnation(self, fingerprint: str) -> None:
         for name in os.listdir(self.path):
             if _is_temporary(name):  # of a process that died while writing
-                (self.path / name).unlink(missing_ok=True)
+                _remove(self.path / name)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         before: dict[str, Any] = {"run_id": secrets.token_hex(4), "created_at": now, "incarnation": 0}
         if self.exists:
@@ -303,6 +301,13 @@ class RunFolder:
     def _identity(self) -> dict[str, Any]:
         self.require()
         return json.loads(self._identity_file.read_text())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_temporary(name: str) -> bool:

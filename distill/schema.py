@@ -11,6 +11,7 @@ columns of a behaviour policy null.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -159,9 +160,7 @@ def with_teacher_hidden(
     flat = np.concatenate([np.ascontiguousarray(states).reshape(-1) for states in hidden])
     values = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.uint16()), width)
     column = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
-    stamp = pa.array(
-        [scored_at or datetime.now(UTC)] * batch.num_rows, pa.timestamp("us", tz="UTC")
-    )
+    stamp = pa.array([scored_at or datetime.now(UTC)] * batch.num_rows, pa.timestamp("us", tz="UTC"))
     columns = {name: batch.column(name) for name in batch.schema.names}
     columns |= {"scored_at": stamp, "teacher_hidden": column}
     schema = trajectory_schema(width)
@@ -176,7 +175,7 @@ def hidden_rows(batch: pa.RecordBatch) -> list[np.ndarray]:
     width = column.type.value_type.list_size
     values = column.values.values.to_numpy(zero_copy_only=True).reshape(-1, width)
     offsets = column.offsets.to_numpy()
-    return [values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [values[start:end] for start, end in itertools.pairwise(offsets)]
 
 
 def oldest_version(batch: pa.RecordBatch) -> int | None:
@@ -257,8 +256,8 @@ def _check_spans(batch: pa.RecordBatch) -> None:
             continue
         starts = [span["start"] for span in spans]
         versions = [span["version"] for span in spans]
-        rising = all(a < b for a, b in zip(starts, starts[1:], strict=False))
-        ordered = all(a < b for a, b in zip(versions, versions[1:], strict=False))
+        rising = all(a < b for a, b in itertools.pairwise(starts))
+        ordered = all(a < b for a, b in itertools.pairwise(versions))
         length = lengths[row] or 0
         if not spans or starts[0] != 0 or not rising or not ordered or starts[-1] >= length:
             raise SchemaError(

@@ -153,7 +153,8 @@ def _pack(rows: Sequence[_Row]) -> Pack:
     starts = np.cumsum([0] + [row.num_inputs for row in rows])[:-1]
     inputs = [np.concatenate([row.prompt, row.response[:-1]]) for row in rows]
     states = [
-        start + np.arange(len(row.prompt) - 1, row.num_inputs) for start, row in zip(starts, rows, strict=True)
+        start + np.arange(len(row.prompt) - 1, row.num_inputs)
+        for start, row in zip(starts, rows, strict=True)
     ]
     lengths = [len(row.response) for row in rows]
     hidden = None

@@ -84,7 +84,9 @@ class Checkpoints:
         for name, expected in manifest["shards"].items():
             shard = folder / name
             if not shard.exists():
-                raise CheckpointError(f"{shard}: expected a shard of {expected['num_bytes']} bytes, got no file")
+                raise CheckpointError(
+                    f"{shard}: expected a shard of {expected['num_bytes']} bytes, got no file"
+                )
             num_bytes, checksum = checksum_file(shard)
             if (num_bytes, checksum) != (expected["num_bytes"], expected["xxh3"]):
                 raise CheckpointError(

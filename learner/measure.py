@@ -26,15 +26,16 @@ class Scorer:
     def __call__(self, batches: Sequence[pa.RecordBatch]) -> Iterator[ScoredChunk]:
         """Yields chunks of at most ``chunk`` positions, of the common prefix of both vocabularies."""
         batch = token_batch(batches, self.micro_batch_tokens)
+        head = Head(self.student.head_weight.detach(), self.student.transform)
         for pack in (pack.to(self.student.device) for pack in batch.packs):
             with torch.no_grad():
                 states = self.student.states(pack)
             for where in _slices(pack.targets.shape[0], self.chunk):
                 kept = pack.counted[where]
                 with torch.no_grad():
-                    policy = self.student.transform(states[where], self.student.head_weight)
+                    policy = head.logits(states[where])
                     assert pack.teacher_hidden is not None
-                    teacher = self.teacher_head(pack.teacher_hidden[where])
+                    teacher = self.teacher_head.logits(pack.teacher_hidden[where])
                     policy, teacher = common_logprobs(policy, teacher)
                 yield ScoredChunk(
                     row=pack.row[where][kept],

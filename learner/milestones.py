@@ -22,7 +22,6 @@ from distill.metrics import EventLog, MetricsWriter
 from distill.run_folder import RunFolder, write_bytes
 from learner.checkpoint import Checkpoints
 
-
 NUM_ANSWERS = 3
 """Prompts whose answers are kept as text, for the report."""
 
@@ -175,7 +174,9 @@ class RunMilestones:
         now = time.monotonic()
         row["timing/update_s"] = now - self._since
         self.metrics.write(updates_done, row)
-        self.report(update=updates_done, policy_version=policy_version, policy_age=max(ages, default=0), row=row)
+        self.report(
+            update=updates_done, policy_version=policy_version, policy_age=max(ages, default=0), row=row
+        )
         if updates_done == self.num_updates:
             await self._evaluate("after", self.evaluation.num_prompts, keep_answers=True)
         elif self.evaluation.every and updates_done % self.evaluation.every == 0:

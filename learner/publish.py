@@ -78,11 +78,17 @@ class SharedMemoryPublisher:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = segment_path(self.folder, version)
         temporary = path.with_suffix(".tmp")
-        save_file({name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in self.weights()}, temporary)
+        save_file(
+            {name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in self.weights()}, temporary
+        )
         num_bytes, checksum = checksum_file(temporary)
         os.rename(temporary, path)
         return WeightManifest(
-            policy_version=version, update=updates_done, path=str(path), num_bytes=num_bytes, checksum=checksum
+            policy_version=version,
+            update=updates_done,
+            path=str(path),
+            num_bytes=num_bytes,
+            checksum=checksum,
         )
 
 

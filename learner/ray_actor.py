@@ -45,7 +45,7 @@ class LearnerActor:
 
     async def train(self, replay: Any, rollout: Any, teacher: Any) -> dict[str, Any]:
         """``rollout``: the actor that samples, for training or for evaluation alone."""
-        actors = (Remote(rollout), Remote(teacher))
+        actors: tuple[Any, ...] = (Remote(rollout), Remote(teacher))
 
         async def stage_stats() -> dict[str, float]:
             found: dict[str, float] = {}

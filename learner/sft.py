@@ -65,5 +65,9 @@ def run_sft(
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
         optimizer.step()
-        metrics = {"sft/loss": total, "sft/learning_rate": rate, "sft/num_tokens": float(batch.num_off_policy)}
+        metrics = {
+            "sft/loss": total,
+            "sft/learning_rate": rate,
+            "sft/num_tokens": float(batch.num_off_policy),
+        }
         after_update(update + 1, metrics)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +44,12 @@ class Student:
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.folder = Path(folder)
-        model = AutoModelForCausalLM.from_pretrained(
+        # The library's types do not say what a causal LM can do.
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
         )
         # Dropout off: the objective is a function of the policy, not of a noisy copy of it.
-        self.model: nn.Module = model.to(self.device).eval()
+        self.model: Any = model.to(self.device).eval()
         self.transform = LogitTransform.from_config(self.model.config)
 
     @property
@@ -90,7 +92,7 @@ class Student:
         return output.last_hidden_state[0].index_select(0, pack.state_index)
 
     def save(self, folder: str | Path) -> None:
-        """An ordinary Hugging Face checkpoint with its tokenizer, in bfloat16-free float32."""
+        """An ordinary Hugging Face checkpoint with its tokenizer, in float32."""
         self.model.save_pretrained(folder)
         if (self.folder / "tokenizer_config.json").exists():
             AutoTokenizer.from_pretrained(self.folder, local_files_only=True).save_pretrained(folder)

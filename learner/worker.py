@@ -167,7 +167,10 @@ class LearnerWorker:
         heldout = read_table(inputs.heldout_prompts)
         references = heldout["reference_text"].to_pylist()
         score = Scorer(
-            student, self.distiller.teacher, config.learner.micro_batch_tokens, config.learner.vocabulary_chunk
+            student,
+            self.distiller.teacher,
+            config.learner.micro_batch_tokens,
+            config.learner.vocabulary_chunk,
         )
         evaluator = Evaluator(
             samplers=samplers,

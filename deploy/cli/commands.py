@@ -26,6 +26,11 @@ def guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespac
     except KeyboardInterrupt:
         _complain("interrupted")
         return INTERRUPTED
+    except RuntimeError as error:
+        if type(error).__name__ != "FetchError":
+            raise
+        _complain(str(error))
+        return FAILED
 
 
 def train(options: argparse.Namespace) -> int:
@@ -36,7 +41,9 @@ def train(options: argparse.Namespace) -> int:
     from deploy.train import train as run_train
 
     if (options.config is None) == (options.resume is None):
-        raise ConfigError("train must be given a configuration or --resume RUN, one of them; see distill train --help")
+        raise ConfigError(
+            "train must be given a configuration or --resume RUN, one of them; see distill train --help"
+        )
     run_dir = options.resume
     try:
         with Progress() as progress:

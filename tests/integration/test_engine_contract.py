@@ -12,7 +12,6 @@ import dataclasses
 import importlib
 import itertools
 import multiprocessing
-import os
 import random
 import threading
 import time
@@ -25,11 +24,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
 from distill.config import RolloutConfig, ScoringConfig
 from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
 from distill.weights import write_weights
-from safetensors.torch import save_file
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

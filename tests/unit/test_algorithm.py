@@ -29,7 +29,9 @@ def make_config(*, max_policy_age: int = 0, num_updates: int = 4, **recipe: obje
         config,
         recipe=replace(config.recipe, **recipe),
         replay=replace(config.replay, max_policy_age=max_policy_age),
-        learner=replace(config.learner, num_updates=num_updates, prompts_per_update=3, text_rows_per_update=2),
+        learner=replace(
+            config.learner, num_updates=num_updates, prompts_per_update=3, text_rows_per_update=2
+        ),
         rollout=replace(config.rollout, max_new_tokens=5),
     )
 
@@ -127,7 +129,9 @@ async def test_a_row_keeps_its_own_payload(tmp_path: Path) -> None:
     await world.run()
     for batches in world.learner.batches:
         for batch in batches:
-            for tokens, states in zip(batch.column("response_tokens").to_pylist(), hidden_rows(batch), strict=True):
+            for tokens, states in zip(
+                batch.column("response_tokens").to_pylist(), hidden_rows(batch), strict=True
+            ):
                 assert states[:, 0].tolist() == tokens
 
 
@@ -138,7 +142,10 @@ async def test_lock_step_is_deterministic_whatever_the_timing(tmp_path: Path) ->
         await world.run()
         seen.append(
             [
-                [(batch.column("trajectory_id").to_pylist(), batch.column("response_tokens").to_pylist()) for batch in batches]
+                [
+                    (batch.column("trajectory_id").to_pylist(), batch.column("response_tokens").to_pylist())
+                    for batch in batches
+                ]
                 for batches in world.learner.batches
             ]
         )

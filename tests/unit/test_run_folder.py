@@ -73,6 +73,8 @@ def test_a_start_that_died_before_run_json_can_be_repeated(tmp_path):
     (tmp_path / ".lock").write_text("pid 1 on x")
     (tmp_path / "config.yaml").write_text("a")
     (tmp_path / ".run.json.77-0.tmp").write_text("{")
+    (tmp_path / ".student.tmp").mkdir()
+    (tmp_path / ".student.tmp" / "model.safetensors").write_text("half")
     with RunFolder(tmp_path) as folder:
         assert folder.create("a", "abc") is False
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.yaml", "run.json"]
@@ -132,60 +134,51 @@ def test_the_lock_holds_within_a_process_and_ends_with_close(tmp_path):
 
 COUNT = """
 import sys
-from distill.run_folder import RunFolder
-folder = RunFolder(sys.argv[1])
-folder.open_for_resume()
+from distill.run_folder import PolicyVersions
+versions = PolicyVersions(sys.argv[1])
 while True:
-    print(folder.next_policy_version(), flush=True)
+    print(versions.next(), flush=True)
 """
 
 
 def test_a_version_is_never_used_again_after_a_kill(tmp_path):
-    with RunFolder(tmp_path) as folder:
-        folder.create("a", "abc")
-        seen = [folder.next_policy_version()]
+    versions = PolicyVersions(tmp_path)
+    assert versions.last == 0
+    seen = [versions.next()]
     for delay_s in (0.0, 0.01, 0.03):
         with start(COUNT, str(tmp_path)) as counter:
             seen.append(int(counter.stdout.readline()))
             time.sleep(delay_s)
             counter.send_signal(signal.SIGKILL)
-            seen += [
-                int(line) for line in counter.stdout.read().splitlines(keepends=True) if line.endswith("\n")
-            ]
-    with RunFolder(tmp_path) as folder:
-        folder.open_for_resume()
-        seen.append(folder.next_policy_version())
+            rest = counter.stdout.read().splitlines(keepends=True)
+            seen += [int(line) for line in rest if line.endswith("\n")]
+    seen.append(PolicyVersions(tmp_path).next())
     assert seen[0] == 1
     assert len(seen) > 4
     assert all(a < b for a, b in itertools.pairwise(seen))
+    assert versions.last == seen[-1]
 
 
 def test_the_version_is_on_disk_before_it_is_returned(tmp_path, monkeypatch):
-    with RunFolder(tmp_path) as folder:
-        folder.create("a", "abc")
+    versions = PolicyVersions(tmp_path)
 
-        def power_cut(*_: object) -> None:
-            raise OSError("power cut")
+    def power_cut(*_: object) -> None:
+        raise OSError("power cut")
 
-        with monkeypatch.context() as patch:
-            patch.setattr("distill.run_folder.write_json", power_cut)
-            with pytest.raises(OSError, match="power cut"):
-                folder.next_policy_version()
-        version = folder.next_policy_version()
-        assert json.loads((tmp_path / "policy_version.json").read_text()) == {"policy_version": version}
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.run_folder.write_json", power_cut)
+        with pytest.raises(OSError, match="power cut"):
+            versions.next()
+    version = versions.next()
+    assert json.loads((tmp_path / "policy_version.json").read_text()) == {"policy_version": version}
 
 
 def test_processes_that_ask_together_get_different_versions(tmp_path):
-    code = COUNT.replace("folder.open_for_resume()\n", "").replace("while True", "for _ in range(40)")
-    with RunFolder(tmp_path) as folder:
-        with pytest.raises(ConfigError, match="must be the folder of a run"):
-            folder.next_policy_version()
-        folder.create("a", "abc")
-        with start(code, str(tmp_path)) as one, start(code, str(tmp_path)) as two:
-            seen = [int(line) for other in (one, two) for line in other.stdout]
-        assert sorted(seen) == list(range(1, 81))
-        assert folder.next_policy_version() == 81
-        assert PolicyVersions(tmp_path).last == 81
+    code = COUNT.replace("while True", "for _ in range(40)")
+    with start(code, str(tmp_path)) as one, start(code, str(tmp_path)) as two:
+        seen = [int(line) for other in (one, two) for line in other.stdout]
+    assert sorted(seen) == list(range(1, 81))
+    assert PolicyVersions(tmp_path).last == 80
 
 
 def test_only_the_holder_writes_the_summary(tmp_path):

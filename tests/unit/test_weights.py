@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+from safetensors.numpy import load_file, save_file
+
 from distill import hardware
 from distill.interfaces import WeightManifest, WeightPushError
 from distill.weights import (
@@ -20,7 +22,6 @@ from distill.weights import (
     verify,
     write_weights,
 )
-from safetensors.numpy import load_file, save_file
 
 
 def _write(folder: Path, version: int, value: float = 1.0) -> WeightManifest:

