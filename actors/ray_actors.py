@@ -55,7 +55,8 @@ class RolloutActor:
         self.worker = await build_rollout(config, inputs, writer_id)
 
     async def run(self, replay: Any) -> None:
-        await self.worker.run(Remote(replay))
+        service: Any = Remote(replay)
+        await self.worker.run(service)
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         await self.worker.update_weights(manifest)
@@ -86,7 +87,8 @@ class TeacherActor:
         self.worker = await build_scorer(config, inputs, writer_id)
 
     async def run(self, replay: Any) -> None:
-        await self.worker.run(Remote(replay))
+        service: Any = Remote(replay)
+        await self.worker.run(service)
 
     async def score_samples(self, groups: Sequence[GroupRef]) -> list[GroupRef]:
         return await self.worker.score_samples(groups)

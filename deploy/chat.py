@@ -42,7 +42,9 @@ def _load(folder: Any, max_new_tokens: int) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    ).eval()
 
     def answer(turns: list[dict[str, str]]) -> str:
         if tokenizer.chat_template:

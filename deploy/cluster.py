@@ -6,19 +6,24 @@ the folder in shared memory. Leaving the context ends every actor and its engine
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
 
 from distill.config import ClusterConfig
+from distill.replay.segments import sweep
 from distill.run_inputs import shared_memory_root
 
+_DRIVER_LOCK = ".driver"
 _END_AFTER_S = 5.0
 """How long actors and engines may take to end by themselves before they are killed."""
 
@@ -33,10 +38,12 @@ class Cluster:
     def __init__(self, config: ClusterConfig, run_id: str) -> None:
         self.config = config
         self.run_id = run_id
+        self._shared_memory = shared_memory_root() / f"distill-{run_id}"
         self.handles: dict[str, Any] = {}
         self.pids: dict[str, int] = {}
 
     def __enter__(self) -> Cluster:
+        self._claim_shared_memory()
         # Ray reads these when it is imported. No usage report: a run tells nobody about itself.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -48,12 +55,27 @@ class Cluster:
             namespace=f"distill-{self.run_id}",
             include_dashboard=False if local else None,
             object_store_memory=self.config.object_store_bytes if local else None,
-            _node_ip_address="127.0.0.1" if local else None,  # pyright: ignore[reportArgumentType]
+            _node_ip_address=_loopback(self.run_id) if local else None,  # pyright: ignore[reportArgumentType]
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=False,
         )
         return self
+
+    def _claim_shared_memory(self) -> None:
+        """Make the run's folder, and remove those of runs whose driver is gone.
+
+        A driver holds a lock on a file in its folder; the kernel drops it with the process.
+        """
+        root = shared_memory_root()
+        sweep(
+            root,
+            lambda run_id: run_id == self.run_id or _is_locked(root / f"distill-{run_id}" / _DRIVER_LOCK),
+        )
+        shutil.rmtree(self._shared_memory, ignore_errors=True)
+        self._shared_memory.mkdir(mode=0o700)
+        self._lock = open(self._shared_memory / _DRIVER_LOCK, "w")  # noqa: SIM115
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def start_actor(self, name: str, actor_class: Any, *args: object, num_threads: int) -> Any:
         """Create an actor under the run's namespace with its own thread budget."""
@@ -126,7 +148,8 @@ class Cluster:
             self._end(list(self.handles))
         finally:
             ray.shutdown()
-            shutil.rmtree(shared_memory_root() / f"distill-{self.run_id}", ignore_errors=True)
+            shutil.rmtree(self._shared_memory, ignore_errors=True)
+            self._lock.close()
 
     def _end(self, names: Sequence[str]) -> None:
         import ray
@@ -159,6 +182,30 @@ class Cluster:
             raise ActorFailed(f"{name}: {type(cause).__name__}: {cause}") from error
         except RayActorError as error:
             raise ActorFailed(f"{name} died: {str(error).splitlines()[0]}") from error
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock; a folder without a lock file is nobody's."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _loopback(run_id: str) -> str | None:
+    """A loopback address of this run's own, so that two runs never want the same port.
+
+    All of 127/8 is loopback on Linux. Ray replaces 127.0.0.1 itself by the machine's outward
+    address. Elsewhere Ray is on loopback by its own default.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    number = int(run_id, 16)
+    return f"127.{1 + number % 254}.{number // 254 % 256}.{1 + number // 65024 % 254}"
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -15,7 +15,9 @@ from distill.run_folder import RunFolder
 
 def print_report(run_dir: str | Path, summary: dict[str, Any], console: Console | None = None) -> None:
     """Print the report of a finished run."""
-    console = console or Console(soft_wrap=True, highlight=False)
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
     folder = RunFolder(run_dir)
     before, after = (load_evaluation(folder.evaluation(label)) for label in ("before", "after"))
     console.print()

@@ -653,6 +653,12 @@ class RunConfig:
                 f"be <= data.num_heldout ({self.data.num_heldout})",
                 "hold out more rows or evaluate on fewer",
             )
+        if self.recipe.uses_student_text and self.replay.samples_per_insert < 1:
+            yield rule("replay.samples_per_insert", self.replay.samples_per_insert, "be >= 1",
+                       "a group that is never used only grows old; 1 uses each once")  # fmt: skip
+        if self.recipe.student_text == "mixed" and self.recipe.off_policy_text == "none":
+            yield rule("recipe.off_policy_text", "none", "be teacher or reference when recipe.student_text=mixed",
+                       "the updates without student text need another")  # fmt: skip
         if self.recipe.loss == "moment_gap" and self.recipe.student_text == "mixed":
             yield rule(
                 "recipe.student_text",

@@ -62,11 +62,13 @@ def leave_one_out(
     group, rows of group −1 (text that no group sampled) and rows without any token are
     left alone: b = 0. Independent of the row's own tokens, so it adds no bias.
     """
-    member = mask.any(dim=1) & (group >= 0)
-    same = (group[:, None] == group[None, :]) & member[:, None] & member[None, :]
-    others = same & ~torch.eye(len(group), dtype=torch.bool, device=group.device)
-    weights = others.to(returns.dtype)
-    return (weights @ (returns * mask)) / weights.sum(dim=1, keepdim=True).clamp_min(1) * mask
+    member = (mask.any(dim=1) & (group >= 0)).to(returns.dtype)
+    own = returns * mask * member[:, None]
+    _, index = group.unique(return_inverse=True)
+    total = torch.zeros_like(own).index_add_(0, index, own)[index]
+    num_others = torch.zeros_like(member).index_add_(0, index, member)[index] - 1
+    baseline = (total - own) / num_others.clamp_min(1)[:, None]
+    return torch.where((num_others >= 1)[:, None] & mask & (member > 0)[:, None], baseline, 0.0)
 
 
 def advantages(

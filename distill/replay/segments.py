@@ -27,17 +27,12 @@ ALIGNMENT = 64
 MAX_OPEN_MAPS = 64
 """A map keeps its file's memory alive, even when the file has moved to disk or is deleted."""
 
-FOLDER_PREFIX = "distill-replay-"
-SHARED_MEMORY = Path("/dev/shm")
+FOLDER_PREFIX = "distill-"
+"""A run's folder in shared memory is this and the run id; segments lie somewhere below."""
 
 
 class RemoteSegment(NotImplementedError):
     """A group on another node: fetching it is not there yet."""
-
-
-def memory_folder(run_id: str, root: Path = SHARED_MEMORY) -> Path:
-    """Where the segments of a run lie in shared memory; :func:`sweep` knows these names."""
-    return root / f"{FOLDER_PREFIX}{run_id}"
 
 
 def sweep(root: Path, alive: Callable[[str], bool], prefix: str = FOLDER_PREFIX) -> list[Path]:

@@ -8,6 +8,7 @@ import pytest
 
 from distill.interfaces import Draw
 from distill.replay.ledger import PolicyVersions, ReplayError, TrainedDraws
+from distill.replay.payload_cache import PayloadCache, SegmentLedger
 from tests.unit.replay.builders import (
     Settings,
     fill,
@@ -244,6 +245,19 @@ def test_payload_over_the_bound_goes_least_recently_used_first_but_never_from_th
     assert index.stats()["replay/num_evicted_rows"] > 0
 
 
+def test_the_row_used_last_stays_longest():
+    segments = SegmentLedger()
+    cache = PayloadCache(segments, max_bytes=250)
+    rows = [Draw(table="text", number=number, epoch=0, index=number) for number in range(3)]
+    for row in rows[:2]:
+        cache.put(row.index, text_group(row))
+    cache.pin(0)
+    cache.unpin(0)
+    cache.put(2, text_group(rows[2]))
+    cache.evict()
+    assert [cache.pin(index) is not None for index in range(3)] == [True, False, True]
+
+
 def test_nothing_of_the_window_is_evicted():
     index = open_index(student_text="none", num_corpus_rows=20, num_updates=20, max_bytes=1)
     score_everything(index)
@@ -346,3 +360,31 @@ def test_a_learner_that_went_back_gets_its_leases_and_over_age_rollouts_are_repe
         index.advance(update + 1, version)
     assert index.lease(5) is None, "its rollouts hold tokens of update 1"
     assert [draw.number for draw in index.admit(2)] == [10, 11]
+
+
+REUSE = {"samples_per_insert": 1.0, "max_times_sampled": 2, "max_policy_age": 1, "num_updates": 9}
+
+
+def test_trained_draws_are_skipped_when_a_reusing_run_resumes():
+    index = Settings(**REUSE).index()
+    state = index.state() | {"updates_done": 2, "student_trained": {"prefix": 1, "extra": [2, 4]}}
+    index.load_state(state)
+    index.advance(2, 3)
+    assert [draw.number for draw in index.admit(100)] == [1, 3, 5, 6, 7], (
+        "eight inserts, three of them trained"
+    )
+
+
+def test_a_group_that_got_too_old_unused_is_rolled_out_again_before_new_draws():
+    index = open_index(**REUSE)
+    fill(index)
+    unused = set(range(4))
+    for update in range(2):
+        unused -= set(numbers(index, update))
+        train(index, update)
+    assert unused, "choose a seed that leaves one unused"
+    draws = [draw.number for draw in index.admit(100)]
+    assert draws[: len(unused)] == sorted(unused)
+    assert draws[len(unused) :] == list(range(4, 4 + len(draws) - len(unused)))
+    assert len(draws) == 4, "in the place of new draws, not beside them"
+    assert index.stats()["replay/num_expired"] == len(unused)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from distill.interfaces import Draw, Location, SegmentMissing
-from distill.replay.segments import RemoteSegment, SegmentStore, memory_folder, sweep
+from distill.replay.segments import RemoteSegment, SegmentStore, sweep
 from distill.schema import Trajectory, hidden_rows, trajectory_batch, with_teacher_hidden
 
 WIDTH = 32
@@ -239,7 +239,7 @@ def test_a_group_of_another_node_says_so(make_store):
         make_store("learner-0", node="b").read(ref)
 
 
-def test_a_full_medium_leaves_nothing_half_written(make_store, monkeypatch):
+def test_a_full_medium_leaves_nothing_half_written(make_store, monkeypatch, tmp_path):
     store = make_store()
     first = store.append(draw(0), rows(0))
     real, calls = os.pwrite, []
@@ -254,6 +254,7 @@ def test_a_full_medium_leaves_nothing_half_written(make_store, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         store.append(draw(1), rows(1))
     monkeypatch.undo()
+    assert (tmp_path / "memory" / first.location.segment).stat().st_size <= calls[0]
     second = store.append(draw(2), rows(2))
     assert second.location.offset == calls[0]
     assert store.read(first).equals(rows(0))
@@ -262,11 +263,12 @@ def test_a_full_medium_leaves_nothing_half_written(make_store, monkeypatch):
 
 def test_sweep_removes_folders_of_dead_runs_only(tmp_path):
     for run in ("dead", "alive"):
-        memory_folder(run, tmp_path).mkdir()
-        (memory_folder(run, tmp_path) / "a.arrow").write_bytes(b"x")
+        segments = tmp_path / f"distill-{run}" / "segments"
+        segments.mkdir(parents=True)
+        (segments / "a.arrow").write_bytes(b"x")
     (tmp_path / "somebody-else").mkdir()
     target = tmp_path / "elsewhere"
     target.mkdir()
-    (tmp_path / "distill-replay-link").symlink_to(target)
-    assert sweep(tmp_path, lambda run: run == "alive") == [memory_folder("dead", tmp_path)]
-    assert files(tmp_path) == ["distill-replay-alive", "distill-replay-link", "elsewhere", "somebody-else"]
+    (tmp_path / "distill-link").symlink_to(target)
+    assert sweep(tmp_path, lambda run: run == "alive") == [tmp_path / "distill-dead"]
+    assert files(tmp_path) == ["distill-alive", "distill-link", "elsewhere", "somebody-else"]

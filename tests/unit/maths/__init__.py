@@ -1,0 +1,1 @@
+"""The maths, against enumeration, finite differences and slow plain references."""
