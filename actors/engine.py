@@ -454,8 +454,11 @@ def _start_teacher(model_dir: str, settings: ScoringConfig, max_model_tokens: in
 
     # Before vLLM's CPU worker turns this function off. Per thread, hence in the one that works.
     torch.set_num_threads(max(1, num_threads // settings.tensor_parallel_size))
+    # The runner's scoring interface, which nothing here uses, asks for a tokenizer.
+    arguments = _engine_arguments(model_dir, settings, max_model_tokens, _device())
+    arguments["skip_tokenizer_init"] = False
     return LLM(
-        **_engine_arguments(model_dir, settings, max_model_tokens, _device()),
+        **arguments,
         runner="pooling",
         max_num_batched_tokens=max(_STEP_TOKENS, max_model_tokens),
         pooler_config={"task": "token_embed", "use_activation": False},  # pyright: ignore[reportArgumentType]

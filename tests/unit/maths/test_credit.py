@@ -1,0 +1,87 @@
+"""Returns, baselines and advantages against sums written out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill import credit
+
+LENGTHS = [4, 2, 1, 5, 3, 4]
+GROUP = torch.tensor([5, 5, 5, 0, 0, -1])
+GAMMA = 0.8
+
+
+def padded() -> tuple[Tensor, Tensor]:
+    gaps = torch.randn(len(LENGTHS), 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.arange(5)[None, :] < torch.tensor(LENGTHS)[:, None]
+    return gaps, mask  # what lies behind a row's end is not 0: it must not be read
+
+
+def slow_return(gaps: list[float], t: int) -> float:
+    return sum(GAMMA ** (later - t) * gaps[later] for later in range(t + 1, len(gaps)))
+
+
+def slow_normalized(gaps: list[float], t: int) -> float:
+    horizon = sum(GAMMA**k for k in range(1, len(gaps) - t))
+    return slow_return(gaps, t) / horizon if horizon else 0.0
+
+
+def rows_of(gaps: Tensor) -> list[list[float]]:
+    return [gaps[i, :length].tolist() for i, length in enumerate(LENGTHS)]
+
+
+def test_returns_are_strictly_future():
+    gaps, mask = padded()
+    got, normalized = (fn(gaps, mask, GAMMA) for fn in (credit.future_returns, credit.normalized_returns))
+    for i, row in enumerate(rows_of(gaps)):
+        for t in range(5):
+            inside = t < len(row)
+            assert abs(got[i, t] - (slow_return(row, t) if inside else 0)) < 1e-12
+            assert abs(normalized[i, t] - (slow_normalized(row, t) if inside else 0)) < 1e-12
+
+
+def test_the_normalized_return_of_equal_gaps_is_the_gap():
+    _, mask = padded()
+    got = credit.normalized_returns(torch.full((6, 5), 0.3).double(), mask, GAMMA)
+    assert ((got - 0.3).abs() < 1e-12)[:, :-1][mask[:, 1:]].all()
+
+
+def test_advantages_leave_the_row_itself_out():
+    gaps, mask = padded()
+    rows = rows_of(gaps)
+    got = credit.advantages(gaps, mask, GROUP, GAMMA)
+    for i, row in enumerate(rows):
+        others = [j for j in range(len(rows)) if j != i and GROUP[j] == GROUP[i] and GROUP[i] >= 0]
+        for t in range(5):
+            if t >= len(row):
+                assert got[i, t] == 0
+                continue
+            ended_count_zero = [slow_normalized(rows[j], t) if t < len(rows[j]) else 0.0 for j in others]
+            baseline = sum(ended_count_zero) / len(others) if others else 0.0
+            assert abs(got[i, t] - (slow_normalized(row, t) - baseline)) < 1e-12
+
+
+def test_a_row_alone_or_without_group_has_no_baseline():
+    gaps, mask = padded()
+    returns = credit.normalized_returns(gaps, mask, GAMMA)
+    alone = torch.arange(6)
+    torch.testing.assert_close(credit.advantages(gaps, mask, alone, GAMMA), returns)
+    torch.testing.assert_close(credit.advantages(gaps, mask, torch.full((6,), -1), GAMMA), returns)
+    empty = mask.clone()
+    empty[1:3] = False  # members without any token are no members
+    got = credit.advantages(gaps, empty, GROUP, GAMMA)
+    torch.testing.assert_close(got[0], returns[0])
+
+
+def test_rows_and_back():
+    gaps, mask = padded()
+    row, step = mask.nonzero(as_tuple=True)
+    order = torch.randperm(len(row), generator=torch.Generator().manual_seed(1))
+    rows, got_mask = credit.to_rows(gaps[row, step][order], row[order], step[order], len(gaps))
+    assert (got_mask == mask).all()
+    torch.testing.assert_close(rows, gaps * mask)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert credit.to_rows(torch.zeros(0), none, none, 3)[0].shape == (3, 0)
+    nothing = credit.advantages(torch.zeros(3, 0), torch.zeros(3, 0, dtype=torch.bool), GROUP[:3], GAMMA)
+    assert nothing.shape == (3, 0)
