@@ -206,7 +206,9 @@ class Preflight:
     def _data(self) -> Iterator[Check]:
         data = self.config.data
         rows = load_rows(data, cache_dir())
-        self.prompts = build_prompts(rows, self.tokenizer, data, self.teacher.stop_token_ids)
+        self.prompts = build_prompts(
+            rows, self.tokenizer, data, self.teacher.stop_token_ids, self.config.seed
+        )
         heldout = data.num_heldout
         train = self.prompts.num_rows - heldout
         references = self.prompts["reference_tokens"]

@@ -129,7 +129,8 @@ class Head:
     @cached_property
     def row_norms(self) -> Float[Tensor, " V"]:
         """Norm of each row, kept so that no normalised copy of the head is."""
-        return torch.linalg.vector_norm(self.weight, dim=1, dtype=torch.float32).clamp_min(1e-12)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.linalg.vector_norm(self.weight, dim=1, dtype=wide).clamp_min(1e-12)
 
     def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Float32 logits of some states, all at once."""

@@ -43,7 +43,7 @@ def test_returns_are_strictly_future():
 
 def test_the_normalized_return_of_equal_gaps_is_the_gap():
     _, mask = padded()
-    got = credit.normalized_returns(torch.full((6, 5), 0.3).double(), mask, GAMMA)
+    got = credit.normalized_returns(torch.full((6, 5), 0.3, dtype=torch.float64), mask, GAMMA)
     assert ((got - 0.3).abs() < 1e-12)[:, :-1][mask[:, 1:]].all()
 
 

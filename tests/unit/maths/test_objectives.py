@@ -127,9 +127,9 @@ def test_the_jsd_is_trls():
 def test_the_jsds_limits_are_the_two_divergences():
     small = 1e-6
     jsd = objectives.generalized_jsd
-    torch.testing.assert_close(jsd(P, Q, small) / small, objectives.forward_kl(P, Q), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(jsd(P, Q, small) / small, objectives.forward_kl(P, Q), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(
-        jsd(P, Q, 1 - small) / small, objectives.reverse_kl(P, Q), atol=1e-4, rtol=1e-4
+        jsd(P, Q, 1 - small) / small, objectives.reverse_kl(P, Q), atol=1e-4, rtol=1e-3
     )
     for end in (0.0, 1.0):
         with pytest.raises(ValueError, match="use forward_kl or reverse_kl"):

@@ -1,0 +1,137 @@
+"""The critics' form, start, gradient and state."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.config import CriticConfig
+from distill.objectives import closed_form_critic
+from learner.critics import CriticPair
+from learner.vocabulary import Head, LogitTransform
+from tests.unit.maths.batches import STUDENT_SIZE, TEACHER_SIZE, TinyStudent, critic_pair, teacher_head
+
+N = 6
+
+
+def inputs() -> tuple[Tensor, Tensor, Head, Head, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    teacher_hidden, student_hidden = (
+        torch.randn(N, size, generator=generator, dtype=torch.float64)
+        for size in (TEACHER_SIZE, STUDENT_SIZE)
+    )
+    teacher, student = teacher_head(), Head(TinyStudent().head_weight.detach(), LogitTransform())
+    log_ratio = teacher.logits(teacher_hidden).log_softmax(-1) - student.logits(student_hidden).log_softmax(
+        -1
+    )
+    return teacher_hidden, student_hidden, teacher, student, log_ratio
+
+
+def values(critic, teacher_hidden, student_hidden, teacher, student, log_ratio) -> Tensor:
+    bilinear = critic.coefficients(teacher_hidden, student_hidden) @ critic.table(teacher, student).T
+    return critic.activate(bilinear, log_ratio)
+
+
+def test_a_ratio_aware_critic_starts_at_the_optimum_of_the_regularised_game():
+    for bound in (1.0, 2.5):
+        config = CriticConfig(bound=bound)
+        *models, log_ratio = inputs()
+        f = values(critic_pair(config).off, *models, log_ratio)
+        torch.testing.assert_close(f, bound * torch.tanh(log_ratio / 2))
+        policy = Head(TinyStudent().head_weight.detach(), LogitTransform()).logits(models[1]).log_softmax(-1)
+        best = closed_form_critic(policy, policy + log_ratio, bound, config.penalty)
+        torch.testing.assert_close(f, best)
+
+
+@pytest.mark.parametrize("features", ["teacher", "both"])
+def test_other_critics_start_at_zero(features):
+    assert not values(critic_pair(CriticConfig(features=features)).on, *inputs()).any()
+
+
+@pytest.mark.parametrize("features", ["teacher", "both", "ratio"])
+def test_the_form_is_the_documented_one(features):
+    """Token by token, from the equation."""
+    config = CriticConfig(features=features, rank=3, bound=1.5)
+    critic = critic_pair(config, shake=0.3).on
+    teacher_hidden, student_hidden, teacher, student, log_ratio = inputs()
+    f = values(critic, teacher_hidden, student_hidden, teacher, student, log_ratio)
+
+    def bilinear(part, hidden: Tensor, row: Tensor) -> Tensor:
+        normalised = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
+        u = part.w2 @ torch.nn.functional.gelu(part.w1 @ normalised + part.b1)
+        projected = part.projection @ (row / row.norm())
+        return u @ projected / math.sqrt(3) + part.constant @ projected
+
+    for n in range(N):
+        for a in range(teacher.num_tokens):
+            x = bilinear(critic.teacher, teacher_hidden[n], teacher.weight[a])
+            if features == "both":
+                x = x + bilinear(critic.student, student_hidden[n], student.weight[a])
+            if features == "ratio":
+                x = x + critic.ratio_weight * log_ratio[n, a]
+            torch.testing.assert_close(f[n, a], 1.5 * torch.tanh(x), atol=1e-7, rtol=1e-7)
+    assert (f.abs() <= 1.5).all()
+
+
+def test_the_activations_gradient():
+    critic = critic_pair(CriticConfig(bound=1.5)).on
+    generator = torch.Generator().manual_seed(1)
+    x, log_ratio = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: critic.activate(x, log_ratio), x)
+    loss = critic.activate(x, log_ratio).sum()
+    (grad,) = torch.autograd.grad(loss, critic.ratio_weight)
+    slope = 1.5 / torch.cosh(x + 0.5 * log_ratio) ** 2
+    torch.testing.assert_close(grad, (slope * log_ratio).sum().detach())
+
+
+def pair(seed: int = 0, **config) -> CriticPair:
+    return CriticPair(CriticConfig(**config), TEACHER_SIZE, STUDENT_SIZE, seed)
+
+
+def same(left: CriticPair, right: CriticPair) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True))
+
+
+def loss_of(pair: CriticPair) -> Tensor:
+    return sum((p.square().sum() + p.sum() for p in pair.parameters()), torch.zeros(()))
+
+
+def test_the_seed_decides_the_start_and_the_two_differ():
+    assert same(pair(0), pair(0)) and not same(pair(0), pair(1))
+    assert not torch.equal(pair().off.teacher.projection, pair().on.teacher.projection)
+
+
+def test_state_goes_through_a_checkpoint():
+    trained = pair(0)
+    for _ in range(2):
+        trained.zero_grad()
+        loss_of(trained).backward()
+        trained.step()
+    restored = pair(1)
+    restored.load_state_dict({name: value.clone() for name, value in trained.state_dict().items()})
+    for each in (trained, restored):
+        each.zero_grad()
+        loss_of(each).backward()
+        each.step()
+    assert same(trained, restored)
+
+
+def test_steps_clip_each_critic_and_refuse_what_is_not_finite():
+    critics = pair(max_grad_norm=0.5)
+    before = [p.clone() for p in critics.on.parameters()]
+    (1e3 * critics.off.teacher.constant.sum()).backward()
+    norm = critics.step()
+    assert norm > 1e3
+    grad = critics.off.teacher.constant.grad
+    torch.testing.assert_close(grad.norm(), torch.tensor(0.5), atol=1e-4, rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, critics.on.parameters(), strict=True))
+    off = [p.clone() for p in critics.off.parameters()]
+    critics.zero_grad()
+    (critics.off.teacher.constant.sum() * torch.inf).backward()
+    with pytest.raises(FloatingPointError, match="not finite"):
+        critics.step()
+    assert all(torch.equal(a, b) for a, b in zip(off, critics.off.parameters(), strict=True))

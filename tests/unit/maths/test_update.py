@@ -1,0 +1,333 @@
+"""An update against a reference without packs, chunks or shared work, and what must not matter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.config import CriticConfig, LearnerConfig, RecipeConfig
+from distill.metrics import name_violations
+from distill.objectives import closed_form_critic
+from learner import vocabulary
+from learner.critics import CriticPair
+from learner.update import Heads, collect_positions, critic_update, moment_gaps, student_update, update
+from learner.vocabulary import Head
+from tests.unit.maths.batches import (
+    VOCABULARY,
+    Row,
+    TinyStudent,
+    batch_of,
+    critic_pair,
+    random_rows,
+    teacher_head,
+)
+
+LEARNER = LearnerConfig(max_grad_norm=1e9, vocabulary_chunk=7)
+CRITIC = CriticConfig(rank=4, max_grad_norm=1e9)
+OFF_POLICY = {"student_text": "none"}
+RECIPES = {
+    "ammd": RecipeConfig(lm_weight=0.1, loss_weight=0.8),
+    "ammd_paper": RecipeConfig(beta=0.5, anchor_weight=0.1, long_weight=0.7),
+    "off_policy": RecipeConfig(student_text="none", beta=0.5),
+    "on_policy": RecipeConfig(off_policy_text="none", loss="reverse_kl"),
+    "gkd": RecipeConfig(student_text="mixed", loss="generalized_jsd", jsd_beta=0.2, anchor_weight=0),
+    "kd": RecipeConfig(
+        student_text="none", loss="forward_kl", loss_weight=0.5, anchor_weight=0, lm_weight=0.5
+    ),
+    "sft": RecipeConfig(student_text="none", loss_weight=0, anchor_weight=0, lm_weight=1),
+    "anchor_only": RecipeConfig(loss_weight=0),
+}
+
+
+def rows_for(recipe: RecipeConfig) -> list[Row]:
+    return [
+        row
+        for row in random_rows()
+        if (row.on_policy and recipe.student_text != "none")
+        or (not row.on_policy and recipe.off_policy_text != "none")
+    ]
+
+
+def run(
+    recipe: RecipeConfig,
+    rows: Sequence[Row],
+    packs: Sequence[Sequence[int]] | None = None,
+    *,
+    student: TinyStudent | None = None,
+    teacher: Head | None = None,
+    learner: LearnerConfig = LEARNER,
+    critic: CriticConfig = CRITIC,
+) -> tuple[dict[str, float], dict[str, Tensor], CriticPair]:
+    """Metrics, the student's gradients (a step of size 1), and the critics after one update."""
+    student = student or TinyStudent()
+    before = {name: value.detach().clone() for name, value in student.named_parameters()}
+    critics = critic_pair(critic, shake=0.1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    metrics = update(
+        student, optimizer, batch_of(rows, packs), teacher or teacher_head(), critics, recipe, critic, learner,
+        seed=1,
+    )  # fmt: skip
+    grads = {name: before[name] - value.detach() for name, value in student.named_parameters()}
+    return metrics, grads, critics
+
+
+def assert_same(left, right) -> None:
+    """Metrics, gradients and critics of two runs."""
+    torch.testing.assert_close(left[0], right[0], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(left[1], right[1], atol=1e-10, rtol=1e-9)
+    for a, b in zip(left[2].parameters(), right[2].parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def slow_loss(recipe: RecipeConfig, rows: Sequence[Row], student: TinyStudent, teacher: Head,
+              critics: CriticPair, penalty: float) -> Tensor:  # fmt: skip
+    """The student's loss, row by row and token by token, from the equations."""
+    counts = {on: sum(sum(row.counted) for row in rows if row.on_policy == on) for on in (False, True)}
+    both_texts = recipe.student_text == "every_update" and recipe.off_policy_text != "none"
+    weights = {False: 1 - recipe.beta, True: recipe.beta} if both_texts else {False: 1.0, True: 1.0}
+    gaps: dict[int, list[float]] = {}
+    logprobs: dict[int, Tensor] = {}
+    total = torch.zeros((), dtype=torch.float64)
+    for number, row in enumerate(rows):
+        tokens = torch.tensor(row.prompt + row.response[:-1])
+        hidden = torch.tanh(student.embedding[tokens] + student.position[: len(tokens)])[
+            len(row.prompt) - 1 :
+        ]
+        log_p = logprobs[number] = (hidden @ student.head_weight.T).log_softmax(-1)
+        log_q = teacher.logits(row.hidden).log_softmax(-1)
+        p, q = log_p.exp(), log_q.exp()
+        critic = critics.on if row.on_policy else critics.off
+        heads = Heads.of(student, teacher)
+        with torch.no_grad():
+            table = critic.table(heads.teacher, heads.student)
+            f = critic.activate(critic.coefficients(row.hidden, hidden) @ table.T, log_q - log_p)
+        gaps[number] = ((q - p) * f).sum(-1).tolist()
+        for t in range(len(row.response)):
+            if not row.counted[t]:
+                continue
+            if recipe.loss == "moment_gap":
+                main = ((q[t] - p[t]) * f[t]).sum()
+                if penalty:
+                    m = (p[t] + q[t]) / 2
+                    main = main - penalty / 2 * ((m * f[t] ** 2).sum() - (m * f[t]).sum() ** 2)
+            elif recipe.loss == "forward_kl":
+                main = (q[t] * (log_q[t] - log_p[t])).sum()
+            elif recipe.loss == "reverse_kl":
+                main = (p[t] * (log_p[t] - log_q[t])).sum()
+            else:
+                b = recipe.jsd_beta
+                log_m = (b * q[t] + (1 - b) * p[t]).log()
+                main = b * (q[t] * (log_q[t] - log_m)).sum() + (1 - b) * (p[t] * (log_p[t] - log_m)).sum()
+            loss = weights[row.on_policy] * recipe.loss_weight * main
+            if not row.on_policy:
+                loss = loss + recipe.anchor_weight * (q[t] * (log_q[t] - log_p[t])).sum()
+                loss = loss - recipe.lm_weight * log_p[t, row.response[t]]
+            total = total + loss / counts[row.on_policy]
+    if recipe.long_weight:
+        total = (
+            total
+            + weights[True] * recipe.long_weight * slow_long(recipe, rows, gaps, logprobs) / counts[True]
+        )
+    return total
+
+
+def slow_long(recipe: RecipeConfig, rows: Sequence[Row], gaps: dict[int, list[float]], logprobs) -> Tensor:
+    def mean_to_come(number: int, t: int) -> float:
+        later = range(t + 1, len(gaps[number]))
+        weight = sum(recipe.gamma ** (k - t) for k in later)
+        return sum(recipe.gamma ** (k - t) * gaps[number][k] for k in later) / weight if weight else 0.0
+
+    total = torch.zeros((), dtype=torch.float64)
+    for number, row in enumerate(rows):
+        if not row.on_policy:
+            continue
+        others = [j for j, other in enumerate(rows) if j != number and other.group == row.group]
+        for t, token in enumerate(row.response):
+            baseline = sum(mean_to_come(j, t) for j in others) / len(others) if others else 0.0
+            total = total + logprobs[number][t, token] * (mean_to_come(number, t) - baseline)
+    return total
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("zero_sum", [False, True])
+def test_the_students_step_is_the_gradient_of_the_equations(name, zero_sum):
+    recipe, rows = RECIPES[name], rows_for(RECIPES[name])
+    critic = replace(CRITIC, zero_sum=zero_sum)
+    metrics, grads, critics = run(recipe, rows, [list(range(len(rows)))], critic=critic)
+    student = TinyStudent()
+    penalty = critic.penalty if zero_sum else 0.0
+    loss = slow_loss(recipe, rows, student, teacher_head(), critics, penalty)
+    loss.backward()
+    assert metrics["policy/loss"] == pytest.approx(float(loss.detach()), abs=1e-9)
+    for parameter_name, parameter in student.named_parameters():
+        torch.testing.assert_close(grads[parameter_name], parameter.grad, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["ammd", "ammd_paper", "gkd", "sft"])
+def test_packing_micro_batches_and_chunks_do_not_matter(monkeypatch, name):
+    recipe, rows = RECIPES[name], rows_for(RECIPES[name])
+    n = len(rows)
+    one_each = run(recipe, rows)
+    assert_same(one_each, run(recipe, rows, [list(range(n))]))
+    assert_same(one_each, run(recipe, rows, [list(range(n // 2, n))[::-1], list(range(n // 2))]))
+    monkeypatch.setattr(vocabulary, "_BLOCK_BYTES", 3 * 4 * VOCABULARY)
+    for chunk in (1, 5, 1000):
+        learner = replace(LEARNER, vocabulary_chunk=chunk)
+        assert_same(one_each, run(recipe, rows, [list(range(n))], learner=learner))
+
+
+@pytest.mark.parametrize("name", ["ammd", "ammd_paper", "gkd"])
+def test_the_order_of_rows_does_not_matter(name):
+    recipe, rows = RECIPES[name], rows_for(RECIPES[name])
+    shuffled = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(2))]
+    assert_same(run(recipe, rows, [list(range(len(rows)))]), run(recipe, shuffled))
+
+
+@pytest.mark.parametrize(("student_tail", "teacher_tail"), [(5, 0), (0, 4)])
+def test_a_padded_vocabulary_does_not_matter(student_tail, teacher_tail):
+    """The student's tail has no gradient; the teacher's is never seen."""
+    recipe, rows = RECIPES["ammd_paper"], random_rows()
+
+    def padded(weight: Tensor, count: int) -> Tensor:
+        return torch.cat([weight, torch.full((count, weight.shape[1]), 3.0, dtype=weight.dtype)])
+
+    student = TinyStudent()
+    student.head_weight = torch.nn.Parameter(padded(student.head_weight.detach(), student_tail))
+    teacher = teacher_head()
+    teacher = Head(padded(teacher.weight, teacher_tail), teacher.transform)
+    plain = run(recipe, rows)
+    metrics, grads, critics = run(recipe, rows, student=student, teacher=teacher)
+    assert not grads["head_weight"][VOCABULARY:].any()
+    grads["head_weight"] = grads["head_weight"][:VOCABULARY]
+    assert_same(plain, (metrics, grads, critics))
+
+
+@pytest.mark.parametrize("features", ["ratio", "teacher", "both"])
+def test_critics_learn_the_difference(features):
+    """On a fixed student the gap rises to the best bounded critic's; in sample."""
+    student, rows = TinyStudent(), random_rows()
+    config = CriticConfig(features=features, learning_rate=2e-2, rank=16)
+    critics, heads = critic_pair(config), Heads.of(student, teacher_head())
+    positions = collect_positions(student, batch_of(rows))
+    seen = [critic_update(positions, heads, critics, config, chunk=7, seed=n) for n in range(60)]
+    for source in ("off", "on"):
+        tightness = [metrics[f"critic/tightness_{source}"] for metrics in seen]
+        if features == "ratio":  # it starts at the optimum: nothing to gain, and it stays
+            assert tightness[0] == pytest.approx(1.0)
+        else:
+            assert tightness[0] == 0.0
+        assert tightness[-1] > (0.9 if features == "ratio" else 0.6)
+
+
+def test_critic_metrics_are_fresh_and_of_the_closed_form():
+    """At the start of a ratio-aware critic the gap is Σ (q−p)²/(q+p) on the first slice."""
+    student, rows = TinyStudent(), random_rows()
+    config = CriticConfig(num_steps=2)
+    positions = collect_positions(student, batch_of(rows))
+    heads = Heads.of(student, teacher_head())
+    metrics = critic_update(positions, heads, critic_pair(config), config, chunk=100, seed=0)
+    for source in ("off", "on"):
+        part = positions.of(source)
+        part = part.select(part.step % 2 == 0)
+        log_p, log_q = (
+            head.logits(hidden).log_softmax(-1)
+            for head, hidden in ((heads.student, part.student_hidden), (heads.teacher, part.teacher_hidden))
+        )
+        p, q = log_p.exp(), log_q.exp()
+        best = closed_form_critic(log_p, log_q, 1.0, 2.0)
+        gap = ((q - p) ** 2 / (q + p)).sum(-1).mean()
+        assert metrics[f"critic/d_mm_{source}"] == pytest.approx(float(gap))
+        assert metrics[f"critic/tightness_{source}"] == pytest.approx(1.0)
+        saturated = ((p + q) / 2 * (best.abs() > 0.95)).sum(-1).mean()
+        assert metrics[f"critic/saturation_{source}"] == pytest.approx(float(saturated))
+
+
+def test_policy_metrics():
+    rows = random_rows()
+    student, teacher = TinyStudent(), teacher_head()
+    metrics, _, _ = run(RECIPES["ammd"], rows, student=student)
+    student = TinyStudent()
+    tv: dict[str, list[float]] = {"off": [], "on": [], "first": [], "last": []}
+    behavior: list[float] = []
+    entropies: list[float] = []
+    for row in rows:
+        tokens = torch.tensor(row.prompt + row.response[:-1])
+        hidden = torch.tanh(student.embedding[tokens] + student.position[: len(tokens)])[
+            len(row.prompt) - 1 :
+        ]
+        log_p = (hidden @ student.head_weight.T).log_softmax(-1).detach()
+        q = teacher.logits(row.hidden).softmax(-1)
+        distance = ((log_p.exp() - q).abs().sum(-1) / 2).tolist()
+        third = len(distance) // 3
+        if row.on_policy:
+            tv["first"] += distance[:third]
+            tv["last"] += distance[len(distance) - third :]
+            behavior += [float(row.behavior[t] - log_p[t, y]) for t, y in enumerate(row.response)]
+            entropies += (-(log_p.exp() * log_p).sum(-1)).tolist()
+        tv["on" if row.on_policy else "off"] += [d for d, c in zip(distance, row.counted, strict=True) if c]
+    expected = {
+        "policy/tv_off": tv["off"], "policy/tv_on": tv["on"], "policy/tv_on_first_third": tv["first"],
+        "policy/tv_on_last_third": tv["last"], "policy/behavior_gap": behavior, "policy/entropy_on": entropies,
+    }  # fmt: skip
+    for name, values in expected.items():
+        assert metrics[name] == pytest.approx(sum(values) / len(values), abs=1e-7), name
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert not list(name_violations(metrics))
+
+
+def test_a_warm_up_update_moves_the_critics_alone():
+    student, critics = TinyStudent(), critic_pair(CRITIC)
+    before = [value.detach().clone() for value in student.parameters()]
+    start = [value.detach().clone() for value in critics.parameters()]
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    metrics = update(
+        student, optimizer, batch_of(random_rows()), teacher_head(), critics, RECIPES["ammd"], CRITIC, LEARNER,
+        seed=0, critics_only=True,
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(start, critics.parameters(), strict=True))
+    assert all(name.startswith("critic/") for name in metrics)
+
+
+def test_a_text_recipe_needs_neither_teacher_nor_payload():
+    rows = rows_for(RECIPES["sft"])
+    batch = batch_of(rows)
+    bare = replace(batch, packs=tuple(replace(pack, teacher_hidden=None) for pack in batch.packs))
+    student = TinyStudent()
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    metrics = update(student, optimizer, bare, None, None, RECIPES["sft"], CRITIC, LEARNER, seed=0)
+    assert metrics["policy/loss"] == pytest.approx(run(RECIPES["sft"], rows)[0]["policy/loss"])
+    with pytest.raises(ValueError, match="teacher states"):
+        student_update(student, optimizer, bare, teacher_head(), None, RECIPES["kd"], CRITIC, LEARNER)
+
+
+def test_what_is_not_finite_stops_before_the_step():
+    student = TinyStudent()
+    with torch.no_grad():
+        student.embedding[:] = torch.nan
+    before = student.head_weight.detach().clone()
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    with pytest.raises(FloatingPointError, match="the student's loss is nan"):
+        student_update(
+            student, optimizer, batch_of(random_rows()), teacher_head(), None, RECIPES["anchor_only"], CRITIC,
+            LEARNER,
+        )  # fmt: skip
+    assert torch.equal(before, student.head_weight)
+
+
+def test_gaps_before_the_students_step_are_those_it_minimises():
+    student, rows = TinyStudent(), random_rows()
+    critics, heads = critic_pair(CRITIC, shake=0.2), Heads.of(student, teacher_head())
+    batch = batch_of(rows)
+    positions = collect_positions(student, batch)
+    gaps = moment_gaps(positions.of("on"), heads, critics.on, chunk=5)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    metrics = student_update(
+        student, optimizer, batch, teacher_head(), critics, RECIPES["ammd"], CRITIC, LEARNER
+    )
+    assert metrics["policy/moment_gap_on"] == pytest.approx(float(gaps.mean()))
