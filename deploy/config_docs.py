@@ -1,0 +1,78 @@
+"""Writes docs/configuration.md from the docstrings of distill/config.py.
+
+    python -m deploy.config_docs > docs/configuration.md
+
+A unit test compares the file with this output, so the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import distill.config
+from distill.config import RunConfig
+
+_HEAD = """# Settings
+
+Written by `python -m deploy.config_docs` from `distill/config.py`; do not edit.
+
+A YAML file holds sections as below; `distill train FILE section.name=value` overrides. A recipe
+can be given by name: `recipe: kd` or `recipe=kd` takes `deploy/configs/recipes/kd.yaml`.
+"""
+
+
+def config_docs() -> str:
+    """The whole page."""
+    docs = _field_docs()
+    parts = [_HEAD, *_section("top level", RunConfig(), "", docs)]
+    for field in fields(RunConfig):
+        value = getattr(RunConfig(), field.name)
+        if is_dataclass(value):
+            parts += _section(field.name, value, f"{field.name}.", docs)
+    return "\n".join(parts) + "\n"
+
+
+def _section(title: str, part: Any, prefix: str, docs: dict[tuple[str, str], str]) -> list[str]:
+    lines = [f"\n## {title}\n", f"{' '.join((type(part).__doc__ or '').split())}\n"]
+    lines += ["| setting | default | meaning |", "|---|---|---|"]
+    return lines + _rows(part, prefix, docs)
+
+
+def _rows(part: Any, prefix: str, docs: dict[tuple[str, str], str]) -> list[str]:
+    rows = []
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if is_dataclass(value):
+            if prefix:  # a section inside a section; those of the top level have their own tables
+                rows += _rows(value, f"{prefix}{field.name}.", docs)
+            continue
+        name = "from" if prefix.endswith("init.") and field.name == "source" else field.name
+        meaning = " ".join(docs[type(part).__name__, field.name].replace("|", "\\|").split())
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        kind = str(field.type)
+        if kind.startswith("Literal"):
+            choices = ast.literal_eval(kind.removeprefix("Literal"))
+            meaning += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
+        rows.append(f"| `{prefix}{name}` | `{shown}` | {meaning} |")
+    return rows
+
+
+def _field_docs() -> dict[tuple[str, str], str]:
+    """(class, field) -> the docstring below the field."""
+    source = Path(distill.config.__file__).read_text()
+    docs: dict[tuple[str, str], str] = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for statement, after in zip(node.body, node.body[1:], strict=False):
+            is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+            if is_field and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                docs[node.name, statement.target.id] = str(after.value.value)
+    return docs
+
+
+if __name__ == "__main__":
+    print(config_docs(), end="")

@@ -1,0 +1,30 @@
+"""Documents that are written from code, and code that documents name, agree."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from deploy.cli.main import parser
+from deploy.config_docs import config_docs
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_configuration_page_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == config_docs()
+
+
+def test_every_command_in_the_readme_parses() -> None:
+    readme = (ROOT / "README.md").read_text()
+    lines = re.findall(r"^\.venv/bin/distill ([^#\n]+)", readme, re.MULTILINE)
+    assert len(lines) >= 5
+    for line in lines:
+        parser().parse_args(line.split())
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} names {target}"
