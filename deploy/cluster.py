@@ -49,6 +49,8 @@ class Cluster:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
+        # An actor that fails is reported by whoever waits for it, in one line.
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
         local = self.config.address is None
         ray.init(
             address="local" if local else self.config.address,
@@ -155,15 +157,14 @@ class Cluster:
         import ray
 
         processes = [process for name in names for process in _tree(self.pids.get(name))]
-        closing = []
+        handles = [self.handles.pop(name) for name in names if name in self.handles]
+        closing = [handle.close.remote() for handle in handles if hasattr(handle, "close")]
         for name in names:
-            handle = self.handles.pop(name, None)
-            if handle is not None and hasattr(handle, "close"):
-                closing.append(handle.close.remote())
-            if handle is not None:
-                self.pids.pop(name, None)
+            self.pids.pop(name, None)
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=_END_AFTER_S)
+        for handle in handles:
+            ray.kill(handle)  # first Ray's way, so that it does not report a crash
         for process in processes:
             try:
                 process.kill()

@@ -9,9 +9,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from deploy.cli.commands import guarded
 from deploy.cli.main import main
-from deploy.fetch import fetch_data, fetch_model
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 RUN = Path("runs/demo")
@@ -19,20 +17,15 @@ RUN = Path("runs/demo")
 
 def demo() -> int:
     """Returns the exit code of `distill train`."""
-    code = guarded(_fetch, None)  # type: ignore[arg-type]
-    if code:
-        return code
+    for command in (["models", "fetch", "smollm2-135m"], ["data", "fetch", "alpaca-demo"]):
+        code = main(command)
+        if code:
+            return code
     if RUN.exists():
         aside = RUN.with_name(f"demo-{datetime.now():%Y%m%d-%H%M%S}")
         RUN.rename(aside)
         print(f"demo: the older {RUN} is now {aside}")
     return main(["train", str(CONFIG), *sys.argv[1:]])
-
-
-def _fetch(_: object) -> int:
-    fetch_model("smollm2-135m")
-    fetch_data("alpaca-demo")
-    return 0
 
 
 if __name__ == "__main__":
