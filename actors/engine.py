@@ -28,10 +28,10 @@ from distill.hardware import resolve_dtype, usable_cores
 from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
 
 if TYPE_CHECKING:
-    from vllm import LLM
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
 
 WORKER_EXTENSION = "actors.weight_transfer.WorkerExtension"
 HOLDER_VARIABLE = "DISTILL_ENGINE_HOLDER"
@@ -303,6 +303,8 @@ class VllmGenerator:
             if process.is_running():
                 descendants += process.children(recursive=True)
         self._engine.shutdown()
+        # Its finalizer shuts it down once more, which fails when the interpreter is ending.
+        self._engine.shutdown = lambda timeout=None: None
         await asyncio.to_thread(_end_processes, descendants)
 
     def _check_usable(self) -> None:
@@ -400,10 +402,11 @@ class VllmTeacher:
     one thread does all its work, so calls queue up and the event loop stays free.
     """
 
-    def __init__(self, llm: LLM, thread: ThreadPoolExecutor) -> None:
-        self._llm = llm
+    def __init__(self, engine: LLMEngine, thread: ThreadPoolExecutor) -> None:
+        self._engine = engine
         self._thread = thread
-        self.hidden_size: int = llm.llm_engine.model_config.get_hidden_size()
+        self._num_requests = 0
+        self.hidden_size: int = engine.model_config.get_hidden_size()
 
     @classmethod
     async def start(cls, model_dir: str, settings: ScoringConfig, *, max_model_tokens: int) -> VllmTeacher:
@@ -426,46 +429,59 @@ class VllmTeacher:
 
     async def close(self) -> None:
         """End the ranks; in-process memory goes with the process."""
-        await self._in_thread(self._llm.llm_engine.engine_core.shutdown)
+        await self._in_thread(self._engine.engine_core.shutdown)
         self._thread.shutdown()
         await asyncio.to_thread(_end_processes, _engine_processes())
 
     def _states(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Any]:
-        # The state before response token t has seen the prompt and t tokens, so the last
-        # token is never fed, and T rows begin at the prompt's last token.
-        texts = [
-            {"prompt_token_ids": [*map(int, prompt), *map(int, response[:-1])]}
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        outputs = self._llm.encode(texts, pooling_task="token_embed", use_tqdm=False)  # pyright: ignore
-        return [
-            output.outputs.data[len(prompt) - 1 :] for prompt, output in zip(prompts, outputs, strict=True)
-        ]
+        from vllm import PoolingParams
+        from vllm.inputs import tokens_input
+
+        params = PoolingParams(task="token_embed", use_activation=False)
+        pairs: dict[str, int] = {}
+        states: list[Any] = [None] * len(prompts)
+        try:
+            for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+                self._num_requests += 1
+                # The state before response token t has seen the prompt and t tokens, so the
+                # last token is never fed, and T rows begin at the prompt's last token.
+                tokens = tokens_input([*map(int, prompt), *map(int, response[:-1])])
+                self._engine.add_request(str(self._num_requests), tokens, params)
+                pairs[str(self._num_requests)] = number
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    number = pairs[output.request_id]
+                    states[number] = output.outputs.data[len(prompts[number]) - 1 :]  # pyright: ignore
+        except BaseException:
+            self._engine.abort_request(list(pairs))
+            raise
+        return states
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
-def _start_teacher(model_dir: str, settings: ScoringConfig, max_model_tokens: int) -> LLM:
+def _start_teacher(model_dir: str, settings: ScoringConfig, max_model_tokens: int) -> LLMEngine:
     num_threads = settings.num_threads or usable_cores()
     _set_environment(num_threads, settings.tensor_parallel_size)
     import torch
-    from vllm import LLM
+    from vllm.config import PoolerConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
 
     # Before vLLM's CPU worker turns this function off. Per thread, hence in the one that works.
     torch.set_num_threads(max(1, num_threads // settings.tensor_parallel_size))
-    # The runner's scoring interface, which nothing here uses, asks for a tokenizer.
-    arguments = _engine_arguments(model_dir, settings, max_model_tokens, _device())
-    arguments["skip_tokenizer_init"] = False
-    return LLM(
-        **arguments,
+    arguments = EngineArgs(
+        **_engine_arguments(model_dir, settings, max_model_tokens, _device()),
         runner="pooling",
         max_num_batched_tokens=max(_STEP_TOKENS, max_model_tokens),
-        pooler_config={"task": "token_embed", "use_activation": False},  # pyright: ignore[reportArgumentType]
+        pooler_config=PoolerConfig(task="token_embed", use_activation=False),
         # Cached positions return no state.
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
+    # Not vllm.LLM: its scoring interface, which nothing here uses, asks for a tokenizer.
+    return LLMEngine.from_engine_args(arguments)
 
 
 def _bfloat16_bits(states: Any) -> np.ndarray:

@@ -255,7 +255,9 @@ def _load_push(model: Any, manifest: WeightManifest) -> None:
         names = set(file.keys())
         for name, parameter in model.named_parameters():
             if name not in names:
-                raise WeightPushError(f"{manifest.path}: expected parameter {name}, got none of that name")
+                raise WeightPushError(
+                    f"{manifest.path}: parameter {name}: expected one, got none of that name"
+                )
             tensor = file.get_tensor(name)
             if tensor.shape != parameter.shape:
                 raise WeightPushError(

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -30,6 +31,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from distill.interfaces import WeightManifest, WeightPushError
 from distill.weights import verify
@@ -87,15 +89,25 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         )
 
         verify(WeightManifest(**vars(update_info)))
-        expected = {name for name, _ in self.model.named_parameters()}
+        self._check_shapes(update_info)
         initialize_layerwise_reload(self.model)
-        loaded = self.model.load_weights(_tensors(update_info.path))  # pyright: ignore[reportCallIssue]
-        if loaded is not None and (missing := expected - set(loaded)):
-            raise WeightPushError(
-                f"weights of policy version {update_info.policy_version} in {update_info.path}: "
-                f"expected {len(expected)} parameters, got none for {', '.join(sorted(missing)[:3])}"
-            )
+        self.model.load_weights(_tensors(update_info.path))  # pyright: ignore[reportCallIssue]
         finalize_layerwise_reload(self.model, self.model_config)
+        _repack_heads(self.model)
+
+    def _check_shapes(self, update_info: SharedMemoryUpdateInfo) -> None:
+        """Compare with the checkpoint that the engine was started from: the reload fills what
+        is missing of a fused parameter with whatever was in memory."""
+        expected = _shapes(*Path(self.model_config.model).glob("*.safetensors"))
+        if self.model_config.hf_text_config.tie_word_embeddings:
+            expected.pop("lm_head.weight", None)
+        got = _shapes(update_info.path)
+        for name, shape in expected.items():
+            if got.get(name) != shape:
+                raise WeightPushError(
+                    f"weights of policy version {update_info.policy_version} in {update_info.path}: "
+                    f"parameter {name}: expected shape {shape}, got {got.get(name, 'none of that name')}"
+                )
 
     def finish_weight_update(self) -> None:
         """Nothing left: :meth:`receive_weights` is the whole transaction."""
@@ -112,6 +124,26 @@ def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (not a mapping)
             yield name, file.get_tensor(name)
+
+
+def _shapes(*paths: str | Path) -> dict[str, list[int]]:
+    """Shapes by name, from the files' headers."""
+    shapes: dict[str, list[int]] = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _repack_heads(model: torch.nn.Module) -> None:
+    """Renew the packed copy of the vocabulary head that the CPU build multiplies with.
+
+    A head tied to the embedding has no name of its own in the file, so the reload passes it
+    by: it would go on with the old weights, silently.
+    """
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 def _register() -> None:

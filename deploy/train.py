@@ -21,8 +21,8 @@ from deploy.preflight import Preflight
 from deploy.prepare import Prepared, prepare
 from deploy.progress import Progress, training_line
 from deploy.rates import Rates
-from distill.config import RunConfig
-from distill.config_load import fingerprint, load_config, to_yaml
+from distill.config import ConfigError, RunConfig, rule
+from distill.config_load import fingerprint, flat_settings, load_config, to_yaml
 from distill.data import read_table, write_table
 from distill.evaluation import load_evaluation
 from distill.hardware import usable_cores
@@ -43,6 +43,7 @@ def train(config: RunConfig, progress: Progress) -> dict[str, Any]:
     if (summary := _finished(folder, config)) is not None:
         progress.say(f"{folder.path} is finished ({summary['updates']} updates); nothing to do")
         return summary
+    _refuse_another_config(folder, config)
     preflight = Preflight(config)
     for check in preflight.run():
         if check.status != "pass":
@@ -71,6 +72,18 @@ def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
     if not folder.exists or folder.fingerprint != fingerprint(config):
         return None
     return folder.read_summary()
+
+
+def _refuse_another_config(folder: RunFolder, config: RunConfig) -> None:
+    """Before the costlier checks, and naming what differs. The folder itself refuses it, too."""
+    if not folder.exists or folder.fingerprint == fingerprint(config):
+        return
+    there = flat_settings(load_config(folder.config))
+    here = flat_settings(config)
+    differing = [name for name in here if name != "run_dir" and here[name] != there.get(name)]
+    shown = ", ".join(f"{name}={here[name]} (there {there.get(name)})" for name in differing[:3])
+    must = f"hold a run of this configuration (it differs in {shown})"
+    raise ConfigError(rule("run_dir", folder.path, must, "choose another run_dir, or train --resume it as it is"))
 
 
 class Run:

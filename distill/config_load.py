@@ -74,6 +74,11 @@ def fingerprint(config: RunConfig) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(tree, sort_keys=True).encode())
 
 
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted name, as it is written in YAML."""
+    return _flatten(_written(config))
+
+
 def setting_names() -> list[str]:
     """Dotted names of all settings, as they are written."""
     return [name for name, _ in _leaves(RunConfig, "")]

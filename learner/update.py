@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -59,6 +59,7 @@ SATURATION = 0.95
 """An action value beyond this share of the bound counts as saturated."""
 
 
+@runtime_checkable
 class Student(Protocol):
     """What an update needs of the model in training."""
 
@@ -481,6 +482,7 @@ class _StudentObjective:
         """All terms, from both policies' full distributions."""
         features = teacher_hidden(pack)[order]
         teacher_logits = ChunkedLogits(heads.teacher, features, self._chunk)
+        bilinear = self._bilinear(features, hidden)
         targets, row, step = pack.targets[order], pack.row[order], pack.step[order]
         behavior = pack.behavior_logprobs[order]
         advantage = None if self._credit is None else _look_up(self._credit, row, step)
@@ -488,7 +490,11 @@ class _StudentObjective:
         def loss_of_chunk(where: slice, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             source = _source(where, num_off)
             both = Policies.from_logits(logits, teacher_logits(where))
-            f = self._values(source, features[where], hidden[where], both.detach())
+            with torch.no_grad():
+                log_ratio = both.log_ratio()
+                f = None
+                if self._critics is not None:
+                    f = self._critics[source].critic.activate(bilinear[source](where), log_ratio)
             losses = position_losses(
                 self._recipe,
                 source,
@@ -498,7 +504,7 @@ class _StudentObjective:
                 variance_penalty=self._penalty,
                 advantage=None if advantage is None else advantage[where],
             )
-            metrics = _policy_metrics(both.detach(), f)
+            metrics = _policy_metrics(both.detach(), log_ratio, f)
             if source == "on":
                 metrics |= _drift(metrics["tv"], step[where], self._lengths[row[where]])
                 policy = -cross_entropy(both.policy_logprobs.detach(), targets[where])
@@ -509,11 +515,14 @@ class _StudentObjective:
         return loss_of_chunk
 
     @torch.no_grad()
-    def _values(self, source: Source, features: Tensor, hidden: Tensor, both: Policies) -> Tensor | None:
-        if self._critics is None:
-            return None
-        critic, table = self._critics[source]
-        return critic.activate(critic.coefficients(features, hidden) @ table.T, both.log_ratio())
+    def _bilinear(self, features: Tensor, hidden: Tensor) -> dict[str, ChunkedLogits]:
+        """The critics' arguments at all positions of a pack; a chunk is formed when it is asked for."""
+        return {
+            source: ChunkedLogits(
+                Head(table, LogitTransform()), critic.coefficients(features, hidden), self._chunk
+            )
+            for source, (critic, table) in (self._critics or {}).items()
+        }
 
     def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over all packs to means over the tokens they count."""
@@ -561,12 +570,16 @@ def _look_up(
 
 
 @torch.no_grad()
-def _policy_metrics(both: Policies, f: Tensor | None) -> dict[str, Tensor]:
-    """Exact divergences of the policies at each position, and the gap that the critic sees."""
+def _policy_metrics(both: Policies, log_ratio: Tensor, f: Tensor | None) -> dict[str, Tensor]:
+    """Exact divergences of the policies at each position, and the gap that the critic sees.
+
+    Both divergences from the one log-ratio: the logits of a batch are finite, and every pass over
+    the vocabulary is felt.
+    """
     metrics = {
         "tv": total_variation(*both.pair, **both.probs),
-        "forward_kl": forward_kl(*both.pair, teacher_probs=both.teacher_probs),
-        "reverse_kl": reverse_kl(*both.pair, policy_probs=both.policy_probs),
+        "forward_kl": torch.linalg.vecdot(both.teacher_probs, log_ratio),
+        "reverse_kl": -torch.linalg.vecdot(both.policy_probs, log_ratio),
         "entropy": entropy(both.policy_logprobs, policy_probs=both.policy_probs),
     }
     if f is not None:

@@ -15,7 +15,16 @@ from distill.metrics import name_violations
 from distill.objectives import closed_form_critic
 from learner import vocabulary
 from learner.critics import CriticPair
-from learner.update import Heads, collect_positions, critic_update, moment_gaps, student_update, update
+from learner.update import (
+    Heads,
+    Policies,
+    collect_positions,
+    critic_update,
+    moment_gaps,
+    position_losses,
+    student_update,
+    update,
+)
 from learner.vocabulary import Head
 from tests.unit.maths.batches import (
     VOCABULARY,
@@ -29,7 +38,6 @@ from tests.unit.maths.batches import (
 
 LEARNER = LearnerConfig(max_grad_norm=1e9, vocabulary_chunk=7)
 CRITIC = CriticConfig(rank=4, max_grad_norm=1e9)
-OFF_POLICY = {"student_text": "none"}
 RECIPES = {
     "ammd": RecipeConfig(lm_weight=0.1, loss_weight=0.8),
     "ammd_paper": RecipeConfig(beta=0.5, anchor_weight=0.1, long_weight=0.7),
@@ -331,3 +339,22 @@ def test_gaps_before_the_students_step_are_those_it_minimises():
         student, optimizer, batch, teacher_head(), critics, RECIPES["ammd"], CRITIC, LEARNER
     )
     assert metrics["policy/moment_gap_on"] == pytest.approx(float(gaps.mean()))
+
+
+def test_what_the_loss_mask_leaves_out_is_seen_by_nobody():
+    rows = random_rows()
+    partly = next(row for row in rows if not all(row.counted))
+    hidden = partly.hidden.clone()
+    hidden[~torch.tensor(partly.counted)] += 5
+    changed = [replace(row, hidden=hidden) if row is partly else row for row in rows]
+    assert_same(run(RECIPES["ammd"], rows), run(RECIPES["ammd"], changed))
+
+
+@pytest.mark.parametrize("penalty", [0.0, 2.0])
+def test_no_gradient_of_the_students_reaches_a_critic_or_the_teacher(penalty):
+    logits, teacher, f = (value.requires_grad_() for value in torch.randn(3, 4, VOCABULARY).double())
+    both = Policies.from_logits(logits, teacher)
+    targets = torch.zeros(4, dtype=torch.int64)
+    loss = position_losses(RECIPES["ammd"], "off", both, targets, f=f, variance_penalty=penalty).sum()
+    grads = torch.autograd.grad(loss, [logits, teacher, f], allow_unused=True)
+    assert grads[0] is not None and grads[1] is None and grads[2] is None

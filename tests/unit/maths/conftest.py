@@ -1,0 +1,6 @@
+"""Shapes in signatures are checked while these tests run, where nobody imported the modules before."""
+
+from jaxtyping import install_import_hook
+
+CHECKED = ["distill.objectives", "distill.credit", "learner.vocabulary", "learner.critics", "learner.update"]
+install_import_hook(CHECKED, "beartype.beartype")

@@ -1,0 +1,160 @@
+"""Bad input: exit code 2 and one line with the remedy, before any engine starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploy.cli.main import main
+from distill.config_load import fingerprint, to_yaml
+from distill.run_folder import RunFolder
+from tests.tiny import make_world, save_tiny_llama, tiny_config, tiny_overrides, tiny_tokenizer
+
+Complaint = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    return folder
+
+
+@pytest.fixture
+def complaint(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Complaint:
+    """Runs `distill train` with overrides and returns its one line on stderr."""
+
+    def no_engine(*_: object) -> None:
+        raise AssertionError("an engine was about to start")
+
+    monkeypatch.setattr("deploy.train.Cluster", no_engine)
+
+    def run(*overrides: str, arguments: list[str] | None = None) -> str:
+        every = [*tiny_overrides(world), f"run_dir={tmp_path}/run", *overrides]
+        code = main(arguments or ["train", str(world / "tiny.yaml"), *every])
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert code == 2, lines
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run
+
+
+def test_a_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
+    line = complaint(arguments=["train", str(tmp_path / "none.yaml")])
+    assert "none.yaml" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("lerner.num_updates=3", ["lerner", "learner"]),
+        ("learner.num_update=3", ["learner.num_update", "learner.num_updates"]),
+        ("learner.num_updates=many", ["learner.num_updates", "many"]),
+        ("critic.features=ratios", ["critic.features", "ratio"]),
+        ("recipe=amd", ["amd", "ammd"]),
+        ("recipe.beta=1.5", ["recipe.beta=1.5", "[0, 1]"]),
+        ("rollout.temperature=0.7", ["rollout.temperature=0.7"]),
+        ("replay.min_size_to_sample=100", ["replay.min_size_to_sample=100", "max_policy_age"]),
+        ("teacher.model=/no/such/folder", ["teacher.model=/no/such/folder"]),
+        ("teacher.model=smollm2-135", ["smollm2-135m"]),
+        ("data.path=/no/rows.jsonl", ["/no/rows.jsonl"]),
+        ("data.max_prompt_tokens=5", ["prompt", "data.max_prompt_tokens"]),
+        ("data.max_prompt_tokens=4096", ["context", "512"]),
+        ("data.num_heldout=1000", ["heldout"]),
+        ("student.init.num_layers=9", ["student.init.num_layers=9", "2"]),
+        ("replay.max_bytes=2000000", ["replay.m"]),
+    ],
+)
+def test_a_wrong_setting(complaint: Complaint, override: str, parts: list[str]) -> None:
+    line = complaint(override)
+    assert all(part in line for part in parts), line
+
+
+def test_a_broken_line_is_named(complaint: Complaint, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": f"p{i}", "completion": "c"}) for i in range(30)]
+    rows[16] = '{"prompt": "p16", "completion": '
+    path = tmp_path / "broken.jsonl"
+    path.write_text("\n".join(rows))
+    line = complaint(f"data.path={path}")
+    assert f"{path} line 17" in line
+
+
+def test_an_empty_data_set(complaint: Complaint, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "at least one row" in complaint(f"data.path={tmp_path}/empty.jsonl")
+
+
+def test_two_tokenizers(complaint: Complaint, tmp_path: Path) -> None:
+    other = save_tiny_llama(tmp_path / "other")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(other)
+    line = complaint(f"student.model={other}", "student.init.from=null", "student.init.num_layers=null")
+    assert "tokenizer" in line
+
+
+def test_an_unknown_logit_transform(complaint: Complaint, tmp_path: Path) -> None:
+    other = save_tiny_llama(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "frobnicator"}))
+    line = complaint(f"teacher.model={other}")
+    assert "frobnicator" in line
+
+
+def test_padded_vocabularies_are_said(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    padded = save_tiny_llama(tmp_path / "padded", vocab_size=320)
+    overrides = [f"student.model={padded}", "student.init.from=null", "student.init.num_layers=null"]
+    arguments = ["doctor", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]
+    assert main([*arguments, *overrides, "--json"]) == 0
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["vocabulary"]["status"] == "warn"
+    assert "first 258" in checks["vocabulary"]["message"]
+
+
+def test_the_doctor_says_what_is_wrong_and_how_to_mend_it(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["doctor", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]
+    assert main([*arguments, "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    names = [check["name"] for check in checks]
+    assert {"tokenizers", "vocabulary", "payload", "memory", "buffer", "ports", "disk"} <= set(names)
+    assert all(check["status"] in ("pass", "warn") for check in checks)
+    assert main([*arguments, "data.path=/no/rows.jsonl", "--json"]) == 2
+    last = json.loads(capsys.readouterr().out)["checks"][-1]
+    assert last["status"] == "fail" and last["remedy"]
+
+
+def test_a_folder_of_another_config(complaint: Complaint, world: Path, tmp_path: Path) -> None:
+    config = tiny_config(world, f"run_dir={tmp_path}/run", "seed=5")
+    with RunFolder(config.run_dir) as folder:
+        folder.create(to_yaml(config), fingerprint(config))
+    line = complaint()
+    assert "run_dir" in line and "seed" in line
+
+
+def test_resume_and_report_of_what_is_not_there(complaint: Complaint, tmp_path: Path) -> None:
+    for arguments in (["train", "--resume", f"{tmp_path}/none"], ["report", f"{tmp_path}/none"]):
+        line = complaint(arguments=arguments)
+        assert "none" in line and "run" in line
+
+
+def test_a_configuration_or_a_run_to_resume(complaint: Complaint) -> None:
+    assert "--resume" in complaint(arguments=["train"])
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from deploy.cli.main import parser; parser().format_help();"
+        "print(sorted({'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
