@@ -60,9 +60,8 @@ class _Bilinear(nn.Module):
 
     def table(self, head: Head) -> Float[Tensor, "V r"]:
         weight = head.weight.detach()
-        return (weight @ self.projection.to(weight.dtype).T).to(self.projection.dtype) / head.row_norms[
-            :, None
-        ]
+        projected = weight @ self.projection.to(weight.dtype).T
+        return projected.to(self.projection.dtype) / head.row_norms[:, None]
 
 
 class Critic(nn.Module):

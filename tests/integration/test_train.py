@@ -1,0 +1,250 @@
+"""`distill train` with real Ray and real engines on a random tiny Llama.
+
+Each run is a process of its own, as a user starts it. vLLM is used where it is what is tested;
+the transformers engine where it is not, because it starts in a third of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from distill.evaluation import load_evaluation
+from distill.metrics import read_metrics, without_times
+from learner.checkpoint import Checkpoints
+from tests.tiny import make_world, tiny_overrides
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+PLAIN = ["rollout.engine=transformers", "scoring.engine=transformers"]
+"""Engines that start fast."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    return folder
+
+
+def start(world: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"DISTILL_CACHE": str(world / "cache")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploy.cli.main", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def train(world: Path, run: str, *overrides: str) -> Path:
+    """Run to the end; returns the run folder."""
+    process = start(world, *train_arguments(world, run, *overrides))
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output[-4000:]
+    return world / run
+
+
+def train_arguments(world: Path, run: str, *overrides: str) -> list[str]:
+    config = str(world / "tiny.yaml")
+    return ["train", config, *tiny_overrides(world), f"run_dir={world}/{run}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def vllm_run(world: Path) -> Path:
+    return train(world, "vllm")
+
+
+def test_the_run_folder_holds_what_it_should(vllm_run: Path) -> None:
+    for name in ("config.yaml", "metrics.parquet", "events.jsonl", "summary.json", "student", "best"):
+        assert (vllm_run / name).exists(), name
+    summary = json.loads((vllm_run / "summary.json").read_text())
+    assert summary["updates"] == 2
+    assert summary["policy_version"] >= 3  # at the start and after each update
+    assert (summary["recipe"], summary["engine"]) == ("ammd", "vllm")
+    for label in ("before", "after"):
+        evaluation = summary[label]
+        for text in ("teacher_text", "student_text"):
+            assert all(evaluation[text][name] > 0 for name in ("tv", "forward_kl", "reverse_kl"))
+        assert set(evaluation["rouge_l"]) == {"teacher", "reference"}
+        assert evaluation["num_prompts"] == 4
+        assert evaluation["stderr"]["teacher_text.tv"] > 0
+    assert {"sft", "corpus", "start_engines", "training", "evaluation"} <= set(summary["timing_s"])
+    assert {"sft", "corpus", "rollout", "teacher", "learner"} <= set(summary["tokens"])
+    assert {"driver", "learner", "replay", "rollout", "teacher", "total"} <= set(summary["peak_pss_bytes"])
+    metrics = read_metrics(vllm_run)
+    assert metrics["update"].to_pylist() == [1, 2]
+    assert metrics["policy/age_max"].to_pylist() == [0, 0]
+
+
+def test_behaviour_and_learner_logprobs_agree(vllm_run: Path) -> None:
+    """Engine and learner are two implementations of one policy: float32, the same weights."""
+    gaps = read_metrics(vllm_run)["policy/behavior_gap"].to_pylist()
+    assert all(abs(gap) <= 1e-4 for gap in gaps), gaps
+
+
+def test_the_checkpoint_is_whole_and_names_the_ledger(vllm_run: Path) -> None:
+    newest = Checkpoints(vllm_run / "checkpoints", keep=2).latest()
+    assert newest is not None and newest.name == "step-2"
+    tensors, state = Checkpoints.load(newest)
+    assert state["updates_done"] == 2
+    assert any(name.startswith("critic.off") for name in tensors)
+
+
+def test_the_student_loads_in_transformers_and_in_vllm(vllm_run: Path) -> None:
+    code = f"""
+import asyncio, torch
+from transformers import AutoModelForCausalLM
+from actors.engine import VllmGenerator
+from distill.config import RolloutConfig
+
+async def main():
+    model = AutoModelForCausalLM.from_pretrained({str(vllm_run / "student")!r}, dtype=torch.float32)
+    prompts = [[0, 5, 6 + i] for i in range(8)]
+    with torch.no_grad():
+        expected = [model.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False)[0, 3:].tolist() for p in prompts]
+    engine = await VllmGenerator.start(
+        {str(vllm_run / "student")!r}, RolloutConfig(dtype="float32", kv_cache_gib=0.1), max_model_tokens=64, stop_token_ids=[1]
+    )
+    found = await engine.greedy(prompts, 8)
+    await engine.close()
+    assert found == expected, (found, expected)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_lock_step_with_the_same_seed_twice(world: Path, vllm_run: Path) -> None:
+    again = train(world, "vllm-again")
+    assert without_times(read_metrics(again)).equals(without_times(read_metrics(vllm_run)))
+
+
+def test_the_corpus_is_used_again(world: Path, vllm_run: Path) -> None:
+    del vllm_run
+    corpora = sorted((world / "cache" / "corpora").iterdir())
+    before = [path.stat().st_mtime_ns for path in corpora]
+    train(world, "again", *PLAIN, "recipe.beta=0.5", "learner.num_updates=1")
+    assert [path.stat().st_mtime_ns for path in corpora] == before
+
+
+@pytest.mark.parametrize("recipe", ["kd", "gkd", "ammd_paper"])
+def test_other_recipes(world: Path, recipe: str) -> None:
+    run = train(world, recipe, *PLAIN, f"recipe={recipe}", "learner.num_updates=4")
+    metrics = read_metrics(run)
+    assert metrics.num_rows == 4
+    peaks = json.loads((run / "summary.json").read_text())["peak_pss_bytes"]
+    on_policy = metrics["policy/num_tokens_on"].to_pylist()
+    if recipe == "kd":
+        assert "rollout" not in peaks  # no rollout engine
+        assert not any(on_policy)
+    if recipe == "gkd":
+        off_policy = metrics["policy/num_tokens_off"].to_pylist()
+        assert all((on == 0) != (off == 0) for on, off in zip(on_policy, off_policy, strict=True))
+
+
+def test_several_updates_in_flight(world: Path) -> None:
+    run = train(world, "async", "replay.max_policy_age=2", "learner.num_updates=5", "evaluation.every=0")
+    ages = read_metrics(run)["policy/age_max"].to_pylist()
+    assert max(ages) <= 2
+    assert len(ages) == 5
+
+
+def test_ctrl_c_leaves_nothing_behind_and_resume_equals_the_uninterrupted_run(world: Path) -> None:
+    settings = [*PLAIN, "learner.num_updates=6", "checkpoint.every=1", "evaluation.every=0"]
+    whole = train(world, "whole", *settings)
+    process = start(world, *train_arguments(world, "cut", *settings))
+    run = world / "cut"
+    wait_for(lambda: len(steps(run)) >= 2, process)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=max(0.0, 10 - (time.monotonic() - began)))
+    assert not alive, [member.cmdline() for member in alive]
+    assert process.returncode == 130
+    assert "--resume" in output
+    run_id = json.loads((run / "run.json").read_text())["run_id"]
+    assert not Path(f"/dev/shm/distill-{run_id}").exists()
+    assert not (run / "summary.json").exists()
+
+    resumed = start(world, "train", "--resume", str(run))
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output[-3000:]
+    names = {
+        "policy/version",
+        *(name for name in read_metrics(run).column_names if name.startswith("replay/")),
+    }
+    names |= {"rollout/num_tokens", "rollout/num_samples", "teacher/num_tokens"}  # since the process started
+
+    def numbers(folder: Path) -> object:
+        table = without_times(read_metrics(folder))
+        return table.drop_columns([name for name in table.column_names if name in names])
+
+    assert numbers(run).equals(numbers(whole))  # type: ignore[attr-defined]
+    after = [load_evaluation(folder / "evaluations" / "after.parquet") for folder in (run, whole)]
+    assert after[0].table.equals(after[1].table)
+
+
+def test_two_runs_at_once_do_not_meet(world: Path) -> None:
+    runs = [start(world, *train_arguments(world, f"pair-{i}", *PLAIN, f"seed={i}")) for i in (1, 2)]
+    for process in runs:
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, output[-3000:]
+    assert not list(Path("/dev/shm").glob("distill-*"))
+
+
+def test_a_dead_engine_ends_the_run_with_one_line(world: Path) -> None:
+    process = start(
+        world,
+        *train_arguments(
+            world, "dead", "learner.num_updates=500", "evaluation.every=0", "checkpoint.every=1000"
+        ),
+    )
+    wait_for(lambda: "training_started" in events(world / "dead"), process)
+    engines = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "EngineCore" in child.name()
+    ]
+    assert engines
+    for engine in engines:
+        engine.kill()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "the run failed: " in output.splitlines()[-2]
+    assert "Traceback" not in output
+
+
+def steps(run: Path) -> list[int]:
+    return Checkpoints(run / "checkpoints", keep=2).steps() if run.exists() else []
+
+
+def events(run: Path) -> str:
+    path = run / "events.jsonl"
+    return path.read_text() if path.exists() else ""
+
+
+def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_metrics_are_readable_parquet(vllm_run: Path) -> None:
+    assert pq.read_table(vllm_run / "metrics.parquet").num_rows == 2
