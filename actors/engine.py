@@ -56,6 +56,9 @@ def _set_environment(num_threads: int, tensor_parallel_size: int) -> None:
         # process), which saves a process and a message per step.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(max(1, num_threads // tensor_parallel_size)),
+        # Waiting threads sleep instead of spinning: with any other work on the cores (a learner,
+        # a second engine) a step waits for threads that are not running, ten times as long.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
         "VLLM_CPU_OMP_THREADS_BIND": _thread_binding(num_threads, tensor_parallel_size),
     }
     # The size is an engine argument here (bytes); this variable knows whole GiB only.
