@@ -43,7 +43,7 @@ class MemorySampler:
     still fills the memory).
     """
 
-    def __init__(self, roots: Mapping[str, int], interval_s: float = 2.0):
+    def __init__(self, roots: Mapping[str, int], interval_s: float = 5.0):
         self._interval_s = interval_s
         self._roots: dict[int, str] = {}
         self._owner: dict[Process, str] = {}

@@ -83,7 +83,9 @@ def _refuse_another_config(folder: RunFolder, config: RunConfig) -> None:
     differing = [name for name in here if name != "run_dir" and here[name] != there.get(name)]
     shown = ", ".join(f"{name}={here[name]} (there {there.get(name)})" for name in differing[:3])
     must = f"hold a run of this configuration (it differs in {shown})"
-    raise ConfigError(rule("run_dir", folder.path, must, "choose another run_dir, or train --resume it as it is"))
+    raise ConfigError(
+        rule("run_dir", folder.path, must, "choose another run_dir, or train --resume it as it is")
+    )
 
 
 class Run:

@@ -109,7 +109,9 @@ def test_an_unknown_logit_transform(complaint: Complaint, tmp_path: Path) -> Non
     assert "frobnicator" in line
 
 
-def test_padded_vocabularies_are_said(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_padded_vocabularies_are_said(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     padded = save_tiny_llama(tmp_path / "padded", vocab_size=320)
     overrides = [f"student.model={padded}", "student.init.from=null", "student.init.num_layers=null"]
     arguments = ["doctor", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]

@@ -219,10 +219,11 @@ def test_a_padded_vocabulary_does_not_matter(student_tail, teacher_tail):
 def test_critics_learn_the_difference(features):
     """On a fixed student the gap rises to the best bounded critic's; in sample."""
     student, rows = TinyStudent(), random_rows()
-    config = CriticConfig(features=features, learning_rate=5e-2, rank=16)
+    # A rate of 5e-2 is chaotic here: the last digits of a matrix product decide where it is after 25 steps.
+    config = CriticConfig(features=features, learning_rate=1e-2, rank=16)
     critics, heads = critic_pair(config), Heads.of(student, teacher_head())
     positions = collect_positions(student, batch_of(rows))
-    seen = [critic_update(positions, heads, critics, config, chunk=1000, seed=n) for n in range(25)]
+    seen = [critic_update(positions, heads, critics, config, chunk=1000, seed=n) for n in range(40)]
     for source in ("off", "on"):
         tightness = [metrics[f"critic/tightness_{source}"] for metrics in seen]
         if features == "ratio":  # it starts at the optimum: nothing to gain, and it stays
