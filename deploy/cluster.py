@@ -24,8 +24,11 @@ from distill.replay.segments import sweep
 from distill.run_inputs import shared_memory_root
 
 _DRIVER_LOCK = ".driver"
-_END_AFTER_S = 5.0
-"""How long actors and engines may take to end by themselves before they are killed."""
+"""Locked by the driver while it lives, in the run's folder in shared memory."""
+_END_AFTER_S = 3.0
+"""How long actors and engines may take to end by themselves before Ray kills them."""
+_KILL_AFTER_S = 1.5
+"""How long Ray may take to kill an actor before its processes are killed from here."""
 
 
 class ActorFailed(RuntimeError):
@@ -164,13 +167,15 @@ class Cluster:
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=_END_AFTER_S)
         for handle in handles:
-            ray.kill(handle)  # first Ray's way, so that it does not report a crash
-        for process in processes:
+            ray.kill(handle)
+        # Killed at once, a process would look like a crash to Ray, which reports it on the terminal.
+        _, left = psutil.wait_procs(processes, timeout=_KILL_AFTER_S)
+        for process in left:
             try:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        psutil.wait_procs(processes, timeout=_END_AFTER_S)
+        psutil.wait_procs(left, timeout=_END_AFTER_S)
 
     def _get(self, name: str, reference: Any, timeout_s: float) -> Any:
         import ray
