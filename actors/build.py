@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from actors.rollout import RolloutWorker
 from actors.teacher import TeacherScorer
@@ -20,7 +21,7 @@ async def build_generator(
     *,
     max_model_tokens: int,
     stop_token_ids: Sequence[int],
-    on_push: str,
+    on_push: Literal["recompute", "keep_kv"],
     lock_step: bool,
     seed: int,
 ) -> Generator:
