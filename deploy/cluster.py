@@ -86,7 +86,12 @@ class Cluster:
         """Create an actor under the run's namespace with its own thread budget."""
         import ray
 
-        environment = {"OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            "OMP_NUM_THREADS": str(num_threads),
+            # Idle threads sleep: spinning ones take the cores from the role whose turn it is.
+            "OMP_WAIT_POLICY": "passive",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         handle = actor_class.options(
             name=name, runtime_env={"env_vars": environment}, max_concurrency=1000
         ).remote(*args)

@@ -117,7 +117,8 @@ def test_recipe_rows(load):
 def test_demo_needs_no_more_than_it_makes():
     config = load_config(PRESETS / "demo.yaml", (), PRESETS)
     assert config.run_dir == "runs/demo"
-    assert config.corpus.num_prompts == config.learner.num_updates * config.learner.text_rows_per_update
+    drawn = config.learner.num_updates * config.learner.text_rows_per_update
+    assert config.corpus.num_prompts and drawn % config.corpus.num_prompts == 0  # whole epochs
     assert (config.learner.prompts_per_update, config.rollout.samples_per_prompt) == (16, 2)
 
 
