@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from distill.config import CheckpointConfig, EvaluationConfig
-from distill.evaluation import Evaluation, Score, is_better, load_evaluation, measure, save_evaluation
+from distill.evaluation import Evaluation, Score, is_better, measure, save_evaluation
 from distill.interfaces import GroupRef, Lease, Store
 from distill.metrics import EventLog, MetricsWriter
 from distill.run_folder import RunFolder, write_bytes
@@ -225,9 +225,3 @@ class RunMilestones:
         self.checkpoint_s += time.monotonic() - start
         self.events.write("checkpoint", updates_done=updates_done)
         self.report(activity="training")
-
-
-def load_label(folder: RunFolder, label: str) -> Evaluation | None:
-    """An evaluation of this run; None when it was not made."""
-    path = folder.evaluation(label)
-    return load_evaluation(path) if path.exists() else None

@@ -11,7 +11,6 @@ On GPUs, vLLM's own trainer engines (nccl, ipc) take the place of the file; see
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.interfaces import WeightManifest, WeightPushError
-from distill.weights import checksum_file, remove_old_segments, segment_path
+from distill.weights import remove_old_segments, write_weights
 
 
 class WeightReceiver(Protocol):
@@ -70,25 +69,14 @@ class SharedMemoryPublisher:
                 f"push of policy version {version}: expected all {len(self.receivers)} engines to hold it within "
                 f"weights.deadline_s={self.deadline_s}; an engine hangs, or raise the deadline"
             ) from error
-        remove_old_segments(self.folder, keep=version)
+        remove_old_segments(self.folder)
         self.push_s = time.monotonic() - start
         return version
 
     def _write(self, version: int, updates_done: int) -> WeightManifest:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = segment_path(self.folder, version)
-        temporary = path.with_suffix(".tmp")
-        save_file(
-            {name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in self.weights()}, temporary
-        )
-        num_bytes, checksum = checksum_file(temporary)
-        os.rename(temporary, path)
-        return WeightManifest(
-            policy_version=version,
-            update=updates_done,
-            path=str(path),
-            num_bytes=num_bytes,
-            checksum=checksum,
+        tensors = {name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in self.weights()}
+        return write_weights(
+            self.folder, lambda path: save_file(tensors, path), policy_version=version, update=updates_done
         )
 
 
