@@ -25,7 +25,7 @@ import psutil
 
 from distill.config import RolloutConfig, ScoringConfig
 from distill.hardware import resolve_dtype, usable_cores
-from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
+from distill.interfaces import Completion, EngineDied, SampleRequest, WeightManifest, WeightPushError
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -42,6 +42,9 @@ _STEP_TOKENS = 2048
 
 _CLOSE_AFTER_S = 10.0
 """How long an engine may take to end by itself before it is killed."""
+
+_LIVENESS_S = 0.5
+"""Between two looks at whether an engine's processes live."""
 
 
 def _set_environment(num_threads: int, tensor_parallel_size: int) -> None:
@@ -141,7 +144,9 @@ class VllmGenerator:
     """Samples with vLLM's AsyncLLM; built by :meth:`start`.
 
     A push that fails leaves the engine in a state that nobody knows, so the engine is ended:
-    requests in flight and all later calls raise the WeightPushError.
+    requests in flight and all later calls raise the WeightPushError. When one of its processes
+    dies they raise EngineDied: vLLM itself fails the requests it has queued, but leaves a
+    pause, a push or a question that was under way waiting for ever.
     """
 
     def __init__(
@@ -161,8 +166,10 @@ class VllmGenerator:
         self._num_requests = 0
         self._scheduler = asyncio.Lock()  # held by whoever has paused the engine
         self._in_flight: set[asyncio.Task[Any]] = set()
-        self._failure: WeightPushError | None = None
+        self._failure: WeightPushError | EngineDied | None = None
         self._closed = False
+        self._watch = asyncio.create_task(self._watch_processes())
+        self._ending: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
@@ -212,7 +219,7 @@ class VllmGenerator:
     async def generate(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         """Sample all requests; answers in the order of the requests.
 
-        Raises: WeightPushError when a push has failed before or meanwhile.
+        Raises: WeightPushError or EngineDied, when that has happened before or meanwhile.
         """
         from vllm.sampling_params import SamplingParams
 
@@ -229,7 +236,8 @@ class VllmGenerator:
             )
             for request in requests
         ]
-        outputs = await self._run_all([request.prompt_tokens for request in requests], params)
+        prompts = [request.prompt_tokens for request in requests]
+        outputs = await self._tracked(self._run_all(prompts, params))
         return [_completion(output) for output in outputs]
 
     async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
@@ -243,7 +251,7 @@ class VllmGenerator:
             detokenize=False,
             output_kind=_final_only(),
         )
-        outputs = await self._run_all(prompts, [params] * len(prompts))
+        outputs = await self._tracked(self._run_all(prompts, [params] * len(prompts)))
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     async def update_weights(self, manifest: WeightManifest) -> None:
@@ -264,21 +272,10 @@ class VllmGenerator:
 
         Requests in flight wait and go on under the new weights.
         """
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        self._check_usable()
-        engine = self._engine
         try:
-            async with self._scheduler:
-                await engine.pause_generation(mode="keep", clear_cache=self._on_push == "recompute")
-                await engine.start_weight_update()
-                await engine.update_weights(WeightTransferUpdateRequest(update_info))
-                await engine.finish_weight_update(weight_version=str(policy_version))
-                if (version := await self.policy_version()) != policy_version:
-                    raise WeightPushError(
-                        f"policy version after a push: expected {policy_version}, got {version}"
-                    )
-                await engine.resume_generation()
+            await self._tracked(self._push(update_info, policy_version))
+        except EngineDied:
+            raise
         except BaseException as error:
             failure = WeightPushError(
                 f"push of policy version {policy_version}: {error or type(error).__name__}"
@@ -288,17 +285,31 @@ class VllmGenerator:
                 raise failure from error
             raise  # cancelled, by a deadline for instance
 
+    async def _push(self, update_info: dict[str, Any], policy_version: int) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        engine = self._engine
+        async with self._scheduler:
+            await engine.pause_generation(mode="keep", clear_cache=self._on_push == "recompute")
+            await engine.start_weight_update()
+            await engine.update_weights(WeightTransferUpdateRequest(update_info))
+            await engine.finish_weight_update(weight_version=str(policy_version))
+            if (version := _version(await engine.get_weight_version())) != policy_version:
+                raise WeightPushError(
+                    f"policy version after a push: expected {policy_version}, got {version}"
+                )
+            await engine.resume_generation()
+
     async def policy_version(self) -> int:
         """The version that samples now; 0 before the first push."""
-        self._check_usable()
-        version = await self._engine.get_weight_version()
-        return 0 if version == "default" else int(version)
+        return _version(await self._tracked(self._engine.get_weight_version()))
 
     async def close(self) -> None:
         """End the engine core and its workers."""
         if self._closed:
             return
         self._closed = True
+        self._watch.cancel()
         for task in self._in_flight:
             task.cancel()
         descendants = [*self._processes]
@@ -312,18 +323,25 @@ class VllmGenerator:
 
     def _check_usable(self) -> None:
         if self._failure is not None:
-            raise WeightPushError(str(self._failure)) from self._failure
+            raise type(self._failure)(str(self._failure)) from self._failure
         if self._closed:
             raise RuntimeError("this generator was closed")
 
-    async def _discard(self, failure: WeightPushError) -> None:
-        self._failure = failure
+    async def _watch_processes(self) -> None:
+        while all(map(_is_alive, self._processes)):
+            await asyncio.sleep(_LIVENESS_S)
+        dead = ", ".join(str(process.pid) for process in self._processes if not _is_alive(process))
+        # In a task of its own: closing cancels this one.
+        failure = EngineDied(f"a process of the rollout engine died (pid {dead})")
+        self._ending = asyncio.create_task(self._discard(failure))
+
+    async def _discard(self, failure: WeightPushError | EngineDied) -> None:
+        self._failure = self._failure or failure
         await self.close()
 
     async def _run_all(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> list[RequestOutput]:
-        self._check_usable()
         if self._lock_step:
             async with self._scheduler:
                 # An empty prefix cache too: what it holds would depend on the calls before.
@@ -332,7 +350,7 @@ class VllmGenerator:
                 await self._engine.resume_generation()
         else:
             queues = [await self._admit(*request) for request in zip(prompts, params, strict=True)]
-        return await self._tracked(_all_finished(self._engine, queues))
+        return await _all_finished(self._engine, queues)
 
     async def _admit(self, prompt: Sequence[int], params: SamplingParams) -> Any:
         from vllm.inputs import tokens_input
@@ -342,7 +360,14 @@ class VllmGenerator:
         return await self._engine.add_request(str(self._num_requests), tokens, params)
 
     async def _tracked(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run ``work`` so that a failing push can end it."""
+        """Run ``work`` so that a failing push, or the engine's death, can end it."""
+        try:
+            self._check_usable()
+        except BaseException:
+            work.close()
+            raise
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         task = asyncio.ensure_future(work)
         self._in_flight.add(task)
         try:
@@ -350,6 +375,8 @@ class VllmGenerator:
         except asyncio.CancelledError:
             self._check_usable()
             raise
+        except EngineDeadError as error:
+            raise EngineDied("the rollout engine died") from error
         finally:
             self._in_flight.discard(task)
             task.cancel()
@@ -371,6 +398,18 @@ async def _all_finished(engine: AsyncLLM, queues: Sequence[Any]) -> list[Request
     return outputs
 
 
+def _version(weight_version: str) -> int:
+    """vLLM's name of the weights it was started with is ``default``."""
+    return 0 if weight_version == "default" else int(weight_version)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _final_only() -> Any:
     from vllm.sampling_params import RequestOutputKind
 
@@ -386,10 +425,7 @@ def _completion(output: RequestOutput) -> Completion:
     logprobs = [
         (position or {})[token].logprob for token, position in zip(tokens, sample.logprobs, strict=True)
     ]
-    spans = [
-        (span.start, 0 if span.version == "default" else int(span.version))
-        for span in sample.weight_versions or ()
-    ]
+    spans = [(span.start, _version(span.version)) for span in sample.weight_versions or ()]
     return Completion(
         response_tokens=tokens,
         logprobs=logprobs,

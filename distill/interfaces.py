@@ -246,5 +246,9 @@ class WeightPushError(RuntimeError):
     """A push that did not arrive whole, in time, or under the right version."""
 
 
+class EngineDied(RuntimeError):
+    """A process of an inference engine has ended by itself."""
+
+
 class SegmentMissing(LookupError):
     """A location whose segment file is in neither shared memory nor the spill folder."""
