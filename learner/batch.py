@@ -27,6 +27,8 @@ class Pack:
     """[L] int64."""
     position_ids: Tensor
     """[L] int64, from 0 again with every sequence."""
+    sequence_lengths: tuple[int, ...]
+    """Inputs of each sequence, L in all."""
     state_index: Tensor
     """[N] int64: where in the pack the state before response token t lies."""
     targets: Tensor
@@ -164,6 +166,7 @@ def _pack(rows: Sequence[_Row]) -> Pack:
     return Pack(
         input_ids=_int64(np.concatenate(inputs)),
         position_ids=_int64(np.concatenate([np.arange(row.num_inputs) for row in rows])),
+        sequence_lengths=tuple(row.num_inputs for row in rows),
         state_index=_int64(np.concatenate(states)),
         targets=_int64(np.concatenate([row.response for row in rows])),
         teacher_hidden=hidden,

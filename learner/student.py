@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from distill.hardware import computes_in_bfloat16
+from learner.attention import PACKED
 from learner.batch import Pack
 from learner.vocabulary import LogitTransform
 
@@ -37,6 +38,11 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def _attention_of(config: Any) -> str:
+    """Softcapped attention (Gemma 2) is in transformers' eager form alone."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else PACKED
+
+
 class Student:
     """A causal LM in training."""
 
@@ -46,7 +52,10 @@ class Student:
         self.folder = Path(folder)
         # The library's types do not say what a causal LM can do.
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+            folder,
+            dtype=torch.float32,
+            attn_implementation=_attention_of(AutoConfig.from_pretrained(folder, local_files_only=True)),
+            local_files_only=True,
         )
         # Dropout off: the objective is a function of the policy, not of a noisy copy of it.
         self.model: Any = model.to(self.device).eval()
@@ -77,8 +86,8 @@ class Student:
     def states(self, pack: Pack) -> Tensor:
         """[N, D]: final-norm hidden states before the pack's response tokens.
 
-        The sequences of a pack see only themselves: with positions given and no mask,
-        transformers builds the block-diagonal causal mask from where positions restart.
+        The sequences of a pack see only themselves: by their lengths (:mod:`learner.attention`),
+        and in eager attention by the mask that transformers builds from where positions restart.
         """
         autocast = (
             torch.autocast(self.device.type, self.precision)
@@ -87,7 +96,10 @@ class Student:
         )
         with autocast:
             output = self.model.get_decoder()(
-                input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], use_cache=False
+                input_ids=pack.input_ids[None],
+                position_ids=pack.position_ids[None],
+                use_cache=False,
+                sequence_lengths=pack.sequence_lengths,
             )
         return output.last_hidden_state[0].index_select(0, pack.state_index)
 

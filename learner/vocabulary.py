@@ -31,9 +31,9 @@ _BLOCK_BYTES = 2 << 20
 the allocator's pool; blocks of tens of MiB go back to the operating system after every pass."""
 
 _PLAIN = (
-    "bloom", "ernie4_5", "exaone4", "falcon", "gemma", "glm", "glm4", "gpt2", "gpt_neo", "gpt_neox", "gptj",
-    "helium", "llama", "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi",
-    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "ernie4_5", "exaone4", "gemma", "glm", "glm4", "gpt2", "gpt_neox", "helium", "llama", "ministral",
+    "mistral", "mixtral", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen2_moe",
+    "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
 _Rule = tuple[Literal["softcap", "multiply", "divide"], str, float | None]
 _KNOWN: dict[str, _Rule | None] = {
@@ -47,6 +47,12 @@ _KNOWN: dict[str, _Rule | None] = {
 }
 """What each architecture does after its head: kind, key of its config, the key's default.
 Read from the modelling code of transformers; what is not here is refused, never guessed."""
+
+
+def known_architectures() -> list[str]:
+    """The model types whose logits are known to be a transform of head and state."""
+    return sorted(_KNOWN)
+
 
 _HEAD_NAMES = ("lm_head", "embed_out")
 _EMBEDDING_NAMES = (
@@ -92,7 +98,7 @@ class LogitTransform:
         model_type = values.get("model_type")
         if model_type not in _KNOWN:
             message = rule(
-                "model_type", model_type, f"be one of {', '.join(sorted(_KNOWN))}",
+                "model_type", model_type, f"be one of {', '.join(known_architectures())}",
                 "its logits are not known to be head(state); choose another model, or read its modelling"
                 " code and add it to learner/vocabulary.py",
             )  # fmt: skip

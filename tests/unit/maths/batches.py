@@ -109,6 +109,7 @@ def batch_of(rows: Sequence[Row], packs: Sequence[Sequence[int]] | None = None) 
 
 def _pack(rows: Sequence[Row], members: Sequence[int]) -> Pack:
     inputs: list[int] = []
+    sequences: list[int] = []
     positions: list[int] = []
     states: list[int] = []
     for number in members:
@@ -116,12 +117,14 @@ def _pack(rows: Sequence[Row], members: Sequence[int]) -> Pack:
         sequence = row.prompt + row.response[:-1]
         states += range(len(inputs) + len(row.prompt) - 1, len(inputs) + len(sequence))
         inputs += sequence
+        sequences.append(len(sequence))
         positions += range(len(sequence))
     picked = [rows[number] for number in members]
     lengths = torch.tensor([len(row.response) for row in picked])
     return Pack(
         input_ids=torch.tensor(inputs),
         position_ids=torch.tensor(positions),
+        sequence_lengths=tuple(sequences),
         state_index=torch.tensor(states),
         targets=torch.tensor([token for row in picked for token in row.response]),
         teacher_hidden=torch.cat([row.hidden for row in picked]),
