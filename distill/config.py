@@ -432,6 +432,9 @@ class LearnerConfig:
     """Clipping of the student's gradient."""
     micro_batch_tokens: int = 1024
     """Tokens packed into one forward pass."""
+    keep_activations: bool = False
+    """Keep the activations that the critics' pass computed for the student's step: one backbone
+    pass in four is saved, and memory holds a whole update's activations instead of one pack's."""
     vocabulary_chunk: int = 256
     """Positions whose full-vocabulary rows exist at one time."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -2,5 +2,15 @@
 
 from jaxtyping import install_import_hook
 
-CHECKED = ["distill.objectives", "distill.credit", "learner.vocabulary", "learner.critics", "learner.update"]
+CHECKED = [
+    "distill.objectives",
+    "distill.credit",
+    "learner.vocabulary",
+    "learner.critics",
+    "learner.positions",
+    "learner.critic_step",
+    "learner.losses",
+    "learner.student_step",
+    "learner.update",
+]
 install_import_hook(CHECKED, "beartype.beartype")

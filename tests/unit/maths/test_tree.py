@@ -13,7 +13,8 @@ from distill.config import RecipeConfig
 from distill.credit import advantages
 from distill.objectives import closed_form_critic, critic_loss, moment_gap, total_variation
 from learner.critics import SOURCES, Source
-from learner.update import Policies, position_losses
+from learner.losses import position_losses
+from learner.positions import Policies
 from tests.unit.maths import tree
 
 TREES = 100

@@ -14,17 +14,12 @@ from distill.config import CriticConfig, LearnerConfig, RecipeConfig
 from distill.metrics import name_violations
 from distill.objectives import closed_form_critic
 from learner import vocabulary
+from learner.critic_step import critic_update, moment_gaps
 from learner.critics import CriticPair
-from learner.update import (
-    Heads,
-    Policies,
-    collect_positions,
-    critic_update,
-    moment_gaps,
-    position_losses,
-    student_update,
-    update,
-)
+from learner.losses import position_losses
+from learner.positions import Heads, Policies, collect_positions
+from learner.student_step import student_update
+from learner.update import update
 from learner.vocabulary import Head
 from tests.unit.maths.batches import (
     VOCABULARY,
@@ -190,6 +185,26 @@ def test_packing_micro_batches_and_chunks_do_not_matter(monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["ammd", "ammd_paper", "gkd"])
+def test_kept_activations_spare_the_second_pass_and_change_nothing(name):
+    class Counting(TinyStudent):
+        passes = 0
+
+        def states(self, pack):
+            self.passes += 1
+            return super().states(pack)
+
+    recipe, rows = RECIPES[name], rows_for(RECIPES[name])
+    students = [Counting(), Counting()]
+    results = [
+        run(recipe, rows, student=student, learner=replace(LEARNER, keep_activations=keep))
+        for student, keep in zip(students, (False, True), strict=True)
+    ]
+    assert_same(*results)
+    critics_pass = len(rows) if recipe.uses_critics else 0
+    assert [student.passes for student in students] == [len(rows) + critics_pass, len(rows)]
+
+
+@pytest.mark.parametrize("name", ["ammd", "ammd_paper", "gkd"])
 def test_the_order_of_rows_does_not_matter(name):
     recipe, rows = RECIPES[name], rows_for(RECIPES[name])
     shuffled = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(2))]
@@ -222,7 +237,7 @@ def test_critics_learn_the_difference(features):
     # A rate of 5e-2 is chaotic here: the last digits of a matrix product decide where it is after 25 steps.
     config = CriticConfig(features=features, learning_rate=1e-2, rank=16)
     critics, heads = critic_pair(config), Heads.of(student, teacher_head())
-    positions = collect_positions(student, batch_of(rows))
+    positions, _ = collect_positions(student, batch_of(rows))
     seen = [critic_update(positions, heads, critics, config, chunk=1000, seed=n) for n in range(40)]
     for source in ("off", "on"):
         tightness = [metrics[f"critic/tightness_{source}"] for metrics in seen]
@@ -237,7 +252,7 @@ def test_critic_metrics_are_fresh_and_of_the_closed_form():
     """At the start of a ratio-aware critic the gap is Σ (q−p)²/(q+p) on the first slice."""
     student, rows = TinyStudent(), random_rows()
     config = CriticConfig(num_steps=2)
-    positions = collect_positions(student, batch_of(rows))
+    positions, _ = collect_positions(student, batch_of(rows))
     heads = Heads.of(student, teacher_head())
     metrics = critic_update(positions, heads, critic_pair(config), config, chunk=100, seed=0)
     for source in ("off", "on"):
@@ -333,7 +348,7 @@ def test_gaps_before_the_students_step_are_those_it_minimises():
     student, rows = TinyStudent(), random_rows()
     critics, heads = critic_pair(CRITIC, shake=0.2), Heads.of(student, teacher_head())
     batch = batch_of(rows)
-    positions = collect_positions(student, batch)
+    positions, _ = collect_positions(student, batch)
     gaps = moment_gaps(positions.of("on"), heads, critics.on, chunk=5)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
     metrics = student_update(

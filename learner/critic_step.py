@@ -1,0 +1,113 @@
+"""The critics' part of an update: K steps on slices of the positions, and the gaps they then see.
+
+Legend: N positions (response tokens), D features, V vocabulary (the common prefix of both models').
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distill.config import CriticConfig
+from distill.objectives import closed_form_critic, critic_loss, moment_gap
+from learner.critics import SOURCES, Critic, CriticPair
+from learner.positions import Heads, Policies, Positions, to_floats
+from learner.vocabulary import ChunkedLogits, LogitTransform, chunked_blocks, chunked_loss
+
+SATURATION = 0.95
+"""An action value beyond this share of the bound counts as saturated."""
+
+
+def critic_update(
+    positions: Positions,
+    heads: Heads,
+    critics: CriticPair,
+    config: CriticConfig,
+    *,
+    chunk: int,
+    seed: int,
+) -> dict[str, float]:
+    """K steps of both critics, on K disjoint slices of the positions.
+
+    A slice is every K-th token of every row, starting at ``seed``: it depends on nothing but a
+    token's place in its row, so neither packing nor the order of rows changes it.
+    """
+    sums: dict[str, list[Tensor]] = {}
+    slice_of = (positions.step + seed) % config.num_steps
+    for number in range(config.num_steps):
+        critics.zero_grad()
+        for source in SOURCES:
+            part = positions.select(slice_of == number).of(source)
+            if len(part):
+                measure = f"critic/d_mm_{source}" not in sums
+                means = _critic_gradient(part, heads, critics[source], config, chunk, measure)
+                for name, value in means.items():
+                    sums.setdefault(f"critic/{name}_{source}", []).append(value)
+        sums.setdefault("critic/grad_norm", []).append(critics.step())
+    return _tightness(to_floats({name: torch.stack(values).mean() for name, values in sums.items()}))
+
+
+def _critic_gradient(
+    positions: Positions, heads: Heads, critic: Critic, config: CriticConfig, chunk: int, measure: bool
+) -> dict[str, Tensor]:
+    """Add the gradient of the mean critic loss over the positions; returns means."""
+    policy_logits = ChunkedLogits(heads.student, positions.student_hidden, chunk)
+    teacher_logits = ChunkedLogits(heads.teacher, positions.teacher_hidden, chunk)
+
+    def loss_of_chunk(where: slice, bilinear: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            both = Policies.from_logits(policy_logits(where), teacher_logits(where))
+            log_ratio = both.log_ratio()
+        f = critic.activate(bilinear, log_ratio)
+        loss = critic_loss(*both.pair, f, config.penalty, **both.probs).sum() / len(positions)
+        return loss, _critic_metrics(both, f.detach(), config) if measure else {}
+
+    loss, metrics = chunked_loss(
+        critic.coefficients(positions.teacher_hidden, positions.student_hidden),
+        critic.table(heads.teacher, heads.student),
+        LogitTransform(),
+        loss_of_chunk,
+        chunk,
+        parameters=critic.extra_parameters(),
+    )
+    loss.backward()
+    return {"loss": loss.detach()} | {name: value / len(positions) for name, value in metrics.items()}
+
+
+@torch.no_grad()
+def _critic_metrics(both: Policies, f: Tensor, config: CriticConfig) -> dict[str, Tensor]:
+    """Sums of the gap, of the gap of the best critic, and of the mass that has saturated values."""
+    best = closed_form_critic(*both.pair, config.bound, config.penalty, **both.probs)
+    saturated = (f.abs() > SATURATION * config.bound).to(f.dtype)
+    mean_probs = (both.policy_probs + both.teacher_probs) / 2
+    return {
+        "d_mm": moment_gap(*both.pair, f, **both.probs).sum(),
+        "best": moment_gap(*both.pair, best, **both.probs).sum(),
+        "saturation": torch.linalg.vecdot(mean_probs, saturated).sum(),
+    }
+
+
+def _tightness(metrics: dict[str, float]) -> dict[str, float]:
+    """Replace the best critic's gap by the share of it that the critic reaches (1 if it is 0)."""
+    for source in SOURCES:
+        best = metrics.pop(f"critic/best_{source}", None)
+        if best is not None:
+            gap = metrics[f"critic/d_mm_{source}"]
+            metrics[f"critic/tightness_{source}"] = gap / best if best > 0 else 1.0
+    return metrics
+
+
+@torch.no_grad()
+def moment_gaps(positions: Positions, heads: Heads, critic: Critic, *, chunk: int) -> Float[Tensor, " N"]:
+    """g_f at every position, without gradients."""
+    policy_logits = ChunkedLogits(heads.student, positions.student_hidden, chunk)
+    teacher_logits = ChunkedLogits(heads.teacher, positions.teacher_hidden, chunk)
+    coefficients = critic.coefficients(positions.teacher_hidden, positions.student_hidden)
+    table = critic.table(heads.teacher, heads.student)
+    gaps = coefficients.new_zeros(len(positions))
+    for where in chunked_blocks(len(positions), heads.num_tokens, chunk, gaps.device):
+        both = Policies.from_logits(policy_logits(where), teacher_logits(where))
+        f = critic.activate(coefficients[where] @ table.T, both.log_ratio())
+        gaps[where] = moment_gap(*both.pair, f, **both.probs)
+    return gaps

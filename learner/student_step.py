@@ -1,0 +1,274 @@
+"""The student's part of an update: one optimiser step over all packs, the critics held fixed.
+
+Legend: N positions (response tokens), B rows, T longest response, V vocabulary (the common prefix
+of both models').
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from distill.config import CriticConfig, LearnerConfig, RecipeConfig
+from distill.objectives import cross_entropy, entropy, moment_gap, total_variation
+from learner.batch import Pack, TokenBatch
+from learner.critics import SOURCES, Critic, CriticPair, Source
+from learner.losses import needs_critics, position_losses
+from learner.positions import Heads, Policies, Student, teacher_hidden, to_floats
+from learner.vocabulary import ChunkedLogits, Head, LogitTransform, LossOfChunk, chunked_loss
+
+
+def student_update(
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    batch: TokenBatch,
+    teacher: Head | None,
+    critics: CriticPair | None,
+    recipe: RecipeConfig,
+    critic: CriticConfig,
+    learner: LearnerConfig,
+    credit: Float[Tensor, "B T"] | None = None,
+    states: list[Tensor] | None = None,
+) -> dict[str, float]:
+    """One optimiser step of the student over all packs, the critics held fixed.
+
+    ``credit``: advantages of the student's tokens by row and step (:mod:`distill.credit`).
+    ``states``: the student's states of each pack with their graphs, if the pass before kept them;
+    the list is emptied, so that each pack's activations are freed when it is done.
+
+    Raises: FloatingPointError when loss or gradient is not finite; nothing has moved then.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    heads = None
+    if recipe.payload != "text":
+        if teacher is None:
+            raise ValueError(f"recipe {recipe.name} needs the teacher's head")
+        heads = Heads.of(student, teacher)
+    frozen = _freeze(critics, heads) if needs_critics(recipe) else None
+    objective = _StudentObjective(student, batch, heads, frozen, recipe, critic, learner, credit)
+    sums: dict[str, Tensor] = {}
+    for pack in batch.packs:
+        hidden = states.pop(0) if states else student.states(pack)
+        loss, metrics = objective.of_pack(pack, hidden)
+        loss.backward()
+        for name, value in ({"loss": loss.detach()} | metrics).items():
+            sums[name] = sums[name] + value if name in sums else value
+    grad_norm = nn.utils.clip_grad_norm_(student.parameters(), learner.max_grad_norm)
+    metrics = to_floats(objective.means(sums) | {"policy/grad_norm": grad_norm})
+    if not (math.isfinite(metrics["policy/loss"]) and math.isfinite(metrics["policy/grad_norm"])):
+        raise FloatingPointError(
+            f"the student's loss is {metrics['policy/loss']} and its gradient's norm "
+            f"{metrics['policy/grad_norm']}: the student was not changed"
+        )
+    optimizer.step()
+    return metrics
+
+
+class _FrozenCritic(NamedTuple):
+    """A critic and its table, made once for all packs."""
+
+    critic: Critic
+    table: Float[Tensor, "V R"]
+
+
+@torch.no_grad()
+def _freeze(critics: CriticPair | None, heads: Heads | None) -> dict[str, _FrozenCritic]:
+    if critics is None or heads is None:
+        raise ValueError("the moment gap needs critics and the teacher's head")
+    return {
+        source: _FrozenCritic(critics[source], critics[source].table(heads.teacher, heads.student))
+        for source in SOURCES
+    }
+
+
+class _StudentObjective:
+    """The loss of one update: what all its packs share."""
+
+    def __init__(
+        self,
+        student: Student,
+        batch: TokenBatch,
+        heads: Heads | None,
+        critics: dict[str, _FrozenCritic] | None,
+        recipe: RecipeConfig,
+        critic: CriticConfig,
+        learner: LearnerConfig,
+        credit: Tensor | None,
+    ) -> None:
+        self._student = student
+        self._heads = heads
+        self._critics = critics
+        self._recipe = recipe
+        self._penalty = critic.penalty if critic.zero_sum else 0.0
+        self._chunk = learner.vocabulary_chunk
+        self._credit = credit
+        self._num_tokens: dict[Source, int] = {"off": batch.num_off_policy, "on": batch.num_on_policy}
+        self._lengths = _row_lengths(batch)
+
+    def of_pack(self, pack: Pack, hidden: Float[Tensor, "N D"]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The pack's share of the loss, and its sums of the metrics, from the student's states.
+
+        Positions are sorted by source, and no block holds both, so a block has one critic.
+        """
+        order, num_off = _sorted_by_source(pack)
+        hidden = hidden.index_select(0, order)
+        if self._heads is None:
+            loss_of_chunk = self._text_loss(pack, order, num_off)
+            num_tokens = None
+        else:
+            loss_of_chunk = self._policies_loss(pack, order, num_off, hidden.detach(), self._heads)
+            num_tokens = self._heads.num_tokens
+        return chunked_loss(
+            hidden,
+            self._student.head_weight,
+            self._student.transform,
+            loss_of_chunk,
+            self._chunk,
+            num_tokens=num_tokens,
+            boundary=num_off,
+        )
+
+    def _text_loss(self, pack: Pack, order: Tensor, num_off: int) -> LossOfChunk:
+        """Cross-entropy alone: the recipes of a teacher that only wrote the text."""
+        targets = pack.targets[order]
+
+        def loss_of_chunk(where: slice, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs = logits.log_softmax(-1)
+            source = _source(where, num_off)
+            metrics = {f"entropy_{source}": entropy(logprobs.detach()).sum()}
+            if source == "on":
+                return torch.zeros_like(metrics["entropy_on"]), metrics
+            losses = self._recipe.lm_weight * cross_entropy(logprobs, targets[where])
+            return losses.sum() / self._num_tokens["off"], metrics
+
+        return loss_of_chunk
+
+    def _policies_loss(
+        self, pack: Pack, order: Tensor, num_off: int, hidden: Tensor, heads: Heads
+    ) -> LossOfChunk:
+        """All terms, from both policies' full distributions."""
+        features = teacher_hidden(pack)[order]
+        teacher_logits = ChunkedLogits(heads.teacher, features, self._chunk)
+        bilinear = self._bilinear(features, hidden)
+        targets, row, step = pack.targets[order], pack.row[order], pack.step[order]
+        behavior = pack.behavior_logprobs[order]
+        advantage = None if self._credit is None else _look_up(self._credit, row, step)
+
+        def loss_of_chunk(where: slice, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            source = _source(where, num_off)
+            both = Policies.from_logits(logits, teacher_logits(where))
+            with torch.no_grad():
+                log_ratio = both.log_ratio()
+                f = None
+                if self._critics is not None:
+                    f = self._critics[source].critic.activate(bilinear[source](where), log_ratio)
+            losses = position_losses(
+                self._recipe,
+                source,
+                both,
+                targets[where],
+                f=f,
+                variance_penalty=self._penalty,
+                advantage=None if advantage is None else advantage[where],
+            )
+            metrics = _policy_metrics(both.detach(), log_ratio, f)
+            if source == "on":
+                metrics |= _drift(metrics["tv"], step[where], self._lengths[row[where]])
+                policy = -cross_entropy(both.policy_logprobs.detach(), targets[where])
+                metrics["behavior_gap"] = behavior[where] - policy
+            sums = {_metric_name(name, source): value.sum() for name, value in metrics.items()}
+            return losses.sum() / self._num_tokens[source], sums
+
+        return loss_of_chunk
+
+    @torch.no_grad()
+    def _bilinear(self, features: Tensor, hidden: Tensor) -> dict[str, ChunkedLogits]:
+        """The critics' arguments at all positions of a pack; a chunk is formed when it is asked for."""
+        return {
+            source: ChunkedLogits(
+                Head(table, LogitTransform()), critic.coefficients(features, hidden), self._chunk
+            )
+            for source, (critic, table) in (self._critics or {}).items()
+        }
+
+    def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all packs to means over the tokens they count."""
+        means = {}
+        for name, value in sums.items():
+            if name.startswith("num_"):
+                continue
+            if name == "loss":
+                count = 1
+            elif name.endswith("_third"):
+                count = sums[f"num_{name}"].clamp_min(1)
+            else:
+                count = self._num_tokens["off" if name.endswith("_off") else "on"]
+            means[f"policy/{name}"] = value / count
+        return means
+
+
+def _source(where: slice, num_off: int) -> Source:
+    return "off" if where.stop <= num_off else "on"
+
+
+def _sorted_by_source(pack: Pack) -> tuple[Int[Tensor, " N"], int]:
+    """The counted positions, off-policy text first, and how many of them are off-policy."""
+    off = (pack.counted & ~pack.on_policy).nonzero().squeeze(1)
+    on = (pack.counted & pack.on_policy).nonzero().squeeze(1)
+    return torch.cat([off, on]), len(off)
+
+
+def _row_lengths(batch: TokenBatch) -> Int[Tensor, " B"]:
+    """Response tokens of each row."""
+    lengths = torch.zeros_like(batch.group)
+    for pack in batch.packs:
+        lengths.scatter_reduce_(0, pack.row, pack.step + 1, "amax")
+    return lengths
+
+
+def _look_up(
+    credit: Float[Tensor, "B T"], row: Int[Tensor, " N"], step: Int[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """Advantages of some positions; rows longer than the longest on-policy one have none."""
+    inside = step < credit.shape[1]
+    if credit.shape[1] == 0:
+        return credit.new_zeros(len(row))
+    return torch.where(inside, credit[row, step.clamp_max(credit.shape[1] - 1)], 0.0)
+
+
+@torch.no_grad()
+def _policy_metrics(both: Policies, log_ratio: Tensor, f: Tensor | None) -> dict[str, Tensor]:
+    """Exact divergences of the policies at each position, and the gap that the critic sees.
+
+    Both divergences from the one log-ratio: the logits of a batch are finite, and every pass over
+    the vocabulary is felt.
+    """
+    metrics = {
+        "tv": total_variation(*both.pair, **both.probs),
+        "forward_kl": torch.linalg.vecdot(both.teacher_probs, log_ratio),
+        "reverse_kl": -torch.linalg.vecdot(both.policy_probs, log_ratio),
+        "entropy": entropy(both.policy_logprobs, policy_probs=both.policy_probs),
+    }
+    if f is not None:
+        metrics["moment_gap"] = moment_gap(*both.pair, f, **both.probs)
+    return metrics
+
+
+def _drift(tv: Tensor, step: Tensor, length: Tensor) -> dict[str, Tensor]:
+    """TV in the first and last ⌊T/3⌋ tokens of responses of T tokens."""
+    third = length // 3
+    first, last = (step < third).to(tv.dtype), (step >= length - third).to(tv.dtype)
+    return {
+        "tv_on_first_third": tv * first,
+        "tv_on_last_third": tv * last,
+        "num_tv_on_first_third": first,
+        "num_tv_on_last_third": last,
+    }
+
+
+def _metric_name(name: str, source: Source) -> str:
+    return name if name == "behavior_gap" or name.endswith("_third") else f"{name}_{source}"
