@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the docstrings of distill/config.py.
+"""Writes docs/configuration.md from the docstrings of distill/config/.
 
     python -m deploy.config_docs > docs/configuration.md
 
@@ -17,7 +17,7 @@ from distill.config import RunConfig
 
 _HEAD = """# Settings
 
-Written by `python -m deploy.config_docs` from `distill/config.py`; do not edit.
+Written by `python -m deploy.config_docs` from `distill/config/`; do not edit.
 
 A YAML file holds sections as below; `distill train FILE section.name=value` overrides. A recipe
 can be given by name: `recipe: kd` or `recipe=kd` takes `deploy/configs/recipes/kd.yaml`.
@@ -62,9 +62,10 @@ def _rows(part: Any, prefix: str, docs: dict[tuple[str, str], str]) -> list[str]
 
 def _field_docs() -> dict[tuple[str, str], str]:
     """(class, field) -> the docstring below the field."""
-    source = Path(distill.config.__file__).read_text()
+    files = sorted(Path(distill.config.__file__).parent.glob("*.py"))
+    nodes = [node for file in files for node in ast.parse(file.read_text()).body]
     docs: dict[tuple[str, str], str] = {}
-    for node in ast.parse(source).body:
+    for node in nodes:
         if not isinstance(node, ast.ClassDef):
             continue
         for statement, after in zip(node.body, node.body[1:], strict=False):

@@ -22,7 +22,7 @@ from deploy.prepare import Prepared, prepare
 from deploy.progress import Progress, training_line
 from deploy.rates import Rates
 from distill.config import ConfigError, RunConfig, rule
-from distill.config_load import fingerprint, flat_settings, load_config, to_yaml
+from distill.config.load import fingerprint, flat_settings, load_config, to_yaml
 from distill.data import read_table, write_table
 from distill.evaluation import load_evaluation
 from distill.hardware import usable_cores

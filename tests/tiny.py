@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distill.config import RunConfig
-from distill.config_load import load_config
+from distill.config.load import load_config
 
 STOP = "</s>"
 CHAT_TEMPLATE = (

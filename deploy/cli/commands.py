@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.config import ConfigError, RunConfig
-from distill.config_load import load_config
+from distill.config.load import load_config
 
 PRESETS = Path(__file__).parent.parent / "configs"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deploy.cli.main import main
-from distill.config_load import fingerprint, to_yaml
+from distill.config.load import fingerprint, to_yaml
 from distill.run_folder import RunFolder
 from tests.tiny import make_world, save_tiny_llama, tiny_config, tiny_overrides, tiny_tokenizer
 

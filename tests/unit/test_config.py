@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from distill import config as config_module
 from distill.config import ConfigError, RecipeConfig, RunConfig, StudentConfig, StudentInitConfig
-from distill.config_load import fingerprint, load_config, setting_names, to_yaml
+from distill.config.load import fingerprint, load_config, setting_names, to_yaml
 
 PRESETS = Path(__file__).parents[2] / "deploy" / "configs"
 STUDENT = "student: {init: {from: teacher, num_layers: 10}}\n"
@@ -378,7 +378,7 @@ def test_every_section_with_rules_is_asked():
 def test_loading_imports_no_heavy_library():
 
     code = (
-        "import distill.config_load, sys; "
+        "import distill.config.load, sys; "
         "print([name for name in ('torch', 'transformers', 'ray', 'vllm') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

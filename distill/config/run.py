@@ -1,0 +1,125 @@
+"""The configuration of one run, and the rules across its sections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from distill.config.inputs import CorpusConfig, DataConfig, EvaluationConfig, StudentConfig, TeacherConfig
+from distill.config.method import CriticConfig, LearnerConfig, RecipeConfig, SftConfig
+from distill.config.rules import ConfigError, rule
+from distill.config.runtime import (
+    CheckpointConfig,
+    ClusterConfig,
+    ReplayConfig,
+    RolloutConfig,
+    ScoringConfig,
+    WeightsConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run of `distill train`."""
+
+    run_dir: str = "runs/run"
+    """The run folder."""
+    seed: int = 0
+    """Seed of the data order, the sampling and the initial critics."""
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    """The method."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The fixed model."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    """The trained model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts and references."""
+    sft: SftConfig = field(default_factory=SftConfig)
+    """Warm start."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """The teacher's text."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """The student's text."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """Teacher scoring."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """The buffer."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The critics."""
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    """The optimisation."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    """The weight push."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Resumable state."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Measurement."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Ray."""
+
+    @property
+    def max_model_tokens(self) -> int:
+        """Longest sequence that any engine sees."""
+        return self.data.max_prompt_tokens + max(
+            self.rollout.max_new_tokens, self.corpus.max_new_tokens, self.data.max_reference_tokens
+        )
+
+    def violations(self) -> Iterator[str]:
+        """Every broken rule, parts first, then the rules across parts."""
+        for part in (
+            "recipe",
+            "student",
+            "data",
+            "sft",
+            "corpus",
+            "rollout",
+            "replay",
+            "critic",
+            "learner",
+            "weights",
+            "checkpoint",
+            "evaluation",
+            "cluster",
+        ):
+            yield from getattr(self, part).violations()
+        batch = self.learner.prompts_per_update
+        bound = batch * (self.replay.max_policy_age + 1)
+        if self.recipe.uses_student_text and self.replay.min_size_to_sample > bound:
+            yield rule(
+                "replay.min_size_to_sample",
+                self.replay.min_size_to_sample,
+                f"be <= learner.prompts_per_update * (replay.max_policy_age + 1) = {bound}",
+                "no more groups are admitted, so the learner would wait forever; lower it or raise max_policy_age",
+            )
+        if self.recipe.long_weight > 0 and self.rollout.samples_per_prompt < 2:
+            yield rule(
+                "rollout.samples_per_prompt",
+                self.rollout.samples_per_prompt,
+                "be >= 2 when recipe.long_weight > 0",
+                "the leave-one-out baseline needs another member of the group",
+            )
+        if self.evaluation.num_prompts > self.data.num_heldout:
+            yield rule(
+                "evaluation.num_prompts",
+                self.evaluation.num_prompts,
+                f"be <= data.num_heldout ({self.data.num_heldout})",
+                "hold out more rows or evaluate on fewer",
+            )
+        if self.recipe.uses_student_text and self.replay.samples_per_insert < 1:
+            yield rule("replay.samples_per_insert", self.replay.samples_per_insert, "be >= 1",
+                       "a group that is never used only grows old; 1 uses each once")  # fmt: skip
+        if self.recipe.student_text == "mixed" and self.recipe.off_policy_text == "none":
+            yield rule("recipe.off_policy_text", "none", "be teacher or reference when recipe.student_text=mixed",
+                       "the updates without student text need another")  # fmt: skip
+        if self.recipe.loss == "moment_gap" and self.recipe.student_text == "mixed":
+            yield rule(
+                "recipe.student_text",
+                "mixed",
+                "be none or every_update when recipe.loss=moment_gap",
+                "both critics need their text in every update",
+            )
+
+    def validate(self) -> None:
+        """Raises: ConfigError with the first broken rule."""
+        for message in self.violations():
+            raise ConfigError(message)

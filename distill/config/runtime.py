@@ -1,0 +1,200 @@
+"""Settings of the machinery: engines, replay, weight push, checkpoints, Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from distill.config.rules import rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Student text."""
+
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """What samples. transformers: for machines without vLLM and for tiny models."""
+    samples_per_prompt: int = 2
+    """Responses per draw: the size of a group."""
+    max_new_tokens: int = 64
+    """Longest response."""
+    temperature: float = 1.0
+    """Neutral, always: the method's expectations are over the policy itself."""
+    top_p: float = 1.0
+    """Neutral, always."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the engine; auto: bfloat16 where the processor computes in it, else float32."""
+    tensor_parallel_size: int = 1
+    """Ranks that share one copy of the model."""
+    num_threads: int | None = None
+    """CPU threads; null: all cores of the machine."""
+    kv_cache_gib: float = 1.0
+    """Key-value cache of the CPU engine, in GiB."""
+    gpu_memory_utilization: float = 0.85
+    """Share of the GPU for weights and cache. Not used on a CPU."""
+    max_num_seqs: int = 64
+    """Sequences decoded together."""
+
+    def violations(self) -> Iterator[str]:
+        if self.samples_per_prompt < 1:
+            yield rule("rollout.samples_per_prompt", self.samples_per_prompt, "be >= 1", "2 is the default")
+        if self.max_new_tokens < 1:
+            yield rule("rollout.max_new_tokens", self.max_new_tokens, "be >= 1", "64 is the default")
+        if self.temperature != 1.0:
+            yield rule(
+                "rollout.temperature",
+                self.temperature,
+                "be 1",
+                "the on-policy distance is an expectation over the policy itself",
+            )
+        if self.top_p != 1.0:
+            yield rule(
+                "rollout.top_p",
+                self.top_p,
+                "be 1",
+                "the on-policy distance is an expectation over the policy itself",
+            )
+        if self.tensor_parallel_size < 1:
+            yield rule(
+                "rollout.tensor_parallel_size", self.tensor_parallel_size, "be >= 1", "1 is the default"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """Teacher scoring."""
+
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """What scores."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the engine."""
+    tensor_parallel_size: int = 1
+    """Ranks that share one copy of the teacher."""
+    num_threads: int | None = None
+    """CPU threads; null: all cores of the machine."""
+    kv_cache_gib: float = 0.5
+    """Key-value cache of the CPU engine, in GiB."""
+    gpu_memory_utilization: float = 0.85
+    """Share of the GPU for weights and cache. Not used on a CPU."""
+    max_groups: int = 64
+    """Groups scored in one call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """The buffer between actors and learner, in Reverb's words."""
+
+    samples_per_insert: float = 1.0
+    """How often a student group is used on average."""
+    max_times_sampled: int = 1
+    """How often a student group may be used. Corpus text has no such bound."""
+    min_size_to_sample: int = 0
+    """Scored student groups that must be there before one is sampled."""
+    max_policy_age: int = 0
+    """Bound of a group's age when used, in updates, by its oldest token. 0 is lock-step:
+    deterministic, generation and training in turn."""
+    memory_bytes: int = 1 << 30
+    """Segments kept in shared memory per node; older ones are moved to the run folder."""
+    max_bytes: int = 8 << 30
+    """Bound of the buffer, shared memory and disk together; corpus payload is evicted over it."""
+    segment_bytes: int = 32 << 20
+    """A segment file is closed at this size."""
+
+    @property
+    def lock_step(self) -> bool:
+        return self.max_policy_age == 0
+
+    def violations(self) -> Iterator[str]:
+        if self.max_policy_age < 0:
+            yield rule("replay.max_policy_age", self.max_policy_age, "be >= 0", "0 is lock-step")
+        if self.samples_per_insert <= 0:
+            yield rule(
+                "replay.samples_per_insert", self.samples_per_insert, "be > 0", "1 uses each group once"
+            )
+        if self.max_times_sampled < self.samples_per_insert:
+            yield rule(
+                "replay.max_times_sampled",
+                self.max_times_sampled,
+                f"be >= replay.samples_per_insert ({self.samples_per_insert})",
+                "otherwise groups run out and the learner waits forever; raise it or lower samples_per_insert",
+            )
+        if self.max_policy_age == 0 and self.samples_per_insert != 1:
+            yield rule(
+                "replay.samples_per_insert",
+                self.samples_per_insert,
+                "be 1 when replay.max_policy_age=0",
+                "a re-used group is older than 0 updates; raise max_policy_age",
+            )
+        if self.min_size_to_sample < 0:
+            yield rule("replay.min_size_to_sample", self.min_size_to_sample, "be >= 0", "0 is the default")
+        if self.segment_bytes < 1 << 12:
+            yield rule("replay.segment_bytes", self.segment_bytes, "be >= 4096", "33554432 is the default")
+        if self.segment_bytes > self.memory_bytes:
+            yield rule(
+                "replay.segment_bytes",
+                self.segment_bytes,
+                f"be <= replay.memory_bytes ({self.memory_bytes})",
+                "lower it",
+            )
+        if self.memory_bytes > self.max_bytes:
+            yield rule(
+                "replay.memory_bytes",
+                self.memory_bytes,
+                f"be <= replay.max_bytes ({self.max_bytes})",
+                "raise max_bytes or lower memory_bytes",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """The push of the learner's weights into the engines."""
+
+    backend: Literal["auto", "shared_memory", "nccl", "ipc"] = "auto"
+    """auto: shared_memory on CPUs, nccl on GPUs."""
+    on_push: Literal["recompute", "keep_kv"] = "recompute"
+    """What becomes of requests in flight: their caches are dropped and filled again under the
+    new weights, or kept (prefix caching is then off)."""
+    deadline_s: float = 120.0
+    """A push that takes longer fails the run."""
+
+    def violations(self) -> Iterator[str]:
+        if self.deadline_s <= 0:
+            yield rule("weights.deadline_s", self.deadline_s, "be > 0", "120 is the default")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Resumable state."""
+
+    every: int = 10
+    """Updates between checkpoints; the last update always makes one."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def violations(self) -> Iterator[str]:
+        if self.every < 1:
+            yield rule("checkpoint.every", self.every, "be >= 1", "10 is the default")
+        if self.keep < 1:
+            yield rule("checkpoint.keep", self.keep, "be >= 1", "2 is the default")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where the actors run."""
+
+    address: str | None = None
+    """Ray address; null: a local single-node Ray of this run alone."""
+    object_store_bytes: int = 128 << 20
+    """Object store of a local Ray; rows do not pass through it."""
+    start_timeout_s: float = 600.0
+    """How long an actor may take to load its model."""
+
+    def violations(self) -> Iterator[str]:
+        if self.object_store_bytes < 80 << 20:
+            yield rule(
+                "cluster.object_store_bytes",
+                self.object_store_bytes,
+                "be >= 83886080 (Ray's least)",
+                "134217728 is the default",
+            )
