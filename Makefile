@@ -1,4 +1,5 @@
-# make demo    a real distillation on this machine, from nothing, in about half an hour
+# make demo    a real distillation on this machine, from nothing, in about half an hour;
+#              settings on top: make demo ARGS="seed=1"
 # make test    linters, unit tests, integration tests with real Ray and real vLLM
 
 PYTHON_BIN := .venv/bin
@@ -6,7 +7,7 @@ PYTHON_BIN := .venv/bin
 .PHONY: demo test lint unit integration setup setup-dev
 
 demo: setup
-	@$(PYTHON_BIN)/python -m deploy.demo
+	@$(PYTHON_BIN)/python -m deploy.demo $(ARGS)
 
 test: lint unit integration
 
