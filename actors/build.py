@@ -21,6 +21,7 @@ async def build_generator(
     *,
     max_model_tokens: int,
     stop_token_ids: Sequence[int],
+    num_tokens: int | None,
     on_push: Literal["recompute", "keep_kv"],
     lock_step: bool,
     seed: int,
@@ -34,6 +35,7 @@ async def build_generator(
             rollout,
             max_model_tokens=max_model_tokens,
             stop_token_ids=stop_token_ids,
+            num_tokens=num_tokens,
             on_push=on_push,
             lock_step=lock_step,
             seed=seed,
@@ -41,7 +43,12 @@ async def build_generator(
     from actors.transformers_engine import TransformersGenerator
 
     return await TransformersGenerator.start(
-        model_dir, rollout, max_model_tokens=max_model_tokens, stop_token_ids=stop_token_ids
+        model_dir,
+        rollout,
+        max_model_tokens=max_model_tokens,
+        stop_token_ids=stop_token_ids,
+        num_tokens=num_tokens,
+        on_push=on_push,
     )
 
 
@@ -77,6 +84,7 @@ async def build_rollout(config: RunConfig, inputs: RunInputs, writer_id: str) ->
         config.rollout,
         max_model_tokens=config.max_model_tokens,
         stop_token_ids=inputs.stop_token_ids,
+        num_tokens=inputs.num_tokens,
         on_push=config.weights.on_push,
         lock_step=config.replay.lock_step,
         seed=config.seed,

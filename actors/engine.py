@@ -13,11 +13,13 @@ interface and were not run on a GPU.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -42,6 +44,9 @@ _STEP_TOKENS = 2048
 
 _CLOSE_AFTER_S = 10.0
 """How long an engine may take to end by itself before it is killed."""
+
+_NEVER = -1e4
+"""Added to a logit, it leaves no probability."""
 
 _LIVENESS_S = 0.5
 """Between two looks at whether an engine's processes live."""
@@ -157,8 +162,10 @@ class VllmGenerator:
         stop_token_ids: Sequence[int],
         on_push: Literal["recompute", "keep_kv"],
         lock_step: bool,
+        never_sampled: range,
     ) -> None:
         self._engine = engine
+        self._logit_bias = dict.fromkeys(never_sampled, _NEVER) or None
         self._processes = processes
         self._stop_token_ids = list(stop_token_ids)
         self._on_push = on_push
@@ -179,6 +186,7 @@ class VllmGenerator:
         *,
         max_model_tokens: int,
         stop_token_ids: Sequence[int],
+        num_tokens: int | None = None,
         on_push: Literal["recompute", "keep_kv"] = "recompute",
         seed: int = 0,
         lock_step: bool = False,
@@ -186,6 +194,8 @@ class VllmGenerator:
     ) -> VllmGenerator:
         """Load a checkpoint; returns when it can sample.
 
+        ``num_tokens``: sample from the first so many ids alone, the common vocabulary of two
+        models that pad theirs differently; log-probabilities are over those. None: all.
         ``lock_step``: all requests of a call are admitted while the engine is paused, so that
         which of them share a step does not depend on timing. ``backend``: vLLM's weight
         transfer; a push by manifest needs ``shared_memory``.
@@ -198,6 +208,8 @@ class VllmGenerator:
 
         before = {process.pid for process in _engine_processes()}
         device = _device()
+        vocab_size = json.loads((Path(model_dir) / "config.json").read_text())["vocab_size"]
+        never_sampled = range(vocab_size if num_tokens is None else num_tokens, vocab_size)
         arguments = AsyncEngineArgs(
             **_engine_arguments(model_dir, settings, max_model_tokens, device),
             max_num_seqs=settings.max_num_seqs,
@@ -209,12 +221,21 @@ class VllmGenerator:
             # Kept keys and values of older weights must not serve new requests.
             enable_prefix_caching=on_push == "recompute",
             weight_transfer_config=WeightTransferConfig(backend=backend),
+            # With the bias of ids that are never sampled, if there are any.
+            logprobs_mode="processed_logprobs" if never_sampled else "raw_logprobs",
             enable_log_requests=False,
             disable_log_stats=True,
         )
         engine = AsyncLLM.from_engine_args(arguments)
         processes = [process for process in _engine_processes() if process.pid not in before]
-        return cls(engine, processes, stop_token_ids=stop_token_ids, on_push=on_push, lock_step=lock_step)
+        return cls(
+            engine,
+            processes,
+            stop_token_ids=stop_token_ids,
+            on_push=on_push,
+            lock_step=lock_step,
+            never_sampled=never_sampled,
+        )
 
     async def generate(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         """Sample all requests; answers in the order of the requests.
@@ -231,6 +252,7 @@ class VllmGenerator:
                 max_tokens=request.max_new_tokens,
                 stop_token_ids=self._stop_token_ids,
                 logprobs=0,  # of the sampled token only
+                logit_bias=self._logit_bias,
                 detokenize=False,
                 output_kind=_final_only(),
             )
@@ -246,6 +268,7 @@ class VllmGenerator:
 
         params = SamplingParams(
             temperature=0.0,
+            logit_bias=self._logit_bias,
             max_tokens=max_new_tokens,
             stop_token_ids=self._stop_token_ids,
             detokenize=False,

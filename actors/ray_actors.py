@@ -113,7 +113,9 @@ class CorpusActor:
     def pid(self) -> int:
         return os.getpid()
 
-    async def start(self, config: RunConfig, teacher_dir: str, stop_token_ids: Sequence[int]) -> None:
+    async def start(
+        self, config: RunConfig, teacher_dir: str, stop_token_ids: Sequence[int], num_tokens: int
+    ) -> None:
         self.config = config
         self.rows = self.tokens = 0
         rollout = replace(config.rollout, max_num_seqs=128)
@@ -123,6 +125,7 @@ class CorpusActor:
             rollout,
             max_model_tokens=config.max_model_tokens,
             stop_token_ids=stop_token_ids,
+            num_tokens=num_tokens,
             on_push="recompute",
             lock_step=True,
             seed=config.corpus.seed,

@@ -64,7 +64,9 @@ class TransformersGenerator:
         stop_token_ids: Sequence[int],
         on_push: Literal["recompute", "keep_kv"],
         max_num_seqs: int,
+        num_tokens: int | None,
     ) -> None:
+        self._num_tokens = num_tokens
         self._model: Any = model
         self._thread = thread
         self._stop_token_ids = frozenset(stop_token_ids)
@@ -82,6 +84,7 @@ class TransformersGenerator:
         *,
         max_model_tokens: int,
         stop_token_ids: Sequence[int],
+        num_tokens: int | None = None,
         on_push: Literal["recompute", "keep_kv"] = "recompute",
         seed: int = 0,
         lock_step: bool = False,
@@ -97,7 +100,12 @@ class TransformersGenerator:
         load = partial(_load, AutoModelForCausalLM, model_dir, settings)
         model = await asyncio.get_running_loop().run_in_executor(thread, load)
         return cls(
-            model, thread, stop_token_ids=stop_token_ids, on_push=on_push, max_num_seqs=settings.max_num_seqs
+            model,
+            thread,
+            stop_token_ids=stop_token_ids,
+            on_push=on_push,
+            max_num_seqs=settings.max_num_seqs,
+            num_tokens=num_tokens,
         )
 
     async def generate(self, requests: Sequence[SampleRequest]) -> list[Completion]:
@@ -193,7 +201,7 @@ class TransformersGenerator:
     def _forward(
         self, batch: list[_Sequence], width: int, cache: DynamicCache | None
     ) -> tuple[torch.Tensor, DynamicCache]:
-        """Logits [B, V] of the next token; feeds all tokens without a cache, else the last one."""
+        """Logits [B, V] of the next token, V the common vocabulary; feeds all tokens without a cache, else the last one."""
         mask = torch.zeros(len(batch), width, dtype=torch.long)
         tokens = torch.zeros(len(batch), width, dtype=torch.long)
         for row, sequence in enumerate(batch):
@@ -210,7 +218,7 @@ class TransformersGenerator:
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1].float(), cache
+        return output.logits[:, -1, : self._num_tokens].float(), cache
 
 
 def _append_token(

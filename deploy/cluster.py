@@ -67,6 +67,10 @@ class Cluster:
         )
         return self
 
+    def service_pids(self) -> list[int]:
+        """Processes of a local Ray itself, from which those of the actors descend."""
+        return [child.pid for child in psutil.Process().children() if self.config.address is None]
+
     def _claim_shared_memory(self) -> None:
         """Make the run's folder, and remove those of runs whose driver is gone.
 

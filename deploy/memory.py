@@ -62,17 +62,23 @@ class MemorySampler:
             self._roots[pid] = name
             self._peaks.setdefault(name, 0)
 
-    def start(self) -> MemorySampler:
+    def __enter__(self) -> MemorySampler:
         self._thread.start()
         return self
 
+    def __exit__(self, *_: object) -> None:
+        self._stop_thread()
+
     def stop(self) -> dict[str, int]:
         """One last sample, then the peaks."""
+        self._stop_thread()
+        self.sample()
+        return self.peaks()
+
+    def _stop_thread(self) -> None:
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
-        self.sample()
-        return self.peaks()
 
     def peaks(self) -> dict[str, int]:
         """Bytes per name. ``total`` is the peak of the sum at one moment, so at most the sum of the peaks."""

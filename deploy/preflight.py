@@ -59,6 +59,11 @@ class Preflight:
         """Prompts that have a reference."""
         self.checks: list[Check] = []
 
+    @property
+    def num_tokens(self) -> int:
+        """Vocabulary that both models have."""
+        return min(self.teacher.vocab_size, self.student.vocab_size)
+
     def run(self) -> list[Check]:
         """Make all checks; a failed one ends those that need it."""
         stages: list[tuple[str, Callable[[], Iterator[Check]]]] = [
@@ -188,9 +193,9 @@ class Preflight:
 
     def _vocabulary(self) -> Iterator[Check]:
         teacher, student, used = self.teacher.vocab_size, self.student.vocab_size, len(self.tokenizer)
-        if min(teacher, student) < used:
+        if self.num_tokens < used:
             raise ConfigError(
-                rule("vocabulary", min(teacher, student), f"be >= the tokenizer's {used} ids",
+                rule("vocabulary", self.num_tokens, f"be >= the tokenizer's {used} ids",
                      "the model cannot name every token; choose a matching one")
             )  # fmt: skip
         if teacher != student:
@@ -198,7 +203,7 @@ class Preflight:
                 "vocabulary",
                 "warn",
                 f"padded to {teacher} (teacher) and {student} (student) rows: the first "
-                f"{min(teacher, student)} are compared, the tail is masked",
+                f"{self.num_tokens} are compared and sampled, the tail is masked",
             )
         else:
             yield Check("vocabulary", "pass", f"{teacher} rows, {used} of them used")

@@ -32,6 +32,8 @@ class Prepared:
     """References of the training prompts as a corpus; None when the data has none."""
     num_prompts: int
     stop_token_ids: tuple[int, ...]
+    num_tokens: int
+    """Common vocabulary of teacher and student."""
     teacher_corpus: Path
     """Where the teacher's text on the training prompts is, or is to be written."""
     heldout_corpus: Path
@@ -59,6 +61,7 @@ def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Prepa
         "max_new_tokens": config.corpus.max_new_tokens,
         "seed": config.corpus.seed,
         "stop": preflight.teacher.stop_token_ids,
+        "num_tokens": preflight.num_tokens,
     }
     corpora = cache_dir() / "corpora"
     return Prepared(
@@ -69,6 +72,7 @@ def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Prepa
         references=paths["references"] if preflight.num_references else None,
         num_prompts=train.num_rows,
         stop_token_ids=preflight.teacher.stop_token_ids,
+        num_tokens=preflight.num_tokens,
         teacher_corpus=corpora / f"{_hash(identity, train, num_corpus)}.parquet",
         heldout_corpus=corpora / f"{_hash(identity, heldout, config.evaluation.num_prompts)}.parquet",
         num_corpus_prompts=num_corpus,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,12 @@ def train(config: RunConfig, progress: Progress) -> dict[str, Any]:
     _refuse_another_config(folder, config)
     preflight = Preflight(config)
     for check in preflight.run():
-        if check.status != "pass":
-            progress.say(f"{check.status}: {check.message}")
+        if check.status == "warn":
+            progress.say(
+                f"warning: {check.message}; {check.remedy}" if check.remedy else f"warning: {check.message}"
+            )
+        elif check.name in ("student", "data"):
+            progress.say(f"{check.name}: {check.message}")
     preflight.require()
     with folder:
         resumes = folder.create(to_yaml(config), fingerprint(config))
@@ -103,22 +107,17 @@ class Run:
 
     def run(self) -> dict[str, Any]:
         self.events.write("started", incarnation=self.folder.incarnation)
-        cluster = Cluster(self.config.cluster, self.folder.run_id)
-        with self._timed("start_ray"):
-            cluster.__enter__()
-        self.memory = MemorySampler({"driver": os.getpid()}).start()
-        try:
-            self.cluster = cluster
+        with ExitStack() as stack:
+            with self._timed("start_ray"):
+                self.cluster = stack.enter_context(Cluster(self.config.cluster, self.folder.run_id))
+            self.memory = stack.enter_context(MemorySampler({"driver": os.getpid()}))
+            for pid in self.cluster.service_pids():
+                self.memory.add("ray", pid)
             learner = self._start_learner()
             student_dir = self._warm_start(learner)
             self._write_corpora()
             result = self._distil(learner, self._inputs(student_dir))
-        except BaseException as error:
-            cluster.__exit__(type(error), error, error.__traceback__)
-            self.memory.stop()
-            raise
-        peak = self.memory.stop()
-        cluster.__exit__(None, None, None)
+            peak = self.memory.stop()
         summary = self._summary(result, peak)
         self.folder.write_summary(summary)
         self.events.write("finished", updates=summary["updates"])
@@ -171,7 +170,7 @@ class Run:
             self._ready(
                 {
                     "corpus": writer.start.remote(
-                        self.config, str(prepared.teacher_dir), prepared.stop_token_ids
+                        self.config, str(prepared.teacher_dir), prepared.stop_token_ids, prepared.num_tokens
                     )
                 }
             )
@@ -211,6 +210,7 @@ class Run:
             text_corpus=str(text),
             heldout_corpus=str(prepared.heldout_corpus),
             stop_token_ids=prepared.stop_token_ids,
+            num_tokens=prepared.num_tokens,
         )
 
     def _distil(self, learner: Any, inputs: RunInputs) -> dict[str, Any]:

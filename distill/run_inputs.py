@@ -31,6 +31,9 @@ class RunInputs:
     stop_token_ids: tuple[int, ...]
     """Ids that end a text, of the teacher's generation config: one list for engine and learner."""
 
+    num_tokens: int
+    """Vocabulary that both models have: they may pad theirs to different sizes."""
+
     @property
     def shared_memory(self) -> Path:
         """This run's folder in shared memory."""

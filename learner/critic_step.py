@@ -15,6 +15,8 @@ from learner.critics import SOURCES, Critic, CriticPair
 from learner.positions import Heads, Policies, Positions, to_floats
 from learner.vocabulary import ChunkedLogits, LogitTransform, chunked_blocks, chunked_loss
 
+WARM_UP_POSITIONS = 512
+"""Positions of one step of a warm-up, about: young critics learn more from many short steps."""
 SATURATION = 0.95
 """An action value beyond this share of the bound counts as saturated."""
 
@@ -27,15 +29,21 @@ def critic_update(
     *,
     chunk: int,
     seed: int,
+    warm_up: bool = False,
 ) -> dict[str, float]:
     """K steps of both critics, on K disjoint slices of the positions.
+
+    ``warm_up``: as many steps as it takes for none to see more than 512 positions.
 
     A slice is every K-th token of every row, starting at ``seed``: it depends on nothing but a
     token's place in its row, so neither packing nor the order of rows changes it.
     """
     sums: dict[str, list[Tensor]] = {}
-    slice_of = (positions.step + seed) % config.num_steps
-    for number in range(config.num_steps):
+    num_steps = config.num_steps
+    if warm_up:
+        num_steps = max(num_steps, -(-len(positions) // WARM_UP_POSITIONS))
+    slice_of = (positions.step + seed) % num_steps
+    for number in range(num_steps):
         critics.zero_grad()
         for source in SOURCES:
             part = positions.select(slice_of == number).of(source)

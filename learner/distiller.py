@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from torch import Tensor
 
 from distill.config import RunConfig
@@ -70,12 +71,16 @@ class Distiller:
         )
         self.updates_done += 1
         self.num_tokens += batch.num_input_tokens
-        return metrics | {
-            "policy/learning_rate": rate,
-            "policy/num_tokens_off": float(batch.num_off_policy),
-            "policy/num_tokens_on": float(batch.num_on_policy),
-            "timing/learner_busy_s": time.monotonic() - start,
-        }
+        return (
+            metrics
+            | _text_metrics(batches)
+            | {
+                "policy/learning_rate": rate,
+                "policy/num_tokens_off": float(batch.num_off_policy),
+                "policy/num_tokens_on": float(batch.num_on_policy),
+                "timing/learner_busy_s": time.monotonic() - start,
+            }
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that an update changes, by flat names."""
@@ -93,3 +98,19 @@ class Distiller:
         if self.critics is not None:
             self.critics.load_state_dict(tensors)
         self.updates_done = state["updates_done"]
+
+
+def _text_metrics(batches: Sequence[pa.RecordBatch]) -> dict[str, float]:
+    """How long the student's responses of an update are, and which share was cut off."""
+    lengths: list[int] = []
+    truncated = 0
+    for batch in batches:
+        if batch.column("source")[0].as_py() == "student":
+            lengths += pc.list_value_length(batch.column("response_tokens")).to_pylist()
+            truncated += batch.column("finish_reason").to_pylist().count("length")
+    if not lengths:
+        return {}
+    return {
+        "policy/response_length": sum(lengths) / len(lengths),
+        "policy/truncated_share": truncated / len(lengths),
+    }

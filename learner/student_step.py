@@ -179,7 +179,11 @@ class _StudentObjective:
             if source == "on":
                 metrics |= _drift(metrics["tv"], step[where], self._lengths[row[where]])
                 policy = -cross_entropy(both.policy_logprobs.detach(), targets[where])
-                metrics["behavior_gap"] = behavior[where] - policy
+                metrics |= _staleness(behavior[where] - policy)
+                if advantage is not None and f is not None:
+                    metrics |= _gradient_squares(
+                        both.detach(), f, targets[where], self._recipe.long_weight * advantage[where]
+                    )
             sums = {_metric_name(name, source): value.sum() for name, value in metrics.items()}
             return losses.sum() / self._num_tokens[source], sums
 
@@ -208,7 +212,7 @@ class _StudentObjective:
             else:
                 count = self._num_tokens["off" if name.endswith("_off") else "on"]
             means[f"policy/{name}"] = value / count
-        return means
+        return _ratios(means)
 
 
 def _source(where: slice, num_off: int) -> Source:
@@ -270,5 +274,61 @@ def _drift(tv: Tensor, step: Tensor, length: Tensor) -> dict[str, Tensor]:
     }
 
 
+def _staleness(behavior_gap: Tensor) -> dict[str, Tensor]:
+    """What the policy in training thinks of tokens that an older one (or the engine) sampled.
+
+    ``behavior_gap``: log μ(a) − log π(a), μ the policy that sampled.
+    """
+    ratio = (-behavior_gap).exp()
+    return {
+        "behavior_gap": behavior_gap,
+        "importance_ratio": ratio,
+        "importance_ratio_square": ratio.square(),
+    }
+
+
+@torch.no_grad()
+def _gradient_squares(
+    both: Policies, f: Tensor, targets: Tensor, advantage: Float[Tensor, " N"]
+) -> dict[str, Tensor]:
+    """Squared norms of the two gradients in the logits z of each position.
+
+    Direct: ∂g_f/∂z = −p ∘ (f − E_p f). Long horizon: ∂(A log p(a))/∂z = A (1_a − p).
+    """
+    p = both.policy_probs
+    direct = p * (f - torch.linalg.vecdot(p, f)[:, None])
+    chosen = p.gather(1, targets[:, None]).squeeze(1)
+    return {
+        "direct_gradient_square": torch.linalg.vecdot(direct, direct),
+        "long_gradient_square": advantage.square() * (torch.linalg.vecdot(p, p) - 2 * chosen + 1),
+    }
+
+
+def _ratios(means: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace means of squares by what they are wanted for.
+
+    ``importance_ess``: effective share of the samples, (mean ρ)² / mean ρ², 1 on fresh text.
+    ``long_over_direct``: norm of the long-horizon gradient over the direct one's, in the logits.
+    """
+    square = means.pop("policy/importance_ratio_square", None)
+    if square is not None:
+        means["policy/importance_ess"] = means["policy/importance_ratio"].square() / square
+    direct = means.pop("policy/direct_gradient_square", None)
+    if direct is not None:
+        ratio = means.pop("policy/long_gradient_square") / direct.clamp_min(1e-30)
+        means["policy/long_over_direct"] = ratio.sqrt()
+    return means
+
+
+_OF_STUDENT_TEXT = (
+    "behavior_gap",
+    "importance_ratio",
+    "importance_ratio_square",
+    "direct_gradient_square",
+    "long_gradient_square",
+)
+"""Metrics of the student's text alone, whose names need no source."""
+
+
 def _metric_name(name: str, source: Source) -> str:
-    return name if name == "behavior_gap" or name.endswith("_third") else f"{name}_{source}"
+    return name if name in _OF_STUDENT_TEXT or name.endswith("_third") else f"{name}_{source}"

@@ -72,7 +72,9 @@ def update(
         heads = Heads.of(student, teacher)
         keep_graph = learner.keep_activations and not critics_only
         positions, states = collect_positions(student, batch, keep_graph=keep_graph)
-        metrics |= critic_update(positions, heads, critics, critic, chunk=chunk, seed=seed)
+        metrics |= critic_update(
+            positions, heads, critics, critic, chunk=chunk, seed=seed, warm_up=critics_only
+        )
         if recipe.long_weight > 0 and not critics_only:
             rollouts = positions.of("on")
             gaps = moment_gaps(rollouts, heads, critics.on, chunk=chunk)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,13 +54,20 @@ def train(options: argparse.Namespace) -> int:
                 config = _load(options)
                 run_dir = config.run_dir
                 summary = run_train(config, progress)
-    except ActorFailed as error:
-        _complain(f"the run failed: {error}")
-        _complain(f"events and metrics are in {run_dir}; go on with: distill train --resume {run_dir}")
-        return FAILED
     except KeyboardInterrupt:
         _complain(f"interrupted; go on with: distill train --resume {run_dir}")
         return INTERRUPTED
+    except ConfigError:
+        raise
+    except Exception as error:
+        if run_dir is None or not Path(run_dir).is_dir():
+            raise
+        what = str(error) if isinstance(error, ActorFailed) else f"{type(error).__name__}: {error}"
+        _complain(f"the run failed: {what}")
+        _complain(
+            f"traceback in {_keep_traceback(run_dir, error)}; go on with: distill train --resume {run_dir}"
+        )
+        return FAILED
     print_report(Path(run_dir), summary)
     return DONE
 
@@ -116,6 +124,13 @@ def fetch_data(options: argparse.Namespace) -> int:
 
     fetch_data(options.name)
     return DONE
+
+
+def _keep_traceback(run_dir: str, error: Exception) -> Path:
+    """The driver's and, below it, the actor's: for whoever has to find the cause."""
+    path = Path(run_dir) / "failure.txt"
+    path.write_text("".join(traceback.format_exception(error)))
+    return path
 
 
 def _load(options: argparse.Namespace) -> RunConfig:

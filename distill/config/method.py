@@ -111,7 +111,7 @@ class CriticConfig:
     max_grad_norm: float = 1.0
     """Clipping of the critics' gradient."""
     warmup_updates: int = 0
-    """Updates at the start in which only the critics move."""
+    """Updates at the start in which only the critics move, in steps of about 512 positions."""
 
     @property
     def penalty(self) -> float:

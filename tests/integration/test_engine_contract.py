@@ -495,3 +495,30 @@ def test_a_dead_engine_fails_what_waits_for_it(generator: GeneratorHost) -> None
     with pytest.raises(EngineDied):
         generator.call("generate", _requests(1, 4))
     generator.close()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "transformers"])
+def test_ids_beyond_the_common_vocabulary_are_never_sampled(kind: str, students: dict[str, Student]) -> None:
+    """And log-probabilities are those of the policy over the rest."""
+    class_path, settings, _, checkpoint = GENERATORS[kind]
+    student, num_tokens = students[checkpoint], VOCABULARY // 3
+    host = EngineHost(
+        class_path,
+        str(student.folder),
+        settings,
+        max_model_tokens=MAX_MODEL_TOKENS,
+        stop_token_ids=STOP_TOKENS,
+        num_tokens=num_tokens,
+    )
+    requests = _requests(6, 24)
+    sampled = 0
+    for request, completion in zip(requests, host.call("generate", requests), strict=True):
+        assert max(completion.response_tokens) < num_tokens
+        rows = student.logprobs(0, request.prompt_tokens, completion.response_tokens)
+        expected = rows[:, :num_tokens].log_softmax(-1)
+        got = expected.gather(1, torch.tensor(completion.response_tokens)[:, None])[:, 0].numpy()
+        np.testing.assert_allclose(completion.logprobs, got, rtol=0, atol=TOLERANCE)
+        sampled += len(got)
+    assert sampled > 40
+    assert max(token for text in host.call("greedy", _prompts(6), 12) for token in text) < num_tokens
+    host.close()

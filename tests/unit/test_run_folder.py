@@ -259,11 +259,11 @@ def test_a_tree_counts_once_and_is_followed_after_its_root_died():
 
 
 def test_the_sampler_runs_until_it_is_stopped_and_keeps_the_peak():
-    sampler = MemorySampler({"self": os.getpid()}, interval_s=0.02).start()
-    data = bytearray(b"x" * (60 << 20))
-    with_data = sampler.sample()["self"]
-    del data
-    peaks = sampler.stop()
+    with MemorySampler({"self": os.getpid()}, interval_s=0.02) as sampler:
+        data = bytearray(b"x" * (60 << 20))
+        with_data = sampler.sample()["self"]
+        del data
+        peaks = sampler.stop()
     assert peaks["self"] >= with_data
     assert peaks["total"] == peaks["self"]
     with pytest.raises(ValueError, match="name=total"):

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from distill.config import CriticConfig, LearnerConfig, RecipeConfig
 from distill.metrics import name_violations
-from distill.objectives import closed_form_critic
-from learner import vocabulary
+from distill.objectives import closed_form_critic, moment_gap, policy_gradient
+from learner import critic_step, vocabulary
 from learner.critic_step import critic_update, moment_gaps
 from learner.critics import CriticPair
 from learner.losses import position_losses
 from learner.positions import Heads, Policies, collect_positions
-from learner.student_step import student_update
+from learner.student_step import _gradient_squares, student_update
 from learner.update import update
 from learner.vocabulary import Head
 from tests.unit.maths.batches import (
@@ -300,8 +300,45 @@ def test_policy_metrics():
     }  # fmt: skip
     for name, values in expected.items():
         assert metrics[name] == pytest.approx(sum(values) / len(values), abs=1e-7), name
+    ratios = [math.exp(-gap) for gap in behavior]
+    assert metrics["policy/importance_ratio"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-6)
+    ess = sum(ratios) ** 2 / sum(ratio**2 for ratio in ratios) / len(ratios)
+    assert 0 < ess < 1
+    assert metrics["policy/importance_ess"] == pytest.approx(ess, rel=1e-6)
     assert all(math.isfinite(value) for value in metrics.values())
     assert not list(name_violations(metrics))
+
+
+def test_the_ratio_of_the_long_to_the_direct_gradient_is_that_of_autograd():
+    generator = torch.Generator().manual_seed(0)
+    z, q, f = (torch.randn(5, VOCABULARY, generator=generator, dtype=torch.float64) for _ in range(3))
+    targets, advantage = torch.arange(5), torch.randn(5, generator=generator, dtype=torch.float64)
+    both = Policies.from_logits(z, q)
+    squares = _gradient_squares(both, f, targets, advantage)
+    z.requires_grad_()
+    logprobs = z.log_softmax(-1)
+    losses = {
+        "direct": moment_gap(logprobs, both.teacher_logprobs, f),
+        "long": policy_gradient(logprobs, targets, advantage),
+    }
+    for name, loss in losses.items():
+        (gradient,) = torch.autograd.grad(loss.sum(), z, retain_graph=True)
+        torch.testing.assert_close(squares[f"{name}_gradient_square"], gradient.square().sum(-1))
+    metrics, _, _ = run(RECIPES["ammd_paper"], random_rows())
+    assert 0 < metrics["policy/long_over_direct"] < 100
+
+
+def test_a_warm_up_update_makes_short_steps(monkeypatch):
+    student, critics = TinyStudent(), critic_pair(CRITIC)
+    positions, _ = collect_positions(student, batch_of(random_rows()))
+    heads = Heads.of(student, teacher_head())
+    steps = []
+    monkeypatch.setattr(critic_step, "WARM_UP_POSITIONS", 5)
+    monkeypatch.setattr(critics, "step", lambda: steps.append(1) or torch.zeros(()))
+    critic_update(positions, heads, critics, CRITIC, chunk=7, seed=0)
+    assert len(steps) == CRITIC.num_steps
+    critic_update(positions, heads, critics, CRITIC, chunk=7, seed=0, warm_up=True)
+    assert len(steps) == CRITIC.num_steps + math.ceil(len(positions) / 5) > 2 * CRITIC.num_steps
 
 
 def test_a_warm_up_update_moves_the_critics_alone():
