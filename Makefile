@@ -1,4 +1,4 @@
-# make demo    a real distillation on this machine, from nothing, in about half an hour;
+# make demo    a real distillation on this machine, from nothing, in about 20 minutes;
 #              settings on top: make demo ARGS="seed=1"
 # make test    linters, unit tests, integration tests with real Ray and real vLLM
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from distill.evaluation import ScoredChunk
-from learner.batch import token_batch
+from learner.batch import Pack, token_batch
+from learner.positions import Heads, teacher_hidden
 from learner.student import Student
-from learner.vocabulary import Head
+from learner.vocabulary import ChunkedLogits, Head, chunked_blocks
 
 
 class Scorer:
@@ -24,32 +24,21 @@ class Scorer:
         self.chunk = chunk
 
     def __call__(self, batches: Sequence[pa.RecordBatch]) -> Iterator[ScoredChunk]:
-        """Yields chunks of at most ``chunk`` positions, of the common prefix of both vocabularies."""
-        batch = token_batch(batches, self.micro_batch_tokens)
-        head = Head(self.student.head_weight.detach(), self.student.transform)
-        for pack in (pack.to(self.student.device) for pack in batch.packs):
-            with torch.no_grad():
-                states = self.student.states(pack)
-            for where in _slices(pack.targets.shape[0], self.chunk):
-                kept = pack.counted[where]
-                with torch.no_grad():
-                    policy = head.logits(states[where])
-                    assert pack.teacher_hidden is not None
-                    teacher = self.teacher_head.logits(pack.teacher_hidden[where])
-                    policy, teacher = common_logprobs(policy, teacher)
-                yield ScoredChunk(
-                    row=pack.row[where][kept],
-                    step=pack.step[where][kept],
-                    policy_logprobs=policy[kept],
-                    teacher_logprobs=teacher[kept],
-                )
+        """Yields blocks of positions, over the common prefix of both vocabularies."""
+        heads = Heads.of(self.student, self.teacher_head)
+        for pack in token_batch(batches, self.micro_batch_tokens).packs:
+            yield from self._of_pack(pack.to(self.student.device), heads)
 
-
-def common_logprobs(policy_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-softmax of both over the common prefix of two padded vocabularies."""
-    size = min(policy_logits.shape[-1], teacher_logits.shape[-1])
-    return policy_logits[:, :size].log_softmax(-1), teacher_logits[:, :size].log_softmax(-1)
-
-
-def _slices(length: int, size: int) -> Iterable[slice]:
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+    def _of_pack(self, pack: Pack, heads: Heads) -> Iterator[ScoredChunk]:
+        with torch.no_grad():
+            states = self.student.states(pack)
+        policy_logits = ChunkedLogits(heads.student, states, self.chunk)
+        teacher_logits = ChunkedLogits(heads.teacher, teacher_hidden(pack), self.chunk)
+        for where in chunked_blocks(len(states), heads.num_tokens, self.chunk, states.device):
+            kept = pack.counted[where]
+            yield ScoredChunk(
+                row=pack.row[where][kept],
+                step=pack.step[where][kept],
+                policy_logprobs=policy_logits(where).log_softmax(-1)[kept],
+                teacher_logprobs=teacher_logits(where).log_softmax(-1)[kept],
+            )
