@@ -21,7 +21,7 @@ import pytest
 from distill.evaluation import load_evaluation
 from distill.metrics import read_metrics, without_times
 from learner.checkpoint import Checkpoints
-from tests.tiny import make_world, tiny_overrides
+from tests.tiny import make_world, save_tiny_llama, tiny_overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -156,6 +156,17 @@ def test_other_recipes(world: Path, recipe: str) -> None:
         assert all((on == 0) != (off == 0) for on, off in zip(on_policy, off_policy, strict=True))
 
 
+def test_a_student_with_a_longer_vocabulary(world: Path) -> None:
+    """Random weights would sample the 62 ids that the teacher lacks in every fifth token."""
+    padded = save_tiny_llama(world / "padded", seed=3, vocab_size=320)
+    student = [f"student.model={padded}", "student.init.from=null", "student.init.num_layers=null"]
+    run = train(world, "padded-run", *PLAIN, *student)
+    losses = read_metrics(run)["policy/loss"].to_pylist()
+    assert len(losses) == 2
+    gaps = read_metrics(run)["policy/behavior_gap"].to_pylist()
+    assert max(map(abs, gaps)) < 1e-4  # both are probabilities over the common prefix
+
+
 def test_several_updates_in_flight(world: Path) -> None:
     run = train(world, "async", "replay.max_policy_age=2", "learner.num_updates=5", "evaluation.every=0")
     ages = read_metrics(run)["policy/age_max"].to_pylist()
@@ -227,6 +238,7 @@ def test_a_dead_engine_ends_the_run_with_one_line(world: Path) -> None:
     assert process.returncode == 1
     assert "the run failed: " in output.splitlines()[-2]
     assert "Traceback" not in output
+    assert "EngineDied" in (world / "dead" / "failure.txt").read_text()
 
 
 def steps(run: Path) -> list[int]:

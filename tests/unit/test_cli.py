@@ -160,3 +160,20 @@ def test_help_loads_nothing_heavy() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_failure_of_the_driver_is_one_line_and_a_file(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def full(*_: object) -> None:
+        run.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("deploy.train.train", full)
+    assert main(["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={run}"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "No space left on device" in lines[0]
+    assert len(lines) == 2
+    assert "Traceback" in (run / "failure.txt").read_text()
