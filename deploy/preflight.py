@@ -259,7 +259,7 @@ class Preflight:
         message = f"about {need / 2**30:.1f} GiB of {available / 2**30:.1f} GiB available ({parts})"
         if need > available:
             yield Check("memory", "warn", message,
-                        "lower kv_cache_gib, learner.micro_batch_tokens or learner.vocabulary_chunk")  # fmt: skip
+                        "lower kv_cache_gib or learner.micro_batch_tokens, or set learner.keep_activations=false")  # fmt: skip
         else:
             yield Check("memory", "pass", message)
 
@@ -273,7 +273,10 @@ class Preflight:
         # Weights, gradient and two moments in float32; about twelve full-vocabulary tensors of a
         # chunk; activations of a micro-batch at about forty numbers of width D per layer.
         layers = config.student.init.num_layers or self.student.config.get("num_hidden_layers", 0)
-        activations = config.learner.micro_batch_tokens * self.student.hidden_size * 40 * layers * 4
+        tokens = config.learner.micro_batch_tokens
+        if config.learner.keep_activations:
+            tokens = max(tokens, self._update_tokens())
+        activations = tokens * self.student.hidden_size * 40 * layers * 4
         learner = (
             student * 16
             + 12 * vocabulary_rows
@@ -290,6 +293,16 @@ class Preflight:
             rollout = student * rollout_bytes + int(config.rollout.kv_cache_gib * 2**30)
             estimate["rollout"] = rollout + 2 * _PROCESS_BYTES
         return estimate
+
+    def _update_tokens(self) -> int:
+        """Inputs of one update: prompts of the mean length, responses at their limits."""
+        config = self.config
+        prompt = len(self.prompts["prompt_tokens"].combine_chunks().flatten()) / len(self.prompts)
+        samples = config.learner.prompts_per_update * config.rollout.samples_per_prompt
+        student_rows = samples if config.recipe.uses_student_text else 0
+        text_rows = config.learner.text_rows_per_update if config.recipe.off_policy_text != "none" else 0
+        response = student_rows * config.rollout.max_new_tokens + text_rows * config.corpus.max_new_tokens
+        return int((student_rows + text_rows) * prompt) + response
 
     def _student_parameters(self) -> int:
         if self.config.student.model is not None:
