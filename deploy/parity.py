@@ -52,8 +52,8 @@ def measure_parity(
     config = load_config(folder.config)
     rollout = RolloutConfig(
         engine="vllm",
-        dtype=dtype,
-        kv_cache_gib=config.rollout.kv_cache_gib,  # pyright: ignore[reportArgumentType]
+        dtype=dtype,  # pyright: ignore[reportArgumentType]
+        kv_cache_gib=config.rollout.kv_cache_gib,
     )
     return asyncio.run(
         _measure(folder, rollout, config.max_model_tokens, learner_dtype, num_prompts, max_new_tokens)

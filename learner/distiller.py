@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from torch import Tensor
 
 from distill.config import RunConfig
@@ -106,7 +106,7 @@ def _text_metrics(batches: Sequence[pa.RecordBatch]) -> dict[str, float]:
     truncated = 0
     for batch in batches:
         if batch.column("source")[0].as_py() == "student":
-            lengths += pc.list_value_length(batch.column("response_tokens")).to_pylist()
+            lengths += np.diff(batch.column("response_tokens").offsets.to_numpy()).tolist()
             truncated += batch.column("finish_reason").to_pylist().count("length")
     if not lengths:
         return {}
