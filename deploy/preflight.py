@@ -31,6 +31,8 @@ Status = Literal["pass", "warn", "fail"]
 
 _PROCESS_BYTES = 450 << 20
 """Interpreter, torch and libraries of one actor (PSS, measured)."""
+_ENGINE_BYTES = 1300 << 20
+"""What a process of vLLM's CPU engine holds beside weights and cache (PSS, measured)."""
 _RAY_BYTES = 700 << 20
 """A local Ray: raylet, GCS, agents and its object store's pages in use (PSS, measured)."""
 
@@ -285,14 +287,19 @@ class Preflight:
         )
         teacher = self.teacher.num_parameters * scoring_bytes + int(config.scoring.kv_cache_gib * 2**30)
         estimate = {
-            "teacher": teacher + _PROCESS_BYTES,
+            "teacher": teacher + self._engine_bytes(config.scoring.engine),
             "learner": learner + _PROCESS_BYTES,
             "ray": _RAY_BYTES,
         }
         if config.recipe.uses_student_text:
             rollout = student * rollout_bytes + int(config.rollout.kv_cache_gib * 2**30)
-            estimate["rollout"] = rollout + 2 * _PROCESS_BYTES
+            # vLLM's engine core is a process beside the actor.
+            estimate["rollout"] = rollout + _PROCESS_BYTES + self._engine_bytes(config.rollout.engine)
         return estimate
+
+    @staticmethod
+    def _engine_bytes(engine: str) -> int:
+        return _ENGINE_BYTES if engine == "vllm" else _PROCESS_BYTES
 
     def _update_tokens(self) -> int:
         """Inputs of one update: prompts of the mean length, responses at their limits."""
