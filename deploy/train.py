@@ -50,7 +50,7 @@ def train(config: RunConfig, progress: Progress) -> dict[str, Any]:
             progress.say(
                 f"warning: {check.message}; {check.remedy}" if check.remedy else f"warning: {check.message}"
             )
-        elif check.name in ("student", "data"):
+        elif check.status == "pass" and check.name in ("student", "data"):
             progress.say(f"{check.name}: {check.message}")
     preflight.require()
     with folder:
