@@ -351,9 +351,12 @@ class VllmGenerator:
             raise RuntimeError("this generator was closed")
 
     async def _watch_processes(self) -> None:
-        while all(map(_is_alive, self._processes)):
+        # Children alone: the core ends with its ranks, and what else it starts may come and go.
+        own = psutil.Process().children()
+        watched = [process for process in self._processes if process in own]
+        while all(map(_is_alive, watched)):
             await asyncio.sleep(_LIVENESS_S)
-        dead = ", ".join(str(process.pid) for process in self._processes if not _is_alive(process))
+        dead = ", ".join(str(process.pid) for process in watched if not _is_alive(process))
         # In a task of its own: closing cancels this one.
         failure = EngineDied(f"a process of the rollout engine died (pid {dead})")
         self._ending = asyncio.create_task(self._discard(failure))

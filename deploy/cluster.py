@@ -95,7 +95,7 @@ class Cluster:
             # Idle threads sleep: spinning ones take the cores from the role whose turn it is.
             "OMP_WAIT_POLICY": "passive",
             # Freed tensors stay with the process (glibc): given back, they would be faulted in
-            # again by the next pass; a learner's update took 5 % longer. One arena, since each
+            # again by the next pass. One arena, since each
             # thread of a pool would otherwise keep an update's gigabytes of its own.
             "MALLOC_ARENA_MAX": "1",
             "MALLOC_MMAP_THRESHOLD_": str(4 << 30),

@@ -181,9 +181,8 @@ class _StudentObjective:
                 policy = -cross_entropy(both.policy_logprobs.detach(), targets[where])
                 metrics |= _staleness(behavior[where] - policy)
                 if advantage is not None and f is not None:
-                    metrics |= _gradient_squares(
-                        both.detach(), f, targets[where], self._recipe.long_weight * advantage[where]
-                    )
+                    weight = self._recipe.long_weight / self._recipe.loss_weight
+                    metrics |= _gradient_squares(both.detach(), f, targets[where], weight * advantage[where])
             sums = {_metric_name(name, source): value.sum() for name, value in metrics.items()}
             return losses.sum() / self._num_tokens[source], sums
 

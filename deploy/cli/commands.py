@@ -64,9 +64,7 @@ def train(options: argparse.Namespace) -> int:
             raise
         what = str(error) if isinstance(error, ActorFailed) else f"{type(error).__name__}: {error}"
         _complain(f"the run failed: {what}")
-        _complain(
-            f"traceback in {_keep_traceback(run_dir, error)}; go on with: distill train --resume {run_dir}"
-        )
+        _complain(f"{_keep_traceback(run_dir, error)}; go on with: distill train --resume {run_dir}")
         return FAILED
     print_report(Path(run_dir), summary)
     return DONE
@@ -126,11 +124,14 @@ def fetch_data(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _keep_traceback(run_dir: str, error: Exception) -> Path:
-    """The driver's and, below it, the actor's: for whoever has to find the cause."""
+def _keep_traceback(run_dir: str, error: Exception) -> str:
+    """Write the driver's and, below it, the actor's; says where. A full disk is no second failure."""
     path = Path(run_dir) / "failure.txt"
-    path.write_text("".join(traceback.format_exception(error)))
-    return path
+    try:
+        path.write_text("".join(traceback.format_exception(error)))
+    except OSError as unwritten:
+        return f"its traceback could not be written to {path} ({unwritten})"
+    return f"traceback in {path}"
 
 
 def _load(options: argparse.Namespace) -> RunConfig:
