@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,13 @@ def test_behaviour_and_learner_logprobs_agree(vllm_run: Path) -> None:
     """Engine and learner are two implementations of one policy: float32, the same weights."""
     gaps = read_metrics(vllm_run)["policy/behavior_gap"].to_pylist()
     assert all(abs(gap) <= 1e-4 for gap in gaps), gaps
+
+
+def test_the_parity_report_of_a_run(vllm_run: Path) -> None:
+    command = [sys.executable, "-m", "deploy.parity", str(vllm_run), "--dtype", "float32", "--prompts", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    figures = dict(re.findall(r"(mean|largest) ([0-9.e+-]+)", done.stdout.splitlines()[-1]))
+    assert 0 < float(figures["mean"]) <= float(figures["largest"]) < 1e-4
 
 
 def test_the_checkpoint_is_whole_and_names_the_ledger(vllm_run: Path) -> None:
