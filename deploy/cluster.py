@@ -10,7 +10,9 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +38,10 @@ class ActorFailed(RuntimeError):
 
 
 class Cluster:
-    """A context manager: Ray is up inside it, and nothing of the run is left after it."""
+    """A context manager: Ray is up inside it, and nothing of the run is left after it.
+
+    SIGTERM inside it is a KeyboardInterrupt, as Ctrl-C is: job schedulers end a run by it.
+    """
 
     def __init__(self, config: ClusterConfig, run_id: str) -> None:
         self.config = config
@@ -44,6 +49,7 @@ class Cluster:
         self._shared_memory = shared_memory_root() / f"distill-{run_id}"
         self.handles: dict[str, Any] = {}
         self.pids: dict[str, int] = {}
+        self._sigterm: Any = None
 
     def __enter__(self) -> Cluster:
         self._claim_shared_memory()
@@ -65,6 +71,9 @@ class Cluster:
             logging_level=logging.ERROR,
             configure_logging=False,
         )
+        if threading.current_thread() is threading.main_thread():
+            # Ray's handler leaves without unwinding: shared memory and the run folder's lock would stay.
+            self._sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
         return self
 
     def service_pids(self) -> list[int]:
@@ -95,8 +104,8 @@ class Cluster:
             # Idle threads sleep: spinning ones take the cores from the role whose turn it is.
             "OMP_WAIT_POLICY": "passive",
             # Freed tensors stay with the process (glibc): given back, they would be faulted in
-            # again by the next pass. One arena, since each
-            # thread of a pool would otherwise keep an update's gigabytes of its own.
+            # again by the next pass. One arena, since each thread of a pool would otherwise keep
+            # an update's gigabytes of its own.
             "MALLOC_ARENA_MAX": "1",
             "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
             "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
@@ -170,6 +179,8 @@ class Cluster:
             ray.shutdown()
             shutil.rmtree(self._shared_memory, ignore_errors=True)
             self._lock.close()
+            if self._sigterm is not None:
+                signal.signal(signal.SIGTERM, self._sigterm)
 
     def _end(self, names: Sequence[str]) -> None:
         import ray

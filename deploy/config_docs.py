@@ -20,7 +20,8 @@ _HEAD = """# Settings
 Written by `python -m deploy.config_docs` from `distill/config/`; do not edit.
 
 A YAML file holds sections as below; `distill train FILE section.name=value` overrides. A recipe
-can be given by name: `recipe: kd` or `recipe=kd` takes `deploy/configs/recipes/kd.yaml`.
+can be given by name: `recipe: kd` or `recipe=kd` takes `deploy/configs/recipes/kd.yaml`; with fields
+on top: `recipe: {preset: kd, lm_weight: 0.3}`.
 """
 
 

@@ -216,8 +216,11 @@ def _resume_sft(checkpoints: Checkpoints, student: Student, optimizer: torch.opt
 
 def _save_whole(student: Student, folder: Path) -> None:
     """Write a checkpoint beside its place and rename it, so that it is never half there."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    student.save(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("new", "old"))
+    for left_by_a_crash in (new, old):
+        shutil.rmtree(left_by_a_crash, ignore_errors=True)
+    student.save(new)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

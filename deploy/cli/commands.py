@@ -126,9 +126,11 @@ def fetch_data(options: argparse.Namespace) -> int:
 
 def _keep_traceback(run_dir: str, error: Exception) -> str:
     """Write the driver's and, below it, the actor's; says where. A full disk is no second failure."""
+    from distill.run_folder import write_bytes
+
     path = Path(run_dir) / "failure.txt"
     try:
-        path.write_text("".join(traceback.format_exception(error)))
+        write_bytes(path, "".join(traceback.format_exception(error)).encode())
     except OSError as unwritten:
         return f"its traceback could not be written to {path} ({unwritten})"
     return f"traceback in {path}"

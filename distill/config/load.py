@@ -8,7 +8,8 @@ transformers.
 A layer is a partial tree of settings: the file, then each override in the order given.
 ``recipe: kd`` in a layer means the preset ``recipes/kd.yaml``, itself such a tree: its
 ``recipe`` section replaces the one so far, its other sections are merged, and what the
-layer and later layers say applies on top.
+layer and later layers say applies on top. ``recipe: {preset: kd, ...}`` says the same, with
+fields on top in the same layer.
 """
 
 from __future__ import annotations
@@ -132,8 +133,10 @@ def _parse_override(override: str) -> Tree:
 def _apply(tree: Tree, layer: Tree, presets: Path | None) -> Tree:
     recipe = layer.get("recipe")
     if isinstance(recipe, str):
-        tree = _merge({**tree, "recipe": {}}, _read_preset(recipe, presets))
-        layer = {name: value for name, value in layer.items() if name != "recipe"}
+        recipe = {"preset": recipe}
+    if isinstance(recipe, dict) and "preset" in recipe:
+        tree = _merge({**tree, "recipe": {}}, _read_preset(str(recipe["preset"]), presets))
+        layer = layer | {"recipe": {name: value for name, value in recipe.items() if name != "preset"}}
     return _merge(tree, layer)
 
 

@@ -182,15 +182,11 @@ def test_several_updates_in_flight(world: Path) -> None:
     assert len(ages) == 5
 
 
-def test_ctrl_c_leaves_nothing_behind_and_resume_equals_the_uninterrupted_run(world: Path) -> None:
-    settings = [*PLAIN, "learner.num_updates=6", "checkpoint.every=1", "evaluation.every=0"]
-    whole = train(world, "whole", *settings)
-    process = start(world, *train_arguments(world, "cut", *settings))
-    run = world / "cut"
-    wait_for(lambda: len(steps(run)) >= 2, process)
+def interrupt(process: subprocess.Popen[str], run: Path, number: int) -> None:
+    """Signal a run's driver, and see that everything ends within 10 s and is told to the user."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     began = time.monotonic()
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     output, _ = process.communicate(timeout=60)
     _, alive = psutil.wait_procs(family, timeout=max(0.0, 10 - (time.monotonic() - began)))
     assert not alive, [member.cmdline() for member in alive]
@@ -199,6 +195,19 @@ def test_ctrl_c_leaves_nothing_behind_and_resume_equals_the_uninterrupted_run(wo
     run_id = json.loads((run / "run.json").read_text())["run_id"]
     assert not Path(f"/dev/shm/distill-{run_id}").exists()
     assert not (run / "summary.json").exists()
+
+
+def test_ctrl_c_and_sigterm_leave_nothing_behind_and_resume_equals_the_uninterrupted_run(world: Path) -> None:
+    settings = [*PLAIN, "learner.num_updates=6", "checkpoint.every=1", "evaluation.every=0"]
+    whole = train(world, "whole", *settings)
+    run = world / "cut"
+    process = start(world, *train_arguments(world, "cut", *settings))
+    wait_for(lambda: len(steps(run)) >= 2, process)
+    interrupt(process, run, signal.SIGINT)
+
+    resumed = start(world, "train", "--resume", str(run))
+    wait_for(lambda: steps(run)[-1] >= 4, resumed)
+    interrupt(resumed, run, signal.SIGTERM)
 
     resumed = start(world, "train", "--resume", str(run))
     output, _ = resumed.communicate(timeout=300)

@@ -90,6 +90,15 @@ def test_recipe_fields_in_the_file(load):
     assert load(STUDENT + "recipe: {beta: 0.5}").recipe == RecipeConfig(beta=0.5)
 
 
+def test_a_preset_with_fields_on_top(load):
+    in_file = load(STUDENT + "recipe: {preset: ammd_paper, beta: 0.1}\ncritic: {rank: 8}")
+    assert in_file == load(STUDENT, ["recipe=ammd_paper", "recipe.beta=0.1", "critic.rank=8"])
+    assert load(STUDENT + "recipe: {beta: 0.1}", ["recipe.preset=kd"]) == load(STUDENT + "recipe: kd")
+    for written in ("[kd]", "3", "kdd"):
+        with pytest.raises(ConfigError, match=r"recipe=.* must be one of ammd"):
+            load(STUDENT + f"recipe: {{preset: {written}}}")
+
+
 # Presets
 
 
