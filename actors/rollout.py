@@ -1,8 +1,8 @@
 """The rollout worker: the student's samples, as a plain class.
 
 Owns a generator and this process's segment store; runs :func:`distill.algorithm.rollout_loop`
-and, between updates, samples held-out prompts for an evaluation. The Ray shell around it is
-:class:`actors.ray_actors.RolloutActor`.
+and, between updates, samples held-out prompts for an evaluation. The actor's shell around it is
+:class:`actors.shells.RolloutActor`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The teacher scorer: hidden states for rolled-out groups and corpus draws, as a plain class.
 
-Runs :func:`distill.algorithm.score_loop`. The Ray shell is :class:`actors.ray_actors.TeacherActor`.
+Runs :func:`distill.algorithm.score_loop`. The actor's shell is :class:`actors.shells.TeacherActor`.
 """
 
 from __future__ import annotations

@@ -6,27 +6,19 @@ the folder in shared memory. Leaving the context ends every actor and its engine
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
 
+from deploy.run_scope import SharedFolder, SigtermAsCtrlC
 from distill.config import ClusterConfig
-from distill.replay.segments import sweep
-from distill.run_inputs import shared_memory_root
 
-_DRIVER_LOCK = ".driver"
-"""Locked by the driver while it lives, in the run's folder in shared memory."""
 _END_AFTER_S = 3.0
 """How long actors and engines may take to end by themselves before Ray kills them."""
 _KILL_AFTER_S = 1.5
@@ -46,13 +38,12 @@ class Cluster:
     def __init__(self, config: ClusterConfig, run_id: str) -> None:
         self.config = config
         self.run_id = run_id
-        self._shared_memory = shared_memory_root() / f"distill-{run_id}"
+        self._shared = SharedFolder(run_id)
         self.handles: dict[str, Any] = {}
         self.pids: dict[str, int] = {}
-        self._sigterm: Any = None
 
     def __enter__(self) -> Cluster:
-        self._claim_shared_memory()
+        self._shared.claim()
         # Ray reads these when it is imported. No usage report: a run tells nobody about itself.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -71,29 +62,12 @@ class Cluster:
             logging_level=logging.ERROR,
             configure_logging=False,
         )
-        if threading.current_thread() is threading.main_thread():
-            # Ray's handler leaves without unwinding: shared memory and the run folder's lock would stay.
-            self._sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        self._sigterm = SigtermAsCtrlC()  # now: Ray has set a handler that leaves without unwinding
         return self
 
     def service_pids(self) -> list[int]:
         """Processes of a local Ray itself, from which those of the actors descend."""
         return [child.pid for child in psutil.Process().children() if self.config.address is None]
-
-    def _claim_shared_memory(self) -> None:
-        """Make the run's folder, and remove those of runs whose driver is gone.
-
-        A driver holds a lock on a file in its folder; the kernel drops it with the process.
-        """
-        root = shared_memory_root()
-        sweep(
-            root,
-            lambda run_id: run_id == self.run_id or _is_locked(root / f"distill-{run_id}" / _DRIVER_LOCK),
-        )
-        shutil.rmtree(self._shared_memory, ignore_errors=True)
-        self._shared_memory.mkdir(mode=0o700)
-        self._lock = open(self._shared_memory / _DRIVER_LOCK, "w")  # noqa: SIM115
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def start_actor(self, name: str, actor_class: Any, *args: object, num_threads: int) -> Any:
         """Create an actor under the run's namespace with its own thread budget."""
@@ -111,7 +85,8 @@ class Cluster:
             "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
             "TOKENIZERS_PARALLELISM": "false",
         }
-        handle = actor_class.options(
+        remote_class: Any = ray.remote(num_cpus=0)(actor_class)
+        handle = remote_class.options(
             name=name, runtime_env={"env_vars": environment}, max_concurrency=1000
         ).remote(*args)
         self.handles[name] = handle
@@ -177,10 +152,8 @@ class Cluster:
             self._end(list(self.handles))
         finally:
             ray.shutdown()
-            shutil.rmtree(self._shared_memory, ignore_errors=True)
-            self._lock.close()
-            if self._sigterm is not None:
-                signal.signal(signal.SIGTERM, self._sigterm)
+            self._shared.release()
+            self._sigterm.restore()
 
     def _end(self, names: Sequence[str]) -> None:
         import ray
@@ -214,18 +187,6 @@ class Cluster:
             raise ActorFailed(f"{name}: {type(cause).__name__}: {cause}") from error
         except RayActorError as error:
             raise ActorFailed(f"{name} died: {str(error).splitlines()[0]}") from error
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock; a folder without a lock file is nobody's."""
-    try:
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def _loopback(run_id: str) -> str | None:

@@ -8,6 +8,7 @@ A unit test compares the file with this output, so the two cannot drift apart.
 from __future__ import annotations
 
 import ast
+import typing
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,17 @@ def _rows(part: Any, prefix: str, docs: dict[tuple[str, str], str]) -> list[str]
         name = "from" if prefix.endswith("init.") and field.name == "source" else field.name
         meaning = " ".join(docs[type(part).__name__, field.name].replace("|", "\\|").split())
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        kind = str(field.type)
-        if kind.startswith("Literal"):
-            choices = ast.literal_eval(kind.removeprefix("Literal"))
+        choices = _choices(typing.get_type_hints(type(part))[field.name])
+        if choices:
             meaning += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
         rows.append(f"| `{prefix}{name}` | `{shown}` | {meaning} |")
     return rows
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The words a setting may be, if it is one of a few; null beside them is said by the default."""
+    hints = [hint, *typing.get_args(hint)]
+    return next((typing.get_args(part) for part in hints if typing.get_origin(part) is typing.Literal), ())
 
 
 def _field_docs() -> dict[tuple[str, str], str]:

@@ -6,6 +6,7 @@ Arguments are settings on top of the file, as for `distill train`.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -19,7 +20,8 @@ CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 def demo(overrides: Sequence[str]) -> int:
     """Returns the exit code of `distill train`."""
     for command in (["models", "fetch", "smollm2-135m"], ["data", "fetch", "alpaca-demo"]):
-        code = main(command)
+        # A process of its own: what the conversion of a model has filled is not the run's memory.
+        code = subprocess.run([sys.executable, "-m", "deploy.cli.main", *command]).returncode
         if code:
             return code
     run = _run_dir(overrides)

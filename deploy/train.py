@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cluster import Cluster
+from deploy.in_process import InProcess
 from deploy.memory import MemorySampler
 from deploy.preflight import Preflight
 from deploy.prepare import Prepared, prepare
 from deploy.progress import Progress, training_line
 from deploy.rates import Rates
-from distill.config import ConfigError, RunConfig, rule
+from distill.config import ClusterConfig, ConfigError, RunConfig, rule
 from distill.config.load import fingerprint, flat_settings, load_config, to_yaml
 from distill.data import read_table, write_table
 from distill.evaluation import load_evaluation
@@ -109,7 +110,7 @@ class Run:
         self.events.write("started", incarnation=self.folder.incarnation)
         with ExitStack() as stack:
             with self._timed("start_ray"):
-                self.cluster = stack.enter_context(Cluster(self.config.cluster, self.folder.run_id))
+                self.cluster = stack.enter_context(_cluster(self.config.cluster, self.folder.run_id))
             self.memory = stack.enter_context(MemorySampler({"driver": os.getpid()}))
             for pid in self.cluster.service_pids():
                 self.memory.add("ray", pid)
@@ -163,7 +164,7 @@ class Run:
         if not missing:
             self.progress.say("teacher corpus: in the cache")
             return
-        from actors.ray_actors import CorpusActor
+        from actors.shells import CorpusActor
 
         with self._timed("corpus"):
             writer = self._actor("corpus", CorpusActor, self.config.rollout.num_threads)
@@ -214,7 +215,7 @@ class Run:
         )
 
     def _distil(self, learner: Any, inputs: RunInputs) -> dict[str, Any]:
-        from actors.ray_actors import ReplayActor, RolloutActor, TeacherActor
+        from actors.shells import ReplayActor, RolloutActor, TeacherActor
 
         config = self.config
         with self._timed("start_engines"):
@@ -261,13 +262,14 @@ class Run:
     # Parts
 
     def _start_learner(self) -> Any:
-        from learner.ray_actor import LearnerActor
+        from learner.shell import LearnerActor
 
         return self._actor("learner", LearnerActor, self.config.learner.num_threads, self.config)
 
     def _actor(self, name: str, actor_class: Any, num_threads: int | None, *args: object) -> Any:
         handle = self.cluster.start_actor(name, actor_class, *args, num_threads=num_threads or usable_cores())
-        self.memory.add(name, self.cluster.pids[name])
+        if name in self.cluster.pids:
+            self.memory.add(name, self.cluster.pids[name])
         return handle
 
     def _ready(self, work: dict[str, Any]) -> dict[str, Any]:
@@ -298,6 +300,10 @@ class Run:
             "wall_s": round(wall, 2),
             "incarnations": self.folder.incarnation,
         }
+
+
+def _cluster(config: ClusterConfig, run_id: str) -> Cluster | InProcess:
+    return Cluster(config, run_id) if config.backend == "ray" else InProcess(run_id)
 
 
 def _sampler_name(config: RunConfig) -> str:

@@ -1,15 +1,18 @@
-"""Credit of a token for the moment gaps that follow it: returns, baseline, advantage.
+"""Credit of a token for the costs that follow it: returns, baseline, advantage, ratios.
 
-Called by ``learner.update`` between the critic steps and the student step, without gradients.
-One convention: gaps lie padded as ``[B, T]``, row i holding the gap before response token t,
-with a mask that is true where the row has a token; :func:`to_rows` brings flat positions
-there. What is not masked counts 0: after a row's end everything is 0.
+Called by ``learner.credit_step`` between the critic steps and the student step, without gradients.
+One convention: costs lie padded as ``[B, T]``, row i holding the cost at response token t (the
+moment gap before it, or what the token itself costs), with a mask that is true where the row has
+a token; :func:`to_rows` brings flat positions there. What is not masked counts 0: after a row's
+end everything is 0.
 
 Legend: B rows, T longest response, N positions. t counts from 0; the symbols of the method,
 G and R, count it from 1, which changes nothing but the name.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,26 +34,57 @@ def to_rows(
     return rows, mask
 
 
+Span = Literal["future", "own", "all"]
+"""Costs that a token answers for: of later tokens, its own, or both."""
+
+
 def future_returns(
-    gaps: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], gamma: float
+    costs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    gamma: float,
+    ratios: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T"]:
-    """G_t = Σ_{t'>t} γ^(t'−t) g_t', strictly future: token t does not change the gap before it."""
-    gaps = gaps * mask
-    returns = torch.zeros_like(gaps)
-    for t in range(gaps.shape[1] - 2, -1, -1):
-        returns[:, t] = gamma * (gaps[:, t + 1] + returns[:, t + 1])
+    """G_t = Σ_{t'>t} γ^(t'−t) (Π_{t<u<t'} r_u) c_t', strictly future.
+
+    Token t does not change the gap before it. ``ratios``: r_u of text that an older policy wrote,
+    whose continuation after t is thereby brought to the policy of now; None: 1.
+    """
+    costs = costs * mask
+    returns = torch.zeros_like(costs)
+    for t in range(costs.shape[1] - 2, -1, -1):
+        later = returns[:, t + 1] if ratios is None else ratios[:, t + 1] * returns[:, t + 1]
+        returns[:, t] = gamma * (costs[:, t + 1] + later)
     return returns * mask
 
 
-def normalized_returns(
-    gaps: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], gamma: float
+def returns(
+    costs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    gamma: float,
+    *,
+    span: Span = "future",
+    normalize: Literal["discount", "length", "none"] = "discount",
+    ratios: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T"]:
-    """R_t = G_t / Σ_{k=1..T−t} γ^k, T the row's own length: the mean gap to come.
+    """What follows a token: of the costs in its span a sum, or a mean.
 
-    The divisor is G_t of gaps that are all 1. A row's last token has no future: R = 0.
+    ``normalize``: ``discount`` divides by the sum of the discounts, R_t = G_t / Σ_{k=1..T−t} γ^k
+    for the future, so that equal costs c give c; ``length`` by the number of tokens in the span;
+    T is the row's own length. A span without tokens gives 0 (the future of a row's last token).
     """
-    horizon = future_returns(torch.ones_like(gaps), mask, gamma)
-    return torch.where(horizon > 0, future_returns(gaps, mask, gamma) / horizon.clamp_min(1e-30), 0.0)
+    total = _over_span(costs, mask, gamma, span, ratios)
+    if normalize == "none":
+        return total
+    ones = torch.ones_like(costs)
+    divisor = _over_span(ones, mask, gamma if normalize == "discount" else 1.0, span, None)
+    return torch.where(divisor > 0, total / divisor.clamp_min(1e-30), 0.0)
+
+
+def _over_span(costs: Tensor, mask: Tensor, gamma: float, span: Span, ratios: Tensor | None) -> Tensor:
+    if span == "own":
+        return costs * mask
+    future = future_returns(costs, mask, gamma, ratios)
+    return future if span == "future" else costs * mask + future
 
 
 def leave_one_out(
@@ -71,19 +105,37 @@ def leave_one_out(
     return torch.where((num_others >= 1)[:, None] & mask & (member > 0)[:, None], baseline, 0.0)
 
 
+def whiten(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Mean 0 and variance 1 (of the population) over the tokens: (v − mean) / √(var + 1e-8)."""
+    count = mask.sum().clamp_min(1)
+    mean = (values * mask).sum() / count
+    variance = ((values - mean).square() * mask).sum() / count
+    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
 def advantages(
-    gaps: Float[Tensor, "B T"],
+    costs: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     group: Int[Tensor, " B"],
     gamma: float,
     *,
-    normalize: bool = True,
+    span: Span = "future",
+    normalize: Literal["discount", "length", "none"] = "discount",
+    baseline: Literal["leave_one_out", "whiten", "none"] = "leave_one_out",
+    ratios: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T"]:
-    """A_t = R_t − b_t, detached: what the long-horizon term multiplies ∇log π(a_t) with.
+    """A_t = R_t − b_t, detached: what the score-function term multiplies ∇log π(a_t) with.
 
-    ``normalize`` true is the practical form (R); false the exact one (G), in which the
-    caller also weighs position t by γ^t.
+    With costs −(log π* − log π) of the tokens, span ``all``, ``length`` and ``whiten`` this is the
+    negative of the advantage in the code published with MiniLLM (Gu et al. 2024), which calls
+    rewards what is a cost here.
     """
-    gaps = gaps.detach()
-    returns = (normalized_returns if normalize else future_returns)(gaps, mask, gamma)
-    return returns - leave_one_out(returns, mask, group)
+    found = returns(costs.detach(), mask, gamma, span=span, normalize=normalize, ratios=ratios)
+    if baseline == "whiten":
+        return whiten(found, mask)
+    return found if baseline == "none" else found - leave_one_out(found, mask, group)
+
+
+def products_before(ratios: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Π_{u<t} r_u: how much likelier the policy of now is to have come to step t."""
+    return torch.cat([torch.ones_like(ratios[:, :1]), ratios[:, :-1]], dim=1).cumprod(dim=1)

@@ -1,6 +1,6 @@
 """Divergences, moment gaps and critic losses, one value per state.
 
-Called by ``learner.update`` (with gradients) and by the evaluation (without). Nothing here
+Called by ``learner.losses`` (with gradients) and by the evaluation (without). Nothing here
 knows of configs, modules or processes: tensors and plain numbers in, ``[N]`` out, so that
 mask and denominator stay with the caller and a sum over micro-batches is the full batch.
 
@@ -23,6 +23,10 @@ from torch import Tensor
 
 LOG_FLOOR = -1e4
 """Stands in for log 0 where it is multiplied by a probability, so that 0 · log 0 = 0."""
+
+DEAD_ZONE = 1e-4
+"""Nats by which two log-probabilities differ at least where :func:`sign_critic` takes a side: ten
+times what a float32 log-softmax over a large vocabulary is off by."""
 
 _TINY = 1e-37
 """Least float32 denominator: 0/0 becomes 0 and no other quotient changes visibly."""
@@ -86,6 +90,42 @@ def generalized_jsd(
     teacher_term = _dot(teacher_probs, _finite(teacher_logprobs) - mixture_logprobs)
     policy_term = _dot(policy_probs, _finite(policy_logprobs) - mixture_logprobs)
     return beta * teacher_term + (1 - beta) * policy_term
+
+
+def skew_forward_kl(
+    policy_logprobs: Float[Tensor, "N V"],
+    teacher_logprobs: Float[Tensor, "N V"],
+    skew: float,
+    *,
+    policy_probs: Float[Tensor, "N V"] | None = None,
+    teacher_probs: Float[Tensor, "N V"] | None = None,
+) -> Float[Tensor, " N"]:
+    """KL(q || α q + (1−α) p). Witness: w = (1−α) ρ / (α ρ + 1 − α).
+
+    Ko et al., "DistiLLM" (2024), eq. 4, α = ``skew`` in [0, 1); 0 is :func:`forward_kl`.
+    """
+    policy_probs = _probs(policy_logprobs, policy_probs)
+    teacher_probs = _probs(teacher_logprobs, teacher_probs)
+    mixture_logprobs = torch.lerp(policy_probs, teacher_probs, skew).clamp_min(_TINY).log()
+    return _dot(teacher_probs, _finite(teacher_logprobs) - mixture_logprobs)
+
+
+def skew_reverse_kl(
+    policy_logprobs: Float[Tensor, "N V"],
+    teacher_logprobs: Float[Tensor, "N V"],
+    skew: float,
+    *,
+    policy_probs: Float[Tensor, "N V"] | None = None,
+    teacher_probs: Float[Tensor, "N V"] | None = None,
+) -> Float[Tensor, " N"]:
+    """KL(p || (1−α) q + α p). Witness: w = log((1−α) ρ + α) + α / ((1−α) ρ + α).
+
+    Ko et al., "DistiLLM" (2024), eq. 5, α = ``skew`` in [0, 1); 0 is :func:`reverse_kl`.
+    """
+    policy_probs = _probs(policy_logprobs, policy_probs)
+    teacher_probs = _probs(teacher_logprobs, teacher_probs)
+    mixture_logprobs = torch.lerp(teacher_probs, policy_probs, skew).clamp_min(_TINY).log()
+    return _dot(policy_probs, _finite(policy_logprobs) - mixture_logprobs)
 
 
 def entropy(
@@ -179,6 +219,25 @@ def closed_form_critic(
         return (unclipped + (low + high) / 2).clamp_(-bound, bound)
 
 
+def sign_critic(
+    policy_logprobs: Float[Tensor, "N V"],
+    teacher_logprobs: Float[Tensor, "N V"],
+    bound: float,
+    *,
+    policy_probs: Float[Tensor, "N V"] | None = None,
+    teacher_probs: Float[Tensor, "N V"] | None = None,
+) -> Float[Tensor, "N V"]:
+    """f = B sign(q − p), the best of all bounded critics: its moment gap is 2B·TV.
+
+    0 where |log ρ| < :data:`DEAD_ZONE`: there the sign is rounding noise, and at p = q the
+    student would be pushed by it. No gradient flows.
+    """
+    with torch.no_grad():
+        difference = _difference(policy_logprobs, teacher_logprobs, policy_probs, teacher_probs)
+        apart = (_finite(teacher_logprobs) - _finite(policy_logprobs)).abs() >= DEAD_ZONE
+        return difference.sign().mul_(bound).mul_(apart)
+
+
 def policy_gradient(
     policy_logprobs: Float[Tensor, "N V"], targets: Int[Tensor, " N"], advantages: Float[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
@@ -188,6 +247,23 @@ def policy_gradient(
     tokens that lead to large gaps less likely. Targets must be sampled from the policy.
     """
     return -cross_entropy(policy_logprobs, targets) * advantages.detach()
+
+
+def clipped_policy_gradient(
+    policy_logprobs: Float[Tensor, "N V"],
+    targets: Int[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    behavior_logprobs: Float[Tensor, " N"],
+    clip: float,
+) -> Float[Tensor, " N"]:
+    """max(A r, A clip(r, 1 − ε, 1 + ε)), r = p(a)/μ(a), μ the policy that sampled, A a cost.
+
+    Schulman et al., "Proximal policy optimization" (2017), eq. 7, for a cost instead of a reward.
+    At r = 1 its gradient is that of :func:`policy_gradient`.
+    """
+    ratio = (-cross_entropy(policy_logprobs, targets) - behavior_logprobs).exp()
+    costs = advantages.detach()
+    return torch.maximum(costs * ratio, costs * ratio.clamp(1 - clip, 1 + clip))
 
 
 def _probs(logprobs: Tensor, probs: Tensor | None) -> Tensor:

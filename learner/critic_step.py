@@ -1,4 +1,4 @@
-"""The critics' part of an update: K steps on slices of the positions, and the gaps they then see.
+"""The critics' part of an update: K steps on slices of the positions.
 
 Legend: N positions (response tokens), D features, V vocabulary (the common prefix of both models').
 """
@@ -6,14 +6,13 @@ Legend: N positions (response tokens), D features, V vocabulary (the common pref
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from distill.config import CriticConfig
 from distill.objectives import closed_form_critic, critic_loss, moment_gap
 from learner.critics import SOURCES, Critic, CriticPair
 from learner.positions import Heads, Policies, Positions, to_floats
-from learner.vocabulary import ChunkedLogits, LogitTransform, chunked_blocks, chunked_loss
+from learner.vocabulary import ChunkedLogits, LogitTransform, chunked_loss
 
 WARM_UP_POSITIONS = 512
 """Positions of one step of a warm-up, about: young critics learn more from many short steps."""
@@ -104,18 +103,3 @@ def _tightness(metrics: dict[str, float]) -> dict[str, float]:
             gap = metrics[f"critic/d_mm_{source}"]
             metrics[f"critic/tightness_{source}"] = gap / best if best > 0 else 1.0
     return metrics
-
-
-@torch.no_grad()
-def moment_gaps(positions: Positions, heads: Heads, critic: Critic, *, chunk: int) -> Float[Tensor, " N"]:
-    """g_f at every position, without gradients."""
-    policy_logits = ChunkedLogits(heads.student, positions.student_hidden, chunk)
-    teacher_logits = ChunkedLogits(heads.teacher, positions.teacher_hidden, chunk)
-    coefficients = critic.coefficients(positions.teacher_hidden, positions.student_hidden)
-    table = critic.table(heads.teacher, heads.student)
-    gaps = coefficients.new_zeros(len(positions))
-    for where in chunked_blocks(len(positions), heads.num_tokens, chunk, gaps.device):
-        both = Policies.from_logits(policy_logits(where), teacher_logits(where))
-        f = critic.activate(coefficients[where] @ table.T, both.log_ratio())
-        gaps[where] = moment_gap(*both.pair, f, **both.probs)
-    return gaps

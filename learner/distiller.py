@@ -16,8 +16,9 @@ from torch import Tensor
 
 from distill.config import RunConfig
 from learner.batch import token_batch
-from learner.critics import CriticPair
+from learner.critics import CriticPair, ModelSize
 from learner.optimizer import adamw, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from learner.positions import Heads
 from learner.schedule import learning_rate
 from learner.student import Student
 from learner.update import update
@@ -36,8 +37,9 @@ class Distiller:
             student.parameters(), beta1=learner.beta1, beta2=learner.beta2, weight_decay=learner.weight_decay
         )
         self.critics: CriticPair | None = None
-        if config.recipe.uses_critics:
-            sizes = self.teacher.hidden_size, student.head_weight.shape[1]
+        if config.recipe.uses_critics and config.critic.form == "learned":
+            heads = Heads.of(student, self.teacher)
+            sizes = (ModelSize(head.hidden_size, head.num_tokens) for head in (heads.teacher, heads.student))
             self.critics = CriticPair(config.critic, *sizes, seed=config.seed, device=student.device)
         self.updates_done = 0
         self.num_tokens = 0
@@ -63,9 +65,7 @@ class Distiller:
             batch,
             self.teacher,
             self.critics,
-            config.recipe,
-            config.critic,
-            learner,
+            config.method,
             seed=self.updates_done,
             critics_only=self.updates_done < config.critic.warmup_updates,
         )

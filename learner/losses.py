@@ -5,12 +5,15 @@ Legend: N positions (response tokens), D features, V vocabulary (the common pref
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.config import RecipeConfig
+from distill.config import CreditConfig, Loss, RecipeConfig
 from distill.objectives import (
+    clipped_policy_gradient,
     critic_loss,
     cross_entropy,
     forward_kl,
@@ -18,6 +21,8 @@ from distill.objectives import (
     moment_gap,
     policy_gradient,
     reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
 )
 from learner.critics import Source
 from learner.positions import Policies
@@ -30,6 +35,16 @@ def text_weights(recipe: RecipeConfig) -> dict[Source, float]:
     return {"off": 1.0, "on": 1.0}
 
 
+DIVERGENCES: Mapping[str, Callable[[Policies, RecipeConfig], Tensor]] = {
+    "forward_kl": lambda both, recipe: forward_kl(*both.pair, teacher_probs=both.teacher_probs),
+    "reverse_kl": lambda both, recipe: reverse_kl(*both.pair, policy_probs=both.policy_probs),
+    "generalized_jsd": lambda both, recipe: generalized_jsd(*both.pair, recipe.jsd_beta, **both.probs),
+    "skew_forward_kl": lambda both, recipe: skew_forward_kl(*both.pair, recipe.skew, **both.probs),
+    "skew_reverse_kl": lambda both, recipe: skew_reverse_kl(*both.pair, recipe.skew, **both.probs),
+}
+"""Every ``recipe.loss`` but the moment gap; a new one is a line here, a name in the config, a YAML."""
+
+
 def position_losses(
     recipe: RecipeConfig,
     source: Source,
@@ -39,20 +54,29 @@ def position_losses(
     f: Float[Tensor, "N V"] | None = None,
     variance_penalty: float = 0.0,
     advantage: Float[Tensor, " N"] | None = None,
+    behavior_logprobs: Float[Tensor, " N"] | None = None,
+    ppo_clip: float | None = None,
 ) -> Float[Tensor, " N"]:
     """The student's loss at each position of one text; a recipe is what this adds up.
 
-    ``f``: the critic's values, constants. ``variance_penalty``: λ of the zero-sum game, in which
+    ``f``: the witness's values, constants. ``variance_penalty``: λ of the zero-sum game, in which
     the student sees the penalty too; 0 hides it. ``advantage``: A_t of tokens that the student
-    sampled.
+    sampled, ``behavior_logprobs`` their log-probability when it did (for ``ppo_clip``).
     """
     loss = torch.zeros_like(both.policy_logprobs[:, 0])
     weight = text_weights(recipe)[source]
     if weight * recipe.loss_weight > 0:
-        loss = loss + weight * recipe.loss_weight * _main_loss(recipe, both, f, variance_penalty)
+        main = _main_loss(recipe.loss_on(source), recipe, both, f, variance_penalty)
+        loss = loss + weight * recipe.loss_weight * main
     if source == "on" and advantage is not None and weight * recipe.long_weight > 0:
-        long_horizon = policy_gradient(both.policy_logprobs, targets, advantage)
-        loss = loss + weight * recipe.long_weight * long_horizon
+        if ppo_clip is None:
+            score = policy_gradient(both.policy_logprobs, targets, advantage)
+        else:
+            assert behavior_logprobs is not None
+            score = clipped_policy_gradient(
+                both.policy_logprobs, targets, advantage, behavior_logprobs, ppo_clip
+            )
+        loss = loss + weight * recipe.long_weight * score
     if source == "off" and recipe.anchor_weight > 0:
         anchor = forward_kl(*both.pair, teacher_probs=both.teacher_probs)
         loss = loss + recipe.anchor_weight * anchor
@@ -61,20 +85,19 @@ def position_losses(
     return loss
 
 
-def _main_loss(recipe: RecipeConfig, both: Policies, f: Tensor | None, variance_penalty: float) -> Tensor:
-    if recipe.loss == "forward_kl":
-        return forward_kl(*both.pair, teacher_probs=both.teacher_probs)
-    if recipe.loss == "reverse_kl":
-        return reverse_kl(*both.pair, policy_probs=both.policy_probs)
-    if recipe.loss == "generalized_jsd":
-        return generalized_jsd(*both.pair, recipe.jsd_beta, **both.probs)
+def _main_loss(
+    name: Loss, recipe: RecipeConfig, both: Policies, f: Tensor | None, variance_penalty: float
+) -> Tensor:
+    if name != "moment_gap":
+        return DIVERGENCES[name](both, recipe)
     if f is None:
-        raise ValueError("the moment gap needs a critic's values")
+        raise ValueError("the moment gap needs a witness's values")
     if variance_penalty > 0:
         return -critic_loss(*both.pair, f.detach(), variance_penalty, **both.probs)
     return moment_gap(*both.pair, f.detach(), **both.probs)
 
 
-def needs_critics(recipe: RecipeConfig) -> bool:
+def needs_witness(recipe: RecipeConfig, credit: CreditConfig) -> bool:
     """False also where the main loss is switched off (an anchor alone, cross-entropy alone)."""
-    return recipe.uses_critics and recipe.loss_weight > 0
+    charged = recipe.long_weight > 0 and credit.cost == "moment_gap"
+    return recipe.uses_critics and (recipe.loss_weight > 0 or charged)

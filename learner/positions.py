@@ -71,13 +71,15 @@ class Policies(NamedTuple):
 
 @dataclass(frozen=True)
 class Positions:
-    """The counted response positions of a batch, flat, as the critics see them: constants."""
+    """The counted response positions of a batch, flat, as critics and credit see them: constants."""
 
     student_hidden: Float[Tensor, "N Ds"]
     teacher_hidden: Float[Tensor, "N Dt"]
     on_policy: Bool[Tensor, " N"]
     row: Int[Tensor, " N"]
     step: Int[Tensor, " N"]
+    targets: Int[Tensor, " N"]
+    behavior_logprobs: Float[Tensor, " N"]
 
     def __len__(self) -> int:
         return len(self.row)
@@ -122,7 +124,10 @@ def collect_positions(
             states = student.states(pack)
         if keep_graph:
             kept.append(states)
-        part = Positions(states.detach(), teacher_hidden(pack), pack.on_policy, pack.row, pack.step)
+        part = Positions(
+            states.detach(), teacher_hidden(pack), pack.on_policy, pack.row, pack.step, pack.targets,
+            pack.behavior_logprobs,
+        )  # fmt: skip
         parts.append(part.select(pack.counted))
     together = Positions(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
     return together, kept or None

@@ -7,49 +7,44 @@ of both models').
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distill.config import CriticConfig, LearnerConfig, RecipeConfig
+from distill.config import MethodConfig
 from distill.objectives import cross_entropy, entropy, moment_gap, total_variation
 from learner.batch import Pack, TokenBatch
-from learner.critics import SOURCES, Critic, CriticPair, Source
-from learner.losses import needs_critics, position_losses
+from learner.credit_step import Credit
+from learner.critics import Source
+from learner.losses import position_losses
 from learner.positions import Heads, Policies, Student, teacher_hidden, to_floats
-from learner.vocabulary import ChunkedLogits, Head, LogitTransform, LossOfChunk, chunked_loss
+from learner.vocabulary import ChunkedLogits, LossOfChunk, chunked_loss
+from learner.witness import Witness
 
 
 def student_update(
     student: Student,
     optimizer: torch.optim.Optimizer,
     batch: TokenBatch,
-    teacher: Head | None,
-    critics: CriticPair | None,
-    recipe: RecipeConfig,
-    critic: CriticConfig,
-    learner: LearnerConfig,
-    credit: Float[Tensor, "B T"] | None = None,
+    heads: Heads | None,
+    witnesses: Mapping[Source, Witness] | None,
+    method: MethodConfig,
+    credit: Credit | None = None,
     states: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """One optimiser step of the student over all packs, the critics held fixed.
 
-    ``credit``: advantages of the student's tokens by row and step (:mod:`distill.credit`).
-    ``states``: the student's states of each pack with their graphs, if the pass before kept them;
-    the list is emptied, so that each pack's activations are freed when it is done.
+    ``heads``: None for a recipe that compares no distributions. ``witnesses``: what plays against
+    the student on either text, if anything does. ``states``: the student's states of each pack
+    with their graphs, if the pass before kept them; the list is emptied, so that each pack's
+    activations are freed when it is done.
 
     Raises: FloatingPointError when loss or gradient is not finite; nothing has moved then.
     """
     optimizer.zero_grad(set_to_none=True)
-    heads = None
-    if recipe.payload != "text":
-        if teacher is None:
-            raise ValueError(f"recipe {recipe.name} needs the teacher's head")
-        heads = Heads.of(student, teacher)
-    frozen = _freeze(critics, heads) if needs_critics(recipe) else None
-    objective = _StudentObjective(student, batch, heads, frozen, recipe, critic, learner, credit)
+    objective = _StudentObjective(student, batch, heads, witnesses, method, credit)
     sums: dict[str, Tensor] = {}
     for pack in batch.packs:
         hidden = states.pop(0) if states else student.states(pack)
@@ -57,7 +52,7 @@ def student_update(
         loss.backward()
         for name, value in ({"loss": loss.detach()} | metrics).items():
             sums[name] = sums[name] + value if name in sums else value
-    grad_norm = nn.utils.clip_grad_norm_(student.parameters(), learner.max_grad_norm)
+    grad_norm = nn.utils.clip_grad_norm_(student.parameters(), method.learner.max_grad_norm)
     metrics = to_floats(objective.means(sums) | {"policy/grad_norm": grad_norm})
     if not (math.isfinite(metrics["policy/loss"]) and math.isfinite(metrics["policy/grad_norm"])):
         raise FloatingPointError(
@@ -68,23 +63,6 @@ def student_update(
     return metrics
 
 
-class _FrozenCritic(NamedTuple):
-    """A critic and its table, made once for all packs."""
-
-    critic: Critic
-    table: Float[Tensor, "V R"]
-
-
-@torch.no_grad()
-def _freeze(critics: CriticPair | None, heads: Heads | None) -> dict[str, _FrozenCritic]:
-    if critics is None or heads is None:
-        raise ValueError("the moment gap needs critics and the teacher's head")
-    return {
-        source: _FrozenCritic(critics[source], critics[source].table(heads.teacher, heads.student))
-        for source in SOURCES
-    }
-
-
 class _StudentObjective:
     """The loss of one update: what all its packs share."""
 
@@ -93,20 +71,20 @@ class _StudentObjective:
         student: Student,
         batch: TokenBatch,
         heads: Heads | None,
-        critics: dict[str, _FrozenCritic] | None,
-        recipe: RecipeConfig,
-        critic: CriticConfig,
-        learner: LearnerConfig,
-        credit: Tensor | None,
+        witnesses: Mapping[Source, Witness] | None,
+        method: MethodConfig,
+        credit: Credit | None,
     ) -> None:
         self._student = student
         self._heads = heads
-        self._critics = critics
-        self._recipe = recipe
-        self._penalty = critic.penalty if critic.zero_sum else 0.0
-        self._chunk = learner.vocabulary_chunk
+        self._witnesses = witnesses or {}
+        self._method = method
+        self._recipe = method.recipe
+        self._penalty = method.critic.penalty if method.critic.zero_sum else 0.0
+        self._chunk = method.learner.vocabulary_chunk
         self._credit = credit
         self._num_tokens: dict[Source, int] = {"off": batch.num_off_policy, "on": batch.num_on_policy}
+        self._denominator = _denominators(batch) if method.credit.form == "exact" else self._num_tokens
         self._lengths = _row_lengths(batch)
 
     def of_pack(self, pack: Pack, hidden: Float[Tensor, "N D"]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -117,7 +95,7 @@ class _StudentObjective:
         order, num_off = _sorted_by_source(pack)
         hidden = hidden.index_select(0, order)
         if self._heads is None:
-            loss_of_chunk = self._text_loss(pack, order, num_off)
+            loss_of_chunk = self._text_loss(pack, order, num_off, hidden.dtype)
             num_tokens = None
         else:
             loss_of_chunk = self._policies_loss(pack, order, num_off, hidden.detach(), self._heads)
@@ -132,9 +110,10 @@ class _StudentObjective:
             boundary=num_off,
         )
 
-    def _text_loss(self, pack: Pack, order: Tensor, num_off: int) -> LossOfChunk:
+    def _text_loss(self, pack: Pack, order: Tensor, num_off: int, dtype: torch.dtype) -> LossOfChunk:
         """Cross-entropy alone: the recipes of a teacher that only wrote the text."""
         targets = pack.targets[order]
+        weight = self._weights(pack, order, dtype)
 
         def loss_of_chunk(where: slice, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             logprobs = logits.log_softmax(-1)
@@ -143,7 +122,7 @@ class _StudentObjective:
             if source == "on":
                 return torch.zeros_like(metrics["entropy_on"]), metrics
             losses = self._recipe.lm_weight * cross_entropy(logprobs, targets[where])
-            return losses.sum() / self._num_tokens["off"], metrics
+            return (weight[where] * losses).sum() / self._denominator["off"], metrics
 
         return loss_of_chunk
 
@@ -153,19 +132,20 @@ class _StudentObjective:
         """All terms, from both policies' full distributions."""
         features = teacher_hidden(pack)[order]
         teacher_logits = ChunkedLogits(heads.teacher, features, self._chunk)
-        bilinear = self._bilinear(features, hidden)
+        values = {
+            source: witness.at(features, hidden, self._chunk) for source, witness in self._witnesses.items()
+        }
         targets, row, step = pack.targets[order], pack.row[order], pack.step[order]
         behavior = pack.behavior_logprobs[order]
-        advantage = None if self._credit is None else _look_up(self._credit, row, step)
+        weight = self._weights(pack, order, hidden.dtype)
+        advantage = None if self._credit is None else _look_up(self._credit.advantage, row, step)
 
         def loss_of_chunk(where: slice, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             source = _source(where, num_off)
             both = Policies.from_logits(logits, teacher_logits(where))
             with torch.no_grad():
                 log_ratio = both.log_ratio()
-                f = None
-                if self._critics is not None:
-                    f = self._critics[source].critic.activate(bilinear[source](where), log_ratio)
+                f = values[source](where, both, log_ratio) if values else None
             losses = position_losses(
                 self._recipe,
                 source,
@@ -174,29 +154,33 @@ class _StudentObjective:
                 f=f,
                 variance_penalty=self._penalty,
                 advantage=None if advantage is None else advantage[where],
+                behavior_logprobs=behavior[where],
+                ppo_clip=self._method.credit.ppo_clip,
             )
             metrics = _policy_metrics(both.detach(), log_ratio, f)
             if source == "on":
                 metrics |= _drift(metrics["tv"], step[where], self._lengths[row[where]])
                 policy = -cross_entropy(both.policy_logprobs.detach(), targets[where])
                 metrics |= _staleness(behavior[where] - policy)
-                if advantage is not None and f is not None:
-                    weight = self._recipe.long_weight / self._recipe.loss_weight
-                    metrics |= _gradient_squares(both.detach(), f, targets[where], weight * advantage[where])
+                if advantage is not None and f is not None and self._recipe.loss_weight > 0:
+                    scale = self._recipe.long_weight / self._recipe.loss_weight
+                    metrics |= _gradient_squares(both.detach(), f, targets[where], scale * advantage[where])
             sums = {_metric_name(name, source): value.sum() for name, value in metrics.items()}
-            return losses.sum() / self._num_tokens[source], sums
+            return (weight[where] * losses).sum() / self._denominator[source], sums
 
         return loss_of_chunk
 
-    @torch.no_grad()
-    def _bilinear(self, features: Tensor, hidden: Tensor) -> dict[str, ChunkedLogits]:
-        """The critics' arguments at all positions of a pack; a chunk is formed when it is asked for."""
-        return {
-            source: ChunkedLogits(
-                Head(table, LogitTransform()), critic.coefficients(features, hidden), self._chunk
-            )
-            for source, (critic, table) in (self._critics or {}).items()
-        }
+    def _weights(self, pack: Pack, order: Tensor, dtype: torch.dtype) -> Float[Tensor, " N"]:
+        """Of each position's losses: 1, or γ^t (``credit.form=exact``), times the ratios before it."""
+        row, step = pack.row[order], pack.step[order]
+        wide = torch.promote_types(dtype, torch.float32)
+        weight = torch.ones(len(order), dtype=wide, device=order.device)
+        if self._method.credit.form == "exact":
+            weight = self._recipe.gamma ** step.to(wide)
+        if self._credit is not None and self._credit.weight is not None:
+            before = _look_up(self._credit.weight, row, step)
+            weight = torch.where(pack.on_policy[order], weight * before, weight)
+        return weight
 
     def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over all packs to means over the tokens they count."""
@@ -225,6 +209,12 @@ def _sorted_by_source(pack: Pack) -> tuple[Int[Tensor, " N"], int]:
     return torch.cat([off, on]), len(off)
 
 
+def _denominators(batch: TokenBatch) -> dict[Source, int]:
+    """Responses of either source."""
+    on = int((batch.group >= 0).sum())
+    return {"off": len(batch.group) - on, "on": on}
+
+
 def _row_lengths(batch: TokenBatch) -> Int[Tensor, " B"]:
     """Response tokens of each row."""
     lengths = torch.zeros_like(batch.group)
@@ -234,13 +224,12 @@ def _row_lengths(batch: TokenBatch) -> Int[Tensor, " B"]:
 
 
 def _look_up(
-    credit: Float[Tensor, "B T"], row: Int[Tensor, " N"], step: Int[Tensor, " N"]
+    rows: Float[Tensor, "B T"], row: Int[Tensor, " N"], step: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
-    """Advantages of some positions; rows longer than the longest on-policy one have none."""
-    inside = step < credit.shape[1]
-    if credit.shape[1] == 0:
-        return credit.new_zeros(len(row))
-    return torch.where(inside, credit[row, step.clamp_max(credit.shape[1] - 1)], 0.0)
+    """Values of some positions; rows longer than the longest on-policy one have none."""
+    if rows.shape[1] == 0:
+        return rows.new_zeros(len(row))
+    return torch.where(step < rows.shape[1], rows[row, step.clamp_max(rows.shape[1] - 1)], 0.0)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """One update: first the critics, then the student against them.
 
-Read :func:`update` first, then :func:`critic_update` and :func:`student_update`. Why this order:
+Read :func:`update` first, then :func:`critic_update`, :func:`assign_credit` and
+:func:`student_update`. Why this order:
 
 1. The student's states at all response positions are kept from one pass. The critics read them
    as constants, so no critic step runs the backbone again; nor does step 4 where the pass could
@@ -8,8 +9,8 @@ Read :func:`update` first, then :func:`critic_update` and :func:`student_update`
 2. K critic steps, each on its own slice of the positions: a critic step needs the logits of
    both policies, and so they are formed once per position whatever K is. The first slice is
    measured before its step, while it is fresh to the critic (in-sample, tightness flatters).
-3. With a long horizon, the moment gaps of the student's text under the new critics become
-   advantages. A token's credit needs its whole row and group, micro-batches see parts of them.
+3. With a long horizon, the moment gaps of the student's text under the new critics (or another
+   cost of its tokens) become advantages (:mod:`learner.credit_step`).
 4. The student step: the packs are micro-batches that accumulate one gradient. Every term has
    the whole update's number of tokens as its denominator, so where rows are packed is nothing
    the student can notice.
@@ -21,7 +22,8 @@ other), f1 and f2 the critics, constants here, and every mean over the tokens of
       + η_kl mean_off[ KL(π* || π) ] + η_lm mean_off[ −log π(y_t) ]
 
 with another divergence in place of both g when the recipe says so. At π = π* the first two and
-the fourth are 0 whatever the critics are.
+the fourth are 0 whatever the critics are. With ``credit.form=exact`` a mean is a sum with weights
+γ^t over every response, divided by their number: L_off and L_on themselves.
 
 Legend: L inputs of a pack, N positions (response tokens), B rows, T longest response, D features,
 V vocabulary (the common prefix of both models' vocabularies).
@@ -32,15 +34,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.config import CriticConfig, LearnerConfig, RecipeConfig
-from distill.credit import advantages, to_rows
+from distill.config import MethodConfig
 from learner.batch import TokenBatch
-from learner.critic_step import critic_update, moment_gaps
+from learner.credit_step import Credit, assign_credit, needs_credit
+from learner.critic_step import critic_update
 from learner.critics import CriticPair
-from learner.losses import needs_critics
+from learner.losses import needs_witness
 from learner.positions import Heads, Student, collect_positions
 from learner.student_step import student_update
 from learner.vocabulary import Head
+from learner.witness import witnesses
 
 
 def update(
@@ -49,9 +52,7 @@ def update(
     batch: TokenBatch,
     teacher: Head | None,
     critics: CriticPair | None,
-    recipe: RecipeConfig,
-    critic: CriticConfig,
-    learner: LearnerConfig,
+    method: MethodConfig,
     *,
     seed: int,
     critics_only: bool = False,
@@ -59,29 +60,34 @@ def update(
     """Critics, then student; returns the metrics of this update.
 
     ``teacher`` may be None for a recipe without teacher payload, ``critics`` for one without
-    critics. ``seed`` chooses which positions each critic step sees; pass the update's number.
-    ``critics_only``: a warm-up update, the student stays.
+    learned critics. ``seed`` chooses which positions each critic step sees; pass the update's
+    number. ``critics_only``: a warm-up update, the student stays.
+
+    Raises: FloatingPointError when a loss or gradient is not finite; nothing has moved then.
     """
+    recipe, chunk = method.recipe, method.learner.vocabulary_chunk
+    if recipe.payload == "text":
+        return student_update(student, optimizer, batch, None, None, method)
+    if teacher is None:
+        raise ValueError(f"recipe {recipe.name} needs the teacher's head")
+    heads = Heads.of(student, teacher)
+    plays = needs_witness(recipe, method.credit)
+    charges = needs_credit(recipe, method.credit) and batch.num_on_policy > 0 and not critics_only
     metrics: dict[str, float] = {}
-    credit: Tensor | None = None
     states: list[Tensor] | None = None
-    if needs_critics(recipe):
-        if teacher is None or critics is None:
-            raise ValueError(f"recipe {recipe.name} needs a teacher head and critics")
-        chunk = learner.vocabulary_chunk
-        heads = Heads.of(student, teacher)
-        keep_graph = learner.keep_activations and not critics_only
+    credit: Credit | None = None
+    if charges or (plays and critics is not None):
+        keep_graph = method.learner.keep_activations and not critics_only
         positions, states = collect_positions(student, batch, keep_graph=keep_graph)
-        metrics |= critic_update(
-            positions, heads, critics, critic, chunk=chunk, seed=seed, warm_up=critics_only
+        if plays and critics is not None:
+            metrics |= critic_update(
+                positions, heads, critics, method.critic, chunk=chunk, seed=seed, warm_up=critics_only
+            )
+        if critics_only:
+            return metrics
+    opponents = witnesses(method.critic, critics, heads) if plays else {}
+    if charges:
+        credit = assign_credit(
+            positions.of("on"), batch.group, heads, opponents.get("on"), recipe, method.credit, chunk=chunk
         )
-        if recipe.long_weight > 0 and not critics_only:
-            rollouts = positions.of("on")
-            gaps = moment_gaps(rollouts, heads, critics.on, chunk=chunk)
-            rows, mask = to_rows(gaps, rollouts.row, rollouts.step, len(batch.group))
-            credit = advantages(rows, mask, batch.group, recipe.gamma)
-    if not critics_only:
-        metrics |= student_update(
-            student, optimizer, batch, teacher, critics, recipe, critic, learner, credit, states
-        )
-    return metrics
+    return metrics | student_update(student, optimizer, batch, heads, opponents, method, credit, states)

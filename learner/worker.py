@@ -1,7 +1,7 @@
 """The learner process: warm start, then training, as a plain class.
 
-Composes the parts of this package for one run; the Ray shell is
-:class:`learner.ray_actor.LearnerActor`. Other actors are given as objects with the methods of
+Composes the parts of this package for one run; the actor's shell is
+:class:`learner.shell.LearnerActor`. Other actors are given as objects with the methods of
 their workers, local or remote.
 """
 

@@ -15,9 +15,10 @@ from distill.config.inputs import (
     StudentInitConfig,
     TeacherConfig,
 )
-from distill.config.method import CriticConfig, LearnerConfig, RecipeConfig, SftConfig
+from distill.config.method import CreditConfig, CriticConfig, Loss, RecipeConfig
+from distill.config.optimization import LearnerConfig, SftConfig
 from distill.config.rules import ConfigError, rule
-from distill.config.run import RunConfig
+from distill.config.run import MethodConfig, RunConfig
 from distill.config.runtime import (
     CheckpointConfig,
     ClusterConfig,
@@ -33,10 +34,13 @@ __all__ = [
     "ClusterConfig",
     "ConfigError",
     "CorpusConfig",
+    "CreditConfig",
     "CriticConfig",
     "DataConfig",
     "EvaluationConfig",
     "LearnerConfig",
+    "Loss",
+    "MethodConfig",
     "RecipeConfig",
     "ReplayConfig",
     "RolloutConfig",

@@ -1,4 +1,4 @@
-"""Settings of the method: recipe, critics, the optimisation of the student."""
+"""Settings of the method: recipe, critics, credit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distill.config.rules import rule
+
+Loss = Literal[
+    "moment_gap", "forward_kl", "reverse_kl", "generalized_jsd", "skew_forward_kl", "skew_reverse_kl"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +29,16 @@ class RecipeConfig:
     beta: float = 0.25
     """Weight of the on-policy part; the off-policy part weighs 1 - beta. Only with
     ``student_text=every_update``."""
-    loss: Literal["moment_gap", "forward_kl", "reverse_kl", "generalized_jsd"] = "moment_gap"
-    """Main loss per token. ``moment_gap`` is the adversarial game against learned critics."""
+    loss: Loss = "moment_gap"
+    """Main loss per token. ``moment_gap`` is the game against critics (see ``critic.form``)."""
+    student_text_loss: Loss | None = None
+    """Main loss on student text where it is another one; null: the same. Not with critics."""
     loss_weight: float = 1.0
     """Weight of the main loss."""
     jsd_beta: float = 0.5
     """Interpolation of the generalised JSD, in (0, 1)."""
+    skew: float = 0.1
+    """alpha of the skew KLs, in [0, 1): how much of the first policy the second one is mixed with."""
     anchor_weight: float = 0.5
     """Weight of forward KL on off-policy text (eta_kl)."""
     lm_weight: float = 0.0
@@ -52,7 +60,12 @@ class RecipeConfig:
     @property
     def payload(self) -> str:
         """Teacher payload that the losses need."""
-        return "hidden" if self.loss_weight > 0 or self.anchor_weight > 0 else "text"
+        weights = self.loss_weight, self.anchor_weight, self.long_weight
+        return "hidden" if max(weights) > 0 else "text"
+
+    def loss_on(self, source: Literal["off", "on"]) -> Loss:
+        """Main loss on other text or on the student's own."""
+        return self.student_text_loss or self.loss if source == "on" else self.loss
 
     def violations(self) -> Iterator[str]:
         if self.off_policy_text == "none" and self.student_text == "none":
@@ -75,15 +88,30 @@ class RecipeConfig:
                 "lie in (0, 1)",
                 "use loss=forward_kl or reverse_kl for the two limits",
             )
+        if not 0 <= self.skew < 1:
+            yield rule("recipe.skew", self.skew, "lie in [0, 1)", "0.1 is DistiLLM's; 0 is the plain KL")
+        if "moment_gap" in (
+            self.loss,
+            self.student_text_loss or self.loss,
+        ) and self.student_text_loss not in (
+            None,
+            self.loss,
+        ):
+            yield rule(
+                "recipe.student_text_loss",
+                self.student_text_loss,
+                "be null where one of the losses is moment_gap",
+                "both critics need their text",
+            )
         for name in ("loss_weight", "anchor_weight", "lm_weight", "long_weight"):
             if getattr(self, name) < 0:
                 yield rule(f"recipe.{name}", getattr(self, name), "be >= 0", "0 turns the term off")
-        if self.long_weight > 0 and not (self.uses_critics and self.uses_student_text):
+        if self.long_weight > 0 and not self.uses_student_text:
             yield rule(
                 "recipe.long_weight",
                 self.long_weight,
-                "be 0 unless loss=moment_gap and student text is used",
-                "the long-horizon term needs a critic on the student's own text",
+                "be 0 unless student text is used",
+                "the long-horizon term is an expectation over the student's own text",
             )
 
 
@@ -91,11 +119,17 @@ class RecipeConfig:
 class CriticConfig:
     """The two critics (action-value functions)."""
 
+    form: Literal["learned", "closed_form", "sign"] = "learned"
+    """What plays against the student: two learned critics, or what they would be without limits:
+    ``closed_form``, the optimum of the regularised game, or ``sign``, B sign(teacher - student)."""
     features: Literal["ratio", "teacher", "both"] = "ratio"
     """What a critic sees: ``teacher``: the teacher's hidden state and unembedding;
     ``both``: and the student's; ``ratio``: the teacher's and the log-ratio of the policies."""
-    rank: int = 64
-    """Rank r of the bilinear form."""
+    rank: int | None = 64
+    """Rank r of the bilinear form; null: dense, a head of its own row for every token (as large as
+    the teacher's, with its optimiser's state)."""
+    start: Literal["zero", "random"] = "zero"
+    """Start of the bilinear form. random with ``learning_rate=0`` is a critic that never learns."""
     bound: float = 1.0
     """B: |f| <= B."""
     ratio_start: float = 0.5
@@ -107,7 +141,10 @@ class CriticConfig:
     num_steps: int = 3
     """K critic steps per student step, each on its own slice of the batch's positions."""
     learning_rate: float = 1e-3
-    """Rate of Adam(0, 0.9)."""
+    """Rate of Adam(0, 0.9); 0: the critics stay as they start."""
+    ema: float = 0.0
+    """Decay per critic step of a running mean of the critics, against which the student is
+    optimised instead of the newest ones; 0: the newest."""
     max_grad_norm: float = 1.0
     """Clipping of the critics' gradient."""
     warmup_updates: int = 0
@@ -118,8 +155,12 @@ class CriticConfig:
         return 2.0 / self.bound if self.variance_penalty is None else self.variance_penalty
 
     def violations(self) -> Iterator[str]:
-        if self.rank < 1:
-            yield rule("critic.rank", self.rank, "be >= 1", "64 is the default")
+        if self.rank is not None and self.rank < 1:
+            yield rule("critic.rank", self.rank, "be >= 1", "64 is the default, null is dense")
+        if self.learning_rate < 0:
+            yield rule("critic.learning_rate", self.learning_rate, "be >= 0", "0.001 is the default")
+        if not 0 <= self.ema < 1:
+            yield rule("critic.ema", self.ema, "lie in [0, 1)", "0 plays the newest critics, 0.99 their mean")
         if self.bound <= 0:
             yield rule("critic.bound", self.bound, "be > 0", "1 is the default")
         if self.num_steps < 1:
@@ -129,80 +170,45 @@ class CriticConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig:
-    """Warm start of the student by cross-entropy on the references."""
+class CreditConfig:
+    """What a token of the student is charged with for what follows it (``recipe.long_weight``)."""
 
-    enabled: bool = True
-    """False: the student starts as it is."""
-    num_updates: int = 30
-    """Optimiser steps."""
-    rows_per_update: int = 16
-    """References per step."""
-    learning_rate: float = 5e-4
-    """Peak rate of AdamW."""
-    warmup_fraction: float = 0.05
-    """Share of the steps with a rising rate."""
-
-    def violations(self) -> Iterator[str]:
-        if self.enabled and self.num_updates < 1:
-            yield rule(
-                "sft.num_updates", self.num_updates, "be >= 1", "to skip the stage set sft.enabled=false"
-            )
-        if self.rows_per_update < 1:
-            yield rule("sft.rows_per_update", self.rows_per_update, "be >= 1", "16 is the default")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnerConfig:
-    """The student's optimisation."""
-
-    num_updates: int = 20
-    """Student updates in all."""
-    prompts_per_update: int = 16
-    """Student groups per update."""
-    text_rows_per_update: int = 16
-    """Corpus rows per update."""
-    learning_rate: float = 1e-4
-    """Peak rate of AdamW."""
-    warmup_fraction: float = 0.05
-    """Share of the updates with a rising rate."""
-    final_fraction: float = 0.1
-    """Where the cosine ends, as a share of the peak."""
-    weight_decay: float = 0.0
-    """Decoupled decay of AdamW."""
-    beta1: float = 0.9
-    """First moment of AdamW."""
-    beta2: float = 0.95
-    """Second moment of AdamW."""
-    max_grad_norm: float = 1.0
-    """Clipping of the student's gradient."""
-    micro_batch_tokens: int = 1024
-    """Tokens packed into one forward pass."""
-    keep_activations: bool = False
-    """Keep the activations that the critics' pass computed for the student's step: one backbone
-    pass in four is saved, and memory holds a whole update's activations instead of one pack's."""
-    vocabulary_chunk: int = 256
-    """Positions whose full-vocabulary rows exist at one time."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute format; master weights are float32. auto: bfloat16 where the processor computes in it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the learner runs."""
-    num_threads: int | None = None
-    """CPU threads; null: all cores of the machine."""
+    form: Literal["practical", "exact"] = "practical"
+    """``practical``: every token weighs the same, over one count of tokens, and returns are means.
+    ``exact``: the gradient of the discounted distance itself: weight gamma^t, sums over a response,
+    divided by the number of responses, plain returns."""
+    cost: Literal["moment_gap", "log_ratio"] = "moment_gap"
+    """``moment_gap``: the critic's gap before a token; ``log_ratio``: log student - log teacher of
+    the token itself."""
+    span: Literal["future", "own", "all"] = "future"
+    """Costs that a token answers for: of later tokens (its own is in the direct term), its own, or both."""
+    cost_scale: float = 1.0
+    """Costs are divided by this."""
+    cost_max: float | None = None
+    """Costs are clipped to this size; null: not."""
+    normalize: Literal["discount", "length", "none"] = "discount"
+    """Divisor of a return: the sum of its discounts (a mean), the number of tokens left, or 1.
+    ``form=exact`` never divides."""
+    baseline: Literal["leave_one_out", "whiten", "none"] = "leave_one_out"
+    """Subtracted from returns: the mean of the group's other members at the same step; or all
+    returns of the update are brought to mean 0 and variance 1; or nothing."""
+    ratio: Literal["none", "token", "per_decision"] = "token"
+    """Correction for text of an older policy, r = student / behaviour: none; of the token itself;
+    or with the product of all before it, which is unbiased and varies most."""
+    ratio_max: float | None = 2.0
+    """Ratios are cut here; null: not (unbiased)."""
+    ppo_clip: float | None = None
+    """Clip of the ratio around 1 as in PPO, instead of ``ratio``; null: none."""
 
     def violations(self) -> Iterator[str]:
-        for name in (
-            "num_updates",
-            "prompts_per_update",
-            "text_rows_per_update",
-            "micro_batch_tokens",
-            "vocabulary_chunk",
-        ):
-            if getattr(self, name) < 1:
-                yield rule(f"learner.{name}", getattr(self, name), "be >= 1", "see docs/configuration.md")
-        if self.learning_rate <= 0:
-            yield rule("learner.learning_rate", self.learning_rate, "be > 0", "1e-4 is the default")
-        if not 0 <= self.warmup_fraction < 1:
+        if self.cost_scale <= 0:
+            yield rule("credit.cost_scale", self.cost_scale, "be > 0", "1 is the default")
+        for name in ("cost_max", "ratio_max", "ppo_clip"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                yield rule(f"credit.{name}", value, "be > 0", "null turns it off")
+        if self.ppo_clip is not None and self.ratio == "per_decision":
             yield rule(
-                "learner.warmup_fraction", self.warmup_fraction, "lie in [0, 1)", "0.05 is the default"
-            )
+                "credit.ppo_clip", self.ppo_clip, "be null when credit.ratio=per_decision",
+                "choose one correction for stale text",
+            )  # fmt: skip

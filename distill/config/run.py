@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from distill.config.inputs import CorpusConfig, DataConfig, EvaluationConfig, StudentConfig, TeacherConfig
-from distill.config.method import CriticConfig, LearnerConfig, RecipeConfig, SftConfig
+from distill.config.method import CreditConfig, CriticConfig, RecipeConfig
+from distill.config.optimization import LearnerConfig, SftConfig
 from distill.config.rules import ConfigError, rule
 from distill.config.runtime import (
     CheckpointConfig,
@@ -16,6 +17,16 @@ from distill.config.runtime import (
     ScoringConfig,
     WeightsConfig,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The sections that one update of the learner reads."""
+
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +57,8 @@ class RunConfig:
     """The buffer."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """The critics."""
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    """The long horizon."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     """The optimisation."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
@@ -56,6 +69,10 @@ class RunConfig:
     """Measurement."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Ray."""
+
+    @property
+    def method(self) -> MethodConfig:
+        return MethodConfig(recipe=self.recipe, critic=self.critic, credit=self.credit, learner=self.learner)
 
     @property
     def max_model_tokens(self) -> int:
@@ -75,6 +92,7 @@ class RunConfig:
             "rollout",
             "replay",
             "critic",
+            "credit",
             "learner",
             "weights",
             "checkpoint",
@@ -91,13 +109,30 @@ class RunConfig:
                 f"be <= learner.prompts_per_update * (replay.max_policy_age + 1) = {bound}",
                 "no more groups are admitted, so the learner would wait forever; lower it or raise max_policy_age",
             )
-        if self.recipe.long_weight > 0 and self.rollout.samples_per_prompt < 2:
-            yield rule(
-                "rollout.samples_per_prompt",
-                self.rollout.samples_per_prompt,
-                "be >= 2 when recipe.long_weight > 0",
-                "the leave-one-out baseline needs another member of the group",
-            )
+        if self.recipe.long_weight > 0:
+            if self.credit.baseline == "leave_one_out" and self.rollout.samples_per_prompt < 2:
+                yield rule(
+                    "rollout.samples_per_prompt",
+                    self.rollout.samples_per_prompt,
+                    "be >= 2 when recipe.long_weight > 0 and credit.baseline=leave_one_out",
+                    "the baseline needs another member of the group",
+                )
+            if self.credit.cost == "moment_gap" and not self.recipe.uses_critics:
+                yield rule(
+                    "credit.cost",
+                    "moment_gap",
+                    "be log_ratio when recipe.long_weight > 0 and recipe.loss is not moment_gap",
+                    "there is no critic whose gaps could be charged",
+                )
+        if self.cluster.backend == "in_process":
+            for name in ("rollout", "scoring"):
+                if getattr(self, name).engine != "transformers":
+                    yield rule(
+                        f"{name}.engine",
+                        getattr(self, name).engine,
+                        "be transformers when cluster.backend=in_process",
+                        "vLLM wants processes of its own; use cluster.backend=ray",
+                    )
         if self.evaluation.num_prompts > self.data.num_heldout:
             yield rule(
                 "evaluation.num_prompts",

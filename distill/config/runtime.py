@@ -183,6 +183,9 @@ class CheckpointConfig:
 class ClusterConfig:
     """Where the actors run."""
 
+    backend: Literal["ray", "in_process"] = "ray"
+    """ray: a process for every actor; in_process: all in one, for tiny models and the
+    transformers engines."""
     address: str | None = None
     """Ray address; null: a local single-node Ray of this run alone."""
     object_store_bytes: int = 128 << 20

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from distill.config import CriticConfig
 from learner.batch import Pack, TokenBatch
-from learner.critics import SOURCES, CriticPair
+from learner.critics import SOURCES, CriticPair, ModelSize
 from learner.vocabulary import Head, LogitTransform
 
 VOCABULARY = 11
 STUDENT_SIZE = 6
 TEACHER_SIZE = 5
+SIZES = ModelSize(TEACHER_SIZE, VOCABULARY), ModelSize(STUDENT_SIZE, VOCABULARY)
 
 
 class TinyStudent(nn.Module):
@@ -46,10 +47,11 @@ def teacher_head(num_tokens: int = VOCABULARY, seed: int = 7) -> Head:
 
 def critic_pair(config: CriticConfig, *, shake: float = 0.0) -> CriticPair:
     """Critics in float64; ``shake`` moves every parameter off its start."""
-    pair = CriticPair(config, TEACHER_SIZE, STUDENT_SIZE, seed=3)
+    pair = CriticPair(config, *SIZES, seed=3)
     generator = torch.Generator().manual_seed(4)
     for source in SOURCES:
         pair[source].double()
+        pair.opponent(source).double()
     with torch.no_grad():
         for parameter in pair.parameters():
             parameter += shake * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -88,7 +90,7 @@ def random_rows(seed: int = 0) -> list[Row]:
                 on_policy=group >= 0,
                 group=group,
                 hidden=torch.randn(length, TEACHER_SIZE, generator=generator).bfloat16(),
-                behavior=-torch.rand(length, generator=generator) if group >= 0 else torch.zeros(length),
+                behavior=-3 * torch.rand(length, generator=generator) if group >= 0 else torch.zeros(length),
             )
         )
     return rows

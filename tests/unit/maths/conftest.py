@@ -9,6 +9,8 @@ CHECKED = [
     "learner.critics",
     "learner.positions",
     "learner.critic_step",
+    "learner.credit_step",
+    "learner.witness",
     "learner.losses",
     "learner.student_step",
     "learner.update",

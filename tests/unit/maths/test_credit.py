@@ -33,7 +33,7 @@ def rows_of(gaps: Tensor) -> list[list[float]]:
 
 def test_returns_are_strictly_future():
     gaps, mask = padded()
-    got, normalized = (fn(gaps, mask, GAMMA) for fn in (credit.future_returns, credit.normalized_returns))
+    got, normalized = (fn(gaps, mask, GAMMA) for fn in (credit.future_returns, credit.returns))
     for i, row in enumerate(rows_of(gaps)):
         for t in range(5):
             inside = t < len(row)
@@ -43,7 +43,7 @@ def test_returns_are_strictly_future():
 
 def test_the_normalized_return_of_equal_gaps_is_the_gap():
     _, mask = padded()
-    got = credit.normalized_returns(torch.full((6, 5), 0.3, dtype=torch.float64), mask, GAMMA)
+    got = credit.returns(torch.full((6, 5), 0.3, dtype=torch.float64), mask, GAMMA)
     assert ((got - 0.3).abs() < 1e-12)[:, :-1][mask[:, 1:]].all()
 
 
@@ -62,9 +62,69 @@ def test_advantages_leave_the_row_itself_out():
             assert abs(got[i, t] - (slow_normalized(row, t) - baseline)) < 1e-12
 
 
+def test_spans_and_divisors():
+    costs, mask = padded()
+    for i, row in enumerate(rows_of(costs)):
+        for t, cost in enumerate(row):
+            future, left = slow_return(row, t), len(row) - t
+            expected = {
+                ("own", "none"): cost, ("own", "discount"): cost, ("own", "length"): cost,
+                ("future", "none"): future, ("future", "length"): future / (left - 1) if left > 1 else 0,
+                ("all", "none"): cost + future, ("all", "length"): (cost + future) / left,
+                ("all", "discount"): (cost + future) / sum(GAMMA**k for k in range(left)),
+            }  # fmt: skip
+            for (span, normalize), value in expected.items():
+                got = credit.returns(costs, mask, GAMMA, span=span, normalize=normalize)
+                assert abs(got[i, t] - value) < 1e-12, (span, normalize)
+
+
+def test_ratios_bring_the_continuation_to_the_policy_of_now():
+    costs, mask = padded()
+    ratios = torch.rand(costs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
+    got = credit.future_returns(costs, mask, GAMMA, ratios)
+    before = credit.products_before(ratios)
+    for i, row in enumerate(rows_of(costs)):
+        for t in range(len(row)):
+            expected = sum(
+                GAMMA ** (k - t) * float(ratios[i, t + 1 : k].prod()) * row[k] for k in range(t + 1, len(row))
+            )
+            assert abs(got[i, t] - expected) < 1e-12
+            assert abs(before[i, t] - ratios[i, :t].prod()) < 1e-12
+
+
+def minillm_advantages(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """What the code published with MiniLLM computes (losses.py, `_get_advantages_and_returns`), in
+    loops: the discounted rewards from the token on, by the tokens that are left, whitened."""
+    num_rows, length = rewards.shape
+    found = torch.zeros_like(rewards)
+    for i in range(num_rows):
+        for t in range(length):
+            total = sum(gamma ** (k - t) * float(rewards[i, k]) for k in range(t, length))
+            left = int(mask[i, t:].sum())
+            found[i, t] = total / max(left, 1)
+    return (found - found.mean()) * torch.rsqrt(found.var(unbiased=False) + 1e-8)
+
+
+def test_minillms_advantage():
+    """Without padding, where their whitening sees no positions that are not there."""
+    costs = torch.randn(6, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    mask = torch.ones(6, 5, dtype=torch.bool)
+    got = credit.advantages(costs, mask, GROUP, 0.95, span="all", normalize="length", baseline="whiten")
+    torch.testing.assert_close(-got, minillm_advantages(-costs, mask, 0.95))
+
+
+def test_whitening_sees_real_tokens_alone():
+    costs, mask = padded()
+    got = credit.advantages(costs, mask, GROUP, GAMMA, span="own", baseline="whiten")
+    inside = got[mask]
+    assert abs(inside.mean()) < 1e-9
+    assert abs(inside.var(unbiased=False) - 1) < 1e-6
+    assert not got[~mask].any()
+
+
 def test_a_row_alone_or_without_group_has_no_baseline():
     gaps, mask = padded()
-    returns = credit.normalized_returns(gaps, mask, GAMMA)
+    returns = credit.returns(gaps, mask, GAMMA)
     alone = torch.arange(6)
     torch.testing.assert_close(credit.advantages(gaps, mask, alone, GAMMA), returns)
     torch.testing.assert_close(credit.advantages(gaps, mask, torch.full((6,), -1), GAMMA), returns)

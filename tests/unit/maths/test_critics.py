@@ -12,7 +12,7 @@ from distill.config import CriticConfig
 from distill.objectives import closed_form_critic
 from learner.critics import CriticPair
 from learner.vocabulary import Head, LogitTransform
-from tests.unit.maths.batches import STUDENT_SIZE, TEACHER_SIZE, TinyStudent, critic_pair, teacher_head
+from tests.unit.maths.batches import SIZES, STUDENT_SIZE, TEACHER_SIZE, TinyStudent, critic_pair, teacher_head
 
 N = 6
 
@@ -76,6 +76,27 @@ def test_the_form_is_the_documented_one(features):
     assert (f.abs() <= 1.5).all()
 
 
+def test_the_dense_form():
+    critic = critic_pair(CriticConfig(features="ratio", rank=None, bound=1.5), shake=0.3).on
+    teacher_hidden, student_hidden, teacher, student, log_ratio = inputs()
+    f = values(critic, teacher_hidden, student_hidden, teacher, student, log_ratio)
+    for n in range(N):
+        hidden = teacher_hidden[n]
+        normalised = (hidden - hidden.mean()) / (hidden.var(unbiased=False) + 1e-5).sqrt()
+        for a in range(teacher.num_tokens):
+            row, constant = critic.teacher.rows[a, :-1], critic.teacher.rows[a, -1]
+            x = row @ normalised / math.sqrt(TEACHER_SIZE) + constant
+            x = x + critic.ratio_weight * log_ratio[n, a]
+            torch.testing.assert_close(f[n, a], 1.5 * torch.tanh(x), atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_a_random_start_is_of_the_size_of_a_trained_critic(rank):
+    config = CriticConfig(features="teacher", rank=rank, start="random")
+    f = values(critic_pair(config).on, *inputs())
+    assert 0.2 < f.detach().abs().mean() < 0.95
+
+
 def test_the_activations_gradient():
     critic = critic_pair(CriticConfig(bound=1.5)).on
     generator = torch.Generator().manual_seed(1)
@@ -89,7 +110,7 @@ def test_the_activations_gradient():
 
 
 def pair(seed: int = 0, **config) -> CriticPair:
-    return CriticPair(CriticConfig(**config), TEACHER_SIZE, STUDENT_SIZE, seed)
+    return CriticPair(CriticConfig(**config), *SIZES, seed)
 
 
 def same(left: CriticPair, right: CriticPair) -> bool:
@@ -105,19 +126,37 @@ def test_the_seed_decides_the_start_and_the_two_differ():
     assert not torch.equal(pair().off.teacher.projection, pair().on.teacher.projection)
 
 
-def test_state_goes_through_a_checkpoint():
-    trained = pair(0)
+def test_the_running_mean_of_the_critics():
+    critics = pair(0, ema=0.75)
+    means = [value.detach().clone() for value in critics.on.parameters()]
+    for _ in range(3):
+        critics.zero_grad()
+        loss_of(critics).backward()
+        critics.step()
+        for mean, value in zip(means, critics.on.parameters(), strict=True):
+            mean += 0.25 * (value.detach() - mean)
+    for mean, value in zip(means, critics.opponent("on").parameters(), strict=True):
+        torch.testing.assert_close(value, mean)
+    assert pair(0).opponent("on") is not critics.opponent("on")
+    assert (newest := pair(0)).opponent("on") is newest.on
+
+
+@pytest.mark.parametrize("config", [{}, {"ema": 0.9}, {"rank": None}])
+def test_state_goes_through_a_checkpoint(config):
+    trained = pair(0, **config)
     for _ in range(2):
         trained.zero_grad()
         loss_of(trained).backward()
         trained.step()
-    restored = pair(1)
+    restored = pair(1, **config)
     restored.load_state_dict({name: value.clone() for name, value in trained.state_dict().items()})
     for each in (trained, restored):
         each.zero_grad()
         loss_of(each).backward()
         each.step()
     assert same(trained, restored)
+    for a, b in zip(trained.opponent("on").parameters(), restored.opponent("on").parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_steps_clip_each_critic_and_refuse_what_is_not_finite():

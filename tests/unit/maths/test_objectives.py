@@ -39,6 +39,10 @@ def reference(name: str, p: np.ndarray, q: np.ndarray, f: np.ndarray) -> float:
     if name == "generalized_jsd":
         m = 0.3 * q + 0.7 * p
         return 0.3 * kl(q, m) + 0.7 * kl(p, m)
+    if name == "skew_forward_kl":
+        return kl(q, 0.1 * q + 0.9 * p)
+    if name == "skew_reverse_kl":
+        return kl(p, 0.9 * q + 0.1 * p)
     if name == "entropy":
         return -sum(p[a] * math.log(p[a]) for a in range(V))
     if name == "moment_gap":
@@ -58,6 +62,8 @@ FUNCTIONS = {
         p, q, **{k: v for k, v in probs.items() if k == "policy_probs"}
     ),
     "generalized_jsd": lambda p, q, f, **probs: objectives.generalized_jsd(p, q, 0.3, **probs),
+    "skew_forward_kl": lambda p, q, f, **probs: objectives.skew_forward_kl(p, q, 0.1, **probs),
+    "skew_reverse_kl": lambda p, q, f, **probs: objectives.skew_reverse_kl(p, q, 0.1, **probs),
     "entropy": lambda p, q, f, **probs: objectives.entropy(
         p, **{k: v for k, v in probs.items() if k == "policy_probs"}
     ),
@@ -143,6 +149,8 @@ def test_witnesses():
         "forward_kl": rho,
         "reverse_kl": rho.log(),
         "generalized_jsd": 0.7 * (0.3 * rho + 0.7).log(),
+        "skew_forward_kl": 0.9 * rho / (0.1 * rho + 0.9),
+        "skew_reverse_kl": (0.9 * rho + 0.1).log() + 0.1 / (0.9 * rho + 0.1),
         "moment_gap": VALUES,
     }
     for name, witness in witnesses.items():
@@ -166,10 +174,39 @@ def test_cross_entropy_and_policy_gradient():
     assert grad[0, targets[0]] > 0  # descent makes a token before larger gaps less likely
 
 
+def test_the_skew_kls_without_skew_are_the_plain_ones():
+    torch.testing.assert_close(objectives.skew_forward_kl(P, Q, 0.0), objectives.forward_kl(P, Q))
+    torch.testing.assert_close(objectives.skew_reverse_kl(P, Q, 0.0), objectives.reverse_kl(P, Q))
+
+
+def test_the_sign_critic_is_the_best_of_all_bounded_ones():
+    f = objectives.sign_critic(P, Q, 1.5)
+    torch.testing.assert_close(objectives.moment_gap(P, Q, f), 3 * objectives.total_variation(P, Q))
+    assert not objectives.sign_critic(P, P + 1e-5 * VALUES, 1.5).any()  # rounding has no sign
+
+
+def test_ppos_clip():
+    targets = torch.tensor([0, 3, 8, 1, 1])
+    costs = torch.tensor([1.0, -2.0, 0.5, -0.1, 3.0], dtype=torch.float64)
+    sampled = P.gather(1, targets[:, None]).squeeze(1)
+    behavior = sampled - torch.tensor([0.0, 0.1, 0.5, 0.5, -0.5], dtype=torch.float64)
+    logits = P.clone().requires_grad_()
+    losses = objectives.clipped_policy_gradient(logits.log_softmax(-1), targets, costs, behavior, 0.2)
+    for n, (cost, ratio) in enumerate(zip(costs, (sampled - behavior).exp(), strict=True)):
+        expected = max(cost * ratio, cost * min(max(ratio, 0.8), 1.2))
+        assert float(losses[n].detach()) == pytest.approx(float(expected))
+    (grad,) = torch.autograd.grad(losses.sum(), logits)
+    assert not grad[3:].any()  # a good token much likelier by now, a bad one much rarer: no further
+    assert grad[:3].any(dim=1).all()  # pessimism: a bad one much likelier still is pushed
+    plain = objectives.policy_gradient(logits.log_softmax(-1), targets, costs)
+    (plain_grad,) = torch.autograd.grad(plain.sum(), logits)
+    torch.testing.assert_close(grad[0], plain_grad[0])  # at ratio 1
+
+
 def test_large_vocabularies_in_float32_are_accurate():
     generator = torch.Generator().manual_seed(0)
     p, q = (4 * torch.randn(2, 4, 50_000, generator=generator, dtype=torch.float64)).log_softmax(-1)
-    for name in ("total_variation", "forward_kl", "reverse_kl", "generalized_jsd", "entropy"):
+    for name in set(FUNCTIONS) - {"moment_gap", "critic_loss"}:
         exact = FUNCTIONS[name](p, q, None)
         torch.testing.assert_close(
             FUNCTIONS[name](p.float(), q.float(), None).double(), exact, atol=2e-5, rtol=2e-5

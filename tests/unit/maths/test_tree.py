@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from distill.config import RecipeConfig
+import deploy
+from distill.config import MethodConfig, RecipeConfig
+from distill.config.load import load_config
 from distill.credit import advantages
-from distill.objectives import closed_form_critic, critic_loss, moment_gap, total_variation
-from learner.critics import SOURCES, Source
-from learner.losses import position_losses
+from distill.objectives import closed_form_critic, critic_loss, moment_gap, sign_critic, total_variation
+from learner.critics import Source
+from learner.losses import DIVERGENCES, position_losses
 from learner.positions import Policies
 from tests.unit.maths import tree
 
+CONFIGS = Path(deploy.__file__).parent / "configs"
 TREES = 100
 GAMMA = 0.9
 
@@ -101,23 +106,158 @@ def test_the_closed_form_at_the_default_penalty_is_a_tanh_of_the_log_ratio():
 
 
 # The student's gradient: what the code backpropagates, in exact expectation over texts, against
-# finite differences of the objective written out. ``f`` and the texts of an off-policy or
-# frozen-text term are constants of both.
+# finite differences of the objective written out, for every recipe under ``credit.form=exact``.
+# The witness's values, the costs and the texts of a term without horizon are constants of both.
 
 TEXTS = tree.all_texts()
+RECIPES = sorted(path.stem for path in (CONFIGS / "recipes").glob("*.yaml"))
 
 
-def expected_losses(recipe: RecipeConfig, source: Source, occupancy: Tensor, policy: Tensor, teacher: Tensor,
-                    f: Tensor | None, next_token: Tensor) -> Tensor:  # fmt: skip
-    """[R]: the code's losses over states [R, S] and next tokens [R, S, V] of these probabilities."""
+def exact_method(name: str, **recipe: Any) -> MethodConfig:
+    """A preset in the exact form: no clips, no whitening, no divisors."""
+    method = load_config(CONFIGS / "demo.yaml", [f"recipe={name}"], CONFIGS).method
+    baseline = "none" if method.credit.baseline == "whiten" else method.credit.baseline
+    credit = replace(
+        method.credit, form="exact", normalize="none", baseline=baseline, ratio="none", ppo_clip=None
+    )
+    return replace(method, recipe=replace(method.recipe, gamma=GAMMA, **recipe), credit=credit)
+
+
+@dataclass(frozen=True)
+class Game:
+    """Policies [R, S, V] of some trees, and what does not move with the student."""
+
+    method: MethodConfig
+    policy: Tensor
+    teacher: Tensor
+    reference: Tensor
+    f: Tensor
+
+    @staticmethod
+    def of(method: MethodConfig, trees: int = TREES) -> Game:
+        policy, teacher, reference = (tree.random_logits(trees, seed).log_softmax(-1) for seed in (9, 10, 12))
+        f = torch.tanh(tree.random_logits(trees, 11))
+        critic, pair = method.critic, (policy.flatten(0, 1), teacher.flatten(0, 1))
+        if critic.form == "closed_form":
+            f = closed_form_critic(*pair, critic.bound, critic.penalty).view(policy.shape)
+        if critic.form == "sign":
+            f = sign_critic(*pair, critic.bound).view(policy.shape)
+        return Game(method, policy, teacher, reference, f)
+
+    @property
+    def off_text(self) -> Tensor:
+        return self.reference if self.method.recipe.off_policy_text == "reference" else self.teacher
+
+    @property
+    def cost(self) -> Tensor:
+        """[R, S, V]: what choosing a token costs, at the policy of now."""
+        credit = self.method.credit
+        if credit.cost == "moment_gap":
+            cost = gaps(self.policy, self.teacher, self.f)[:, :, None].expand_as(self.policy)
+        else:
+            cost = self.policy - self.teacher
+        return cost / credit.cost_scale
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def over(occupancy: Tensor, values: Tensor) -> Tensor:
+    return (occupancy * values).sum(-1)
+
+
+def main_loss(game: Game, name: str, p: Tensor) -> Tensor:
+    """[R, S], from the definitions."""
+    recipe, critic, teacher, f = game.method.recipe, game.method.critic, game.teacher, game.f
+    if name == "forward_kl":
+        return kl(teacher, p)
+    if name == "reverse_kl":
+        return kl(p, teacher)
+    if name == "generalized_jsd":
+        b = recipe.jsd_beta
+        mixture = (b * teacher.exp() + (1 - b) * p.exp()).log()
+        return b * kl(teacher, mixture) + (1 - b) * kl(p, mixture)
+    if name == "skew_forward_kl":
+        return kl(teacher, (recipe.skew * teacher.exp() + (1 - recipe.skew) * p.exp()).log())
+    if name == "skew_reverse_kl":
+        return kl(p, ((1 - recipe.skew) * teacher.exp() + recipe.skew * p.exp()).log())
+    gap = ((teacher.exp() - p.exp()) * f).sum(-1)
+    if critic.zero_sum:
+        m = (teacher.exp() + p.exp()) / 2
+        gap = gap - critic.penalty / 2 * ((m * f**2).sum(-1) - (m * f).sum(-1) ** 2)
+    return gap
+
+
+def objective(game: Game, p: Tensor) -> Tensor:
+    """[R]: the recipe's objective; every term but those of the long horizon on text that stays."""
+    recipe, credit = game.method.recipe, game.method.credit
+    both_texts = recipe.student_text == "every_update" and recipe.off_policy_text != "none"
+    w_off, w_on = (1 - recipe.beta, recipe.beta) if both_texts else (1.0, 1.0)
+    total = torch.zeros(len(p), dtype=torch.float64)
+    if recipe.off_policy_text != "none":
+        text = tree.occupancy(game.off_text, GAMMA)
+        values = recipe.anchor_weight * kl(game.teacher, p)
+        values = values - recipe.lm_weight * (game.off_text.exp() * p).sum(-1)
+        if recipe.loss_weight:
+            values = values + w_off * recipe.loss_weight * main_loss(game, recipe.loss, p)
+        total = total + over(text, values)
+    if recipe.student_text != "none":
+        frozen, moving = tree.occupancy(game.policy, GAMMA), tree.occupancy(p, GAMMA)
+        if recipe.loss_weight:
+            name = recipe.student_text_loss or recipe.loss
+            total = total + w_on * recipe.loss_weight * over(frozen, main_loss(game, name, p))
+        text = frozen if credit.span == "own" else moving
+        chosen = game.policy if credit.span == "future" else p
+        charged = over(text, (chosen.exp() * game.cost).sum(-1))
+        total = total + w_on * recipe.long_weight * charged
+    return total
+
+
+def direct_losses(game: Game, source: Source, p: Tensor) -> Tensor:
+    """[R]: the code's losses without credit, over the states and next tokens of the source's text."""
+    text = game.policy if source == "on" else game.off_text
 
     def repeated(values: Tensor) -> Tensor:
         return values.flatten(0, 1).repeat_interleave(tree.NUM_TOKENS, dim=0)
 
-    both = Policies.from_logits(repeated(policy), repeated(teacher))
-    targets = torch.arange(tree.NUM_TOKENS).repeat(TREES * tree.NUM_STATES)
-    losses = position_losses(recipe, source, both, targets, f=None if f is None else repeated(f))
-    return (losses.view(policy.shape) * occupancy[:, :, None] * next_token).sum((1, 2))
+    both = Policies.from_logits(repeated(p), repeated(game.teacher))
+    targets = torch.arange(tree.NUM_TOKENS).repeat(len(p) * tree.NUM_STATES)
+    method = game.method
+    losses = position_losses(
+        method.recipe, source, both, targets, f=repeated(game.f),
+        variance_penalty=method.critic.penalty if method.critic.zero_sum else 0.0,
+    )  # fmt: skip
+    weight = tree.occupancy(text, GAMMA)[:, :, None] * text.exp()
+    return (losses.view(p.shape) * weight).sum((1, 2))
+
+
+def score_losses(game: Game, p: Tensor, members: int) -> Tensor:
+    """[R]: what credit adds to the code's on-policy loss, in exact expectation over groups."""
+    method, num_trees = game.method, len(p)
+    credit = method.credit
+    texts = torch.cartesian_prod(*[torch.arange(len(tree.TEXTS))] * members).view(-1, members)
+    states, tokens, mask = (x[texts] for x in (TEXTS.states, TEXTS.tokens, TEXTS.mask))  # [C, members, T]
+    probability = tree.text_logprobs(game.policy, TEXTS).exp()[:, texts].prod(-1)  # [R, C]
+    cost = game.cost[:, states, tokens]  # [R, C, members, T]
+    rows = num_trees * len(texts) * members
+    group = torch.arange(num_trees * len(texts)).repeat_interleave(members)
+    row_mask = mask.expand(cost.shape).reshape(rows, tree.DEPTH)
+    advantage = advantages(
+        cost.reshape(rows, tree.DEPTH), row_mask, group, GAMMA, span=credit.span, normalize="none",
+        baseline=credit.baseline,
+    )  # fmt: skip
+
+    def flat(values: Tensor) -> Tensor:
+        return values[:, states].flatten(0, -2)
+
+    both = Policies.from_logits(flat(p), flat(game.teacher))
+    score_only = replace(method.recipe, loss_weight=0.0)
+    losses = position_losses(
+        score_only, "on", both, tokens.expand(cost.shape).flatten(), advantage=advantage.flatten()
+    )
+    weight = probability[:, :, None, None] * mask * GAMMA ** torch.arange(tree.DEPTH) / members
+    return (losses.view(cost.shape) * weight).sum((1, 2, 3))
 
 
 def check_gradient(
@@ -135,109 +275,45 @@ def check_gradient(
         )
 
 
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def over(occupancy: Tensor, values: Tensor) -> Tensor:
-    return (occupancy * values).sum(-1)
-
-
-def test_gradient_of_ammd_without_horizon():
-    recipe = RecipeConfig(beta=0.25, anchor_weight=0.5)
-    policy, teacher = pair()
-    f = torch.tanh(tree.random_logits(TREES, 2))
-    off_text, on_text = tree.occupancy(teacher, 1.0), tree.occupancy(policy, 1.0)
+def check_recipe(game: Game, members: int) -> None:
+    recipe = game.method.recipe
 
     def surrogate(p: Tensor) -> Tensor:
-        off = expected_losses(recipe, "off", off_text, p, teacher, f, teacher.exp())
-        return off + expected_losses(recipe, "on", on_text, p, teacher, f, policy.exp())
+        total = torch.zeros(len(p), dtype=torch.float64)
+        if recipe.off_policy_text != "none":
+            total = total + direct_losses(game, "off", p)
+        if recipe.student_text != "none":
+            total = total + direct_losses(game, "on", p)
+            if recipe.long_weight:
+                total = total + score_losses(game, p, members)
+        return total
 
-    def value(p: Tensor) -> Tensor:
-        gap = ((teacher.exp() - p.exp()) * f).sum(-1)
-        return over(off_text, 0.75 * gap + 0.5 * kl(teacher, p)) + over(on_text, 0.25 * gap)
-
-    check_gradient(surrogate, value, policy)
-
-
-def test_gradient_of_kd():
-    recipe = RecipeConfig(
-        student_text="none", off_policy_text="reference", loss="forward_kl", loss_weight=0.5,
-        anchor_weight=0.0, lm_weight=0.5,
-    )  # fmt: skip
-    policy, teacher = pair(3)
-    reference = tree.random_logits(TREES, 5).log_softmax(-1)
-    text = tree.occupancy(reference, 1.0)
-
-    def surrogate(p: Tensor) -> Tensor:
-        return expected_losses(recipe, "off", text, p, teacher, None, reference.exp())
-
-    def value(p: Tensor) -> Tensor:
-        return over(text, 0.5 * kl(teacher, p) - 0.5 * (reference.exp() * p).sum(-1))
-
-    check_gradient(surrogate, value, policy)
+    check_gradient(surrogate, lambda p: objective(game, p), game.policy)
 
 
-def test_gradient_of_gkd():
-    """On reference or on the student's own text, the text frozen: GKD has no horizon."""
-    recipe = RecipeConfig(
-        student_text="mixed", off_policy_text="reference", loss="generalized_jsd", jsd_beta=0.3,
-        anchor_weight=0.0,
-    )  # fmt: skip
-    policy, teacher = pair(6)
-    text = tree.occupancy(policy, 1.0)
-
-    def value(p: Tensor) -> Tensor:
-        mixture = (0.3 * teacher.exp() + 0.7 * p.exp()).log()
-        return over(text, 0.3 * kl(teacher, mixture) + 0.7 * kl(p, mixture))
-
-    for source in SOURCES:
-        check_gradient(
-            lambda p, source=source: expected_losses(recipe, source, text, p, teacher, None, policy.exp()),
-            value,
-            policy,
-        )
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_gradient_of_every_recipe(name):
+    check_recipe(Game.of(exact_method(name)), members=1)
 
 
-def long_horizon_surrogate(
-    recipe: RecipeConfig, teacher: Tensor, f: Tensor, policy: Tensor, members: int
-) -> Tensor:
-    """[R]: the code's on-policy loss in exact expectation over groups of ``members`` texts.
+@pytest.mark.parametrize("name", ["ammd", "ammd_paper", "oracle_tv", "oracle_skl", "triangular"])
+def test_the_gradient_of_a_game_with_the_long_horizon(name):
+    """The distance on student text depends on the policy through the text too: the whole gradient
+    of L_on. The mean of the group's other members as baseline changes no expectation."""
+    method = exact_method(name, beta=0.4, long_weight=1.0, anchor_weight=0.0)
+    check_recipe(Game.of(method), members=1)
+    check_recipe(Game.of(method, trees=3), members=2)
+    if method.critic.zero_sum:
+        return
 
-    Weight γ^t at step t, returns not normalised.
-    """
-    num_trees, num_texts = len(policy), len(tree.TEXTS)
-    texts = torch.cartesian_prod(*[torch.arange(num_texts)] * members).view(-1, members)
-    states, tokens, mask = (x[texts] for x in (TEXTS.states, TEXTS.tokens, TEXTS.mask))  # [C, members, T]
-    probability = tree.text_logprobs(policy, TEXTS).exp().detach()[:, texts].prod(-1)  # [R, C]
-    gap = gaps(policy, teacher, f).detach()[:, states]  # [R, C, members, T]
-    rows = num_trees * len(texts) * members
-    group = torch.arange(num_trees * len(texts)).repeat_interleave(members)
-    row_mask = mask.expand(gap.shape).reshape(rows, tree.DEPTH)
-    credit = advantages(gap.reshape(rows, tree.DEPTH), row_mask, group, recipe.gamma, normalize=False)
+    def distance(game: Game, p: Tensor) -> Tensor:
+        return 0.4 * over(tree.occupancy(p, GAMMA), ((game.teacher.exp() - p.exp()) * game.f).sum(-1))
 
-    def flat(values: Tensor) -> Tensor:
-        return values[:, states].flatten(0, -2)
+    def on_policy_part(game: Game, p: Tensor) -> Tensor:
+        return direct_losses(game, "on", p) + score_losses(game, p, members=1)
 
-    both = Policies.from_logits(flat(policy), flat(teacher))
-    targets = tokens.expand(gap.shape).flatten()
-    losses = position_losses(recipe, "on", both, targets, f=flat(f), advantage=credit.flatten())
-    weight = probability[:, :, None, None] * mask * recipe.gamma ** torch.arange(tree.DEPTH) / members
-    return (losses.view(gap.shape) * weight).sum((1, 2, 3))
-
-
-@pytest.mark.parametrize(("members", "trees"), [(1, TREES), (2, 3)])
-def test_gradient_of_ammd_with_long_horizon(members, trees):
-    """The distance on student text depends on the policy through the text too. The mean of the
-    other members as baseline changes no expectation."""
-    recipe = RecipeConfig(beta=0.4, anchor_weight=0.0, long_weight=1.0, gamma=GAMMA)
-    policy, teacher = (value[:trees] for value in pair(9))
-    f = torch.tanh(tree.random_logits(trees, 11))
-
-    def value(p: Tensor) -> Tensor:
-        return 0.4 * over(tree.occupancy(p, GAMMA), ((teacher.exp() - p.exp()) * f).sum(-1))
-
-    check_gradient(lambda p: long_horizon_surrogate(recipe, teacher, f, p, members), value, policy)
+    game = Game.of(method)
+    check_gradient(lambda p: on_policy_part(game, p), lambda p: distance(game, p), game.policy)
 
 
 def test_at_the_teacher_every_value_is_zero_and_so_is_every_gradient_that_should_be():
@@ -252,7 +328,7 @@ def test_at_the_teacher_every_value_is_zero_and_so_is_every_gradient_that_should
         losses = position_losses(RecipeConfig(**recipe), "off", both, targets, f=f)
         return losses.detach(), torch.autograd.grad(losses.sum(), logits)[0]
 
-    for loss in ("moment_gap", "forward_kl", "reverse_kl", "generalized_jsd"):
+    for loss in ("moment_gap", *DIVERGENCES):
         value, grad = at_teacher(constant_f, loss=loss)
         torch.testing.assert_close(value, torch.zeros_like(value), atol=1e-12, rtol=0)
         torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)

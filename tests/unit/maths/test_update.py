@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.config import CriticConfig, LearnerConfig, RecipeConfig
+from distill.config import CreditConfig, CriticConfig, LearnerConfig, MethodConfig, RecipeConfig
 from distill.metrics import name_violations
 from distill.objectives import closed_form_critic, moment_gap, policy_gradient
 from learner import critic_step, vocabulary
-from learner.critic_step import critic_update, moment_gaps
+from learner.credit_step import assign_credit
+from learner.critic_step import critic_update
 from learner.critics import CriticPair
 from learner.losses import position_losses
 from learner.positions import Heads, Policies, collect_positions
 from learner.student_step import _gradient_squares, student_update
 from learner.update import update
 from learner.vocabulary import Head
+from learner.witness import witnesses
 from tests.unit.maths.batches import (
     VOCABULARY,
     Row,
@@ -30,21 +32,66 @@ from tests.unit.maths.batches import (
     random_rows,
     teacher_head,
 )
+from tests.unit.maths.slow import slow_loss
 
 LEARNER = LearnerConfig(max_grad_norm=1e9, vocabulary_chunk=7)
 CRITIC = CriticConfig(rank=4, max_grad_norm=1e9)
-RECIPES = {
-    "ammd": RecipeConfig(lm_weight=0.1, loss_weight=0.8),
-    "ammd_paper": RecipeConfig(beta=0.5, anchor_weight=0.1, long_weight=0.7),
-    "off_policy": RecipeConfig(student_text="none", beta=0.5),
-    "on_policy": RecipeConfig(off_policy_text="none", loss="reverse_kl"),
-    "gkd": RecipeConfig(student_text="mixed", loss="generalized_jsd", jsd_beta=0.2, anchor_weight=0),
-    "kd": RecipeConfig(
-        student_text="none", loss="forward_kl", loss_weight=0.5, anchor_weight=0, lm_weight=0.5
+
+
+def method(
+    recipe: RecipeConfig | None = None, critic: CriticConfig = CRITIC, credit: CreditConfig | None = None
+) -> MethodConfig:
+    return MethodConfig(
+        recipe=recipe or RecipeConfig(), critic=critic, credit=credit or CreditConfig(), learner=LEARNER
+    )
+
+
+METHODS = {
+    "ammd": method(RecipeConfig(lm_weight=0.1, loss_weight=0.8)),
+    "ammd_paper": method(RecipeConfig(beta=0.5, anchor_weight=0.1, long_weight=0.7)),
+    "off_policy": method(RecipeConfig(student_text="none", beta=0.5)),
+    "on_policy": method(RecipeConfig(off_policy_text="none", loss="reverse_kl")),
+    "gkd": method(RecipeConfig(student_text="mixed", loss="generalized_jsd", jsd_beta=0.2, anchor_weight=0)),
+    "kd": method(
+        RecipeConfig(student_text="none", loss="forward_kl", loss_weight=0.5, anchor_weight=0, lm_weight=0.5)
     ),
-    "sft": RecipeConfig(student_text="none", loss_weight=0, anchor_weight=0, lm_weight=1),
-    "anchor_only": RecipeConfig(loss_weight=0),
+    "sft": method(RecipeConfig(student_text="none", loss_weight=0, anchor_weight=0, lm_weight=1)),
+    "anchor_only": method(RecipeConfig(loss_weight=0)),
+    "two_skews": method(
+        RecipeConfig(loss="skew_forward_kl", student_text_loss="skew_reverse_kl", skew=0.2, anchor_weight=0)
+    ),
+    "sign": method(RecipeConfig(long_weight=0.3), CriticConfig(form="sign", bound=1.5)),
+    "closed_form": method(RecipeConfig(), CriticConfig(form="closed_form")),
+    "dense": method(RecipeConfig(long_weight=0.3), replace(CRITIC, rank=None, features="both")),
+    "exact": method(
+        RecipeConfig(beta=0.4, long_weight=0.7, lm_weight=0.1, gamma=0.8),
+        credit=CreditConfig(form="exact", ratio="per_decision", ratio_max=None),
+    ),
+    "per_decision": method(
+        RecipeConfig(beta=0.4, long_weight=0.7, gamma=0.8),
+        credit=CreditConfig(ratio="per_decision", ratio_max=1.5, normalize="length", span="all"),
+    ),
+    "no_ratio": method(
+        RecipeConfig(long_weight=0.7), credit=CreditConfig(ratio="none", baseline="none", normalize="none")
+    ),
+    "minillm": method(
+        RecipeConfig(off_policy_text="none", loss="reverse_kl", long_weight=1.0, anchor_weight=0),
+        credit=CreditConfig(
+            cost="log_ratio",
+            cost_scale=0.5,
+            cost_max=2.0,
+            span="all",
+            normalize="length",
+            baseline="whiten",
+            ppo_clip=0.2,
+        ),
+    ),
+    "opd": method(
+        RecipeConfig(off_policy_text="none", loss_weight=0, anchor_weight=0, long_weight=1.0),
+        credit=CreditConfig(cost="log_ratio", span="own", normalize="none", baseline="none"),
+    ),
 }
+RECIPES = {name: METHODS[name].recipe for name in METHODS}
 
 
 def rows_for(recipe: RecipeConfig) -> list[Row]:
@@ -57,24 +104,22 @@ def rows_for(recipe: RecipeConfig) -> list[Row]:
 
 
 def run(
-    recipe: RecipeConfig,
+    method: MethodConfig,
     rows: Sequence[Row],
     packs: Sequence[Sequence[int]] | None = None,
     *,
     student: TinyStudent | None = None,
     teacher: Head | None = None,
-    learner: LearnerConfig = LEARNER,
-    critic: CriticConfig = CRITIC,
 ) -> tuple[dict[str, float], dict[str, Tensor], CriticPair]:
     """Metrics, the student's gradients (a step of size 1), and the critics after one update."""
     student = student or TinyStudent()
     before = {name: value.detach().clone() for name, value in student.named_parameters()}
-    critics = critic_pair(critic, shake=0.1)
+    critics = critic_pair(method.critic, shake=0.1)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    learned = critics if method.critic.form == "learned" else None
     metrics = update(
-        student, optimizer, batch_of(rows, packs), teacher or teacher_head(), critics, recipe, critic, learner,
-        seed=1,
-    )  # fmt: skip
+        student, optimizer, batch_of(rows, packs), teacher or teacher_head(), learned, method, seed=1
+    )
     grads = {name: before[name] - value.detach() for name, value in student.named_parameters()}
     return metrics, grads, critics
 
@@ -87,101 +132,31 @@ def assert_same(left, right) -> None:
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
-def slow_loss(recipe: RecipeConfig, rows: Sequence[Row], student: TinyStudent, teacher: Head,
-              critics: CriticPair, penalty: float) -> Tensor:  # fmt: skip
-    """The student's loss, row by row and token by token, from the equations."""
-    counts = {on: sum(sum(row.counted) for row in rows if row.on_policy == on) for on in (False, True)}
-    both_texts = recipe.student_text == "every_update" and recipe.off_policy_text != "none"
-    weights = {False: 1 - recipe.beta, True: recipe.beta} if both_texts else {False: 1.0, True: 1.0}
-    gaps: dict[int, list[float]] = {}
-    logprobs: dict[int, Tensor] = {}
-    total = torch.zeros((), dtype=torch.float64)
-    for number, row in enumerate(rows):
-        tokens = torch.tensor(row.prompt + row.response[:-1])
-        hidden = torch.tanh(student.embedding[tokens] + student.position[: len(tokens)])[
-            len(row.prompt) - 1 :
-        ]
-        log_p = logprobs[number] = (hidden @ student.head_weight.T).log_softmax(-1)
-        log_q = teacher.logits(row.hidden).log_softmax(-1)
-        p, q = log_p.exp(), log_q.exp()
-        critic = critics.on if row.on_policy else critics.off
-        heads = Heads.of(student, teacher)
-        with torch.no_grad():
-            table = critic.table(heads.teacher, heads.student)
-            f = critic.activate(critic.coefficients(row.hidden, hidden) @ table.T, log_q - log_p)
-        gaps[number] = ((q - p) * f).sum(-1).tolist()
-        for t in range(len(row.response)):
-            if not row.counted[t]:
-                continue
-            if recipe.loss == "moment_gap":
-                main = ((q[t] - p[t]) * f[t]).sum()
-                if penalty:
-                    m = (p[t] + q[t]) / 2
-                    main = main - penalty / 2 * ((m * f[t] ** 2).sum() - (m * f[t]).sum() ** 2)
-            elif recipe.loss == "forward_kl":
-                main = (q[t] * (log_q[t] - log_p[t])).sum()
-            elif recipe.loss == "reverse_kl":
-                main = (p[t] * (log_p[t] - log_q[t])).sum()
-            else:
-                b = recipe.jsd_beta
-                log_m = (b * q[t] + (1 - b) * p[t]).log()
-                main = b * (q[t] * (log_q[t] - log_m)).sum() + (1 - b) * (p[t] * (log_p[t] - log_m)).sum()
-            loss = weights[row.on_policy] * recipe.loss_weight * main
-            if not row.on_policy:
-                loss = loss + recipe.anchor_weight * (q[t] * (log_q[t] - log_p[t])).sum()
-                loss = loss - recipe.lm_weight * log_p[t, row.response[t]]
-            total = total + loss / counts[row.on_policy]
-    if recipe.long_weight:
-        total = (
-            total
-            + weights[True] * recipe.long_weight * slow_long(recipe, rows, gaps, logprobs) / counts[True]
-        )
-    return total
-
-
-def slow_long(recipe: RecipeConfig, rows: Sequence[Row], gaps: dict[int, list[float]], logprobs) -> Tensor:
-    def mean_to_come(number: int, t: int) -> float:
-        later = range(t + 1, len(gaps[number]))
-        weight = sum(recipe.gamma ** (k - t) for k in later)
-        return sum(recipe.gamma ** (k - t) * gaps[number][k] for k in later) / weight if weight else 0.0
-
-    total = torch.zeros((), dtype=torch.float64)
-    for number, row in enumerate(rows):
-        if not row.on_policy:
-            continue
-        others = [j for j, other in enumerate(rows) if j != number and other.group == row.group]
-        for t, token in enumerate(row.response):
-            baseline = sum(mean_to_come(j, t) for j in others) / len(others) if others else 0.0
-            total = total + logprobs[number][t, token] * (mean_to_come(number, t) - baseline)
-    return total
-
-
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("zero_sum", [False, True])
 def test_the_students_step_is_the_gradient_of_the_equations(name, zero_sum):
-    recipe, rows = RECIPES[name], rows_for(RECIPES[name])
-    critic = replace(CRITIC, zero_sum=zero_sum)
-    metrics, grads, critics = run(recipe, rows, [list(range(len(rows)))], critic=critic)
+    settings = replace(METHODS[name], critic=replace(METHODS[name].critic, zero_sum=zero_sum))
+    rows = rows_for(settings.recipe)
+    metrics, grads, critics = run(settings, rows, [list(range(len(rows)))])
     student = TinyStudent()
-    penalty = critic.penalty if zero_sum else 0.0
-    loss = slow_loss(recipe, rows, student, teacher_head(), critics, penalty)
+    loss = slow_loss(settings, rows, student, teacher_head(), critics)
     loss.backward()
-    assert metrics["policy/loss"] == pytest.approx(float(loss.detach()), abs=1e-9)
+    assert metrics["policy/loss"] == pytest.approx(float(loss.detach()), abs=1e-7)
     for parameter_name, parameter in student.named_parameters():
-        torch.testing.assert_close(grads[parameter_name], parameter.grad, atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(grads[parameter_name], parameter.grad, atol=1e-7, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ammd", "ammd_paper", "gkd", "sft"])
+@pytest.mark.parametrize("name", ["ammd", "ammd_paper", "gkd", "sft", "exact", "minillm", "sign", "dense"])
 def test_packing_micro_batches_and_chunks_do_not_matter(monkeypatch, name):
-    recipe, rows = RECIPES[name], rows_for(RECIPES[name])
+    settings, rows = METHODS[name], rows_for(RECIPES[name])
     n = len(rows)
-    one_each = run(recipe, rows)
-    assert_same(one_each, run(recipe, rows, [list(range(n))]))
-    assert_same(one_each, run(recipe, rows, [list(range(n // 2, n))[::-1], list(range(n // 2))]))
+    one_each = run(settings, rows)
+    assert_same(one_each, run(settings, rows, [list(range(n))]))
+    assert_same(one_each, run(settings, rows, [list(range(n // 2, n))[::-1], list(range(n // 2))]))
     monkeypatch.setattr(vocabulary, "_BLOCK_BYTES", 3 * 4 * VOCABULARY)
     for chunk in (1, 5, 1000):
-        learner = replace(LEARNER, vocabulary_chunk=chunk)
-        assert_same(one_each, run(recipe, rows, [list(range(n))], learner=learner))
+        chunked = replace(settings, learner=replace(LEARNER, vocabulary_chunk=chunk))
+        assert_same(one_each, run(chunked, rows, [list(range(n))]))
 
 
 @pytest.mark.parametrize("name", ["ammd", "ammd_paper", "gkd"])
@@ -193,28 +168,28 @@ def test_kept_activations_spare_the_second_pass_and_change_nothing(name):
             self.passes += 1
             return super().states(pack)
 
-    recipe, rows = RECIPES[name], rows_for(RECIPES[name])
+    settings, rows = METHODS[name], rows_for(RECIPES[name])
     students = [Counting(), Counting()]
     results = [
-        run(recipe, rows, student=student, learner=replace(LEARNER, keep_activations=keep))
+        run(replace(settings, learner=replace(LEARNER, keep_activations=keep)), rows, student=student)
         for student, keep in zip(students, (False, True), strict=True)
     ]
     assert_same(*results)
-    critics_pass = len(rows) if recipe.uses_critics else 0
+    critics_pass = len(rows) if settings.recipe.uses_critics else 0
     assert [student.passes for student in students] == [len(rows) + critics_pass, len(rows)]
 
 
-@pytest.mark.parametrize("name", ["ammd", "ammd_paper", "gkd"])
+@pytest.mark.parametrize("name", ["ammd", "ammd_paper", "gkd", "exact", "minillm"])
 def test_the_order_of_rows_does_not_matter(name):
-    recipe, rows = RECIPES[name], rows_for(RECIPES[name])
+    settings, rows = METHODS[name], rows_for(RECIPES[name])
     shuffled = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(2))]
-    assert_same(run(recipe, rows, [list(range(len(rows)))]), run(recipe, shuffled))
+    assert_same(run(settings, rows, [list(range(len(rows)))]), run(settings, shuffled))
 
 
 @pytest.mark.parametrize(("student_tail", "teacher_tail"), [(5, 0), (0, 4)])
 def test_a_padded_vocabulary_does_not_matter(student_tail, teacher_tail):
     """The student's tail has no gradient; the teacher's is never seen."""
-    recipe, rows = RECIPES["ammd_paper"], random_rows()
+    settings, rows = METHODS["ammd_paper"], random_rows()
 
     def padded(weight: Tensor, count: int) -> Tensor:
         return torch.cat([weight, torch.full((count, weight.shape[1]), 3.0, dtype=weight.dtype)])
@@ -223,8 +198,8 @@ def test_a_padded_vocabulary_does_not_matter(student_tail, teacher_tail):
     student.head_weight = torch.nn.Parameter(padded(student.head_weight.detach(), student_tail))
     teacher = teacher_head()
     teacher = Head(padded(teacher.weight, teacher_tail), teacher.transform)
-    plain = run(recipe, rows)
-    metrics, grads, critics = run(recipe, rows, student=student, teacher=teacher)
+    plain = run(settings, rows)
+    metrics, grads, critics = run(settings, rows, student=student, teacher=teacher)
     assert not grads["head_weight"][VOCABULARY:].any()
     grads["head_weight"] = grads["head_weight"][:VOCABULARY]
     assert_same(plain, (metrics, grads, critics))
@@ -274,7 +249,7 @@ def test_critic_metrics_are_fresh_and_of_the_closed_form():
 def test_policy_metrics():
     rows = random_rows()
     student, teacher = TinyStudent(), teacher_head()
-    metrics, _, _ = run(RECIPES["ammd"], rows, student=student)
+    metrics, _, _ = run(METHODS["ammd"], rows, student=student)
     student = TinyStudent()
     tv: dict[str, list[float]] = {"off": [], "on": [], "first": [], "last": []}
     behavior: list[float] = []
@@ -324,7 +299,7 @@ def test_the_ratio_of_the_long_to_the_direct_gradient_is_that_of_autograd():
     for name, loss in losses.items():
         (gradient,) = torch.autograd.grad(loss.sum(), z, retain_graph=True)
         torch.testing.assert_close(squares[f"{name}_gradient_square"], gradient.square().sum(-1))
-    metrics, _, _ = run(RECIPES["ammd_paper"], random_rows())
+    metrics, _, _ = run(METHODS["ammd_paper"], random_rows())
     assert 0 < metrics["policy/long_over_direct"] < 100
 
 
@@ -347,8 +322,8 @@ def test_a_warm_up_update_moves_the_critics_alone():
     start = [value.detach().clone() for value in critics.parameters()]
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     metrics = update(
-        student, optimizer, batch_of(random_rows()), teacher_head(), critics, RECIPES["ammd"], CRITIC, LEARNER,
-        seed=0, critics_only=True,
+        student, optimizer, batch_of(random_rows()), teacher_head(), critics, METHODS["ammd"], seed=0,
+        critics_only=True,
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(start, critics.parameters(), strict=True))
@@ -361,10 +336,12 @@ def test_a_text_recipe_needs_neither_teacher_nor_payload():
     bare = replace(batch, packs=tuple(replace(pack, teacher_hidden=None) for pack in batch.packs))
     student = TinyStudent()
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
-    metrics = update(student, optimizer, bare, None, None, RECIPES["sft"], CRITIC, LEARNER, seed=0)
-    assert metrics["policy/loss"] == pytest.approx(run(RECIPES["sft"], rows)[0]["policy/loss"])
+    metrics = update(student, optimizer, bare, None, None, METHODS["sft"], seed=0)
+    assert metrics["policy/loss"] == pytest.approx(run(METHODS["sft"], rows)[0]["policy/loss"])
     with pytest.raises(ValueError, match="teacher states"):
-        student_update(student, optimizer, bare, teacher_head(), None, RECIPES["kd"], CRITIC, LEARNER)
+        student_update(student, optimizer, bare, Heads.of(student, teacher_head()), None, METHODS["kd"])
+    with pytest.raises(ValueError, match="needs the teacher's head"):
+        update(student, optimizer, bare, None, None, METHODS["kd"], seed=0)
 
 
 def test_what_is_not_finite_stops_before_the_step():
@@ -374,23 +351,23 @@ def test_what_is_not_finite_stops_before_the_step():
     before = student.head_weight.detach().clone()
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     with pytest.raises(FloatingPointError, match="the student's loss is nan"):
-        student_update(
-            student, optimizer, batch_of(random_rows()), teacher_head(), None, RECIPES["anchor_only"], CRITIC,
-            LEARNER,
-        )  # fmt: skip
+        heads = Heads.of(student, teacher_head())
+        student_update(student, optimizer, batch_of(random_rows()), heads, None, METHODS["anchor_only"])
     assert torch.equal(before, student.head_weight)
 
 
-def test_gaps_before_the_students_step_are_those_it_minimises():
+def test_costs_before_the_students_step_are_the_gaps_it_minimises():
     student, rows = TinyStudent(), random_rows()
+    settings = method(credit=CreditConfig(span="own", normalize="none", baseline="none", ratio="none"))
     critics, heads = critic_pair(CRITIC, shake=0.2), Heads.of(student, teacher_head())
     batch = batch_of(rows)
     positions, _ = collect_positions(student, batch)
-    gaps = moment_gaps(positions.of("on"), heads, critics.on, chunk=5)
+    opponents = witnesses(CRITIC, critics, heads)
+    on = positions.of("on")
+    credit = assign_credit(on, batch.group, heads, opponents["on"], settings.recipe, settings.credit, chunk=5)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
-    metrics = student_update(
-        student, optimizer, batch, teacher_head(), critics, RECIPES["ammd"], CRITIC, LEARNER
-    )
+    metrics = student_update(student, optimizer, batch, heads, opponents, settings)
+    gaps = credit.advantage[on.row, on.step]
     assert metrics["policy/moment_gap_on"] == pytest.approx(float(gaps.mean()))
 
 
@@ -400,7 +377,7 @@ def test_what_the_loss_mask_leaves_out_is_seen_by_nobody():
     hidden = partly.hidden.clone()
     hidden[~torch.tensor(partly.counted)] += 5
     changed = [replace(row, hidden=hidden) if row is partly else row for row in rows]
-    assert_same(run(RECIPES["ammd"], rows), run(RECIPES["ammd"], changed))
+    assert_same(run(METHODS["ammd"], rows), run(METHODS["ammd"], changed))
 
 
 @pytest.mark.parametrize("penalty", [0.0, 2.0])

@@ -1,12 +1,13 @@
-"""The Ray shell of the learner: construct, forward, report. One per rank."""
+"""The shell of the learner: construct, forward, report. One per rank.
+
+:mod:`deploy.cluster` makes a Ray actor of it, :mod:`deploy.in_process` an object of this process.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 from typing import Any
-
-import ray
 
 from distill.config import RunConfig
 from distill.remote import Remote
@@ -27,7 +28,6 @@ class _Samplers:
         await asyncio.gather(*(actor.release_heldout() for actor in self._actors))
 
 
-@ray.remote(num_cpus=0)
 class LearnerActor:
     """Holds a learner worker."""
 

@@ -1,4 +1,8 @@
-"""Ray shells of the actors: construct, forward, report. The work is in the plain classes."""
+"""Shells of the actors: construct, forward, report. The work is in the workers.
+
+:mod:`deploy.cluster` makes Ray actors of these classes, :mod:`deploy.in_process` objects of this
+process. Other actors come in as handles, whose methods are called as Ray's are.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-
-import ray
 
 from actors.build import build_generator, build_rollout, build_scorer
 from actors.corpus import write_corpus
@@ -23,7 +25,6 @@ from distill.replay.service import ReplayService
 from distill.run_inputs import RunInputs
 
 
-@ray.remote(num_cpus=0)
 class ReplayActor(ReplayService):
     """The index of the replay buffer: ids, states and locations, no rows."""
 
@@ -42,7 +43,6 @@ class ReplayActor(ReplayService):
         return os.getpid()
 
 
-@ray.remote(num_cpus=0)
 class RolloutActor:
     """Holds a rollout worker; its engine ends with it."""
 
@@ -74,7 +74,6 @@ class RolloutActor:
         await self.worker.close()
 
 
-@ray.remote(num_cpus=0)
 class TeacherActor:
     """Holds a teacher scorer."""
 
@@ -106,7 +105,6 @@ class TeacherActor:
         await self.worker.close()
 
 
-@ray.remote(num_cpus=0)
 class CorpusActor:
     """The teacher as a writer, for the corpus stage alone."""
 

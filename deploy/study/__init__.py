@@ -1,0 +1,1 @@
+"""Comparisons of recipes: tasks with tiny models, the runner, tables with intervals."""

@@ -1,0 +1,89 @@
+"""Settings of the student's optimisation: warm start, updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from distill.config.rules import rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Warm start of the student by cross-entropy on the references."""
+
+    enabled: bool = True
+    """False: the student starts as it is."""
+    num_updates: int = 30
+    """Optimiser steps."""
+    rows_per_update: int = 16
+    """References per step."""
+    learning_rate: float = 5e-4
+    """Peak rate of AdamW."""
+    warmup_fraction: float = 0.05
+    """Share of the steps with a rising rate."""
+
+    def violations(self) -> Iterator[str]:
+        if self.enabled and self.num_updates < 1:
+            yield rule(
+                "sft.num_updates", self.num_updates, "be >= 1", "to skip the stage set sft.enabled=false"
+            )
+        if self.rows_per_update < 1:
+            yield rule("sft.rows_per_update", self.rows_per_update, "be >= 1", "16 is the default")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    """The student's optimisation."""
+
+    num_updates: int = 20
+    """Student updates in all."""
+    prompts_per_update: int = 16
+    """Student groups per update."""
+    text_rows_per_update: int = 16
+    """Corpus rows per update."""
+    learning_rate: float = 1e-4
+    """Peak rate of AdamW."""
+    warmup_fraction: float = 0.05
+    """Share of the updates with a rising rate."""
+    final_fraction: float = 0.1
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = 0.0
+    """Decoupled decay of AdamW."""
+    beta1: float = 0.9
+    """First moment of AdamW."""
+    beta2: float = 0.95
+    """Second moment of AdamW."""
+    max_grad_norm: float = 1.0
+    """Clipping of the student's gradient."""
+    micro_batch_tokens: int = 1024
+    """Tokens packed into one forward pass."""
+    keep_activations: bool = False
+    """Keep the activations that the critics' pass computed for the student's step: one backbone
+    pass in four is saved, and memory holds a whole update's activations instead of one pack's."""
+    vocabulary_chunk: int = 256
+    """Positions whose full-vocabulary rows exist at one time."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute format; master weights are float32. auto: bfloat16 where the processor computes in it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner runs."""
+    num_threads: int | None = None
+    """CPU threads; null: all cores of the machine."""
+
+    def violations(self) -> Iterator[str]:
+        for name in (
+            "num_updates",
+            "prompts_per_update",
+            "text_rows_per_update",
+            "micro_batch_tokens",
+            "vocabulary_chunk",
+        ):
+            if getattr(self, name) < 1:
+                yield rule(f"learner.{name}", getattr(self, name), "be >= 1", "see docs/configuration.md")
+        if self.learning_rate <= 0:
+            yield rule("learner.learning_rate", self.learning_rate, "be > 0", "1e-4 is the default")
+        if not 0 <= self.warmup_fraction < 1:
+            yield rule(
+                "learner.warmup_fraction", self.warmup_fraction, "lie in [0, 1)", "0.05 is the default"
+            )

@@ -1,0 +1,167 @@
+"""The student's loss from the equations: row by row, token by token, without packs or chunks.
+
+Returned as a tensor whose gradient autograd takes, so it holds only what shall have a gradient:
+critics, credit and ratios are plain numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill.config import MethodConfig
+from distill.objectives import closed_form_critic
+from learner.critics import CriticPair
+from learner.positions import Heads
+from learner.vocabulary import Head
+from tests.unit.maths.batches import Row, TinyStudent
+
+
+def slow_loss(
+    method: MethodConfig, rows: Sequence[Row], student: TinyStudent, teacher: Head, critics: CriticPair | None
+) -> Tensor:
+    recipe, exact = method.recipe, method.credit.form == "exact"
+    both_texts = recipe.student_text == "every_update" and recipe.off_policy_text != "none"
+    text_weight = {False: 1 - recipe.beta, True: recipe.beta} if both_texts else {False: 1.0, True: 1.0}
+    of_source = {on: [row for row in rows if row.on_policy == on] for on in (False, True)}
+    counts = {
+        on: len(members) if exact else sum(sum(row.counted) for row in members)
+        for on, members in of_source.items()
+    }
+    each = [_Row(method, row, student, teacher, critics) for row in rows]
+    total = torch.zeros((), dtype=torch.float64)
+    for number, (row, values) in enumerate(zip(rows, each, strict=True)):
+        for t in range(len(row.response)):
+            if not row.counted[t]:
+                continue
+            loss = torch.zeros((), dtype=torch.float64)
+            if recipe.loss_weight:
+                loss = loss + text_weight[row.on_policy] * recipe.loss_weight * values.main(t)
+            if row.on_policy and recipe.long_weight:
+                advantage = _advantage(method, rows, each, number, t)
+                weight = text_weight[True] * recipe.long_weight
+                loss = loss + weight * values.score(t, advantage)
+            if not row.on_policy:
+                loss = loss + recipe.anchor_weight * _kl(values.q[t], values.p[t])
+                loss = loss - recipe.lm_weight * values.log_p[t, row.response[t]]
+            weight = recipe.gamma**t if exact else 1.0
+            if row.on_policy and method.credit.ratio == "per_decision":
+                weight *= math.prod(values.ratio[:t])
+            total = total + weight * loss / counts[row.on_policy]
+    return total
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p.log() - q.log())).sum()
+
+
+class _Row:
+    """One row's distributions, witness and costs."""
+
+    def __init__(
+        self, method: MethodConfig, row: Row, student: TinyStudent, teacher: Head, critics: CriticPair | None
+    ) -> None:
+        self.method, self.row = method, row
+        tokens = torch.tensor(row.prompt + row.response[:-1])
+        states = torch.tanh(student.embedding[tokens] + student.position[: len(tokens)])
+        hidden = states[len(row.prompt) - 1 :]
+        self.log_p = (hidden @ student.head_weight.T).log_softmax(-1)
+        self.log_q = teacher.logits(row.hidden).log_softmax(-1)
+        self.p, self.q = self.log_p.exp(), self.log_q.exp()
+        p, q = self.p.detach(), self.q
+        config = method.critic
+        if config.form == "sign":
+            self.f = config.bound * (q - p).sign()
+        elif config.form == "closed_form":
+            self.f = closed_form_critic(self.log_p.detach(), self.log_q, config.bound, config.penalty)
+        elif critics is not None:
+            critic = critics.opponent("on" if row.on_policy else "off")
+            with torch.no_grad():
+                heads = Heads.of(student, teacher)
+                table = critic.table(heads.teacher, heads.student)
+                bilinear = critic.coefficients(row.hidden, hidden) @ table.T
+                self.f = critic.activate(bilinear, self.log_q - self.log_p)
+        credit = method.credit
+        self.ratio, self.cost = [], []
+        for t, token in enumerate(row.response):
+            log_p, log_q = float(self.log_p[t, token].detach()), float(self.log_q[t, token])
+            ratio = math.exp(log_p - float(row.behavior[t]))
+            self.ratio.append(ratio if credit.ratio_max is None else min(ratio, credit.ratio_max))
+            if credit.cost == "moment_gap":
+                cost = float(((q[t] - p[t]) * self.f[t]).sum()) if hasattr(self, "f") else 0.0
+            else:
+                cost = log_p - log_q
+            cost /= credit.cost_scale
+            limit = math.inf if credit.cost_max is None else credit.cost_max
+            self.cost.append(max(-limit, min(limit, cost)))
+
+    def main(self, t: int) -> Tensor:
+        recipe, critic = self.method.recipe, self.method.critic
+        p, q = self.p[t], self.q[t]
+        loss = recipe.student_text_loss if self.row.on_policy and recipe.student_text_loss else recipe.loss
+        if loss == "forward_kl":
+            return _kl(q, p)
+        if loss == "reverse_kl":
+            return _kl(p, q)
+        if loss == "generalized_jsd":
+            m = recipe.jsd_beta * q + (1 - recipe.jsd_beta) * p
+            return recipe.jsd_beta * _kl(q, m) + (1 - recipe.jsd_beta) * _kl(p, m)
+        if loss == "skew_forward_kl":
+            return _kl(q, recipe.skew * q + (1 - recipe.skew) * p)
+        if loss == "skew_reverse_kl":
+            return _kl(p, (1 - recipe.skew) * q + recipe.skew * p)
+        assert loss == "moment_gap"
+        gap = ((q - p) * self.f[t]).sum()
+        if critic.zero_sum:
+            m = (p + q) / 2
+            gap = gap - critic.penalty / 2 * ((m * self.f[t] ** 2).sum() - (m * self.f[t]).sum() ** 2)
+        return gap
+
+    def score(self, t: int, advantage: float) -> Tensor:
+        credit, log_p = self.method.credit, self.log_p[t, self.row.response[t]]
+        if credit.ppo_clip is not None:
+            ratio = (log_p - self.row.behavior[t]).exp()
+            clipped = ratio.clamp(1 - credit.ppo_clip, 1 + credit.ppo_clip)
+            return torch.maximum(advantage * ratio, advantage * clipped)
+        return log_p * advantage * (1.0 if credit.ratio == "none" else self.ratio[t])
+
+    def to_come(self, t: int) -> float:
+        """The return of token t; 0 behind the row's end."""
+        credit, gamma, length = self.method.credit, self.method.recipe.gamma, len(self.row.response)
+        if t >= length:
+            return 0.0
+        span = {"own": [t], "future": range(t + 1, length), "all": range(t, length)}[credit.span]
+        total = 0.0
+        for k in span:
+            ratios = self.ratio[t + 1 : k] if credit.ratio == "per_decision" else []
+            total += gamma ** (k - t) * math.prod(ratios) * self.cost[k]
+        if credit.form == "exact" or credit.normalize == "none" or not span:
+            return total
+        if credit.normalize == "length":
+            return total / len(span)
+        return total / sum(gamma ** (k - t) for k in span)
+
+
+def _advantage(method: MethodConfig, rows: Sequence[Row], each: Sequence[_Row], number: int, t: int) -> float:
+    own = each[number].to_come(t)
+    if method.credit.baseline == "none":
+        return own
+    if method.credit.baseline == "whiten":
+        everything = [
+            values.to_come(k)
+            for row, values in zip(rows, each, strict=True)
+            if row.on_policy
+            for k in range(len(row.response))
+        ]
+        mean = sum(everything) / len(everything)
+        variance = sum((value - mean) ** 2 for value in everything) / len(everything)
+        return (own - mean) / math.sqrt(variance + 1e-8)
+    others = [
+        values
+        for i, (row, values) in enumerate(zip(rows, each, strict=True))
+        if i != number and row.group == rows[number].group
+    ]
+    return own - (sum(other.to_come(t) for other in others) / len(others) if others else 0.0)
