@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from distill.config import RolloutConfig, ScoringConfig
-from distill.hardware import resolve_dtype, usable_cores
+from distill.hardware import ONE_LOAD_AT_A_TIME, resolve_dtype, usable_cores
 from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
 from distill.weights import verify
 
@@ -348,7 +348,8 @@ def _similar_lengths(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 def _load(auto_class: Any, model_dir: str, settings: RolloutConfig | ScoringConfig) -> Any:
     torch.set_num_threads(settings.num_threads or usable_cores())
     dtype = getattr(torch, resolve_dtype(settings.dtype))
-    return auto_class.from_pretrained(model_dir, dtype=dtype).eval().requires_grad_(False)
+    with ONE_LOAD_AT_A_TIME:
+        return auto_class.from_pretrained(model_dir, dtype=dtype).eval().requires_grad_(False)
 
 
 def _bfloat16_bits(states: torch.Tensor) -> np.ndarray:

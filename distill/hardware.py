@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Literal
+
+ONE_LOAD_AT_A_TIME = threading.Lock()
+"""transformers sets defaults of the whole process while it loads a model: two loads in two threads
+mix them up (a tied head came out untied). Actors that share a process hold this."""
 
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Names in /proc/cpuinfo: x86 writes avx512_bf16 and amx_bf16, aarch64 writes bf16."""

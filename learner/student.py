@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from distill.hardware import computes_in_bfloat16
+from distill.hardware import ONE_LOAD_AT_A_TIME, computes_in_bfloat16
 from learner.attention import PACKED
 from learner.batch import Pack
 from learner.vocabulary import LogitTransform
@@ -50,13 +50,12 @@ class Student:
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.folder = Path(folder)
-        # The library's types do not say what a causal LM can do.
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation=_attention_of(AutoConfig.from_pretrained(folder, local_files_only=True)),
-            local_files_only=True,
-        )
+        attention = _attention_of(AutoConfig.from_pretrained(folder, local_files_only=True))
+        with ONE_LOAD_AT_A_TIME:
+            # The library's types do not say what a causal LM can do.
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=attention, local_files_only=True
+            )
         # Dropout off: the objective is a function of the policy, not of a noisy copy of it.
         self.model: Any = model.to(self.device).eval()
         self.transform = LogitTransform.from_config(self.model.config)
