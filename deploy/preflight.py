@@ -75,6 +75,7 @@ class Preflight:
             ("student", self._student),
             ("tokenizers", self._tokenizers),
             ("vocabulary", self._vocabulary),
+            ("critics", self._critics),
             ("data", self._data),
             ("buffer", self._buffer),
             ("memory", self._memory),
@@ -209,6 +210,19 @@ class Preflight:
             )
         else:
             yield Check("vocabulary", "pass", f"{teacher} rows, {used} of them used")
+
+    def _critics(self) -> Iterator[Check]:
+        critic, size = self.config.critic, self.teacher.hidden_size
+        if not self.config.recipe.uses_critics or critic.form != "learned":
+            yield Check("critics", "pass", "none are learned")
+            return
+        if critic.rank is not None and critic.rank > size:
+            raise ConfigError(
+                rule("critic.rank", critic.rank, f"be <= the teacher's hidden size, {size}",
+                     "a higher rank adds nothing; null is a dense head")
+            )  # fmt: skip
+        shape = f"rank {critic.rank}" if critic.rank else f"dense, {self.num_tokens} rows of {size}"
+        yield Check("critics", "pass", f"two, {shape}, features {critic.features}")
 
     def _data(self) -> Iterator[Check]:
         data = self.config.data

@@ -239,11 +239,16 @@ class Run:
             loops["rollout"] = rollout.run.remote(replay)
         loops["learner"] = learner.train.remote(replay, rollout, teacher)
         rates = Rates()
+        shown: set[str] = set()
 
         def tick() -> None:
             facts = self.cluster.poll(learner.facts.remote())
             if facts:
                 rates.observe(facts)
+                for alarm in facts.get("alarms", ()):
+                    if alarm not in shown:
+                        self.progress.say(f"warning: {alarm}")
+                        shown.add(alarm)
                 self.progress.show(training_line(facts | rates.outlook(), rates.tokens_per_s()))
 
         result = self.cluster.wait(loops, tick=tick)["learner"]

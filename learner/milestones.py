@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from distill.alarms import Alarms
 from distill.config import CheckpointConfig, EvaluationConfig
 from distill.evaluation import Evaluation, Score, is_better, measure, save_evaluation
 from distill.interfaces import GroupRef, Lease, Store
@@ -149,6 +150,8 @@ class RunMilestones:
         self.report = report
         self.metrics = MetricsWriter(folder.path)
         self.events = EventLog(folder.path)
+        self.alarms = Alarms()
+        self.raised: list[str] = []
         self.evaluation_s = self.checkpoint_s = 0.0
         self._since = time.monotonic()
 
@@ -174,6 +177,7 @@ class RunMilestones:
         now = time.monotonic()
         row["timing/update_s"] = now - self._since
         self.metrics.write(updates_done, row)
+        self._raise(updates_done, self.alarms.after_update(row))
         self.report(
             update=updates_done, policy_version=policy_version, policy_age=max(ages, default=0), row=row
         )
@@ -182,10 +186,17 @@ class RunMilestones:
         elif self.evaluation.every and updates_done % self.evaluation.every == 0:
             label = f"step-{updates_done}"
             found = await self._evaluate(label, self.evaluation.num_prompts_during, keep_answers=False)
+            self._raise(updates_done, self.alarms.after_evaluation(found.value("teacher_text.tv")))
             await self._keep_best(updates_done, found)
         if updates_done % self.checkpoint.every == 0 or updates_done == self.num_updates:
             await self._save(updates_done, policy_version)
         self._since = time.monotonic()
+
+    def _raise(self, update: int, messages: Sequence[str]) -> None:
+        for message in messages:
+            self.events.write("alarm", update=update, message=message)
+            self.raised.append(message)
+        self.report(alarms=list(self.raised))
 
     async def _evaluate(self, label: str, num_prompts: int, *, keep_answers: bool) -> Evaluation:
         start = time.monotonic()

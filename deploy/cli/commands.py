@@ -104,6 +104,25 @@ def report(options: argparse.Namespace) -> int:
     return DONE
 
 
+def study(options: argparse.Namespace) -> int:
+    from deploy.study.report import report
+    from deploy.study.runner import Study, StudyFailed
+    from deploy.study.spec import load_study
+
+    spec = load_study(options.study)
+    folder = Path(options.out or f"runs/studies/{spec.name}").resolve()
+    try:
+        results = Study(spec, folder).run()
+    except StudyFailed as error:
+        _complain(str(error))
+        return FAILED
+    text = report(results, folder)
+    (folder / "report.md").write_text(text)
+    print(text)
+    print(f"in {folder}/report.md and results.json")
+    return DONE
+
+
 def chat(options: argparse.Namespace) -> int:
     from deploy.chat import run_chat
 

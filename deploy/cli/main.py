@@ -42,6 +42,11 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN", help="a run folder")
     report.set_defaults(run=commands.report)
 
+    study = sub.add_parser("study", help="compare recipes over seeds, tuned alike")
+    study.add_argument("study", help="YAML file")
+    study.add_argument("--out", metavar="DIR", help="the study's folder (runs/studies/NAME)")
+    study.set_defaults(run=commands.study)
+
     chat = sub.add_parser("chat", help="talk to a model")
     chat.add_argument("model", help="folder of a checkpoint, or a known model's name")
     chat.add_argument("--prompt", help="answer this one message and end")

@@ -33,6 +33,8 @@ VOCABULARY = 1024
 STOP = "</s>"
 NUM_PROMPTS = 4000
 """Extracts that become prompts; neither model is trained on them."""
+NUM_TUNING = 1000
+"""Of these, the ones that hyperparameters are chosen on, and no reported run sees."""
 PROMPT_WORDS = 12
 """Words of an extract that are the prompt; the rest is its reference."""
 MAX_TOKENS = 128
@@ -55,7 +57,7 @@ STUDENT = TinyModel(num_layers=2, hidden_size=64, num_updates=300, learning_rate
 
 
 def tiny_wiki(say: Callable[[str], None] = print) -> Path:
-    """The task's folder: ``prompts.jsonl``, ``teacher``, ``student``.
+    """The task's folder: ``prompts.jsonl``, ``tuning.jsonl``, ``teacher``, ``student``.
 
     Raises: FetchError.
     """
@@ -67,7 +69,8 @@ def tiny_wiki(say: Callable[[str], None] = print) -> Path:
     making.mkdir(parents=True)
     extracts = _extracts(making, say)
     train, prompts = extracts[:-NUM_PROMPTS], extracts[-NUM_PROMPTS:]
-    _write_prompts(making / "prompts.jsonl", prompts)
+    _write_prompts(making / "tuning.jsonl", prompts[:NUM_TUNING])
+    _write_prompts(making / "prompts.jsonl", prompts[NUM_TUNING:])
     tokenizer = _train_tokenizer(train)
     for name, model in (("teacher", TEACHER), ("student", STUDENT)):
         _train_model(model, tokenizer, train, making / name, lambda text, name=name: say(f"{name}: {text}"))

@@ -24,9 +24,13 @@ class MethodConfig:
     """The sections that one update of the learner reads."""
 
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    """Text, loss, horizon, anchor."""
     critic: CriticConfig = field(default_factory=CriticConfig)
+    """The critics."""
     credit: CreditConfig = field(default_factory=CreditConfig)
+    """The long horizon."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    """The optimisation."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill import config as config_module
-from distill.config import ConfigError, RecipeConfig, RunConfig, StudentConfig, StudentInitConfig
+from distill.config import (
+    ConfigError,
+    RecipeConfig,
+    RunConfig,
+    StudentConfig,
+    StudentInitConfig,
+    inputs,
+    method,
+    optimization,
+    rule,
+    run,
+    runtime,
+)
 from distill.config.load import fingerprint, load_config, setting_names, to_yaml
 
 PRESETS = Path(__file__).parents[2] / "deploy" / "configs"
@@ -302,7 +313,11 @@ def test_fingerprint_does_not_depend_on_int_or_float(load):
 
 BROKEN = [
     "recipe.student_text=none recipe.off_policy_text=none", "recipe.beta=-1", "recipe.gamma=0",
-    "recipe.student_fraction=2", "recipe.jsd_beta=1", "recipe.lm_weight=-1",
+    "recipe.student_fraction=2", "recipe.jsd_beta=1", "recipe.lm_weight=-1", "recipe.skew=1",
+    "recipe.student_text_loss=forward_kl", "recipe.long_weight=1 recipe.loss=reverse_kl",
+    "critic.learning_rate=-1", "critic.ema=1", "credit.cost_scale=0", "credit.cost_max=0",
+    "credit.ratio_max=0", "credit.ppo_clip=-1", "credit.ppo_clip=0.2 credit.ratio=per_decision",
+    "cluster.backend=in_process",
     "recipe.long_weight=1 recipe.student_text=none", "student.model=x", "student.init.from=other",
     "student.init.num_layers=0", "data.num_heldout=0", "sft.num_updates=0", "sft.rows_per_update=0",
     "corpus.max_new_tokens=0", "corpus.num_prompts=0", "rollout.samples_per_prompt=0",
@@ -323,29 +338,34 @@ BROKEN = [
 """Overrides of a valid configuration, each breaking the rule named by one of its settings."""
 
 
+SECTIONS = [inputs, method, optimization, run, runtime]
+
+
 def test_each_rule_is_broken_by_some_value(load, monkeypatch):
-    source = inspect.getsource(config_module)
-    rules = [
-        (node.lineno, node.end_lineno)
-        for node in ast.walk(ast.parse(source))
+    rules = {
+        (module.__name__, node.lineno, node.end_lineno)
+        for module in SECTIONS
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "rule"
-    ]
-    reached: set[int] = set()
-    true_rule = config_module.rule
+    }
+    assert len(rules) > 40
+    reached: set[tuple[str, int]] = set()
 
     def recording_rule(*arguments):
-        reached.add(sys._getframe(1).f_lineno)
-        return true_rule(*arguments)
+        caller = sys._getframe(1)
+        reached.add((caller.f_globals["__name__"], caller.f_lineno))
+        return rule(*arguments)
 
-    monkeypatch.setattr(config_module, "rule", recording_rule)
+    for module in SECTIONS:
+        monkeypatch.setattr(module, "rule", recording_rule)
     for overrides in BROKEN:
         with pytest.raises(ConfigError):
             load(STUDENT, overrides.split())
-    unbroken = [
-        source.splitlines()[first - 1].strip()
-        for first, last in rules
-        if not any(first <= line <= last for line in reached)
-    ]
+    unbroken = sorted(
+        f"{module}:{first}"
+        for module, first, last in rules
+        if not any(module == name and first <= line <= last for name, line in reached)
+    )
     assert not unbroken, "rules without a value in BROKEN that breaks them first"
 
 
@@ -363,7 +383,8 @@ def test_a_broken_rule_names_the_setting(load, overrides):
 def test_every_field_has_a_docstring():
     undocumented = [
         f"{part.name}.{field.target.id}"
-        for part in ast.parse(inspect.getsource(config_module)).body
+        for module in SECTIONS
+        for part in ast.parse(inspect.getsource(module)).body
         if isinstance(part, ast.ClassDef) and part.name.endswith("Config")
         for field, below in zip(part.body, [*part.body[1:], None], strict=True)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)

@@ -1,0 +1,243 @@
+"""`distill study`: every recipe, tuned alike, over several seeds; goes on where it stopped.
+
+Each run is a process of its own (`distill train`), in a folder named by recipe, the fingerprint
+of its configuration and the hash of the method's code. A run whose folder is finished is not run
+again; when the code of the method changes, all are. Results are read from the run folders, so
+there is nothing else to keep in step.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+import distill
+import learner
+from deploy.study import tasks
+from deploy.study.spec import Settings, StudySpec
+from distill.config.load import fingerprint, load_config
+from distill.evaluation import direction, load_evaluation
+from distill.metrics import read_metrics
+from distill.run_folder import RunFolder, write_bytes
+
+PRESETS = Path(__file__).parent.parent / "configs"
+METHOD_CODE = (
+    "distill/objectives.py", "distill/credit.py", "distill/algorithm.py", "distill/evaluation.py",
+    "distill/replay/*.py", "learner/*.py",
+)  # fmt: skip
+"""Whose change makes older results another method's."""
+
+
+class StudyFailed(RuntimeError):
+    """A run of a study failed; the message names it and where its output is."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    recipe: str
+    seed: int
+    tuned: Settings
+    """The grid's point."""
+    tuning: bool
+    config: Path
+    """The configuration file the run is started with."""
+    run_dir: Path
+
+
+def method_hash() -> str:
+    """Over the source of the method, 16 hexadecimal digits."""
+    root = Path(distill.__file__).parent.parent
+    assert root == Path(learner.__file__).parent.parent
+    state = xxhash.xxh3_64()
+    for pattern in METHOD_CODE:
+        for path in sorted(root.glob(pattern)):
+            state.update(f"{path.relative_to(root)}\n".encode())
+            state.update(path.read_bytes())
+    return state.hexdigest()
+
+
+class Study:
+    """A study and its folder."""
+
+    def __init__(self, spec: StudySpec, folder: Path, say: Callable[[str], None] = print) -> None:
+        self.spec = spec
+        self.folder = folder
+        self.say = say
+        self.code = method_hash()
+        self._settings = {
+            tuning: tasks.task_settings(spec.task, say, tuning=tuning) | spec.settings
+            for tuning in (False, True)
+        }
+
+    def run(self) -> dict[str, Any]:
+        """All runs that are not finished; returns (and writes) the results.
+
+        Raises: ConfigError before anything runs; StudyFailed.
+        """
+        tuning_jobs = self._tuning_jobs()
+        num_runs = sum(map(len, tuning_jobs.values())) + len(self.spec.recipes) * len(self.spec.seeds)
+        self.say(
+            f"study {self.spec.name}: {num_runs} runs of {len(self.spec.recipes)} recipes, code {self.code}"
+        )
+        done = 0
+        chosen: dict[str, Settings] = {}
+        for recipe, jobs in tuning_jobs.items():
+            for job in jobs:
+                done += 1
+                self._train(job, f"{done}/{num_runs}")
+            chosen[recipe] = self._choose(recipe, jobs)
+        reported: list[Job] = []
+        for seed in self.spec.seeds:  # all recipes of a seed first: a study cut short is still paired
+            for recipe in self.spec.recipes:
+                job = self._job(recipe, seed, chosen[recipe], tuning=False)
+                done += 1
+                self._train(job, f"{done}/{num_runs}")
+                reported.append(job)
+        results = self._results(reported, tuning_jobs, chosen)
+        write_bytes(self.folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        return results
+
+    # Jobs
+
+    def _tuning_jobs(self) -> dict[str, list[Job]]:
+        tuning = self.spec.tuning
+        if tuning is None:
+            return {recipe: [] for recipe in self.spec.recipes}
+        return {
+            recipe: [
+                self._job(recipe, seed, point, tuning=True)
+                for point in tuning.points()
+                for seed in tuning.seeds
+            ]
+            for recipe in self.spec.recipes
+        }
+
+    def _job(self, recipe: str, seed: int, tuned: Settings, *, tuning: bool) -> Job:
+        """Writes its configuration; a wrong setting shows here, before anything runs."""
+        on_top = dict(self.spec.recipes[recipe])
+        settings: Settings = {"recipe": on_top.pop("recipe", recipe)} | self._settings[tuning]
+        if tuning and self.spec.tuning is not None:
+            settings |= self.spec.tuning.settings
+        settings |= on_top | tuned | {"seed": seed}
+        empty = self.folder / "empty.yaml"
+        if not empty.exists():
+            write_bytes(empty, b"{}\n")
+        overrides = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+        config = load_config(empty, overrides, PRESETS)
+        run_dir = self.folder / "runs" / f"{recipe}-{fingerprint(config)}-{self.code}"
+        path = self.folder / "configs" / f"{run_dir.name}.json"
+        if not path.exists():
+            write_bytes(path, json.dumps([*overrides, f"run_dir={run_dir}"], indent=1).encode())
+        return Job(recipe, seed, tuned, tuning, path, run_dir)
+
+    def _train(self, job: Job, progress: str) -> None:
+        name = f"{job.recipe} seed {job.seed}" + "".join(f" {k}={v}" for k, v in job.tuned.items())
+        if (job.run_dir / "summary.json").exists():
+            self.say(f"{progress} {name}: done before")
+            return
+        log = self.folder / "logs" / f"{job.run_dir.name}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        overrides = json.loads(job.config.read_text())
+        command = [
+            sys.executable,
+            "-m",
+            "deploy.cli.main",
+            "train",
+            str(self.folder / "empty.yaml"),
+            *overrides,
+        ]
+        start = time.monotonic()
+        with open(log, "w") as output:
+            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+        if code != 0:
+            last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
+            raise StudyFailed(f"{name} ended with code {code}: {last}; its output is in {log}")
+        self.say(f"{progress} {name}: {time.monotonic() - start:.0f} s")
+
+    def _choose(self, recipe: str, jobs: list[Job]) -> Settings:
+        """The grid's best point by the mean of the metric over the tuning seeds."""
+        tuning = self.spec.tuning
+        if tuning is None:
+            return {}
+        scores: list[tuple[float, Settings]] = []
+        for point in tuning.points():
+            values = [final(job.run_dir, tuning.metric) for job in jobs if job.tuned == point]
+            scores.append((direction(tuning.metric) * sum(values) / len(values), point))
+        best = max(scores, key=lambda score: score[0])[1]
+        for name, values in tuning.grid.items():
+            if len(values) > 1 and best[name] in (min(values), max(values)):
+                self.say(
+                    f"note: {recipe}: the best {name}={best[name]} lies at the edge of its grid {values}"
+                )
+        return best
+
+    # Results
+
+    def _results(
+        self, jobs: list[Job], tuning_jobs: Mapping[str, list[Job]], chosen: Mapping[str, Settings]
+    ) -> dict[str, Any]:
+        return {
+            "study": self.spec.name,
+            "task": self.spec.task,
+            "method_hash": self.code,
+            "metrics": list(self.spec.metrics),
+            "baseline": self.spec.baseline,
+            "chosen": dict(chosen),
+            "tuning": [
+                {"recipe": job.recipe, "seed": job.seed, "tuned": job.tuned,
+                 self._tuning_metric: final(job.run_dir, self._tuning_metric)}
+                for jobs_of in tuning_jobs.values() for job in jobs_of
+            ],
+            "runs": [
+                {"recipe": job.recipe, "seed": job.seed, "run": job.run_dir.name,
+                 "evaluations": [asdict(point) for point in curve(job.run_dir, self.spec.metrics)]}
+                for job in jobs
+            ],
+        }  # fmt: skip
+
+    @property
+    def _tuning_metric(self) -> str:
+        return self.spec.tuning.metric if self.spec.tuning else self.spec.metrics[0]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """An evaluation along a run: at equal updates, or at equal time."""
+
+    update: int
+    train_s: float
+    """Seconds of training until then, evaluations left out."""
+    values: dict[str, float]
+
+
+def final(run_dir: Path, metric: str) -> float:
+    """A metric of the evaluation after the last update."""
+    return load_evaluation(RunFolder(run_dir).evaluation("after")).value(metric)
+
+
+def curve(run_dir: Path, metrics: tuple[str, ...]) -> list[CurvePoint]:
+    """The evaluations of a run, in order."""
+    folder = RunFolder(run_dir)
+    seconds = [0.0]
+    for value in read_metrics(folder.path)["timing/update_s"].to_pylist():
+        seconds.append(seconds[-1] + value)
+    points = []
+    for path in folder.evaluations.glob("*.parquet"):
+        last = len(seconds) - 1
+        update = {"before": 0, "after": last}.get(path.stem)
+        if update is None:
+            update = int(path.stem.removeprefix("step-"))
+        evaluation = load_evaluation(path)
+        values = {metric: round(evaluation.value(metric), 6) for metric in metrics}
+        points.append(CurvePoint(update, round(seconds[update], 2), values))
+    return sorted(points, key=lambda point: point.update)

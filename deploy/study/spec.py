@@ -1,0 +1,138 @@
+"""What a study compares, read from a YAML file.
+
+name: tiny
+task: tiny-wiki                  # models and prompts, see deploy/study/tasks.py
+seeds: [0, 1, 2]
+baseline: kd                     # differences are taken from it
+metrics: [teacher_text.tv, student_text.tv]
+settings: {learner: {num_updates: 1500}}      # of every run, on top of the task's
+recipes:
+  kd: {}
+  triangular: {recipe.anchor_weight: 0.1}     # a preset with fields on top
+  both: {recipe: jsd, recipe.student_text: every_update}
+tuning:
+  grid: {learner.learning_rate: [1.e-3, 3.e-3]}
+  seeds: [100]
+  settings: {learner: {num_updates: 300}}
+  metric: teacher_text.tv
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill.config import EVALUATION_METRICS, ConfigError, rule
+
+Settings = dict[str, Any]
+"""Dotted setting -> value."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The same grid for every recipe, on prompts and seeds that are not reported."""
+
+    grid: Mapping[str, Sequence[Any]]
+    seeds: tuple[int, ...]
+    settings: Settings
+    metric: str
+
+    def points(self) -> Iterator[Settings]:
+        """Every combination of the grid; one empty point without a grid."""
+        for values in itertools.product(*self.grid.values()):
+            yield dict(zip(self.grid, values, strict=True))
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """Recipes on one task, with several seeds."""
+
+    name: str
+    task: str
+    recipes: Mapping[str, Settings]
+    seeds: tuple[int, ...]
+    baseline: str
+    metrics: tuple[str, ...]
+    settings: Settings = field(default_factory=dict)
+    tuning: Tuning | None = None
+
+
+_KEYS = ("name", "task", "recipes", "seeds", "baseline", "metrics", "settings", "tuning")
+_TUNING_KEYS = ("grid", "seeds", "settings", "metric")
+
+
+def load_study(path: str | Path) -> StudySpec:
+    """Raises: ConfigError naming the key, the rule and the remedy."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"{path} must be a readable study file ({error.strerror}); check the path"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} must be YAML; {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping; see docs/studies.md")
+    _known(tree, _KEYS, "")
+    for key in ("name", "task", "recipes", "seeds"):
+        if not tree.get(key):
+            raise ConfigError(rule(key, tree.get(key), "be given", "see docs/studies.md"))
+    recipes = {name: dotted(settings or {}) for name, settings in tree["recipes"].items()}
+    baseline = tree.get("baseline", next(iter(recipes)))
+    if baseline not in recipes:
+        raise ConfigError(rule("baseline", baseline, f"be one of {', '.join(recipes)}", "choose one of them"))
+    metrics = tuple(tree.get("metrics") or EVALUATION_METRICS)
+    tuning = _tuning(tree["tuning"]) if tree.get("tuning") else None
+    for metric in (*metrics, *([tuning.metric] if tuning else [])):
+        if metric not in EVALUATION_METRICS:
+            raise ConfigError(
+                rule("metrics", metric, f"be of {', '.join(EVALUATION_METRICS)}", "choose among them")
+            )
+    if tuning and set(tuning.seeds) & set(tree["seeds"]):
+        raise ConfigError(
+            rule(
+                "tuning.seeds", list(tuning.seeds), "share none with seeds", "reported seeds are not tuned on"
+            )
+        )
+    return StudySpec(
+        name=str(tree["name"]),
+        task=str(tree["task"]),
+        recipes=recipes,
+        seeds=tuple(tree["seeds"]),
+        baseline=baseline,
+        metrics=metrics,
+        settings=dotted(tree.get("settings") or {}),
+        tuning=tuning,
+    )
+
+
+def _tuning(tree: dict[str, Any]) -> Tuning:
+    _known(tree, _TUNING_KEYS, "tuning.")
+    return Tuning(
+        grid={name: list(values) for name, values in (tree.get("grid") or {}).items()},
+        seeds=tuple(tree.get("seeds") or (100,)),
+        settings=dotted(tree.get("settings") or {}),
+        metric=str(tree.get("metric", "teacher_text.tv")),
+    )
+
+
+def _known(tree: Mapping[str, Any], keys: Sequence[str], prefix: str) -> None:
+    for key in tree:
+        if key not in keys:
+            raise ConfigError(rule(f"{prefix}{key}", "...", f"be one of {', '.join(keys)}", "check the name"))
+
+
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> Settings:
+    """A tree of settings by dotted names; names that are dotted already stay."""
+    flat: Settings = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= dotted(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,76 @@
+"""Signs in a run's numbers that it is not doing what it should, each said once.
+
+Needs the metrics of an update and the evaluations during training, nothing else. Called by the
+learner's milestones; the driver shows what is raised, and the events keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+WINDOW = 20
+"""Updates over which a mean is taken before anything is said: one batch is noise, and a plain
+critic starts at 0."""
+WEAK = 0.6
+"""Tightness below which a critic is too weak to be believed."""
+DRIFT = 1.1
+"""TV in the last third of the student's answers over that in the first, above which text drifts."""
+
+
+class Alarms:
+    """The recent past of a run."""
+
+    def __init__(self) -> None:
+        self._rows: list[Mapping[str, float]] = []
+        self._raised: set[str] = set()
+        self._last: tuple[float, float | None] | None = None
+        """Held-out TV of the last evaluation, and the critics' gap in the updates before it."""
+
+    def after_update(self, row: Mapping[str, float]) -> list[str]:
+        """What is to be said after an update; ``row``: its metrics."""
+        self._rows = [*self._rows, row][-WINDOW:]
+        if len(self._rows) < WINDOW:
+            return []
+        said: list[str] = []
+        for source in ("off", "on"):
+            tightness = self._mean(f"critic/tightness_{source}")
+            if tightness is not None and tightness < WEAK:
+                said += self._once(
+                    f"weak_{source}",
+                    f"critic/tightness_{source} is {tightness:.2f} over {WINDOW} updates and should be at least "
+                    f"{WEAK}: the critic is too weak to be believed; use critic.features=ratio, or raise "
+                    "critic.rank, critic.learning_rate or recipe.anchor_weight",
+                )
+        first, last = (self._mean(f"policy/tv_on_{third}_third") for third in ("first", "last"))
+        if first is not None and last is not None and last > DRIFT * first > 0:
+            said += self._once(
+                "drift",
+                f"TV grows along the student's answers, {first:.3f} in the first third and {last:.3f} in the "
+                "last: its own text leads it astray; more weight on it (recipe.beta) may pay",
+            )
+        return said
+
+    def after_evaluation(self, held_out_tv: float) -> list[str]:
+        """What is to be said after an evaluation during training."""
+        gap = self._mean("critic/d_mm_off")
+        before, self._last = self._last, (held_out_tv, gap)
+        if before is None or before[1] is None or gap is None:
+            return []
+        if held_out_tv > before[0] and gap < before[1]:
+            return self._once(
+                "gamed",
+                f"held-out TV rose from {before[0]:.3f} to {held_out_tv:.3f} while the critic's gap fell from "
+                f"{before[1]:.3f} to {gap:.3f}: the critic is gamed; raise recipe.anchor_weight or critic.rank, "
+                "or lower learner.learning_rate",
+            )
+        return []
+
+    def _mean(self, name: str) -> float | None:
+        values = [row[name] for row in self._rows if name in row]
+        return sum(values) / len(values) if values else None
+
+    def _once(self, kind: str, message: str) -> list[str]:
+        if kind in self._raised:
+            return []
+        self._raised.add(kind)
+        return [message]

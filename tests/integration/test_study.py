@@ -1,0 +1,80 @@
+"""A study from its file to its table: real runs of a random tiny Llama, each a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.study import tasks
+from deploy.study.report import report
+from deploy.study.runner import Study, StudyFailed
+from deploy.study.spec import StudySpec, Tuning
+from distill.config import ConfigError
+from tests.tiny import make_world, tiny_overrides
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ENGINES = {
+    "rollout.engine": "transformers",
+    "scoring.engine": "transformers",
+    "cluster.backend": "in_process",
+}
+
+
+@pytest.fixture(autouse=True)
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = tmp_path / "world"
+    make_world(world)
+    monkeypatch.setenv("DISTILL_CACHE", str(world / "cache"))
+    pairs = (text.split("=", 1) for text in tiny_overrides(world))
+    settings = {name: yaml.safe_load(value) for name, value in pairs if name != "run_dir"} | ENGINES
+    monkeypatch.setattr(tasks, "TASKS", {"tiny": lambda say, tuning: dict(settings)})
+
+
+def spec(**changes: object) -> StudySpec:
+    values = {
+        "name": "s",
+        "task": "tiny",
+        "seeds": (0, 1),
+        "baseline": "kd",
+        "metrics": ("teacher_text.tv", "rouge_l.teacher"),
+        "recipes": {"kd": {}, "ammd": {"recipe.beta": 0.5}},
+        "tuning": Tuning(
+            grid={"learner.learning_rate": [1e-4, 1e-2]}, seeds=(9,), settings={"learner.num_updates": 1},
+            metric="teacher_text.tv",
+        ),
+    }  # fmt: skip
+    return StudySpec(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_a_study_and_its_second_start(tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = tmp_path / "study"
+    results = Study(spec(), folder, said.append).run()
+    assert [(run["recipe"], run["seed"]) for run in results["runs"]] == [
+        ("kd", 0), ("ammd", 0), ("kd", 1), ("ammd", 1),
+    ]  # fmt: skip
+    assert len(results["tuning"]) == 4
+    assert {point["update"] for point in results["runs"][0]["evaluations"]} == {0, 1, 2}
+    assert results["runs"][0]["evaluations"][-1]["train_s"] > 0
+    table = report(results, folder)
+    assert table.count("\n| `") == 2
+    assert "learning_rate" in table
+
+    again: list[str] = []
+    repeated = Study(spec(), folder, again.append).run()
+    assert repeated == results
+    assert sum("done before" in line for line in again) == 8
+    assert report(repeated, folder) == table
+
+
+def test_what_goes_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="recipe=kdd must be one of"):
+        Study(spec(recipes={"kd": {}, "kdd": {}}), tmp_path / "a").run()
+    with pytest.raises(ConfigError, match="task=tinny must be one of tiny"):
+        Study(spec(task="tinny"), tmp_path / "b")
+    broken = spec(settings={"data.path": "/nowhere.jsonl"}, tuning=None)
+    with pytest.raises(StudyFailed, match=r"kd seed 0 ended with code 2: .*nowhere.jsonl.* its output is in"):
+        Study(broken, tmp_path / "c").run()

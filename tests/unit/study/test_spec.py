@@ -1,0 +1,64 @@
+"""The study file: what it says, and what is said about a wrong one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import deploy
+from deploy.study.spec import dotted, load_study
+from distill.config import ConfigError
+
+GOOD = """
+name: s
+task: tiny-wiki
+seeds: [0, 1]
+recipes: {kd: {}, both: {recipe: jsd, recipe.beta: 0.5}}
+settings: {learner: {num_updates: 5}}
+tuning: {grid: {learner.learning_rate: [0.1, 0.2], critic.rank: [1, 2, 3]}, seeds: [9]}
+"""
+
+
+def load(tmp_path: Path, text: str):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    return load_study(path)
+
+
+def test_a_study(tmp_path):
+    spec = load(tmp_path, GOOD)
+    assert (spec.baseline, spec.seeds, spec.settings) == ("kd", (0, 1), {"learner.num_updates": 5})
+    assert spec.recipes["both"] == {"recipe": "jsd", "recipe.beta": 0.5}
+    assert spec.tuning is not None
+    points = list(spec.tuning.points())
+    assert len(points) == 6
+    assert points[0] == {"learner.learning_rate": 0.1, "critic.rank": 1}
+
+
+def test_the_studies_that_ship_can_be_read():
+    for path in (Path(deploy.__file__).parent / "configs" / "studies").glob("*.yaml"):
+        assert load_study(path).name == path.stem
+
+
+def test_dotted():
+    assert dotted({"a": {"b": 1, "c.d": 2}, "e": [3]}) == {"a.b": 1, "a.c.d": 2, "e": [3]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("name: s", "nam: s"), "nam=... must be one of name, task"),
+        (("seeds: [0, 1]", "seeds: []"), "seeds=.* must be given"),
+        (("seeds: [9]", "seeds: [1]"), "tuning.seeds=.* must share none with seeds"),
+        (("name: s", "name: s\nbaseline: gkd"), "baseline=gkd must be one of kd, both"),
+        (("name: s", "name: s\nmetrics: [tv]"), "metrics=tv must be of teacher_text.tv"),
+        ((GOOD, "- 1"), "must hold a mapping"),
+        ((GOOD, "a: ["), "must be YAML"),
+    ],
+)
+def test_messages(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, GOOD.replace(*change))
+    with pytest.raises(ConfigError, match="readable study file"):
+        load_study(tmp_path / "nowhere.yaml")

@@ -1,0 +1,52 @@
+"""What is said, when, and only once."""
+
+from __future__ import annotations
+
+from distill.alarms import WINDOW, Alarms
+
+SOUND = {"critic/tightness_off": 0.9, "critic/tightness_on": 0.9, "critic/d_mm_off": 0.5,
+         "policy/tv_on_first_third": 0.3, "policy/tv_on_last_third": 0.31}  # fmt: skip
+
+
+def said(alarms: Alarms, count: int = WINDOW, **changes: float) -> list[str]:
+    row = SOUND | {name.replace("__", "/"): value for name, value in changes.items()}
+    return [message for _ in range(count) for message in alarms.after_update(row)]
+
+
+def test_a_sound_run_says_nothing():
+    alarms = Alarms()
+    assert said(alarms, 3 * WINDOW) == []
+    assert alarms.after_evaluation(0.5) == alarms.after_evaluation(0.4) == []
+    assert said(Alarms(), 3 * WINDOW, critic__tightness_off=0.61) == []
+
+
+def test_a_weak_critic():
+    alarms = Alarms()
+    assert said(alarms, WINDOW - 1, critic__tightness_on=0.3) == []  # it may be young
+    assert "critic/tightness_on is 0.30" in said(alarms, 1, critic__tightness_on=0.3)[0]
+    assert said(alarms, WINDOW, critic__tightness_on=0.3) == []  # once
+
+
+def test_drift():
+    assert "TV grows along" in said(Alarms(), policy__tv_on_last_third=0.34)[0]
+    assert said(Alarms(), policy__tv_on_last_third=0.32) == []
+
+
+def test_a_gamed_critic():
+    alarms = Alarms()
+    said(alarms)
+    assert alarms.after_evaluation(0.40) == []
+    said(alarms, critic__d_mm_off=0.4)
+    assert "held-out TV rose from 0.400 to 0.410" in alarms.after_evaluation(0.41)[0]
+    falling_both = Alarms()
+    said(falling_both)
+    falling_both.after_evaluation(0.40)
+    said(falling_both, critic__d_mm_off=0.4)
+    assert falling_both.after_evaluation(0.39) == []
+
+
+def test_recipes_without_critics_have_none_of_their_numbers():
+    alarms = Alarms()
+    for _ in range(2 * WINDOW):
+        assert alarms.after_update({"policy/tv_off": 0.5}) == []
+    assert alarms.after_evaluation(0.5) == alarms.after_evaluation(0.6) == []
