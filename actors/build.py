@@ -109,12 +109,12 @@ async def build_rollout(config: RunConfig, inputs: RunInputs, writer_id: str) ->
     )
 
 
-async def build_scorer(config: RunConfig, inputs: RunInputs, writer_id: str) -> TeacherScorer:
-    """A teacher scorer with its engine started."""
+async def build_scorer(config: RunConfig, inputs: RunInputs, writer_id: str, model_dir: str) -> TeacherScorer:
+    """A scorer of one model, the teacher or its proxy, with its engine started."""
     return TeacherScorer(
         corpus=TextCorpus.read(inputs.text_corpus),
         heldout_corpus=TextCorpus.read(inputs.heldout_corpus),
-        teacher=await build_teacher(config, inputs.teacher_dir),
+        teacher=await build_teacher(config, model_dir),
         store=build_store(config, inputs, writer_id),
         writer_id=writer_id,
         max_groups=config.scoring.max_groups,

@@ -75,15 +75,15 @@ class RolloutActor:
 
 
 class TeacherActor:
-    """Holds a teacher scorer."""
+    """Holds a scorer: the teacher, or its proxy."""
 
     worker: TeacherScorer
 
     def pid(self) -> int:
         return os.getpid()
 
-    async def start(self, config: RunConfig, inputs: RunInputs, writer_id: str) -> None:
-        self.worker = await build_scorer(config, inputs, writer_id)
+    async def start(self, config: RunConfig, inputs: RunInputs, writer_id: str, model_dir: str) -> None:
+        self.worker = await build_scorer(config, inputs, writer_id, model_dir)
 
     async def run(self, replay: Any) -> None:
         service: Any = Remote(replay)

@@ -59,12 +59,15 @@ class Preflight:
         self.prompts: pa.Table
         self.num_references = 0
         """Prompts that have a reference."""
+        self.proxy: ModelFacts | None = None
+        """What stands in for a teacher of text alone, if it is not the student."""
         self.checks: list[Check] = []
 
     @property
     def num_tokens(self) -> int:
         """Vocabulary that both models have."""
-        return min(self.teacher.vocab_size, self.student.vocab_size)
+        models = [self.teacher, self.student, *([self.proxy] if self.proxy is not None else [])]
+        return min(model.vocab_size for model in models)
 
     def run(self) -> list[Check]:
         """Make all checks; a failed one ends those that need it."""
@@ -73,6 +76,7 @@ class Preflight:
             ("engines", self._engines),
             ("teacher", self._teacher),
             ("student", self._student),
+            ("proxy", self._proxy),
             ("tokenizers", self._tokenizers),
             ("vocabulary", self._vocabulary),
             ("critics", self._critics),
@@ -159,6 +163,19 @@ class Preflight:
         yield self._model("student", self.student)
         yield self._transform("student", self.student)
 
+    def _proxy(self) -> Iterator[Check]:
+        proxy = self.config.proxy
+        if self.config.recipe.teacher == "probabilities":
+            return
+        if proxy.model is None:
+            yield Check("proxy", "pass", "the student's start, trained on the teacher's text")
+            return
+        self.proxy = ModelFacts.read(
+            local_checkpoint(proxy.model, proxy.revision, "proxy.model"), "proxy.model"
+        )
+        yield self._model("proxy", self.proxy)
+        yield self._transform("proxy", self.proxy)
+
     def _model(self, role: str, facts: ModelFacts) -> Check:
         if "auto_map" in facts.config and not self.config.teacher.trust_remote_code:
             raise ConfigError(
@@ -185,12 +202,14 @@ class Preflight:
     def _tokenizers(self) -> Iterator[Check]:
         self.tokenizer = _load_tokenizer(self.teacher.folder, "teacher.model")
         fingerprint = tokenizer_fingerprint(self.tokenizer)
-        if self.student is not self.teacher:
-            other = tokenizer_fingerprint(_load_tokenizer(self.student.folder, "student.model"))
+        for role, model in (("student", self.student), ("proxy", self.proxy)):
+            if model is None or model is self.teacher:
+                continue
+            other = tokenizer_fingerprint(_load_tokenizer(model.folder, f"{role}.model"))
             if other != fingerprint:
                 raise ConfigError(
-                    rule("student tokenizer", other, f"be the teacher's ({fingerprint})",
-                         "token probabilities are compared id by id; choose a student of the teacher's family")
+                    rule(f"{role} tokenizer", other, f"be the teacher's ({fingerprint})",
+                         f"token probabilities are compared id by id; choose a {role} of the teacher's family")
                 )  # fmt: skip
         yield Check("tokenizers", "pass", f"one vocabulary, fingerprint {fingerprint}")
 
@@ -212,7 +231,7 @@ class Preflight:
             yield Check("vocabulary", "pass", f"{teacher} rows, {used} of them used")
 
     def _critics(self) -> Iterator[Check]:
-        critic, size = self.config.critic, self.teacher.hidden_size
+        critic, size = self.config.critic, (self.proxy or self.teacher).hidden_size
         if not self.config.recipe.uses_critics or critic.form != "learned":
             yield Check("critics", "pass", "none are learned")
             return

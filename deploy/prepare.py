@@ -26,6 +26,8 @@ class Prepared:
     teacher_dir: Path
     student_init: Path
     """The student before the warm start."""
+    proxy_init: Path | None
+    """What stands in for the teacher, before its training; None: the student's start, or nothing."""
     train_prompts: Path
     heldout_prompts: Path
     references: Path | None
@@ -67,6 +69,7 @@ def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Prepa
     return Prepared(
         teacher_dir=teacher_dir,
         student_init=_student(config, preflight, folder),
+        proxy_init=preflight.proxy.folder if preflight.proxy is not None else None,
         train_prompts=paths["train"],
         heldout_prompts=paths["heldout"],
         references=paths["references"] if preflight.num_references else None,

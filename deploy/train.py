@@ -22,7 +22,7 @@ from deploy.preflight import Preflight
 from deploy.prepare import Prepared, prepare
 from deploy.progress import Progress, training_line
 from deploy.rates import Rates
-from distill.config import ClusterConfig, ConfigError, RunConfig, rule
+from distill.config import ClusterConfig, ConfigError, RunConfig, SftConfig, rule
 from distill.config.load import fingerprint, flat_settings, load_config, to_yaml
 from distill.data import read_table, write_table
 from distill.evaluation import load_evaluation
@@ -117,7 +117,8 @@ class Run:
             learner = self._start_learner()
             student_dir = self._warm_start(learner)
             self._write_corpora()
-            result = self._distil(learner, self._inputs(student_dir))
+            scoring_dir = self._train_proxy(learner, student_dir)
+            result = self._distil(learner, self._inputs(student_dir, scoring_dir))
             peak = self.memory.stop()
         summary = self._summary(result, peak)
         self.folder.write_summary(summary)
@@ -134,24 +135,42 @@ class Run:
         if out.exists():
             return out
         assert self.prepared.references is not None
-        updates = self.config.sft.num_updates
-        with self._timed("sft"):
-            work = learner.warm_start.remote(
-                str(self.prepared.student_init), str(self.prepared.references), str(out)
-            )
+        self._fit(learner, "warm start", self.prepared.student_init, self.prepared.references, out,
+                  self.config.sft)  # fmt: skip
+        return out
+
+    def _train_proxy(self, learner: Any, student_dir: Path) -> Path:
+        """The model whose states are scored: the teacher, or what stands in for its probabilities."""
+        if self.config.recipe.teacher == "probabilities":
+            return self.prepared.teacher_dir
+        start = self.prepared.proxy_init or student_dir
+        out = self.folder.path / "proxy"
+        if self.config.proxy.num_updates == 0:
+            return start
+        if not out.exists():
+            corpus, training = self.prepared.teacher_corpus, self.config.proxy.training
+            self._fit(learner, "proxy", start, corpus, out, training)
+        return out
+
+    def _fit(
+        self, learner: Any, what: str, model: Path, corpus: Path, out: Path, training: SftConfig
+    ) -> None:
+        """A stage of cross-entropy, whose result is the checkpoint ``out``."""
+        stage, updates = out.name, training.num_updates
+        with self._timed(stage):
+            work = learner.fit.remote(str(model), str(corpus), str(out), training)
 
             def tick() -> None:
                 facts = self.cluster.poll(learner.facts.remote()) or {}
-                loss = facts.get("sft_loss")
+                loss = facts.get("fit_loss")
                 shown = f", loss {loss:.3f}" if loss is not None else ""
-                self.progress.show(f"warm start: update {facts.get('sft_update', 0)}/{updates}{shown}")
+                self.progress.show(f"{what}: update {facts.get('fit_update', 0)}/{updates}{shown}")
 
             totals = self.cluster.wait({"learner": work}, tick=tick)["learner"]
-        self.tokens["sft"] = totals["num_tokens"]
+        self.tokens[stage] = totals["num_tokens"]
         self.progress.say(
-            f"warm start done: {updates} updates, loss {totals['loss']:.3f}, {self.timing_s['sft']:.0f} s"
+            f"{what} done: {updates} updates, loss {totals['loss']:.3f}, {self.timing_s[stage]:.0f} s"
         )
-        return out
 
     def _write_corpora(self) -> None:
         """The teacher's text, where the cache has none of this fingerprint."""
@@ -192,7 +211,7 @@ class Run:
             f"teacher corpus written: {total} texts, {tokens:.0f} tokens, {self.timing_s['corpus']:.0f} s"
         )
 
-    def _inputs(self, student_dir: Path) -> RunInputs:
+    def _inputs(self, student_dir: Path, scoring_dir: Path) -> RunInputs:
         prepared = self.prepared
         text = {"teacher": prepared.teacher_corpus, "reference": prepared.references, "none": None}[
             self.config.recipe.off_policy_text
@@ -205,6 +224,7 @@ class Run:
             run_id=self.folder.run_id,
             node=NODE,
             teacher_dir=str(prepared.teacher_dir),
+            scoring_dir=str(scoring_dir),
             student_dir=str(student_dir),
             train_prompts=str(prepared.train_prompts),
             heldout_prompts=str(prepared.heldout_prompts),
@@ -223,21 +243,23 @@ class Run:
             num_text_rows = read_table(inputs.text_corpus).num_rows
             replay = self._actor("replay", ReplayActor, 1, config, self.prepared.num_prompts, num_text_rows)
             rollout = self._actor(_sampler_name(config), RolloutActor, config.rollout.num_threads)
-            teacher = self._actor("teacher", TeacherActor, config.scoring.num_threads)
-            ready = self._ready(
-                {
-                    _sampler_name(config): rollout.start.remote(config, inputs, "rollout-0"),
-                    "teacher": teacher.start.remote(config, inputs, "teacher-0"),
-                    "learner": learner.load.remote(inputs),
-                }
-            )
+            scorer = teacher = self._actor("teacher", TeacherActor, config.scoring.num_threads)
+            starting = {
+                _sampler_name(config): rollout.start.remote(config, inputs, "rollout-0"),
+                "teacher": teacher.start.remote(config, inputs, "teacher-0", inputs.teacher_dir),
+                "learner": learner.load.remote(inputs),
+            }
+            if inputs.has_proxy:
+                scorer = self._actor("proxy", TeacherActor, config.scoring.num_threads)
+                starting["proxy"] = scorer.start.remote(config, inputs, "proxy-0", inputs.scoring_dir)
+            ready = self._ready(starting)
             if (state := ready["learner"]) is not None:
                 self._ready({"replay": replay.load_state.remote(state["ledger"])})
                 self.progress.say(f"resumed from the checkpoint after update {state['updates_done']}")
-        loops = {"teacher": teacher.run.remote(replay)}
+        loops = {"scorer": scorer.run.remote(replay)}
         if config.recipe.uses_student_text:
             loops["rollout"] = rollout.run.remote(replay)
-        loops["learner"] = learner.train.remote(replay, rollout, teacher)
+        loops["learner"] = learner.train.remote(replay, rollout, scorer, teacher)
         rates = Rates()
         shown: set[str] = set()
 
@@ -255,9 +277,7 @@ class Run:
         for name, seconds in result["timing_s"].items():
             self.timing_s[name] = seconds
         self.tokens["learner"] = result["num_tokens"]
-        stats = self._ready(
-            {"teacher": teacher.stats.remote(), _sampler_name(config): rollout.stats.remote()}
-        )
+        stats = self._ready({"teacher": scorer.stats.remote(), _sampler_name(config): rollout.stats.remote()})
         self.tokens["teacher"] = stats["teacher"]["teacher/num_tokens"]
         self.tokens["rollout"] = stats[_sampler_name(config)]["rollout/num_tokens"]
         self.timing_s["rollout_busy"] = stats[_sampler_name(config)]["timing/rollout_busy_s"]

@@ -180,6 +180,25 @@ def critic_loss(
     return 0.5 * variance_penalty * variance - _dot(teacher_probs - policy_probs, centred)
 
 
+def sampled_critic_loss(
+    policy_logprobs: Float[Tensor, "N V"],
+    targets: Int[Tensor, " N"],
+    f: Float[Tensor, "N V"],
+    variance_penalty: float,
+    *,
+    policy_probs: Float[Tensor, "N V"] | None = None,
+) -> Float[Tensor, " N"]:
+    """−(f(y) − E_p f) + (λ/4) (E_p f² + f(y)²): :func:`critic_loss` from one token y ~ q a state.
+
+    For a teacher that gives text alone. Unbiased, but for the penalty's centre, which is taken as
+    0; at the optimum it is: E_m (q−p)/(q+p) = 0, so both losses have the same minimiser.
+    """
+    policy_probs = _probs(policy_logprobs, policy_probs)
+    at_token = f.gather(-1, targets[:, None]).squeeze(-1)
+    gap = at_token - _dot(policy_probs, f)
+    return 0.25 * variance_penalty * (_dot(policy_probs, f.square()) + at_token.square()) - gap
+
+
 def closed_form_critic(
     policy_logprobs: Float[Tensor, "N V"],
     teacher_logprobs: Float[Tensor, "N V"],

@@ -18,6 +18,8 @@ class RunInputs:
     """Name of the node whose shared memory holds segments and weights."""
     teacher_dir: str
     """The teacher's checkpoint."""
+    scoring_dir: str
+    """The checkpoint whose states are the payload: the teacher's, or its proxy's."""
     student_dir: str
     """The checkpoint that distillation starts from (after the warm start)."""
     train_prompts: str
@@ -33,6 +35,10 @@ class RunInputs:
 
     num_tokens: int
     """Vocabulary that both models have: they may pad theirs to different sizes."""
+
+    @property
+    def has_proxy(self) -> bool:
+        return self.scoring_dir != self.teacher_dir
 
     @property
     def shared_memory(self) -> Path:

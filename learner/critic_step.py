@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from distill.config import CriticConfig
-from distill.objectives import closed_form_critic, critic_loss, moment_gap
+from distill.objectives import (
+    closed_form_critic,
+    critic_loss,
+    cross_entropy,
+    moment_gap,
+    sampled_critic_loss,
+)
 from learner.critics import SOURCES, Critic, CriticPair
 from learner.positions import Heads, Policies, Positions, to_floats
 from learner.vocabulary import ChunkedLogits, LogitTransform, chunked_loss
@@ -29,10 +35,12 @@ def critic_update(
     chunk: int,
     seed: int,
     warm_up: bool = False,
+    from_text: bool = False,
 ) -> dict[str, float]:
     """K steps of both critics, on K disjoint slices of the positions.
 
-    ``warm_up``: as many steps as it takes for none to see more than 512 positions.
+    ``warm_up``: as many steps as it takes for none to see more than 512 positions. ``from_text``:
+    the gap is taken between the text's tokens and the policy, ``heads.teacher`` being a proxy's.
 
     A slice is every K-th token of every row, starting at ``seed``: it depends on nothing but a
     token's place in its row, so neither packing nor the order of rows changes it.
@@ -48,7 +56,7 @@ def critic_update(
             part = positions.select(slice_of == number).of(source)
             if len(part):
                 measure = f"critic/d_mm_{source}" not in sums
-                means = _critic_gradient(part, heads, critics[source], config, chunk, measure)
+                means = _critic_gradient(part, heads, critics[source], config, chunk, measure, from_text)
                 for name, value in means.items():
                     sums.setdefault(f"critic/{name}_{source}", []).append(value)
         sums.setdefault("critic/grad_norm", []).append(critics.step())
@@ -56,7 +64,13 @@ def critic_update(
 
 
 def _critic_gradient(
-    positions: Positions, heads: Heads, critic: Critic, config: CriticConfig, chunk: int, measure: bool
+    positions: Positions,
+    heads: Heads,
+    critic: Critic,
+    config: CriticConfig,
+    chunk: int,
+    measure: bool,
+    from_text: bool,
 ) -> dict[str, Tensor]:
     """Add the gradient of the mean critic loss over the positions; returns means."""
     policy_logits = ChunkedLogits(heads.student, positions.student_hidden, chunk)
@@ -67,8 +81,16 @@ def _critic_gradient(
             both = Policies.from_logits(policy_logits(where), teacher_logits(where))
             log_ratio = both.log_ratio()
         f = critic.activate(bilinear, log_ratio)
-        loss = critic_loss(*both.pair, f, config.penalty, **both.probs).sum() / len(positions)
-        return loss, _critic_metrics(both, f.detach(), config) if measure else {}
+        if from_text:
+            tokens = positions.targets[where]
+            losses = sampled_critic_loss(
+                both.policy_logprobs, tokens, f, config.penalty, policy_probs=both.policy_probs
+            )
+            metrics = _metrics_from_text(both, f.detach(), tokens, config) if measure else {}
+        else:
+            losses = critic_loss(*both.pair, f, config.penalty, **both.probs)
+            metrics = _critic_metrics(both, f.detach(), config) if measure else {}
+        return losses.sum() / len(positions), metrics
 
     loss, metrics = chunked_loss(
         critic.coefficients(positions.teacher_hidden, positions.student_hidden),
@@ -92,6 +114,16 @@ def _critic_metrics(both: Policies, f: Tensor, config: CriticConfig) -> dict[str
         "d_mm": moment_gap(*both.pair, f, **both.probs).sum(),
         "best": moment_gap(*both.pair, best, **both.probs).sum(),
         "saturation": torch.linalg.vecdot(mean_probs, saturated).sum(),
+    }
+
+
+@torch.no_grad()
+def _metrics_from_text(both: Policies, f: Tensor, tokens: Tensor, config: CriticConfig) -> dict[str, Tensor]:
+    """The gap between tokens and policy; the best critic's is not known without probabilities."""
+    saturated = (f.abs() > SATURATION * config.bound).to(f.dtype)
+    return {
+        "d_mm": (-cross_entropy(f, tokens) - torch.linalg.vecdot(both.policy_probs, f)).sum(),
+        "saturation": torch.linalg.vecdot(both.policy_probs, saturated).sum(),
     }
 
 

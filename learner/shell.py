@@ -9,14 +9,15 @@ import asyncio
 import os
 from typing import Any
 
-from distill.config import RunConfig
+from distill.config import RunConfig, SftConfig
 from distill.remote import Remote
 from distill.run_inputs import RunInputs
 from learner.worker import LearnerWorker
 
 
 class _Samplers:
-    """The rollout and the teacher actor as one :class:`learner.milestones.Samplers`."""
+    """The rollout actor and the one that scores for evaluations as one
+    :class:`learner.milestones.Samplers`."""
 
     def __init__(self, rollout: Any, teacher: Any) -> None:
         self.sample_heldout = Remote(rollout).sample_heldout
@@ -37,15 +38,16 @@ class LearnerActor:
     def pid(self) -> int:
         return os.getpid()
 
-    async def warm_start(self, student_dir: str, references: str, out_dir: str) -> dict[str, float]:
-        return await asyncio.to_thread(self.worker.warm_start, student_dir, references, out_dir)
+    async def fit(self, model_dir: str, corpus: str, out_dir: str, training: SftConfig) -> dict[str, float]:
+        return await asyncio.to_thread(self.worker.fit, model_dir, corpus, out_dir, training)
 
     async def load(self, inputs: RunInputs) -> dict[str, Any] | None:
         return await asyncio.to_thread(self.worker.load, inputs)
 
-    async def train(self, replay: Any, rollout: Any, teacher: Any) -> dict[str, Any]:
-        """``rollout``: the actor that samples, for training or for evaluation alone."""
-        actors: tuple[Any, ...] = (Remote(rollout), Remote(teacher))
+    async def train(self, replay: Any, rollout: Any, scorer: Any, teacher: Any) -> dict[str, Any]:
+        """``rollout``: the actor that samples, for training or for evaluation alone. ``scorer``: who
+        fills the payload; ``teacher``: who scores for evaluations, the same unless there is a proxy."""
+        actors: tuple[Any, ...] = (Remote(rollout), Remote(scorer))
 
         async def stage_stats() -> dict[str, float]:
             found: dict[str, float] = {}

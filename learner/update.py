@@ -81,8 +81,9 @@ def update(
         positions, states = collect_positions(student, batch, keep_graph=keep_graph)
         if plays and critics is not None:
             metrics |= critic_update(
-                positions, heads, critics, method.critic, chunk=chunk, seed=seed, warm_up=critics_only
-            )
+                positions, heads, critics, method.critic, chunk=chunk, seed=seed, warm_up=critics_only,
+                from_text=recipe.teacher == "text",
+            )  # fmt: skip
         if critics_only:
             return metrics
     opponents = witnesses(method.critic, critics, heads) if plays else {}

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 from distill.algorithm import train_loop
-from distill.config import RunConfig
+from distill.config import RunConfig, SftConfig
 from distill.data import TextCorpus, read_table
 from distill.metrics import EventLog
 from distill.replay.draws import DrawOrder
@@ -33,6 +33,7 @@ from learner.optimizer import adamw, load_optimizer_tensors, optimizer_tensors
 from learner.publish import SharedMemoryPublisher, WeightReceiver
 from learner.sft import run_sft
 from learner.student import Student
+from learner.vocabulary import Head
 
 SFT_CHECKPOINT_EVERY = 10
 """Updates between checkpoints of the warm start."""
@@ -53,16 +54,19 @@ class LearnerWorker:
 
     # Warm start
 
-    def warm_start(self, student_dir: str, references: str, out_dir: str) -> dict[str, float]:
-        """Cross-entropy on the references; writes a Hugging Face checkpoint to ``out_dir``."""
-        config, sft = self.config, self.config.sft
-        student = self._student(student_dir)
+    def fit(self, model_dir: str, corpus_path: str, out_dir: str, training: SftConfig) -> dict[str, float]:
+        """Cross-entropy on a corpus; writes a Hugging Face checkpoint to ``out_dir``.
+
+        The student's warm start on the references, and a proxy's training on the teacher's text.
+        """
+        config = self.config
+        student = self._student(model_dir)
         learner = config.learner
         optimizer = adamw(
             student.parameters(), beta1=learner.beta1, beta2=learner.beta2, weight_decay=learner.weight_decay
         )
-        corpus = TextCorpus.read(references)
-        checkpoints = Checkpoints(Path(out_dir).with_name("sft-checkpoints"), keep=1)
+        corpus = TextCorpus.read(corpus_path)
+        checkpoints = Checkpoints(Path(out_dir).with_name(f"{Path(out_dir).name}-checkpoints"), keep=1)
         done = _resume_sft(checkpoints, student, optimizer)
         totals = {"num_tokens": 0.0, "loss": 0.0}
         events = EventLog(config.run_dir)
@@ -70,9 +74,9 @@ class LearnerWorker:
         def after_update(updates_done: int, metrics: dict[str, float]) -> None:
             totals["num_tokens"] += metrics["sft/num_tokens"]
             totals["loss"] = metrics["sft/loss"]
-            self.report(sft_update=updates_done, sft_loss=metrics["sft/loss"])
-            events.write("sft_update", update=updates_done, **metrics)
-            if updates_done % SFT_CHECKPOINT_EVERY == 0 and updates_done < sft.num_updates:
+            self.report(fit_update=updates_done, fit_loss=metrics["sft/loss"])
+            events.write(f"{Path(out_dir).name}_update", update=updates_done, **metrics)
+            if updates_done % SFT_CHECKPOINT_EVERY == 0 and updates_done < training.num_updates:
                 tensors = {f"student.{name}": value for name, value in student.named_weights()}
                 tensors |= optimizer_tensors(optimizer, "optimizer")
                 checkpoints.save(updates_done, tensors, {"updates_done": updates_done})
@@ -82,7 +86,7 @@ class LearnerWorker:
             optimizer,
             corpus.rows,
             DrawOrder("text", corpus.num_rows, config.seed),
-            sft,
+            training,
             first_update=done,
             micro_batch_tokens=learner.micro_batch_tokens,
             vocabulary_chunk=learner.vocabulary_chunk,
@@ -99,7 +103,10 @@ class LearnerWorker:
         """Load models, and the newest checkpoint if there is one; returns its state."""
         self.inputs = inputs
         self.folder = RunFolder(inputs.run_dir)
-        self.distiller = Distiller(self.config, self._student(inputs.student_dir), inputs.teacher_dir)
+        self.distiller = Distiller(self.config, self._student(inputs.student_dir), inputs.scoring_dir)
+        self.teacher = self.distiller.teacher
+        if inputs.has_proxy:
+            self.teacher = Head.from_checkpoint(inputs.teacher_dir, device=self.distiller.student.device)
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.config.checkpoint.keep)
         newest = self.checkpoints.latest()
         if newest is None:
@@ -168,7 +175,7 @@ class LearnerWorker:
         references = heldout["reference_text"].to_pylist()
         score = Scorer(
             student,
-            self.distiller.teacher,
+            self.teacher,
             config.learner.micro_batch_tokens,
             config.learner.vocabulary_chunk,
         )

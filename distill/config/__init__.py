@@ -16,7 +16,7 @@ from distill.config.inputs import (
     TeacherConfig,
 )
 from distill.config.method import CreditConfig, CriticConfig, Loss, RecipeConfig
-from distill.config.optimization import LearnerConfig, SftConfig
+from distill.config.optimization import LearnerConfig, ProxyConfig, SftConfig
 from distill.config.rules import ConfigError, rule
 from distill.config.run import MethodConfig, RunConfig
 from distill.config.runtime import (
@@ -41,6 +41,7 @@ __all__ = [
     "LearnerConfig",
     "Loss",
     "MethodConfig",
+    "ProxyConfig",
     "RecipeConfig",
     "ReplayConfig",
     "RolloutConfig",

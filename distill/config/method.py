@@ -21,6 +21,10 @@ class RecipeConfig:
     """What results are called."""
     off_policy_text: Literal["teacher", "reference", "none"] = "teacher"
     """Text the student did not write: the teacher's samples, the data set's references, or none."""
+    teacher: Literal["probabilities", "text"] = "probabilities"
+    """``text``: the teacher gives text and no probabilities; a proxy language model, trained on that
+    text first (``proxy``), stands in for them in every loss, and the critics learn from the text's
+    tokens."""
     student_text: Literal["none", "every_update", "mixed"] = "every_update"
     """The student's own text: never, beside the off-policy text in every update, or instead
     of it in a random share ``student_fraction`` of the updates (GKD)."""
@@ -75,6 +79,14 @@ class RecipeConfig:
                 "not be none when recipe.off_policy_text is none",
                 "choose a text to learn from",
             )
+        if self.teacher == "text":
+            if self.off_policy_text != "teacher":
+                yield rule("recipe.off_policy_text", self.off_policy_text, "be teacher when recipe.teacher=text",
+                           "its text is all there is to learn from")  # fmt: skip
+            if self.uses_critics and self.uses_student_text:
+                yield rule("recipe.student_text", self.student_text,
+                           "be none when recipe.teacher=text and recipe.loss=moment_gap",
+                           "no teacher says what it would have written after the student's text")  # fmt: skip
         if not 0 <= self.beta <= 1:
             yield rule("recipe.beta", self.beta, "lie in [0, 1]", "0.25 is the default")
         if not 0 < self.gamma <= 1:

@@ -34,6 +34,41 @@ class SftConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProxyConfig:
+    """The language model that stands in for a teacher without probabilities (``recipe.teacher=text``)."""
+
+    model: str | None = None
+    """Folder of a Hugging Face checkpoint, a name known to `distill models`, or a hub id, of the
+    student's tokenizer; best larger than the student. null: the student's own start."""
+    revision: str | None = None
+    """Hub revision; only for hub ids."""
+    num_updates: int = 300
+    """Optimiser steps of cross-entropy on the teacher's text; 0: as it is."""
+    rows_per_update: int = 16
+    """Texts per step."""
+    learning_rate: float = 5e-4
+    """Peak rate of AdamW."""
+    warmup_fraction: float = 0.05
+    """Share of the steps with a rising rate."""
+
+    @property
+    def training(self) -> SftConfig:
+        """The same stage as the student's warm start, on another text."""
+        return SftConfig(
+            num_updates=self.num_updates,
+            rows_per_update=self.rows_per_update,
+            learning_rate=self.learning_rate,
+            warmup_fraction=self.warmup_fraction,
+        )
+
+    def violations(self) -> Iterator[str]:
+        if self.num_updates < 0:
+            yield rule("proxy.num_updates", self.num_updates, "be >= 0", "0 takes the model as it is")
+        if self.rows_per_update < 1:
+            yield rule("proxy.rows_per_update", self.rows_per_update, "be >= 1", "16 is the default")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
     """The student's optimisation."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from distill.config.inputs import CorpusConfig, DataConfig, EvaluationConfig, StudentConfig, TeacherConfig
 from distill.config.method import CreditConfig, CriticConfig, RecipeConfig
-from distill.config.optimization import LearnerConfig, SftConfig
+from distill.config.optimization import LearnerConfig, ProxyConfig, SftConfig
 from distill.config.rules import ConfigError, rule
 from distill.config.runtime import (
     CheckpointConfig,
@@ -53,6 +53,8 @@ class RunConfig:
     """Warm start."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     """The teacher's text."""
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    """Stand-in for the teacher's probabilities."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """The student's text."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
@@ -93,6 +95,7 @@ class RunConfig:
             "data",
             "sft",
             "corpus",
+            "proxy",
             "rollout",
             "replay",
             "critic",

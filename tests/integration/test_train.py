@@ -174,6 +174,25 @@ def test_other_recipes(world: Path, recipe: str) -> None:
         assert all((on == 0) != (off == 0) for on, off in zip(on_policy, off_policy, strict=True))
 
 
+def test_a_teacher_of_text_alone(world: Path) -> None:
+    proxy = save_tiny_llama(world / "proxy", seed=5)
+    run = train(
+        world, "blackbox", *PLAIN, "recipe=ammd_blackbox", f"proxy.model={proxy}", "proxy.num_updates=3",
+        "proxy.rows_per_update=4", "learner.num_updates=3",
+    )  # fmt: skip
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"proxy", "teacher", "sampler"} <= set(summary["peak_pss_bytes"])  # the teacher evaluates
+    assert (run / "proxy" / "model.safetensors").exists()
+    assert "proxy_update" in events(run)
+    metrics = read_metrics(run)
+    assert all(gap != 0 for gap in metrics["critic/d_mm_off"].to_pylist())
+    before = load_evaluation(run / "evaluations" / "before.parquet")
+    plain = load_evaluation(train(world, "plain-before", *PLAIN, "recipe=fkl") / "evaluations/before.parquet")
+    assert before.value("teacher_text.tv") == plain.value(
+        "teacher_text.tv"
+    )  # from the teacher, not the proxy
+
+
 def test_a_student_with_a_longer_vocabulary(world: Path) -> None:
     """Random weights would sample the 62 ids that the teacher lacks in every fifth token."""
     padded = save_tiny_llama(world / "padded", seed=3, vocab_size=320)

@@ -91,6 +91,23 @@ def test_gradient_of_the_critics_loss_in_its_values():
     assert torch.autograd.gradcheck(lambda x: objectives.critic_loss(P, Q, x, 1.5), f)
 
 
+def test_the_critics_loss_from_tokens_is_the_one_from_probabilities_on_average():
+    """Over y ~ q; but for the penalty's centre, which is 0 at the optimum."""
+    penalty = 1.5
+
+    def expected(f: Tensor) -> Tensor:
+        losses = [objectives.sampled_critic_loss(P, torch.full((N,), y), f, penalty) for y in range(V)]
+        return (Q.exp() * torch.stack(losses, dim=1)).sum(-1)
+
+    mean = (P.exp() + Q.exp()) / 2
+    centre = (mean * VALUES).sum(-1)
+    uncentred = objectives.critic_loss(P, Q, VALUES, penalty) + penalty / 2 * centre**2
+    torch.testing.assert_close(expected(VALUES), uncentred)
+    best = objectives.closed_form_critic(P, Q, 2 / penalty, penalty).requires_grad_()
+    (grad,) = torch.autograd.grad(expected(best).sum(), best)
+    torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("masked", ["both", "policy", "teacher"])
 def test_a_masked_tail_counts_nothing(name, masked):

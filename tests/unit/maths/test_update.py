@@ -63,6 +63,9 @@ METHODS = {
     "sign": method(RecipeConfig(long_weight=0.3), CriticConfig(form="sign", bound=1.5)),
     "closed_form": method(RecipeConfig(), CriticConfig(form="closed_form")),
     "dense": method(RecipeConfig(long_weight=0.3), replace(CRITIC, rank=None, features="both")),
+    "blackbox": method(
+        RecipeConfig(teacher="text", student_text="none", loss_weight=5, lm_weight=1, anchor_weight=0)
+    ),
     "exact": method(
         RecipeConfig(beta=0.4, long_weight=0.7, lm_weight=0.1, gamma=0.8),
         credit=CreditConfig(form="exact", ratio="per_decision", ratio_max=None),
@@ -221,6 +224,23 @@ def test_critics_learn_the_difference(features):
         else:
             assert tightness[0] == 0.0
         assert tightness[-1] > (0.9 if features == "ratio" else 0.6)
+
+
+def test_critics_learn_from_tokens_alone():
+    """No probabilities of the teacher: the gap between the text and the policy rises, in sample, and
+    the proxy's states are all the critic sees."""
+    student, rows = TinyStudent(), random_rows()
+    config = CriticConfig(features="teacher", learning_rate=1e-2, rank=16)
+    critics, heads = critic_pair(config), Heads.of(student, teacher_head())
+    positions, _ = collect_positions(student, batch_of(rows))
+    seen = [
+        critic_update(positions, heads, critics, config, chunk=1000, seed=n, from_text=True)
+        for n in range(40)
+    ]
+    gaps = [metrics["critic/d_mm_off"] for metrics in seen]
+    assert gaps[0] == 0.0
+    assert gaps[-1] > 0.3
+    assert not any("tightness" in name for metrics in seen for name in metrics)
 
 
 def test_critic_metrics_are_fresh_and_of_the_closed_form():
