@@ -37,19 +37,24 @@ def critic_update(
     warm_up: bool = False,
     from_text: bool = False,
 ) -> dict[str, float]:
-    """K steps of both critics, on K disjoint slices of the positions.
+    """K steps of both critics, on K disjoint slices of the positions (together all of them, unless
+    ``positions_per_step`` makes the slices smaller).
 
     ``warm_up``: as many steps as it takes for none to see more than 512 positions. ``from_text``:
     the gap is taken between the text's tokens and the policy, ``heads.teacher`` being a proxy's.
 
-    A slice is every K-th token of every row, starting at ``seed``: it depends on nothing but a
-    token's place in its row, so neither packing nor the order of rows changes it.
+    A slice is every M-th token of every row, starting at ``seed``, M the number of slices: it
+    depends on nothing but a token's place in its row, so neither packing nor the order of rows
+    changes it.
     """
     sums: dict[str, list[Tensor]] = {}
     num_steps = config.num_steps
     if warm_up:
         num_steps = max(num_steps, -(-len(positions) // WARM_UP_POSITIONS))
-    slice_of = (positions.step + seed) % num_steps
+    num_slices = num_steps
+    if config.positions_per_step is not None:
+        num_slices = max(num_steps, -(-len(positions) // config.positions_per_step))
+    slice_of = (positions.step + seed) % num_slices
     for number in range(num_steps):
         critics.zero_grad()
         for source in SOURCES:

@@ -152,6 +152,9 @@ class CriticConfig:
     """Whether the student also sees the penalty's gradient."""
     num_steps: int = 3
     """K critic steps per student step, each on its own slice of the batch's positions."""
+    positions_per_step: int | None = None
+    """Positions of a critic step, at most about; null: all, a K-th of the batch. A critic of low rank
+    learns as well from some hundreds, and each costs both policies' logits."""
     learning_rate: float = 1e-3
     """Rate of Adam(0, 0.9); 0: the critics stay as they start."""
     ema: float = 0.0
@@ -177,6 +180,8 @@ class CriticConfig:
             yield rule("critic.bound", self.bound, "be > 0", "1 is the default")
         if self.num_steps < 1:
             yield rule("critic.num_steps", self.num_steps, "be >= 1", "3 is the default")
+        if self.positions_per_step is not None and self.positions_per_step < 1:
+            yield rule("critic.positions_per_step", self.positions_per_step, "be >= 1", "null takes all")
         if self.warmup_updates < 0:
             yield rule("critic.warmup_updates", self.warmup_updates, "be >= 0", "0 is the default")
 

@@ -315,7 +315,7 @@ BROKEN = [
     "recipe.student_text=none recipe.off_policy_text=none", "recipe.beta=-1", "recipe.gamma=0",
     "recipe.student_fraction=2", "recipe.jsd_beta=1", "recipe.lm_weight=-1", "recipe.skew=1",
     "recipe.student_text_loss=forward_kl", "recipe.long_weight=1 recipe.loss=reverse_kl",
-    "critic.learning_rate=-1", "critic.ema=1", "credit.cost_scale=0", "credit.cost_max=0",
+    "critic.learning_rate=-1", "critic.ema=1", "critic.positions_per_step=0", "credit.cost_scale=0", "credit.cost_max=0",
     "credit.ratio_max=0", "credit.ppo_clip=-1", "credit.ppo_clip=0.2 credit.ratio=per_decision",
     "cluster.backend=in_process",
     "recipe.long_weight=1 recipe.student_text=none", "student.model=x", "student.init.from=other",

@@ -336,6 +336,31 @@ def test_a_warm_up_update_makes_short_steps(monkeypatch):
     assert len(steps) == CRITIC.num_steps + math.ceil(len(positions) / 5) > 2 * CRITIC.num_steps
 
 
+def test_smaller_slices(monkeypatch):
+    """As many steps on fewer positions: every M-th token of every row."""
+    student, critics = TinyStudent(), critic_pair(CRITIC)
+    positions, _ = collect_positions(student, batch_of(random_rows()))
+    heads = Heads.of(student, teacher_head())
+    seen = []
+    gradient = critic_step._critic_gradient
+
+    def recording(part, *rest):
+        seen.append(part)
+        return gradient(part, *rest)
+
+    monkeypatch.setattr(critic_step, "_critic_gradient", recording)
+    config = replace(CRITIC, positions_per_step=5)
+    critic_update(positions, heads, critics, config, chunk=7, seed=2)
+    num_slices = math.ceil(len(positions) / 5)
+    assert num_slices > 2 * CRITIC.num_steps
+    for source in ("off", "on"):
+        parts = [part for part in seen if bool(part.on_policy[0]) == (source == "on")]
+        assert len(parts) == CRITIC.num_steps
+        assert {int(s) for part in parts for s in (part.step + 2) % num_slices} == set(
+            range(CRITIC.num_steps)
+        )
+
+
 def test_a_warm_up_update_moves_the_critics_alone():
     student, critics = TinyStudent(), critic_pair(CRITIC)
     before = [value.detach().clone() for value in student.parameters()]

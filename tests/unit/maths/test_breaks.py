@@ -1,0 +1,142 @@
+"""Named breaks of the method's code, each of which some test must catch.
+
+A break replaces a piece of a function's source; then one test of this folder is called, and has to
+fail. So this list says what the tests are worth: whoever changes a function keeps the pieces that
+its breaks name, or writes them anew.
+"""
+
+from __future__ import annotations
+import __future__
+
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+
+from distill import credit, objectives
+from learner import credit_step as learner_credit
+from learner import critic_step, critics, losses, student_step, witness
+from tests.unit.maths import test_credit as on_credit
+from tests.unit.maths import test_critics as on_critics
+from tests.unit.maths import test_objectives as on_objectives
+from tests.unit.maths import test_tree as on_trees
+from tests.unit.maths import test_update as on_update
+
+
+def step(name: str, *, zero_sum: bool = False) -> Callable[[], None]:
+    """The student's step of a method against the slow reference."""
+    return partial(
+        on_update.test_the_students_step_is_the_gradient_of_the_equations, name=name, zero_sum=zero_sum
+    )
+
+
+def tree(name: str) -> Callable[[], None]:
+    """A recipe's gradient against finite differences."""
+    return partial(on_trees.test_the_gradient_of_every_recipe, name=name)
+
+
+def game(name: str) -> Callable[[], None]:
+    return partial(on_trees.test_the_gradient_of_a_game_with_the_long_horizon, name=name)
+
+
+@dataclass(frozen=True)
+class Break:
+    name: str
+    function: Any
+    old: str
+    new: str
+    caught_by: Callable[[], None]
+
+
+BREAKS = [
+    Break("a sign: the student follows the teacher's enemy", objectives._difference,
+          "teacher_probs) - _probs(policy_logprobs, policy_probs)", "teacher_probs) * 0 - _probs(policy_logprobs, policy_probs)",
+          partial(on_objectives.test_values_are_the_definitions, "moment_gap", False)),
+    Break("a sign: costs taken as rewards", objectives.policy_gradient, "-cross_entropy(", "cross_entropy(",
+          tree("opd")),
+    Break("a sign: the log-ratio upside down", learner_credit.assign_credit,
+          "here.policy_logprob - here.teacher_logprob", "here.teacher_logprob - here.policy_logprob", step("opd")),
+    Break("a mask: positions that the loss leaves out", student_step._sorted_by_source,
+          "pack.counted & ~pack.on_policy", "~pack.on_policy", step("ammd")),
+    Break("a mask: what lies behind a row's end", credit.future_returns, "costs = costs * mask", "costs = costs",
+          on_credit.test_returns_are_strictly_future),
+    Break("a mask: whitening over positions that are not there", credit.whiten, "(values * mask).sum()", "values.sum()",
+          on_credit.test_whitening_sees_real_tokens_alone),
+    Break("a detach: the advantage has a gradient", objectives.policy_gradient, "advantages.detach()", "advantages",
+          on_objectives.test_cross_entropy_and_policy_gradient),
+    Break("a detach: the student moves the critic", losses._main_loss, "f.detach(), **both", "f, **both",
+          partial(on_update.test_no_gradient_of_the_students_reaches_a_critic_or_the_teacher, 0.0)),
+    Break("a discount: none in returns", credit.future_returns, "gamma * (costs", "(costs", game("ammd")),
+    Break("a discount: none on positions", student_step._StudentObjective._weights,
+          "self._recipe.gamma ** step.to(wide)", "weight", step("exact")),
+    Break("one token off: the present counted as future", credit.future_returns, "costs[:, t + 1] + later",
+          "costs[:, t] + later", on_credit.test_returns_are_strictly_future),
+    Break("one token off: a token's own ratio in its prefix", credit.products_before, "ratios[:, :-1]], dim=1)",
+          "ratios[:, :-1]], dim=1) * ratios", step("per_decision")),
+    Break("leave-one-out: the member itself in its baseline", credit.leave_one_out, "(total - own) / num_others.clamp_min(1)",
+          "total / (num_others + 1).clamp_min(1)", on_credit.test_advantages_leave_the_row_itself_out),
+    Break("leave-one-out: all rows one group", credit.leave_one_out, "_, index = group.unique(return_inverse=True)",
+          "index = torch.zeros_like(group)", on_credit.test_advantages_leave_the_row_itself_out),
+    Break("a denominator: a micro-batch's own", student_step._StudentObjective._policies_loss,
+          "/ self._denominator[source]", "/ len(losses)",
+          partial(on_update.test_the_students_step_is_the_gradient_of_the_equations, name="ammd", zero_sum=False)),
+    Break("the other text's critic", student_step._StudentObjective._policies_loss, "values[source](", 'values["off"](',
+          step("ammd")),
+    Break("the anchor on the student's text", losses.position_losses, 'source == "off" and recipe.anchor_weight',
+          "recipe.anchor_weight", step("ammd")),
+    Break("beta on the wrong text", losses.text_weights, '"off": 1 - recipe.beta, "on": recipe.beta',
+          '"off": recipe.beta, "on": 1 - recipe.beta', tree("ammd")),
+    Break("the penalty seen by a student that should not", student_step._StudentObjective.__init__,
+          "if method.critic.zero_sum else 0.0", "", step("ammd")),
+    Break("half of the penalty", objectives.critic_loss, "0.5 * variance_penalty", "0.25 * variance_penalty",
+          partial(on_trees.test_critic_ascent_reaches_the_closed_form, 2.0)),
+    Break("a skew on the wrong side", objectives.skew_forward_kl, "torch.lerp(policy_probs, teacher_probs, skew)",
+          "torch.lerp(teacher_probs, policy_probs, skew)", tree("distillm")),
+    Break("clipping that helps: minimum for maximum", objectives.clipped_policy_gradient, "torch.maximum", "torch.minimum",
+          step("minillm")),
+    Break("ratios that are not cut", learner_credit.assign_credit, "ratio.clamp_max(config.ratio_max)", "ratio",
+          step("per_decision")),
+    Break("the sign critic takes sides on rounding", objectives.sign_critic, ".mul_(apart)", "",
+          on_objectives.test_the_sign_critic_is_the_best_of_all_bounded_ones),
+    Break("an oracle with the wrong bound", witness._sign, "config.bound", "1.0", step("sign")),
+    Break("tightness against itself", critic_step._tightness, "gap / best if best > 0 else 1.0", "1.0",
+          partial(on_update.test_critics_learn_the_difference, "teacher")),
+    Break("a running mean that runs backwards", critics.CriticPair._update_means, "1 - self._ema", "self._ema",
+          on_critics.test_the_running_mean_of_the_critics),
+]  # fmt: skip
+
+
+@contextmanager
+def broken(each: Break) -> Iterator[None]:
+    function = inspect.unwrap(each.function)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert each.old in source, f"{each.function.__qualname__} no longer holds {each.old!r}"
+    # Decorators are gone with it: only the code is put in the place of the true one.
+    body = source[source.index("def ") :].replace(each.old, each.new, 1)
+    flags = __future__.annotations.compiler_flag
+    namespace = dict(vars(inspect.getmodule(function)))
+    exec(compile(body, f"<{each.name}>", "exec", flags), namespace)
+    true_code = function.__code__
+    function.__code__ = namespace[function.__name__].__code__
+    try:
+        yield
+    finally:
+        function.__code__ = true_code
+
+
+@pytest.mark.parametrize("each", BREAKS, ids=lambda each: each.name)
+def test_a_break_is_caught(each: Break):
+    with broken(each), pytest.raises((AssertionError, pytest.fail.Exception, RuntimeError)):
+        each.caught_by()
+
+
+def test_whole_code_is_put_back():
+    for each in BREAKS[:3]:
+        with broken(each):
+            pass
+        each.caught_by()
