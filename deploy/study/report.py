@@ -36,7 +36,8 @@ def report(results: Mapping[str, Any], folder: Path) -> str:
             value = float(np.mean([evaluation.value(metric) for evaluation in evaluations.values()]))
             cells.append(f"{value:.4f}" + _shown(comparisons.get((recipe, metric))))
         chosen = ", ".join(
-            f"{name.split('.')[-1]} {value:g}" for name, value in results["chosen"][recipe].items()
+            f"{name.split('.')[-1]} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
+            for name, value in results["chosen"][recipe].items()
         )
         lines.append(f"| `{recipe}` | {chosen} | " + " | ".join(cells) + f" | {cost[recipe]:.2f} |")
     return "\n".join(lines) + "\n"

@@ -6,7 +6,6 @@ its breaks name, or writes them anew.
 """
 
 from __future__ import annotations
-import __future__
 
 import inspect
 import textwrap
@@ -65,7 +64,8 @@ BREAKS = [
           "pack.counted & ~pack.on_policy", "~pack.on_policy", step("ammd")),
     Break("a mask: what lies behind a row's end", credit.future_returns, "costs = costs * mask", "costs = costs",
           on_credit.test_returns_are_strictly_future),
-    Break("a mask: whitening over positions that are not there", credit.whiten, "(values * mask).sum()", "values.sum()",
+    Break("a mask: whitening over positions that are not there", credit.whiten, "count = mask.sum().clamp_min(1)",
+          "count = torch.tensor(mask.numel())",
           on_credit.test_whitening_sees_real_tokens_alone),
     Break("a detach: the advantage has a gradient", objectives.policy_gradient, "advantages.detach()", "advantages",
           on_objectives.test_cross_entropy_and_policy_gradient),
@@ -118,9 +118,8 @@ def broken(each: Break) -> Iterator[None]:
     assert each.old in source, f"{each.function.__qualname__} no longer holds {each.old!r}"
     # Decorators are gone with it: only the code is put in the place of the true one.
     body = source[source.index("def ") :].replace(each.old, each.new, 1)
-    flags = __future__.annotations.compiler_flag
     namespace = dict(vars(inspect.getmodule(function)))
-    exec(compile(body, f"<{each.name}>", "exec", flags), namespace)
+    exec(compile(body, f"<{each.name}>", "exec", annotations.compiler_flag), namespace)
     true_code = function.__code__
     function.__code__ = namespace[function.__name__].__code__
     try:

@@ -349,10 +349,10 @@ def test_smaller_slices(monkeypatch):
         return gradient(part, *rest)
 
     monkeypatch.setattr(critic_step, "_critic_gradient", recording)
-    config = replace(CRITIC, positions_per_step=5)
+    config = replace(CRITIC, positions_per_step=12)
     critic_update(positions, heads, critics, config, chunk=7, seed=2)
-    num_slices = math.ceil(len(positions) / 5)
-    assert num_slices > 2 * CRITIC.num_steps
+    num_slices = math.ceil(len(positions) / 12)
+    assert num_slices > CRITIC.num_steps
     for source in ("off", "on"):
         parts = [part for part in seen if bool(part.on_policy[0]) == (source == "on")]
         assert len(parts) == CRITIC.num_steps
