@@ -61,9 +61,9 @@ def update(
 
     ``teacher`` may be None for a recipe without teacher payload, ``critics`` for one without
     learned critics. ``seed`` chooses which positions each critic step sees; pass the update's
-    number. ``critics_only``: a warm-up update, the student stays.
+    number. ``critics_only``: a warm-up update, the student stays if there are critics that learn.
 
-    Raises: FloatingPointError when a loss or gradient is not finite; nothing has moved then.
+    Raises: FloatingPointError when a loss or gradient is not finite; what it is of has not moved.
     """
     recipe, chunk = method.recipe, method.learner.vocabulary_chunk
     if recipe.payload == "text":
