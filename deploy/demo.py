@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from deploy.cli.commands import INTERRUPTED
 from deploy.cli.main import main
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -38,4 +39,7 @@ def _run_dir(overrides: Sequence[str]) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(demo(sys.argv[1:]))
+    try:
+        sys.exit(demo(sys.argv[1:]))
+    except KeyboardInterrupt:  # while it fetches; the run itself answers for its own
+        sys.exit(INTERRUPTED)

@@ -108,6 +108,7 @@ def study(options: argparse.Namespace) -> int:
     from deploy.study.report import report
     from deploy.study.runner import Study, StudyFailed
     from deploy.study.spec import load_study
+    from distill.run_folder import write_bytes
 
     spec = load_study(options.study)
     folder = Path(options.out or f"runs/studies/{spec.name}").resolve()
@@ -117,7 +118,7 @@ def study(options: argparse.Namespace) -> int:
         _complain(str(error))
         return FAILED
     text = report(results, folder)
-    (folder / "report.md").write_text(text)
+    write_bytes(folder / "report.md", text.encode())
     print(text)
     print(f"in {folder}/report.md and results.json")
     return DONE

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
 import distill
 import learner
+from deploy.run_scope import SigtermAsCtrlC
 from deploy.study import tasks
 from deploy.study.spec import Settings, StudySpec
 from distill.config.load import fingerprint, load_config
@@ -31,9 +32,13 @@ from distill.run_folder import RunFolder, write_bytes
 PRESETS = Path(__file__).parent.parent / "configs"
 METHOD_CODE = (
     "distill/objectives.py", "distill/credit.py", "distill/algorithm.py", "distill/evaluation.py",
-    "distill/replay/*.py", "learner/*.py",
+    "distill/data/*.py", "distill/replay/*.py", "actors/*.py", "learner/*.py",
 )  # fmt: skip
 """Whose change makes older results another method's."""
+
+
+_END_AFTER_S = 15.0
+"""How long an interrupted run may take to end by itself."""
 
 
 class StudyFailed(RuntimeError):
@@ -74,17 +79,17 @@ class Study:
         self.folder = folder
         self.say = say
         self.code = method_hash()
-        self._settings = {
-            tuning: tasks.task_settings(spec.task, say, tuning=tuning) | spec.settings
-            for tuning in (False, True)
-        }
 
     def run(self) -> dict[str, Any]:
         """All runs that are not finished; returns (and writes) the results.
 
-        Raises: ConfigError before anything runs; StudyFailed.
+        Raises: ConfigError before anything runs; FetchError; StudyFailed.
         """
+        self.task = tasks.known_task(self.spec.task)
         tuning_jobs = self._tuning_jobs()
+        for recipe in self.spec.recipes:  # a reported run may break a rule that no tuning run does
+            self._job(recipe, self.spec.seeds[0], {}, tuning=False)
+        self.task.make(self.say)
         num_runs = sum(map(len, tuning_jobs.values())) + len(self.spec.recipes) * len(self.spec.seeds)
         self.say(
             f"study {self.spec.name}: {num_runs} runs of {len(self.spec.recipes)} recipes, code {self.code}"
@@ -123,9 +128,10 @@ class Study:
         }
 
     def _job(self, recipe: str, seed: int, tuned: Settings, *, tuning: bool) -> Job:
-        """Writes its configuration; a wrong setting shows here, before anything runs."""
+        """Writes its configuration; a wrong setting shows here."""
         on_top = dict(self.spec.recipes[recipe])
-        settings: Settings = {"recipe": on_top.pop("recipe", recipe)} | self._settings[tuning]
+        settings: Settings = {"recipe": on_top.pop("recipe", recipe)} | self.task.settings(tuning)
+        settings |= self.spec.settings
         if tuning and self.spec.tuning is not None:
             settings |= self.spec.tuning.settings
         settings |= on_top | tuned | {"seed": seed}
@@ -158,7 +164,7 @@ class Study:
         ]
         start = time.monotonic()
         with open(log, "w") as output:
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+            code = _run(command, output)
         if code != 0:
             last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
             raise StudyFailed(f"{name} ended with code {code}: {last}; its output is in {log}")
@@ -208,6 +214,24 @@ class Study:
     @property
     def _tuning_metric(self) -> str:
         return self.spec.tuning.metric if self.spec.tuning else self.spec.metrics[0]
+
+
+def _run(command: list[str], output: IO[str]) -> int:
+    """A child that does not outlive this process's Ctrl-C or SIGTERM: it is given time to end."""
+    sigterm = SigtermAsCtrlC()
+    try:
+        with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as child:
+            try:
+                return child.wait()
+            except KeyboardInterrupt:
+                child.terminate()
+                try:
+                    child.wait(_END_AFTER_S)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                raise
+    finally:
+        sigterm.restore()
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,13 @@ def load_study(path: str | Path) -> StudySpec:
     for key in ("name", "task", "recipes", "seeds"):
         if not tree.get(key):
             raise ConfigError(rule(key, tree.get(key), "be given", "see docs/studies.md"))
+    _typed(tree, "recipes", dict, "be a mapping from names to settings")
+    _typed(tree, "settings", dict, "be a mapping of settings")
+    _typed(tree, "tuning", dict, f"be a mapping of {', '.join(_TUNING_KEYS)}")
+    for key in ("seeds", "metrics"):
+        _typed(tree, key, list, "be a list")
+    for name, settings in tree["recipes"].items():
+        _typed({f"recipes.{name}": settings}, f"recipes.{name}", dict, "be a mapping of settings")
     recipes = {name: dotted(settings or {}) for name, settings in tree["recipes"].items()}
     baseline = tree.get("baseline", next(iter(recipes)))
     if baseline not in recipes:
@@ -113,6 +120,11 @@ def load_study(path: str | Path) -> StudySpec:
 
 def _tuning(tree: dict[str, Any]) -> Tuning:
     _known(tree, _TUNING_KEYS, "tuning.")
+    _typed(tree, "grid", dict, "be a mapping from settings to lists of values", "tuning.")
+    _typed(tree, "settings", dict, "be a mapping of settings", "tuning.")
+    _typed(tree, "seeds", list, "be a list", "tuning.")
+    for name, values in (tree.get("grid") or {}).items():
+        _typed({name: values}, name, list, "be a list of values to try", "tuning.grid.")
     return Tuning(
         grid={name: list(values) for name, values in (tree.get("grid") or {}).items()},
         seeds=tuple(tree.get("seeds") or (100,)),
@@ -125,6 +137,13 @@ def _known(tree: Mapping[str, Any], keys: Sequence[str], prefix: str) -> None:
     for key in tree:
         if key not in keys:
             raise ConfigError(rule(f"{prefix}{key}", "...", f"be one of {', '.join(keys)}", "check the name"))
+
+
+def _typed(tree: Mapping[str, Any], key: str, kind: type, must: str, prefix: str = "") -> None:
+    """An absent or null entry is no mistake here."""
+    value = tree.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise ConfigError(rule(f"{prefix}{key}", value, must, "see docs/studies.md"))
 
 
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> Settings:

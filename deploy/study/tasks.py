@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from deploy.study.spec import Settings
-from deploy.study.tiny_wiki import tiny_wiki
+from deploy.study.tiny_wiki import make_tiny_wiki, tiny_wiki_folder
 from distill.config import ConfigError, rule
 
 
-def _tiny_wiki(say: Callable[[str], None], *, tuning: bool) -> Settings:
-    folder = tiny_wiki(say)
+@dataclass(frozen=True)
+class Task:
+    """Where its models and prompts lie, and how they come there."""
+
+    settings: Callable[[bool], Settings]
+    """Of a run on it; the argument says whether on the prompts that no reported run sees (tuning)."""
+    make: Callable[[Callable[[str], None]], None]
+    """Makes what is not there yet, telling how far it is; raises FetchError."""
+
+
+def _tiny_wiki_settings(tuning: bool) -> Settings:
+    folder = tiny_wiki_folder()
     return {
         "teacher.model": str(folder / "teacher"),
         "student.model": str(folder / "student"),
@@ -33,18 +44,13 @@ def _tiny_wiki(say: Callable[[str], None], *, tuning: bool) -> Settings:
     }
 
 
-TASKS: Mapping[str, Callable[..., Settings]] = {"tiny-wiki": _tiny_wiki}
+TASKS: Mapping[str, Task] = {"tiny-wiki": Task(_tiny_wiki_settings, make_tiny_wiki)}
 
 
-def task_settings(name: str, say: Callable[[str], None], *, tuning: bool) -> Settings:
-    """Settings of a run on a task; makes what the task needs the first time.
-
-    ``tuning``: prompts that no reported run sees.
-
-    Raises: ConfigError for an unknown name; FetchError.
-    """
+def known_task(name: str) -> Task:
+    """Raises: ConfigError for an unknown name."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 1)
         remedy = f"did you mean {near[0]}?" if near else "choose one of them"
         raise ConfigError(rule("task", name, f"be one of {', '.join(TASKS)}", remedy))
-    return TASKS[name](say, tuning=tuning)
+    return TASKS[name]

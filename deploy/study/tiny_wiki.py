@@ -1,8 +1,7 @@
 """The task `tiny-wiki`: continue encyclopaedia extracts, with a teacher of 3.4 M parameters.
 
-Made once into the cache, in about six minutes on two cores: a byte-level BPE of 1,024 tokens, a
-Llama teacher of 4 layers trained on the extracts, and a student of 2 layers trained a little, which
-is where distillation starts. The text is the summaries of 10,033 articles that ship in a package
+Made once into the cache: a byte-level BPE of 1,024 tokens, a Llama teacher of 4 layers trained on
+the extracts, and a student of 2 layers trained a little, which is where distillation starts. The text is the summaries of 10,033 articles that ship in a package
 (CC BY-SA 4.0). So small that a run of 1,500 updates takes minutes, and real enough that recipes
 differ.
 """
@@ -56,14 +55,19 @@ TEACHER = TinyModel(num_layers=4, hidden_size=256, num_updates=1200)
 STUDENT = TinyModel(num_layers=2, hidden_size=64, num_updates=300, learning_rate=3e-3)
 
 
-def tiny_wiki(say: Callable[[str], None] = print) -> Path:
-    """The task's folder: ``prompts.jsonl``, ``tuning.jsonl``, ``teacher``, ``student``.
+def tiny_wiki_folder() -> Path:
+    """Where the task lies: ``prompts.jsonl``, ``tuning.jsonl``, ``teacher``, ``student``."""
+    return cache_dir() / "tasks" / "tiny-wiki"
+
+
+def make_tiny_wiki(say: Callable[[str], None] = print) -> None:
+    """Make the task where it is not there yet; in the end by one rename.
 
     Raises: FetchError.
     """
-    folder = cache_dir() / "tasks" / "tiny-wiki"
+    folder = tiny_wiki_folder()
     if folder.is_dir():
-        return folder
+        return
     making = folder.with_name(".tiny-wiki.making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
@@ -75,7 +79,6 @@ def tiny_wiki(say: Callable[[str], None] = print) -> Path:
     for name, model in (("teacher", TEACHER), ("student", STUDENT)):
         _train_model(model, tokenizer, train, making / name, lambda text, name=name: say(f"{name}: {text}"))
     making.rename(folder)
-    return folder
 
 
 def _extracts(folder: Path, say: Callable[[str], None]) -> list[str]:
@@ -162,7 +165,7 @@ def _random_model(model: TinyModel, tokenizer: Any, folder: Path) -> None:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=model.hidden_size,
-        intermediate_size=4 * model.hidden_size,
+        intermediate_size=8 * model.hidden_size // 3,
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.hidden_size // 32,
         head_dim=32,

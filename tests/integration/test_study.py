@@ -30,7 +30,8 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILL_CACHE", str(world / "cache"))
     pairs = (text.split("=", 1) for text in tiny_overrides(world))
     settings = {name: yaml.safe_load(value) for name, value in pairs if name != "run_dir"} | ENGINES
-    monkeypatch.setattr(tasks, "TASKS", {"tiny": lambda say, tuning: dict(settings)})
+    task = tasks.Task(settings=lambda tuning: dict(settings), make=lambda say: None)
+    monkeypatch.setattr(tasks, "TASKS", {"tiny": task})
 
 
 def spec(**changes: object) -> StudySpec:
@@ -74,7 +75,14 @@ def test_what_goes_wrong(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="recipe=kdd must be one of"):
         Study(spec(recipes={"kd": {}, "kdd": {}}), tmp_path / "a").run()
     with pytest.raises(ConfigError, match="task=tinny must be one of tiny"):
-        Study(spec(task="tinny"), tmp_path / "b")
+        Study(spec(task="tinny"), tmp_path / "b").run()
+    reported = spec(settings={"evaluation.num_prompts": 9}, tuning=Tuning(
+        grid={}, seeds=(9,), settings={"evaluation.num_prompts": 4}, metric="teacher_text.tv",
+    ))  # fmt: skip
+    said: list[str] = []
+    with pytest.raises(ConfigError, match=r"evaluation.num_prompts=9 must be <= data\.num_heldout"):
+        Study(reported, tmp_path / "d", said.append).run()
+    assert said == []  # before the runs that tune
     broken = spec(settings={"data.path": "/nowhere.jsonl"}, tuning=None)
     with pytest.raises(StudyFailed, match=r"kd seed 0 ended with code 2: .*nowhere.jsonl.* its output is in"):
         Study(broken, tmp_path / "c").run()
