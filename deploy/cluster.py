@@ -44,6 +44,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         self._shared.claim()
+        self._sigterm = SigtermAsCtrlC()
         # Ray reads these when it is imported. No usage report: a run tells nobody about itself.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -62,7 +63,7 @@ class Cluster:
             logging_level=logging.ERROR,
             configure_logging=False,
         )
-        self._sigterm = SigtermAsCtrlC()  # now: Ray has set a handler that leaves without unwinding
+        self._sigterm.take()  # Ray has set a handler that leaves without unwinding
         return self
 
     def service_pids(self) -> list[int]:

@@ -69,6 +69,13 @@ class Preflight:
         models = [self.teacher, self.student, *([self.proxy] if self.proxy is not None else [])]
         return min(model.vocab_size for model in models)
 
+    @property
+    def scored(self) -> ModelFacts:
+        """The model whose states are the payload: the teacher, or what stands in for it."""
+        if self.config.recipe.teacher == "probabilities":
+            return self.teacher
+        return self.proxy or self.student
+
     def run(self) -> list[Check]:
         """Make all checks; a failed one ends those that need it."""
         stages: list[tuple[str, Callable[[], Iterator[Check]]]] = [
@@ -108,11 +115,11 @@ class Preflight:
         self.config.validate()
         yield Check("configuration", "pass", "every rule holds")
         recipe = self.config.recipe
-        needs = recipe.payload
+        giver = "teacher" if recipe.teacher == "probabilities" else "proxy"
         yield Check(
             "payload",
             "pass",
-            f"recipe {recipe.name} needs the payload {needs}; the teacher actor gives hidden",
+            f"recipe {recipe.name} needs the payload {recipe.payload}; the {giver}'s actor gives hidden",
         )
 
     def _engines(self) -> Iterator[Check]:
@@ -231,13 +238,13 @@ class Preflight:
             yield Check("vocabulary", "pass", f"{teacher} rows, {used} of them used")
 
     def _critics(self) -> Iterator[Check]:
-        critic, size = self.config.critic, (self.proxy or self.teacher).hidden_size
+        critic, size = self.config.critic, self.scored.hidden_size
         if not self.config.recipe.uses_critics or critic.form != "learned":
             yield Check("critics", "pass", "none are learned")
             return
         if critic.rank is not None and critic.rank > size:
             raise ConfigError(
-                rule("critic.rank", critic.rank, f"be <= the teacher's hidden size, {size}",
+                rule("critic.rank", critic.rank, f"be <= the hidden size of the states it sees, {size}",
                      "a higher rank adds nothing; null is a dense head")
             )  # fmt: skip
         shape = f"rank {critic.rank}" if critic.rank else f"dense, {self.num_tokens} rows of {size}"
@@ -283,7 +290,7 @@ class Preflight:
         plan = BatchPlan.of(config)
         updates = min(config.replay.max_policy_age + 2, config.learner.num_updates)
         response = max(config.rollout.max_new_tokens, config.corpus.max_new_tokens)
-        row = response * (2 * self.teacher.hidden_size + 16) + 4 * config.data.max_prompt_tokens + 512
+        row = response * (2 * self.scored.hidden_size + 16) + 4 * config.data.max_prompt_tokens + 512
         students = plan.student_through(updates) * config.rollout.samples_per_prompt
         return (students + plan.text_through(updates)) * row
 
@@ -324,6 +331,12 @@ class Preflight:
             "learner": learner + _PROCESS_BYTES,
             "ray": _RAY_BYTES,
         }
+        if config.recipe.teacher == "text":
+            # Beside the teacher, which evaluates; its head beside the teacher's in the learner.
+            size = self.proxy.num_parameters if self.proxy is not None else student
+            cache = int(config.scoring.kv_cache_gib * 2**30)
+            estimate["proxy"] = size * scoring_bytes + cache + self._engine_bytes(config.scoring.engine)
+            estimate["learner"] += 4 * self.scored.vocab_size * self.scored.hidden_size
         if config.recipe.uses_student_text:
             rollout = student * rollout_bytes + int(config.rollout.kv_cache_gib * 2**30)
             # vLLM's engine core is a process beside the actor.

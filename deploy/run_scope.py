@@ -46,12 +46,16 @@ class SigtermAsCtrlC:
     run holds is given back as after Ctrl-C. Only the main thread can take signals."""
 
     def __init__(self) -> None:
-        self._previous = None
+        self._previous = signal.getsignal(signal.SIGTERM)
+        self.take()
+
+    def take(self) -> None:
+        """Once more, after a library has set a handler of its own."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def restore(self) -> None:
-        if self._previous is not None:
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._previous)
 
 

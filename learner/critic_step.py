@@ -12,7 +12,6 @@ from distill.config import CriticConfig
 from distill.objectives import (
     closed_form_critic,
     critic_loss,
-    cross_entropy,
     moment_gap,
     sampled_critic_loss,
 )
@@ -126,8 +125,9 @@ def _critic_metrics(both: Policies, f: Tensor, config: CriticConfig) -> dict[str
 def _metrics_from_text(both: Policies, f: Tensor, tokens: Tensor, config: CriticConfig) -> dict[str, Tensor]:
     """The gap between tokens and policy; the best critic's is not known without probabilities."""
     saturated = (f.abs() > SATURATION * config.bound).to(f.dtype)
+    at_token = f.gather(1, tokens[:, None]).squeeze(1)
     return {
-        "d_mm": (-cross_entropy(f, tokens) - torch.linalg.vecdot(both.policy_probs, f)).sum(),
+        "d_mm": (at_token - torch.linalg.vecdot(both.policy_probs, f)).sum(),
         "saturation": torch.linalg.vecdot(both.policy_probs, saturated).sum(),
     }
 

@@ -71,7 +71,7 @@ def test_a_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
         ("data.num_heldout=1000", ["heldout"]),
         ("student.init.num_layers=9", ["student.init.num_layers=9", "2"]),
         ("replay.max_bytes=2000000", ["replay.m"]),
-        ("critic.rank=65", ["critic.rank=65", "hidden size, 64"]),
+        ("critic.rank=65", ["critic.rank=65", "hidden size", "64"]),
         ("cluster.backend=in_process", ["rollout.engine=vllm", "transformers"]),
     ],
 )

@@ -152,3 +152,13 @@ def test_the_baseline_spares_variance_where_critics_are_good():
         for baseline in ("leave_one_out", "none")
     )
     assert (with_baseline / without).median() < 1.0
+
+
+if __name__ == "__main__":  # the figures of docs/method.md
+    for correction in ("per_decision", "token", "none"):
+        print(f"relative bias, ratio {correction}: {relative_bias(correction, 0.5):.2g}")
+    for size in (2, 4, 8):
+        found = variance_ratios(size)
+        print(
+            f"variance over REINFORCE's, groups of {size}: median {found.median():.2f}, worst {found.max():.2f}"
+        )
