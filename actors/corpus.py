@@ -1,4 +1,4 @@
-"""The teacher's text, written once: every prompt of a table answered by one sample."""
+"""The teacher's text, written once: every prompt of a table answered by its samples."""
 
 from __future__ import annotations
 
@@ -19,34 +19,37 @@ async def write_corpus(
     rows_per_call: int,
     progress: Callable[[int, int], None],
 ) -> pa.Table:
-    """Answer the first ``num_prompts`` prompts; row i is the answer to prompt i.
+    """Answer the first ``num_prompts`` prompts; the rows of prompt i lie together, in this order.
 
-    ``prompts`` asks for one sample a prompt. ``progress`` is called with rows and tokens done.
+    ``prompts`` says how many samples a prompt has. ``progress`` is called with rows and tokens done.
     """
     batches: list[pa.RecordBatch] = []
     num_tokens = 0
-    for first in range(0, num_prompts, rows_per_call):
-        indices = range(first, min(first + rows_per_call, num_prompts))
+    samples = prompts.samples_per_prompt
+    prompts_per_call = max(1, rows_per_call // samples)
+    for first in range(0, num_prompts, prompts_per_call):
+        indices = range(first, min(first + prompts_per_call, num_prompts))
         draws = [Draw(table="text", number=i, epoch=0, index=i) for i in indices]
         batch = trajectory_batch(await _answers(prompts, draws, generator))
         num_tokens += len(batch.column("response_tokens").flatten())
         batches.append(batch)
-        progress(indices.stop, num_tokens)
+        progress(indices.stop * samples, num_tokens)
     return pa.Table.from_batches(batches)
 
 
 async def _answers(prompts: PromptTable, draws: Sequence[Draw], generator: Generator) -> list[Trajectory]:
+    samples = prompts.samples_per_prompt
     requests = prompts.requests(draws)
     completions = await generator.generate(requests)
     return [
         Trajectory(
-            draw_id=draw.draw_id,
+            draw_id=draws[place // samples].draw_id,
             source="teacher",
-            prompt_index=draw.index,
-            sample_index=0,
+            prompt_index=draws[place // samples].index,
+            sample_index=place % samples,
             prompt_tokens=request.prompt_tokens,
             response_tokens=completion.response_tokens,
             finish_reason=completion.finish_reason,
         )
-        for draw, request, completion in zip(draws, requests, completions, strict=True)
+        for place, (request, completion) in enumerate(zip(requests, completions, strict=True))
     ]

@@ -129,12 +129,15 @@ class CorpusActor:
             seed=config.corpus.seed,
         )
 
-    async def write(self, prompts_path: str, num_prompts: int, path: str) -> int:
+    async def write(self, prompts_path: str, num_prompts: int, samples_per_prompt: int, path: str) -> int:
         """Answer the first prompts of a table into ``path``; returns the response tokens."""
         self.rows = self.tokens = 0
         corpus = self.config.corpus
         prompts = PromptTable.read(
-            prompts_path, samples_per_prompt=1, max_new_tokens=corpus.max_new_tokens, seed=corpus.seed
+            prompts_path,
+            samples_per_prompt=samples_per_prompt,
+            max_new_tokens=corpus.max_new_tokens,
+            seed=corpus.seed,
         )
         table = await write_corpus(
             prompts, num_prompts, self.generator, rows_per_call=self.rows_per_call, progress=self._progress

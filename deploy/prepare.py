@@ -65,6 +65,7 @@ def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Prepa
         "stop": preflight.teacher.stop_token_ids,
         "num_tokens": preflight.num_tokens,
     }
+    samples = {"samples_per_prompt": config.corpus.samples_per_prompt}  # held-out prompts have one each
     corpora = cache_dir() / "corpora"
     return Prepared(
         teacher_dir=teacher_dir,
@@ -76,7 +77,7 @@ def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Prepa
         num_prompts=train.num_rows,
         stop_token_ids=preflight.teacher.stop_token_ids,
         num_tokens=preflight.num_tokens,
-        teacher_corpus=corpora / f"{_hash(identity, train, num_corpus)}.parquet",
+        teacher_corpus=corpora / f"{_hash(identity | samples, train, num_corpus)}.parquet",
         heldout_corpus=corpora / f"{_hash(identity, heldout, config.evaluation.num_prompts)}.parquet",
         num_corpus_prompts=num_corpus,
     )

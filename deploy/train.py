@@ -176,10 +176,11 @@ class Run:
         """The teacher's text, where the cache has none of this fingerprint."""
         prepared = self.prepared
         wanted = [
-            (prepared.heldout_prompts, self.config.evaluation.num_prompts, prepared.heldout_corpus),
-            (prepared.train_prompts, prepared.num_corpus_prompts, prepared.teacher_corpus),
-        ]
-        missing = [work for work in wanted if work[1] and not work[2].exists()]
+            (prepared.heldout_prompts, self.config.evaluation.num_prompts, 1, prepared.heldout_corpus),
+            (prepared.train_prompts, prepared.num_corpus_prompts, self.config.corpus.samples_per_prompt,
+             prepared.teacher_corpus),
+        ]  # fmt: skip
+        missing = [work for work in wanted if work[1] and not work[3].exists()]
         if not missing:
             self.progress.say("teacher corpus: in the cache")
             return
@@ -194,17 +195,17 @@ class Run:
                     )
                 }
             )
-            total = sum(num_prompts for _, num_prompts, _ in missing)
+            total = sum(num_prompts * samples for _, num_prompts, samples, _ in missing)
             written = tokens = 0.0
-            for prompts, num_prompts, path in missing:
+            for prompts, num_prompts, samples, path in missing:
 
                 def tick(before: float = written) -> None:
                     rows = (self.cluster.poll(writer.stats.remote()) or {}).get("corpus/num_rows", 0.0)
                     self.progress.show(f"teacher corpus: {before + rows:.0f}/{total} texts")
 
-                work = writer.write.remote(str(prompts), num_prompts, str(path))
+                work = writer.write.remote(str(prompts), num_prompts, samples, str(path))
                 tokens += self.cluster.wait({"corpus": work}, tick=tick)["corpus"]
-                written += num_prompts
+                written += num_prompts * samples
             self.cluster.end_actor("corpus")
         self.tokens["corpus"] = tokens
         self.progress.say(

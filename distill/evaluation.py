@@ -55,7 +55,7 @@ _SOURCES: tuple[tuple[Literal["teacher_text", "student_text"], str], ...] = (
     ("teacher_text", "teacher"),
     ("student_text", "student"),
 )
-_DIVERGENCES = ("tv", "forward_kl", "reverse_kl")
+_DIVERGENCES = ("tv", "forward_kl", "reverse_kl", "jsd")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _BLOCK_NUMBERS = 1 << 19
 """Numbers per block of rows on a CPU: the temporaries of a block stay in its cache."""
@@ -81,7 +81,8 @@ def divergences(policy_logprobs: Tensor, teacher_logprobs: Tensor) -> dict[str, 
     """Exact divergences of each position over the whole vocabulary, in float32 nats.
 
     With π the policy (student) and π* the teacher: ``tv`` = ½ Σ|π* − π|, ``forward_kl`` =
-    KL(π* || π), ``reverse_kl`` = KL(π || π*), ``entropy`` = −Σ π log π. Both arguments [n, V]
+    KL(π* || π), ``reverse_kl`` = KL(π || π*), ``jsd`` = ½ KL(π* || m) + ½ KL(π || m) with m their
+    mean, ``entropy`` = −Σ π log π. Both arguments [n, V]
     are normalised log-probabilities; -inf marks a token that cannot occur (a masked tail). A
     KL is +inf where the first policy has mass that the second one excludes.
 
@@ -110,6 +111,10 @@ def divergences(policy_logprobs: Tensor, teacher_logprobs: Tensor) -> dict[str, 
             found["forward_kl"][block] = (teacher * log_ratio).masked_fill_(no_teacher, 0).sum(-1)
             found["reverse_kl"][block] = -(policy * log_ratio).masked_fill_(no_policy, 0).sum(-1)
             found["entropy"][block] = -(policy * policy_log).masked_fill_(no_policy, 0).sum(-1)
+            mean_log = ((policy + teacher) / 2).log_()
+            from_teacher = (teacher * (teacher_log - mean_log)).masked_fill_(no_teacher, 0).sum(-1)
+            from_policy = (policy * (policy_log - mean_log)).masked_fill_(no_policy, 0).sum(-1)
+            found["jsd"][block] = (from_teacher + from_policy) / 2
     return found
 
 

@@ -21,6 +21,7 @@ from distill.evaluation import Evaluation, Score, is_better, measure, save_evalu
 from distill.interfaces import GroupRef, Lease, Store
 from distill.metrics import EventLog, MetricsWriter
 from distill.run_folder import RunFolder, write_bytes
+from learner.adaptive_share import AdaptiveShare
 from learner.checkpoint import Checkpoints
 
 NUM_ANSWERS = 3
@@ -40,13 +41,15 @@ class Samplers(Protocol):
 
 
 class Ledger(Protocol):
-    """The part of the replay service that a checkpoint needs."""
+    """The part of the replay service that checkpoints and evaluations need."""
 
     async def state(self) -> dict[str, Any]: ...
 
     async def commit(self, updates_done: int) -> None: ...
 
     async def stats(self) -> dict[str, float]: ...
+
+    async def set_student_share(self, share: float) -> None: ...
 
 
 class Evaluator:
@@ -125,26 +128,28 @@ class RunMilestones:
         evaluator: Evaluator,
         ledger: Ledger,
         checkpoints: Checkpoints,
-        save_state: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
+        tensors: Callable[[], dict[str, Any]],
         save_student: Callable[[Path], None],
         push_s: Callable[[], float],
         evaluation: EvaluationConfig,
         checkpoint: CheckpointConfig,
+        adaptive_share: AdaptiveShare,
         num_updates: int,
         stage_stats: Callable[[], Any],
         report: Callable[..., None],
     ) -> None:
-        """``save_state``: the learner's tensors and its JSON state. ``stage_stats``: awaitable,
+        """``tensors``: what a checkpoint holds of the learner. ``stage_stats``: awaitable,
         counters of the actors. ``report``: keyword facts for the live line."""
         self.folder = folder
         self.evaluator = evaluator
         self.ledger = ledger
         self.checkpoints = checkpoints
-        self.save_state = save_state
+        self.tensors = tensors
         self.save_student = save_student
         self.push_s = push_s
         self.evaluation = evaluation
         self.checkpoint = checkpoint
+        self.adaptive_share = adaptive_share
         self.num_updates = num_updates
         self.stage_stats = stage_stats
         self.report = report
@@ -188,6 +193,7 @@ class RunMilestones:
             found = await self._evaluate(label, self.evaluation.num_prompts_during, keep_answers=False)
             self._raise(updates_done, self.alarms.after_evaluation(found.value("teacher_text.tv")))
             await self._keep_best(updates_done, found)
+            await self._adapt_share(updates_done, found)
         if updates_done % self.checkpoint.every == 0 or updates_done == self.num_updates:
             await self._save(updates_done, policy_version)
         self._since = time.monotonic()
@@ -220,17 +226,23 @@ class RunMilestones:
             self.folder.write_best({"update": updates_done, "metric": metric, "value": value})
             self.events.write("best", update=updates_done, metric=metric, value=value)
 
+    async def _adapt_share(self, updates_done: int, evaluation: Evaluation) -> None:
+        share = self.adaptive_share.after_evaluation(evaluation)
+        if share is not None:
+            await self.ledger.set_student_share(share)
+            self.events.write("student_share", update=updates_done, share=share)
+
     async def _save(self, updates_done: int, policy_version: int) -> None:
         start = time.monotonic()
         self.report(activity="checkpoint")
         self.metrics.flush()
-        tensors, state = self.save_state()
-        state |= {
+        state = {
             "updates_done": updates_done,
             "policy_version": policy_version,
             "ledger": await self.ledger.state(),
+            "adaptive_share": self.adaptive_share.state(),
         }
-        await asyncio.to_thread(self.checkpoints.save, updates_done, tensors, state)
+        await asyncio.to_thread(self.checkpoints.save, updates_done, self.tensors(), state)
         # Only now is an acknowledgement final: before, a crash would have undone the update.
         await self.ledger.commit(updates_done)
         self.checkpoint_s += time.monotonic() - start

@@ -25,6 +25,7 @@ from distill.replay.draws import DrawOrder
 from distill.replay.segments import SegmentStore
 from distill.run_folder import PolicyVersions, RunFolder
 from distill.run_inputs import RunInputs
+from learner.adaptive_share import AdaptiveShare
 from learner.checkpoint import Checkpoints
 from learner.distiller import Distiller
 from learner.measure import Scorer
@@ -110,9 +111,11 @@ class LearnerWorker:
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.config.checkpoint.keep)
         newest = self.checkpoints.latest()
         if newest is None:
+            self.adaptive_share = AdaptiveShare(self.config.recipe, self.folder)
             return None
         tensors, state = self.checkpoints.load(newest)
         self.distiller.load(tensors, state)
+        self.adaptive_share = AdaptiveShare(self.config.recipe, self.folder, state["adaptive_share"])
         return state
 
     async def train(
@@ -192,11 +195,12 @@ class LearnerWorker:
             evaluator=evaluator,
             ledger=replay,
             checkpoints=self.checkpoints,
-            save_state=lambda: (self.distiller.tensors(), {}),
+            tensors=self.distiller.tensors,
             save_student=lambda path: _save_whole(student, path),
             push_s=lambda: publisher.push_s,
             evaluation=config.evaluation,
             checkpoint=config.checkpoint,
+            adaptive_share=self.adaptive_share,
             num_updates=config.learner.num_updates,
             stage_stats=stage_stats,
             report=self.report,

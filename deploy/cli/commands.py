@@ -105,16 +105,17 @@ def report(options: argparse.Namespace) -> int:
 
 
 def study(options: argparse.Namespace) -> int:
+    from deploy.study.processes import ProcessFailed
     from deploy.study.report import report
-    from deploy.study.runner import Study, StudyFailed
+    from deploy.study.runner import Study
     from deploy.study.spec import load_study
     from distill.run_folder import write_bytes
 
     spec = load_study(options.study)
     folder = Path(options.out or f"runs/studies/{spec.name}").resolve()
     try:
-        results = Study(spec, folder).run()
-    except StudyFailed as error:
+        results = Study(spec, folder, num_jobs=options.jobs).run()
+    except ProcessFailed as error:
         _complain(str(error))
         return FAILED
     text = report(results, folder)

@@ -16,6 +16,13 @@ _EPILOG = """A configuration is a YAML file; any setting can be overridden after
   distill train deploy/configs/demo.yaml recipe=kd learner.num_updates=40 run_dir=runs/kd"""
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be >= 1")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands with their arguments."""
     root = argparse.ArgumentParser(
@@ -45,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     study = sub.add_parser("study", help="compare recipes over seeds, tuned alike")
     study.add_argument("study", help="YAML file")
     study.add_argument("--out", metavar="DIR", help="the study's folder (runs/studies/NAME)")
+    study.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (1)")
     study.set_defaults(run=commands.study)
 
     chat = sub.add_parser("chat", help="talk to a model")

@@ -9,20 +9,18 @@ there is nothing else to keep in step.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import xxhash
 
 import distill
 import learner
-from deploy.run_scope import SigtermAsCtrlC
 from deploy.study import tasks
+from deploy.study.processes import Command, run_all
 from deploy.study.spec import Settings, StudySpec
 from distill.config.load import fingerprint, load_config
 from distill.evaluation import direction, load_evaluation
@@ -35,14 +33,6 @@ METHOD_CODE = (
     "distill/data/*.py", "distill/replay/*.py", "actors/*.py", "learner/*.py",
 )  # fmt: skip
 """Whose change makes older results another method's."""
-
-
-_END_AFTER_S = 15.0
-"""How long an interrupted run may take to end by itself."""
-
-
-class StudyFailed(RuntimeError):
-    """A run of a study failed; the message names it and where its output is."""
 
 
 @dataclass(frozen=True)
@@ -74,40 +64,39 @@ def method_hash() -> str:
 class Study:
     """A study and its folder."""
 
-    def __init__(self, spec: StudySpec, folder: Path, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, spec: StudySpec, folder: Path, *, num_jobs: int = 1, say: Callable[[str], None] = print
+    ) -> None:
+        """``num_jobs``: runs at a time, each on its share of the cores."""
         self.spec = spec
         self.folder = folder
+        self.num_jobs = num_jobs
         self.say = say
         self.code = method_hash()
 
     def run(self) -> dict[str, Any]:
         """All runs that are not finished; returns (and writes) the results.
 
-        Raises: ConfigError before anything runs; FetchError; StudyFailed.
+        Raises: ConfigError before anything runs; FetchError; ProcessFailed.
         """
         self.task = tasks.known_task(self.spec.task)
         tuning_jobs = self._tuning_jobs()
         for recipe in self.spec.recipes:  # a reported run may break a rule that no tuning run does
             self._job(recipe, self.spec.seeds[0], {}, tuning=False)
         self.task.make(self.say)
-        num_runs = sum(map(len, tuning_jobs.values())) + len(self.spec.recipes) * len(self.spec.seeds)
+        all_tuning = [job for jobs in tuning_jobs.values() for job in jobs]
+        num_runs = len(all_tuning) + len(self.spec.recipes) * len(self.spec.seeds)
         self.say(
             f"study {self.spec.name}: {num_runs} runs of {len(self.spec.recipes)} recipes, code {self.code}"
         )
-        done = 0
-        chosen: dict[str, Settings] = {}
-        for recipe, jobs in tuning_jobs.items():
-            for job in jobs:
-                done += 1
-                self._train(job, f"{done}/{num_runs}")
-            chosen[recipe] = self._choose(recipe, jobs)
-        reported: list[Job] = []
-        for seed in self.spec.seeds:  # all recipes of a seed first: a study cut short is still paired
-            for recipe in self.spec.recipes:
-                job = self._job(recipe, seed, chosen[recipe], tuning=False)
-                done += 1
-                self._train(job, f"{done}/{num_runs}")
-                reported.append(job)
+        self._train(all_tuning, done=0, num_runs=num_runs)
+        chosen = {recipe: self._choose(recipe, jobs) for recipe, jobs in tuning_jobs.items()}
+        reported = [
+            self._job(recipe, seed, chosen[recipe], tuning=False)
+            for seed in self.spec.seeds  # all recipes of a seed first: a study cut short is still paired
+            for recipe in self.spec.recipes
+        ]
+        self._train(reported, done=len(all_tuning), num_runs=num_runs)
         results = self._results(reported, tuning_jobs, chosen)
         write_bytes(self.folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
         return results
@@ -146,29 +135,25 @@ class Study:
             write_bytes(path, json.dumps([*overrides, f"run_dir={run_dir}"], indent=1).encode())
         return Job(recipe, seed, tuned, tuning, path, run_dir)
 
-    def _train(self, job: Job, progress: str) -> None:
+    def _train(self, jobs: Sequence[Job], *, done: int, num_runs: int) -> None:
+        """All that are not finished; ``done`` of ``num_runs`` came before."""
+        missing = [job for job in jobs if not (job.run_dir / "summary.json").exists()]
+        done += len(jobs) - len(missing)
+        if len(missing) < len(jobs):
+            self.say(f"{done}/{num_runs}: done before")
+
+        def on_end(command: Command, seconds: float) -> None:
+            nonlocal done
+            done += 1
+            self.say(f"{done}/{num_runs} {command.name}: {seconds:.0f} s")
+
+        run_all([self._command(job) for job in missing], self.num_jobs, on_end)
+
+    def _command(self, job: Job) -> Command:
         name = f"{job.recipe} seed {job.seed}" + "".join(f" {k}={v}" for k, v in job.tuned.items())
-        if (job.run_dir / "summary.json").exists():
-            self.say(f"{progress} {name}: done before")
-            return
-        log = self.folder / "logs" / f"{job.run_dir.name}.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
         overrides = json.loads(job.config.read_text())
-        command = [
-            sys.executable,
-            "-m",
-            "deploy.cli.main",
-            "train",
-            str(self.folder / "empty.yaml"),
-            *overrides,
-        ]
-        start = time.monotonic()
-        with open(log, "w") as output:
-            code = _run(command, output)
-        if code != 0:
-            last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
-            raise StudyFailed(f"{name} ended with code {code}: {last}; its output is in {log}")
-        self.say(f"{progress} {name}: {time.monotonic() - start:.0f} s")
+        argv = (sys.executable, "-m", "deploy.cli.main", "train", str(self.folder / "empty.yaml"), *overrides)
+        return Command(name, argv, self.folder / "logs" / f"{job.run_dir.name}.txt")
 
     def _choose(self, recipe: str, jobs: list[Job]) -> Settings:
         """The grid's best point by the mean of the metric over the tuning seeds."""
@@ -214,24 +199,6 @@ class Study:
     @property
     def _tuning_metric(self) -> str:
         return self.spec.tuning.metric if self.spec.tuning else self.spec.metrics[0]
-
-
-def _run(command: list[str], output: IO[str]) -> int:
-    """A child that does not outlive this process's Ctrl-C or SIGTERM: it is given time to end."""
-    sigterm = SigtermAsCtrlC()
-    try:
-        with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as child:
-            try:
-                return child.wait()
-            except KeyboardInterrupt:
-                child.terminate()
-                try:
-                    child.wait(_END_AFTER_S)
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                raise
-    finally:
-        sigterm.restore()
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class TinyModel:
     learning_rate: float = 2e-3
 
 
-TEACHER = TinyModel(num_layers=4, hidden_size=256, num_updates=1200)
+TEACHER = TinyModel(num_layers=4, hidden_size=256, num_updates=600)
 STUDENT = TinyModel(num_layers=2, hidden_size=64, num_updates=300, learning_rate=3e-3)
 
 

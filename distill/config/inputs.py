@@ -101,6 +101,8 @@ class CorpusConfig:
 
     num_prompts: int | None = None
     """Training prompts to answer; null: all that the run draws."""
+    samples_per_prompt: int = 1
+    """Answers to each prompt. The cheaper the teacher's text, the less a student overfits to it."""
     max_new_tokens: int = 64
     """Longest response."""
     seed: int = 0
@@ -109,6 +111,8 @@ class CorpusConfig:
     def violations(self) -> Iterator[str]:
         if self.max_new_tokens < 1:
             yield rule("corpus.max_new_tokens", self.max_new_tokens, "be >= 1", "64 is the default")
+        if self.samples_per_prompt < 1:
+            yield rule("corpus.samples_per_prompt", self.samples_per_prompt, "be >= 1", "1 is the default")
         if self.num_prompts is not None and self.num_prompts < 1:
             yield rule("corpus.num_prompts", self.num_prompts, "be >= 1", "null answers all prompts")
 
@@ -117,9 +121,11 @@ EVALUATION_METRICS = (
     "teacher_text.tv",
     "teacher_text.forward_kl",
     "teacher_text.reverse_kl",
+    "teacher_text.jsd",
     "student_text.tv",
     "student_text.forward_kl",
     "student_text.reverse_kl",
+    "student_text.jsd",
     "rouge_l.teacher",
     "rouge_l.reference",
 )

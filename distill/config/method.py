@@ -30,6 +30,11 @@ class RecipeConfig:
     of it in a random share ``student_fraction`` of the updates (GKD)."""
     student_fraction: float = 0.5
     """Probability that an update uses student text; only with ``student_text=mixed``."""
+    fraction_step: float = 0.0
+    """Added to the share, up to 1, when an evaluation during training finds forward KL on the teacher's
+    text at least ``fraction_tolerance`` above where the share was set last (DistiLLM); 0: fixed."""
+    fraction_tolerance: float = 0.1
+    """Nats per token; the validation loss is forward KL up to a constant."""
     beta: float = 0.25
     """Weight of the on-policy part; the off-policy part weighs 1 - beta. Only with
     ``student_text=every_update``."""
@@ -60,6 +65,11 @@ class RecipeConfig:
     def uses_student_text(self) -> bool:
         """Whether a rollout engine is started."""
         return self.student_text != "none"
+
+    @property
+    def adapts_fraction(self) -> bool:
+        """Whether the share of student text follows the validation loss."""
+        return self.student_text == "mixed" and self.fraction_step > 0
 
     @property
     def payload(self) -> str:
@@ -93,6 +103,11 @@ class RecipeConfig:
             yield rule("recipe.gamma", self.gamma, "lie in (0, 1]", "0.95 is the default")
         if not 0 <= self.student_fraction <= 1:
             yield rule("recipe.student_fraction", self.student_fraction, "lie in [0, 1]", "0.5 is GKD's")
+        if not 0 <= self.fraction_step <= 1:
+            yield rule("recipe.fraction_step", self.fraction_step, "lie in [0, 1]", "0.1 is DistiLLM's")
+        if self.fraction_step > 0 and self.student_text != "mixed":
+            yield rule("recipe.fraction_step", self.fraction_step, "be 0 unless recipe.student_text=mixed",
+                       "no share is drawn otherwise")  # fmt: skip
         if not 0 < self.jsd_beta < 1:
             yield rule(
                 "recipe.jsd_beta",

@@ -153,6 +153,9 @@ class RunConfig:
         if self.recipe.student_text == "mixed" and self.recipe.off_policy_text == "none":
             yield rule("recipe.off_policy_text", "none", "be teacher or reference when recipe.student_text=mixed",
                        "the updates without student text need another")  # fmt: skip
+        if self.recipe.adapts_fraction and self.evaluation.every == 0:
+            yield rule("evaluation.every", 0, "be >= 1 when recipe.fraction_step > 0",
+                       "the share of student text follows the evaluations; set fraction_step=0 to fix it")  # fmt: skip
         if self.recipe.loss == "moment_gap" and self.recipe.student_text == "mixed":
             yield rule(
                 "recipe.student_text",

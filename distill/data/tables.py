@@ -24,7 +24,7 @@ class PromptTable:
 
     def __init__(self, table: pa.Table, *, samples_per_prompt: int, max_new_tokens: int, seed: int) -> None:
         self._prompts = table["prompt_tokens"].combine_chunks()
-        self._samples_per_prompt = samples_per_prompt
+        self.samples_per_prompt = samples_per_prompt
         self._max_new_tokens = max_new_tokens
         self._seed = seed
 
@@ -48,7 +48,7 @@ class PromptTable:
             )
             for draw in draws
             for prompt_tokens in [self._prompts[draw.index].as_py()]
-            for sample in range(self._samples_per_prompt)
+            for sample in range(self.samples_per_prompt)
         ]
 
     def groups(self, draws: Sequence[Draw], completions: Sequence[Completion]) -> list[pa.RecordBatch]:
@@ -56,9 +56,9 @@ class PromptTable:
 
         Raises: ValueError when there are not ``samples_per_prompt`` completions per draw.
         """
-        if len(completions) != len(draws) * self._samples_per_prompt:
+        if len(completions) != len(draws) * self.samples_per_prompt:
             raise ValueError(
-                f"{len(draws)} draws need {len(draws) * self._samples_per_prompt} completions, got {len(completions)}"
+                f"{len(draws)} draws need {len(draws) * self.samples_per_prompt} completions, got {len(completions)}"
             )
         now = datetime.now(UTC)
         answers = iter(completions)
@@ -77,7 +77,7 @@ class PromptTable:
                         finish_reason=completion.finish_reason,
                         generated_at=now,
                     )
-                    for sample, completion in enumerate(itertools.islice(answers, self._samples_per_prompt))
+                    for sample, completion in enumerate(itertools.islice(answers, self.samples_per_prompt))
                 ]
             )
             for draw in draws

@@ -66,8 +66,10 @@ class DrawOrder:
 class BatchPlan:
     """How many student groups and text rows each update uses."""
 
-    student_share: float
-    """Probability that an update uses student groups; 0 and 1 are certain."""
+    shares: list[tuple[int, float]]
+    """From which update on which probability that an update uses student groups; 0 and 1 are certain."""
+    may_use_student: bool
+    """Whether there is, or may come to be, an update with student groups."""
     text_beside_student: bool
     """Whether an update with student groups uses text as well."""
     prompts_per_update: int
@@ -90,8 +92,10 @@ class BatchPlan:
                      "an update without student text needs another text; use student_text=every_update")
             )  # fmt: skip
         shares = {"none": 0.0, "every_update": 1.0, "mixed": recipe.student_fraction}
+        share = shares[recipe.student_text]
         return BatchPlan(
-            student_share=shares[recipe.student_text],
+            shares=[(0, share)],
+            may_use_student=share > 0 or recipe.adapts_fraction,
             text_beside_student=recipe.student_text == "every_update",
             prompts_per_update=learner.prompts_per_update,
             text_rows_per_update=0 if recipe.off_policy_text == "none" else learner.text_rows_per_update,
@@ -115,6 +119,19 @@ class BatchPlan:
         with_text = updates if self.text_beside_student else updates - self._student_updates_before(updates)
         return with_text * self.text_rows_per_update
 
+    def set_share(self, from_update: int, share: float) -> None:
+        """Another share from this update on; nothing of it or a later one may be in flight."""
+        self.shares = [entry for entry in self.shares if entry[0] < from_update] + [(from_update, share)]
+        del self._student_updates[from_update + 1 :]
+
+    def load_shares(self, shares: list[tuple[int, float]]) -> None:
+        """Those of a checkpoint."""
+        self.shares = shares
+        del self._student_updates[1:]
+
+    def _share(self, update: int) -> float:
+        return next(share for first, share in reversed(self.shares) if first <= update)
+
     def _student_updates_before(self, update: int) -> int:
         counts = self._student_updates
         counts.extend(self._counts_from(len(counts) - 1, update))
@@ -123,5 +140,5 @@ class BatchPlan:
     def _counts_from(self, first: int, end: int) -> Iterator[int]:
         count = self._student_updates[-1]
         for update in range(first, end):
-            count += seeded_generator(self.seed, Purpose.MIXED_COIN, update).random() < self.student_share
+            count += seeded_generator(self.seed, Purpose.MIXED_COIN, update).random() < self._share(update)
             yield count

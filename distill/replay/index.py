@@ -192,6 +192,14 @@ class ReplayIndex:
         self._student.versions.forget_before(updates_done - self._replay.max_policy_age - 1)
         self._text.admit_through(self._limiter.text_updates(updates_done))
 
+    def set_student_share(self, share: float) -> None:
+        """Of the updates to come, from the first one on of which no draw is admitted yet.
+
+        Text is admitted furthest (see RateLimiter). The share is absolute, so a learner that went
+        back to its checkpoint may say it again.
+        """
+        self._plan.set_share(self._text.updates_admitted, share)
+
     def _rewind(self, update: int) -> None:
         """Acknowledgements from ``update`` on are void: those updates are done again."""
         self.updates_acknowledged = min(self.updates_acknowledged, update)
@@ -243,6 +251,7 @@ class ReplayIndex:
             "policy_version": self._student.versions.newest,
             "versions": self._student.versions.to_json(),
             "student_trained": self._student.trained.with_numbers(numbers).to_json(),
+            "student_shares": [list(entry) for entry in self._plan.shares],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -254,6 +263,7 @@ class ReplayIndex:
         """
         updates_done = int(state["updates_done"])
         trained = TrainedDraws.from_json(state["student_trained"])
+        self._plan.load_shares([(int(first), float(share)) for first, share in state["student_shares"]])
         planned = self._plan.student_through(updates_done)
         if self._student.in_order and (trained.extra or trained.prefix != planned):
             raise ReplayError(

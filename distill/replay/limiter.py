@@ -57,7 +57,7 @@ class RateLimiter:
 
 def _violations(replay: ReplayConfig, plan: BatchPlan) -> list[tuple[str, object, str, str]]:
     """Settings that would starve the learner or break the age bound."""
-    if plan.student_share == 0:
+    if not plan.may_use_student:
         return []
     found: list[tuple[str, object, str, str]] = []
     if replay.samples_per_insert < 1:

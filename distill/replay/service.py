@@ -64,6 +64,9 @@ class ReplayService:
     async def advance(self, updates_done: int, policy_version: int) -> None:
         await self._change(lambda: self.index.advance(updates_done, policy_version))
 
+    async def set_student_share(self, share: float) -> None:
+        await self._change(lambda: self.index.set_student_share(share))
+
     async def commit(self, updates_done: int) -> None:
         """The checkpoint with these updates is durable."""
         await self._change(lambda: self.index.commit(updates_done))

@@ -35,7 +35,7 @@ class StudentTable:
         trained: TrainedDraws,
         versions: PolicyVersions,
     ) -> None:
-        if order is None and plan.student_share > 0:
+        if order is None and plan.may_use_student:
             raise ReplayError("student_order=None must be a DrawOrder: the recipe uses student text")
         self._replay = replay
         self._plan = plan

@@ -34,16 +34,16 @@ class TextTable:
         self.items: dict[int, Item] = {}
         self._unscored: defaultdict[int, list[Item]] = defaultdict(list)
         """Corpus index -> draws without payload."""
-        self._updates_admitted = first_update
+        self.updates_admitted = first_update
         """Updates below are trained, or their draws are here."""
 
     def admit_through(self, updates: int) -> None:
         """Admit the draws of the first ``updates`` updates; what is in the cache is scored at once."""
-        while self._updates_admitted < updates:
-            update = self._updates_admitted
+        while self.updates_admitted < updates:
+            update = self.updates_admitted
             for number in range(self._plan.text_through(update), self._plan.text_through(update + 1)):
                 self._admit(number, update)
-            self._updates_admitted += 1
+            self.updates_admitted += 1
 
     def _admit(self, number: int, update: int) -> None:
         if self._order is None:

@@ -313,7 +313,8 @@ def test_fingerprint_does_not_depend_on_int_or_float(load):
 
 BROKEN = [
     "recipe.student_text=none recipe.off_policy_text=none", "recipe.beta=-1", "recipe.gamma=0",
-    "recipe.student_fraction=2", "recipe.jsd_beta=1", "recipe.lm_weight=-1", "recipe.skew=1",
+    "recipe.student_fraction=2", "recipe.fraction_step=2", "recipe.fraction_step=0.1",
+    "evaluation.every=0 recipe=distillm", "recipe.jsd_beta=1", "recipe.lm_weight=-1", "recipe.skew=1",
     "recipe.student_text_loss=forward_kl", "recipe.long_weight=1 recipe.loss=reverse_kl",
     "critic.learning_rate=-1", "critic.ema=1", "critic.positions_per_step=0", "credit.cost_scale=0", "credit.cost_max=0",
     "credit.ratio_max=0", "credit.ppo_clip=-1", "credit.ppo_clip=0.2 credit.ratio=per_decision",
@@ -322,7 +323,7 @@ BROKEN = [
     "proxy.rows_per_update=0",
     "recipe.long_weight=1 recipe.student_text=none", "student.model=x", "student.init.from=other",
     "student.init.num_layers=0", "data.num_heldout=0", "sft.num_updates=0", "sft.rows_per_update=0",
-    "corpus.max_new_tokens=0", "corpus.num_prompts=0", "rollout.samples_per_prompt=0",
+    "corpus.max_new_tokens=0", "corpus.samples_per_prompt=0", "corpus.num_prompts=0", "rollout.samples_per_prompt=0",
     "rollout.max_new_tokens=0", "rollout.temperature=0.7", "rollout.top_p=0.9",
     "rollout.tensor_parallel_size=0", "replay.max_policy_age=-1", "replay.samples_per_insert=0",
     "replay.max_times_sampled=0", "replay.samples_per_insert=2 replay.max_times_sampled=2",

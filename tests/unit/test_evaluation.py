@@ -37,7 +37,7 @@ from distill.schema import Trajectory, trajectory_batch
 
 def slow_divergences(policy: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
     """One position, token by token, in the words of the definition."""
-    tv = forward = reverse = entropy = 0.0
+    tv = forward = reverse = entropy = jsd = 0.0
     for p, q in zip(policy, teacher, strict=True):
         tv += abs(p - q) / 2
         if q > 0:
@@ -45,7 +45,8 @@ def slow_divergences(policy: np.ndarray, teacher: np.ndarray) -> dict[str, float
         if p > 0:
             reverse += p * (math.log(p) - math.log(q)) if q > 0 else math.inf
             entropy -= p * math.log(p)
-    return {"tv": tv, "forward_kl": forward, "reverse_kl": reverse, "entropy": entropy}
+        jsd += sum(x * math.log(2 * x / (p + q)) / 2 for x in (p, q) if x > 0)
+    return {"tv": tv, "forward_kl": forward, "reverse_kl": reverse, "jsd": jsd, "entropy": entropy}
 
 
 def check_against_slow(policy_logprobs: torch.Tensor, teacher_logprobs: torch.Tensor) -> None:
@@ -101,7 +102,7 @@ def test_mass_on_an_excluded_token_is_an_infinite_kl_never_nan():
 def test_equal_policies_have_no_divergence_and_bf16_is_accepted():
     policy = torch.randn(4, 100).log_softmax(-1).bfloat16()
     found = divergences(policy, policy)
-    assert all((found[name] == 0).all() for name in ("tv", "forward_kl", "reverse_kl"))
+    assert all((found[name] == 0).all() for name in ("tv", "forward_kl", "reverse_kl", "jsd"))
     assert found["tv"].dtype == torch.float32
 
 
@@ -398,7 +399,9 @@ def test_to_dict_has_exactly_its_keys():
     assert set(found) == {
         "teacher_text", "student_text", "rouge_l", "entropy", "length", "num_prompts", "stderr",
     }  # fmt: skip
-    assert set(found["teacher_text"]) == set(found["student_text"]) == {"tv", "forward_kl", "reverse_kl"}
+    assert (
+        set(found["teacher_text"]) == set(found["student_text"]) == {"tv", "forward_kl", "reverse_kl", "jsd"}
+    )
     assert set(found["rouge_l"]) == {"teacher", "reference"}
     assert set(found["stderr"]) == set(METRICS)
     assert set(METRICS) == {*EVALUATION_METRICS, "entropy", "length"}

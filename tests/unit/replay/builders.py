@@ -19,6 +19,8 @@ class Settings:
     text_rows_per_update: int = 2
     student_text: str = "every_update"
     off_policy_text: str = "teacher"
+    student_fraction: float = 0.5
+    fraction_step: float = 0.0
     max_policy_age: int = 1
     samples_per_insert: float = 1.0
     max_times_sampled: int = 1
@@ -32,7 +34,12 @@ class Settings:
     def config(self) -> RunConfig:
         return RunConfig(
             seed=self.seed,
-            recipe=RecipeConfig(student_text=self.student_text, off_policy_text=self.off_policy_text),
+            recipe=RecipeConfig(
+                student_text=self.student_text,
+                off_policy_text=self.off_policy_text,
+                student_fraction=self.student_fraction,
+                fraction_step=self.fraction_step,
+            ),
             learner=LearnerConfig(
                 num_updates=self.num_updates,
                 prompts_per_update=self.prompts_per_update,

@@ -80,6 +80,22 @@ def test_mixed_at_its_ends(fraction, expected):
     assert {(plan.student_groups(update), plan.text_rows(update)) for update in range(20)} == {expected}
 
 
+def test_a_share_set_later_changes_only_later_updates():
+    fixed, plan = (Settings(student_text="mixed", text_rows_per_update=3).plan for _ in range(2))
+    before = [fixed.student_groups(update) for update in range(50)]
+    assert [plan.student_groups(update) for update in range(50)] == before
+    plan.set_share(20, 1.0)
+    assert [plan.student_groups(update) for update in range(20)] == before[:20]
+    assert {plan.student_groups(update) for update in range(20, 50)} == {2}
+    plan.set_share(20, 0.0)
+    assert {plan.text_rows(update) for update in range(20, 50)} == {3}, "said again from the same update on"
+    plan.set_share(30, 1.0)
+    loaded = Settings(student_text="mixed", text_rows_per_update=3).plan
+    assert loaded.text_through(40) != plan.text_through(40)
+    loaded.load_shares(plan.shares)
+    assert [loaded.text_through(u) for u in range(50)] == [plan.text_through(u) for u in range(50)]
+
+
 def test_mixed_without_text_is_refused():
     with pytest.raises(ConfigError, match=r"recipe\.off_policy_text=none"):
         _ = Settings(student_text="mixed", off_policy_text="none").plan

@@ -312,6 +312,31 @@ def test_state_holds_what_is_acknowledged_and_loads_from_json():
     assert resumed.take_for_scoring(64).text_draws[0].number == 2
 
 
+@pytest.mark.parametrize("max_policy_age", [0, 2])
+def test_a_share_grows_from_the_first_update_that_is_not_admitted(max_policy_age):
+    settings = {"student_text": "mixed", "student_fraction": 0.0, "fraction_step": 0.5,
+                "max_policy_age": max_policy_age, "num_updates": 12}  # fmt: skip
+    index = open_index(**settings)
+    kinds = []
+    for update in range(12):
+        fill(index, update + 1)
+        kinds.append(bool(numbers(index, update)))
+        train(index, update)
+        if update == 3:
+            index.set_student_share(1.0)
+            state = json.loads(json.dumps(index.state()))
+    # advance(4) had admitted the text of the updates before this one
+    grown = 4 + max_policy_age + 2
+    assert kinds == [False] * grown + [True] * (12 - grown)
+    resumed = Settings(**settings).index()
+    resumed.load_state(state)
+    resumed.advance(4, 5)
+    for update in range(4, 12):
+        fill(resumed, update + 1)
+        assert bool(numbers(resumed, update)) == kinds[update]
+        train(resumed, update)
+
+
 def test_state_of_another_plan_is_refused():
     index = Settings(prompts_per_update=2).index()
     state = index.state() | {"updates_done": 1, "student_trained": {"prefix": 3, "extra": []}}
