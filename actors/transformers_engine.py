@@ -190,8 +190,7 @@ class TransformersGenerator:
                 cache = None
             version = self._version
             logits, cache = self._forward(batch, width, cache)
-            for sequence, row in zip(batch, logits, strict=True):
-                _append_token(sequence, row, version, self._stop_token_ids)
+            _append_tokens(batch, logits, version, self._stop_token_ids)
             width += 1
             going_on = [index for index, sequence in enumerate(batch) if sequence.finish_reason is None]
             if len(going_on) < len(batch):
@@ -202,16 +201,18 @@ class TransformersGenerator:
         self, batch: list[_Sequence], width: int, cache: DynamicCache | None
     ) -> tuple[torch.Tensor, DynamicCache]:
         """Logits [B, V] of the next token, V the common vocabulary; feeds all tokens without a cache, else the last one."""
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        tokens = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, sequence in enumerate(batch):
-            mask[row, width - len(sequence.tokens) :] = 1
-            tokens[row, width - len(sequence.tokens) :] = torch.tensor(sequence.tokens)
+        starts = torch.tensor([[width - len(sequence.tokens)] for sequence in batch])
+        mask = (torch.arange(width) >= starts).long()
+        if cache is None:
+            padded = [[0] * (width - len(sequence.tokens)) + sequence.tokens for sequence in batch]
+            tokens = torch.tensor(padded)
+        else:
+            tokens = torch.tensor([sequence.tokens[-1:] for sequence in batch])
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         first = 0 if cache is None else width - 1
         cache = DynamicCache() if cache is None else cache
         output = self._model(
-            input_ids=tokens[:, first:],
+            input_ids=tokens,
             attention_mask=mask,
             position_ids=positions[:, first:],
             past_key_values=cache,
@@ -221,25 +222,27 @@ class TransformersGenerator:
         return output.logits[:, -1, : self._num_tokens].float(), cache
 
 
-def _append_token(
-    sequence: _Sequence, logits: torch.Tensor, version: int, stop_token_ids: frozenset[int]
+def _append_tokens(
+    batch: Sequence[_Sequence], logits: torch.Tensor, version: int, stop_token_ids: frozenset[int]
 ) -> None:
-    """Sample one token from logits [V] and note what the answer needs."""
+    """Sample one token of each sequence from logits [B, V] and note what the answer needs."""
     logprobs = logits.log_softmax(-1)
-    if sequence.generator is None:
-        token = int(logprobs.argmax())
-    else:
-        # argmax of p / e with e exponential is a sample of p.
-        noise = torch.empty_like(logprobs).exponential_(generator=sequence.generator)
-        token = int((logprobs - noise.log()).argmax())
-    if not sequence.policy_versions or sequence.policy_versions[-1][1] != version:
-        sequence.policy_versions.append((len(sequence.logprobs), version))
-    sequence.tokens.append(token)
-    sequence.logprobs.append(float(logprobs[token]))
-    if token in stop_token_ids:
-        sequence.finish_reason = "stop"
-    elif len(sequence.logprobs) == sequence.max_new_tokens:
-        sequence.finish_reason = "length"
+    noise = torch.ones_like(logprobs)
+    for row, sequence in zip(noise, batch, strict=True):
+        if sequence.generator is not None:
+            # argmax of p / e with e exponential is a sample of p; with e = 1 it is greedy.
+            row.exponential_(generator=sequence.generator)
+    tokens = (logprobs - noise.log_()).argmax(-1, keepdim=True)
+    found = zip(batch, tokens[:, 0].tolist(), logprobs.gather(-1, tokens)[:, 0].tolist(), strict=True)
+    for sequence, token, logprob in found:
+        if not sequence.policy_versions or sequence.policy_versions[-1][1] != version:
+            sequence.policy_versions.append((len(sequence.logprobs), version))
+        sequence.tokens.append(token)
+        sequence.logprobs.append(logprob)
+        if token in stop_token_ids:
+            sequence.finish_reason = "stop"
+        elif len(sequence.logprobs) == sequence.max_new_tokens:
+            sequence.finish_reason = "length"
 
 
 def _completion(sequence: _Sequence) -> Completion:
