@@ -105,23 +105,26 @@ def report(options: argparse.Namespace) -> int:
 
 
 def study(options: argparse.Namespace) -> int:
+    from deploy.study.plots import draw
     from deploy.study.processes import ProcessFailed
     from deploy.study.report import report
-    from deploy.study.runner import Study
+    from deploy.study.runner import Study, StudyUnfinished
     from deploy.study.spec import load_study
     from distill.run_folder import write_bytes
 
     spec = load_study(options.study)
     folder = Path(options.out or f"runs/studies/{spec.name}").resolve()
+    runner = Study(spec, folder, num_jobs=options.jobs)
     try:
-        results = Study(spec, folder, num_jobs=options.jobs).run()
-    except ProcessFailed as error:
+        results = runner.finished() if options.report else runner.run()
+    except (ProcessFailed, StudyUnfinished) as error:
         _complain(str(error))
         return FAILED
     text = report(results, folder)
     write_bytes(folder / "report.md", text.encode())
     print(text)
-    print(f"in {folder}/report.md and results.json")
+    plots = ", ".join(path.name for path in draw(results, folder))
+    print(f"in {folder}: report.md, results.json, {plots}")
     return DONE
 
 

@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     study = sub.add_parser("study", help="compare recipes over seeds, tuned alike")
     study.add_argument("study", help="YAML file")
     study.add_argument("--out", metavar="DIR", help="the study's folder (runs/studies/NAME)")
+    study.add_argument("--report", action="store_true", help="tables of what is finished; run nothing")
     study.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (1)")
     study.set_defaults(run=commands.study)
 

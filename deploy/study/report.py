@@ -1,4 +1,4 @@
-"""A study's results as Markdown: final values, paired differences from the baseline, cost.
+"""A study's results as Markdown: final values, equal time, what the students write.
 
 Every number in a table comes from runs of one method hash (the study's folder names it).
 """
@@ -7,40 +7,166 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from deploy.study.measures import FRONTIER_SCORES, Measures, frontier_gain, paired_measures
 from deploy.study.statistics import Comparison, PairedPrompts, compare, holm
 from distill.evaluation import Evaluation, direction, load_evaluation
 from distill.run_folder import RunFolder
 
+Found = TypeVar("Found")
+BySeed = dict[str, dict[int, Found]]
+"""recipe -> seed -> what was found."""
+
+TEXT_MEASURES = ("t1.entropy", "t1.teacher_logprob", "two_sample", "bits_per_byte", "read_at0.9.tv")
+
 
 def report(results: Mapping[str, Any], folder: Path) -> str:
     """The tables of a study; ``folder`` holds its runs."""
-    finals = _finals(results, folder)
-    metrics, baseline = results["metrics"], results["baseline"]
-    comparisons = _comparisons(finals, metrics, baseline)
-    lines = [
-        f"Study `{results['study']}` on task `{results['task']}`, method {results['method_hash']}, "
-        f"{len(next(iter(finals.values())))} seeds; differences are from `{baseline}`, paired by seed and "
-        "prompt, with 95 % bootstrap intervals; * where Holm's adjusted p over the table is below 0.05.",
-        "",
-        "| recipe | chosen | " + " | ".join(_heading(metric) for metric in metrics) + " | s per update |",
-        "|---|---|" + "---|" * (len(metrics) + 1),
-    ]
+    seeds = sorted({run["seed"] for run in results["runs"]})
+    intro = (
+        f"Study `{results['study']}` on task `{results['task']}`, method {results['method_hash']}, seeds "
+        f"{', '.join(map(str, seeds))}; differences are from `{results['baseline']}`, paired by seed and "
+        "prompt, with 95 % bootstrap intervals over seeds and prompts; * where Holm's adjusted p over the "
+        "table is below 0.05."
+    )
+    tables = [_final_table(results, folder), _equal_time_table(results)]
+    if all(run["texts"] for run in results["runs"]):
+        tables.append(_texts_table(results, folder))
+    return "\n\n".join([intro, *tables]) + "\n"
+
+
+def _final_table(results: Mapping[str, Any], folder: Path) -> str:
+    metrics = results["metrics"]
+    finals = _of_runs(results, lambda run: load_evaluation(
+        RunFolder(folder / "runs" / run["run"]).evaluation("after")))  # fmt: skip
+    comparisons = {
+        (recipe, metric): compare([_paired(ours, theirs, metric) for ours, theirs in pairs])
+        for recipe, pairs in _pairs(finals, results["baseline"]).items()
+        for metric in metrics
+    }
+    shown = _shown(comparisons)
     cost = _cost(results)
-    for recipe, evaluations in finals.items():
-        cells = []
-        for metric in metrics:
-            value = float(np.mean([evaluation.value(metric) for evaluation in evaluations.values()]))
-            cells.append(f"{value:.4f}" + _shown(comparisons.get((recipe, metric))))
-        chosen = ", ".join(
-            f"{name.split('.')[-1]} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
-            for name, value in results["chosen"][recipe].items()
+    rows = [
+        [f"`{recipe}`", str(len(by_seed)), _chosen(results["chosen"][recipe])]
+        + [
+            f"{_mean(evaluation.value(metric) for evaluation in by_seed.values()):.4f}"
+            + shown.get((recipe, metric), "")
+            for metric in metrics
+        ]
+        + [f"{cost[recipe]:.2f}"]
+        for recipe, by_seed in finals.items()
+    ]
+    return _table(["recipe", "seeds", "chosen", *map(_heading, metrics), "s per update"], rows)
+
+
+def _equal_time_table(results: Mapping[str, Any]) -> str:
+    """Every metric after as many seconds of training as the fastest recipe took in all."""
+    metrics = results["metrics"]
+    budget = min(run["evaluations"][-1]["train_s"] for run in results["runs"])
+    values: dict[str, list[list[float]]] = {}
+    updates: dict[str, list[float]] = {}
+    for run in results["runs"]:
+        curve = run["evaluations"]
+        seconds = [point["train_s"] for point in curve]
+        values.setdefault(run["recipe"], []).append(
+            [float(np.interp(budget, seconds, [point["values"][m] for point in curve])) for m in metrics]
         )
-        lines.append(f"| `{recipe}` | {chosen} | " + " | ".join(cells) + f" | {cost[recipe]:.2f} |")
-    return "\n".join(lines) + "\n"
+        updates.setdefault(run["recipe"], []).append(
+            float(np.interp(budget, seconds, [point["update"] for point in curve]))
+        )
+    rows = [
+        [
+            f"`{recipe}`",
+            f"{_mean(updates[recipe]):.0f}",
+            *(f"{value:.4f}" for value in np.mean(found, axis=0)),
+        ]
+        for recipe, found in values.items()
+    ]
+    heading = (
+        f"At equal time: after {budget:.0f} s of training (evaluations left out), interpolated between a run's "
+        "evaluations, on the prompts that they share. Runs shared the machine, so seconds are rough."
+    )
+    return heading + "\n\n" + _table(["recipe", "updates by then", *map(_heading, metrics)], rows)
+
+
+def _texts_table(results: Mapping[str, Any], folder: Path) -> str:
+    """What the students write, and how far their frontiers lie above the baseline's."""
+    found = _of_runs(results, lambda run: Measures.load(folder / "runs" / run["run"]))
+    pairs = _pairs(found, results["baseline"])
+    plain = {
+        (recipe, name): compare([paired_measures(ours, theirs, name) for ours, theirs in both])
+        for recipe, both in pairs.items()
+        for name in TEXT_MEASURES
+    }
+    gains = {
+        (recipe, score): frontier_gain(both, score)
+        for recipe, both in pairs.items()
+        for score in FRONTIER_SCORES
+    }
+    shown = _shown(plain | gains)
+    rows = [
+        [f"`{recipe}`"]
+        + [
+            f"{_mean(measures.value(name) for measures in by_seed.values()):.4f}"
+            + shown.get((recipe, name), "")
+            for name in TEXT_MEASURES
+        ]
+        + [shown.get((recipe, score), "").strip(" ()") for score in FRONTIER_SCORES]
+        + [f"{_mean(measures.value('t1.distinct_2') for measures in by_seed.values()):.3f}"]
+        for recipe, by_seed in found.items()
+    ]
+    heading = (
+        "What the students write: entropy and the teacher's log-probability of it (nats per token, temperature "
+        "1), accuracy of a classifier that tells it from the teacher's (0.5 is best), bits per byte of the "
+        "references, TV of the student read at temperature 0.9; then how far the score lies above the "
+        "baseline's at equal entropy (temperatures 0.5 to 1); distinct bigrams."
+    )
+    names = [*(name.replace("_", " ") for name in TEXT_MEASURES),
+             *(f"frontier {score}" for score in FRONTIER_SCORES), "distinct 2"]  # fmt: skip
+    return heading + "\n\n" + _table(["recipe", *names], rows)
+
+
+def _of_runs(results: Mapping[str, Any], load: Any) -> BySeed[Any]:
+    found: BySeed[Any] = {}
+    for run in results["runs"]:
+        found.setdefault(run["recipe"], {})[run["seed"]] = load(run)
+    return found
+
+
+def _pairs(found: BySeed[Any], baseline: str) -> dict[str, list[tuple[Any, Any]]]:
+    """recipe -> (its, the baseline's) of every seed that it has."""
+    return {
+        recipe: [(ours, found[baseline][seed]) for seed, ours in by_seed.items()]
+        for recipe, by_seed in found.items()
+        if recipe != baseline
+    }
+
+
+def _shown(comparisons: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str], str]:
+    adjusted = holm([comparison.p_value for comparison in comparisons.values()])
+    return {
+        key: f" ({found.difference:+.4f}{'*' if p < 0.05 else ''} [{found.low:+.4f}, {found.high:+.4f}])"
+        for (key, found), p in zip(comparisons.items(), adjusted, strict=True)
+    }
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(list(values)))
+
+
+def _chosen(settings: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name.split('.')[-1]} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
+        for name, value in settings.items()
+    )
 
 
 def _heading(metric: str) -> str:
@@ -48,40 +174,7 @@ def _heading(metric: str) -> str:
     return metric.replace("_text.", " text: ").replace("_", " ") + arrow
 
 
-def _shown(found: tuple[Comparison, float] | None) -> str:
-    if found is None:
-        return ""
-    comparison, adjusted = found
-    star = "*" if adjusted < 0.05 else ""
-    return f" ({comparison.difference:+.4f}{star} [{comparison.low:+.4f}, {comparison.high:+.4f}])"
-
-
-def _finals(results: Mapping[str, Any], folder: Path) -> dict[str, dict[int, Evaluation]]:
-    """recipe -> seed -> the evaluation after its last update."""
-    finals: dict[str, dict[int, Evaluation]] = {}
-    for run in results["runs"]:
-        path = RunFolder(folder / "runs" / run["run"]).evaluation("after")
-        finals.setdefault(run["recipe"], {})[run["seed"]] = load_evaluation(path)
-    return finals
-
-
-def _comparisons(
-    finals: Mapping[str, Mapping[int, Evaluation]], metrics: Sequence[str], baseline: str
-) -> dict[tuple[str, str], tuple[Comparison, float]]:
-    """(recipe, metric) -> comparison with the baseline, and its p adjusted over the whole table."""
-    found = {
-        (recipe, metric): compare(
-            [paired(finals[recipe][seed], finals[baseline][seed], metric) for seed in finals[recipe]]
-        )
-        for recipe in finals
-        if recipe != baseline
-        for metric in metrics
-    }
-    adjusted = holm([comparison.p_value for comparison in found.values()])
-    return {key: (value, p) for (key, value), p in zip(found.items(), adjusted, strict=True)}
-
-
-def paired(recipe: Evaluation, baseline: Evaluation, metric: str) -> PairedPrompts:
+def _paired(recipe: Evaluation, baseline: Evaluation, metric: str) -> PairedPrompts:
     """Both evaluations on the prompts that they share.
 
     Raises: ValueError when they were not made on the same prompts.

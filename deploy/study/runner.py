@@ -20,12 +20,13 @@ import xxhash
 import distill
 import learner
 from deploy.study import tasks
+from deploy.study.measures import measures_path
 from deploy.study.processes import Command, run_all
+from deploy.study.results import curve, final, texts
 from deploy.study.spec import Settings, StudySpec
 from distill.config.load import fingerprint, load_config
-from distill.evaluation import direction, load_evaluation
-from distill.metrics import read_metrics
-from distill.run_folder import RunFolder, write_bytes
+from distill.evaluation import direction
+from distill.run_folder import write_bytes
 
 PRESETS = Path(__file__).parent.parent / "configs"
 METHOD_CODE = (
@@ -97,9 +98,32 @@ class Study:
             for recipe in self.spec.recipes
         ]
         self._train(reported, done=len(all_tuning), num_runs=num_runs)
-        results = self._results(reported, tuning_jobs, chosen)
-        write_bytes(self.folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-        return results
+        if self.spec.texts:
+            self._measure(reported)
+        return self._write_results(reported, tuning_jobs, chosen)
+
+    def finished(self) -> dict[str, Any]:
+        """Results (written too) of the runs that are there, of recipes whose tuning is; runs nothing.
+
+        Raises: ConfigError; StudyUnfinished when the baseline has no run yet.
+        """
+        self.task = tasks.known_task(self.spec.task)
+        tuning_jobs = {
+            recipe: jobs for recipe, jobs in self._tuning_jobs().items() if all(map(_is_done, jobs))
+        }
+        chosen = {recipe: self._choose(recipe, jobs) for recipe, jobs in tuning_jobs.items()}
+        jobs = [
+            self._job(recipe, seed, chosen[recipe], tuning=False)
+            for seed in self.spec.seeds
+            for recipe in chosen
+        ]
+        jobs = [job for job in jobs if _is_done(job)]
+        if self.spec.baseline not in {job.recipe for job in jobs}:
+            raise StudyUnfinished(
+                f"study {self.spec.name}: no run of {self.spec.baseline} (the baseline) is finished; run the study"
+            )
+        with_baseline = {job.seed for job in jobs if job.recipe == self.spec.baseline}
+        return self._write_results([job for job in jobs if job.seed in with_baseline], tuning_jobs, chosen)
 
     # Jobs
 
@@ -137,7 +161,7 @@ class Study:
 
     def _train(self, jobs: Sequence[Job], *, done: int, num_runs: int) -> None:
         """All that are not finished; ``done`` of ``num_runs`` came before."""
-        missing = [job for job in jobs if not (job.run_dir / "summary.json").exists()]
+        missing = [job for job in jobs if not _is_done(job)]
         done += len(jobs) - len(missing)
         if len(missing) < len(jobs):
             self.say(f"{done}/{num_runs}: done before")
@@ -154,6 +178,22 @@ class Study:
         overrides = json.loads(job.config.read_text())
         argv = (sys.executable, "-m", "deploy.cli.main", "train", str(self.folder / "empty.yaml"), *overrides)
         return Command(name, argv, self.folder / "logs" / f"{job.run_dir.name}.txt")
+
+    def _measure(self, jobs: Sequence[Job]) -> None:
+        """The measures of the runs that lack them; the first of a seed makes its teacher's texts."""
+        missing = [job for job in jobs if not measures_path(job.run_dir).exists()]
+        for num_jobs, part in (1, _one_per_seed(missing)), (self.num_jobs, missing):
+            commands = [
+                Command(
+                    f"{job.recipe} seed {job.seed}: measures",
+                    (sys.executable, "-m", "deploy.study.measure_run", str(job.run_dir),
+                     str(self.folder / "teacher-texts" / f"{job.seed}.parquet")),
+                    self.folder / "logs" / f"{job.run_dir.name}-measures.txt",
+                )
+                for job in part
+                if not measures_path(job.run_dir).exists()
+            ]  # fmt: skip
+            run_all(commands, num_jobs, lambda command, seconds: self.say(f"{command.name}: {seconds:.0f} s"))
 
     def _choose(self, recipe: str, jobs: list[Job]) -> Settings:
         """The grid's best point by the mean of the metric over the tuning seeds."""
@@ -174,6 +214,13 @@ class Study:
 
     # Results
 
+    def _write_results(
+        self, jobs: list[Job], tuning_jobs: Mapping[str, list[Job]], chosen: Mapping[str, Settings]
+    ) -> dict[str, Any]:
+        results = self._results(jobs, tuning_jobs, chosen)
+        write_bytes(self.folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        return results
+
     def _results(
         self, jobs: list[Job], tuning_jobs: Mapping[str, list[Job]], chosen: Mapping[str, Settings]
     ) -> dict[str, Any]:
@@ -191,6 +238,8 @@ class Study:
             ],
             "runs": [
                 {"recipe": job.recipe, "seed": job.seed, "run": job.run_dir.name,
+                 "final": {name: round(final(job.run_dir, name), 6) for name in self.spec.metrics},
+                 "texts": texts(job.run_dir),
                  "evaluations": [asdict(point) for point in curve(job.run_dir, self.spec.metrics)]}
                 for job in jobs
             ],
@@ -201,34 +250,13 @@ class Study:
         return self.spec.tuning.metric if self.spec.tuning else self.spec.metrics[0]
 
 
-@dataclass(frozen=True)
-class CurvePoint:
-    """An evaluation along a run: at equal updates, or at equal time."""
-
-    update: int
-    train_s: float
-    """Seconds of training until then, evaluations left out."""
-    values: dict[str, float]
+class StudyUnfinished(RuntimeError):
+    """Nothing to report yet."""
 
 
-def final(run_dir: Path, metric: str) -> float:
-    """A metric of the evaluation after the last update."""
-    return load_evaluation(RunFolder(run_dir).evaluation("after")).value(metric)
+def _is_done(job: Job) -> bool:
+    return (job.run_dir / "summary.json").exists()
 
 
-def curve(run_dir: Path, metrics: tuple[str, ...]) -> list[CurvePoint]:
-    """The evaluations of a run, in order."""
-    folder = RunFolder(run_dir)
-    seconds = [0.0]
-    for value in read_metrics(folder.path)["timing/update_s"].to_pylist():
-        seconds.append(seconds[-1] + value)
-    points = []
-    for path in folder.evaluations.glob("*.parquet"):
-        last = len(seconds) - 1
-        update = {"before": 0, "after": last}.get(path.stem)
-        if update is None:
-            update = int(path.stem.removeprefix("step-"))
-        evaluation = load_evaluation(path)
-        values = {metric: round(evaluation.value(metric), 6) for metric in metrics}
-        points.append(CurvePoint(update, round(seconds[update], 2), values))
-    return sorted(points, key=lambda point: point.update)
+def _one_per_seed(jobs: Sequence[Job]) -> list[Job]:
+    return list({job.seed: job for job in reversed(jobs)}.values())

@@ -10,6 +10,7 @@ recipes:
   kd: {}
   triangular: {recipe.anchor_weight: 0.1}     # a preset with fields on top
   both: {recipe: jsd, recipe.student_text: every_update}
+texts: true                      # also measure what the students write (measure_run.py)
 tuning:
   grid: {learner.learning_rate: [1.e-3, 3.e-3]}
   seeds: [100]
@@ -60,9 +61,11 @@ class StudySpec:
     metrics: tuple[str, ...]
     settings: Settings = field(default_factory=dict)
     tuning: Tuning | None = None
+    texts: bool = False
+    """Whether what the students write is measured too, at several temperatures (measure_run.py)."""
 
 
-_KEYS = ("name", "task", "recipes", "seeds", "baseline", "metrics", "settings", "tuning")
+_KEYS = ("name", "task", "recipes", "seeds", "baseline", "metrics", "settings", "tuning", "texts")
 _TUNING_KEYS = ("grid", "seeds", "settings", "metric")
 
 
@@ -85,6 +88,7 @@ def load_study(path: str | Path) -> StudySpec:
     _typed(tree, "recipes", dict, "be a mapping from names to settings")
     _typed(tree, "settings", dict, "be a mapping of settings")
     _typed(tree, "tuning", dict, f"be a mapping of {', '.join(_TUNING_KEYS)}")
+    _typed(tree, "texts", bool, "be true or false")
     for key in ("seeds", "metrics"):
         _typed(tree, key, list, "be a list")
     for name, settings in tree["recipes"].items():
@@ -115,6 +119,7 @@ def load_study(path: str | Path) -> StudySpec:
         metrics=metrics,
         settings=dotted(tree.get("settings") or {}),
         tuning=tuning,
+        texts=bool(tree.get("texts", False)),
     )
 
 

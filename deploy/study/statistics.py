@@ -47,12 +47,18 @@ def compare(seeds: Sequence[PairedPrompts], *, num_draws: int = 4000, seed: int 
     """Draw seeds with replacement, and prompts with replacement within each drawn seed."""
     random = np.random.default_rng(seed)
     drawn = np.stack([_draws(pair, num_draws, random) for pair in seeds])  # [seeds, draws]
-    choice = random.integers(len(seeds), size=(len(seeds), num_draws))
+    return summarise(float(np.mean([pair.difference() for pair in seeds])), drawn, random)
+
+
+def summarise(difference: float, drawn: np.ndarray, random: np.random.Generator) -> Comparison:
+    """Interval and p of a difference from its draws [seeds, draws], one seed's prompts drawn in each row."""
+    num_seeds, num_draws = drawn.shape
+    choice = random.integers(num_seeds, size=(num_seeds, num_draws))
     means = np.take_along_axis(drawn, choice, axis=0).mean(0)
     low, high = np.quantile(means, [0.025, 0.975])
     beyond = min((means <= 0).mean(), (means >= 0).mean())
     return Comparison(
-        difference=float(np.mean([pair.difference() for pair in seeds])),
+        difference=difference,
         low=float(low),
         high=float(high),
         p_value=float(min(1.0, max(2 * beyond, 1 / num_draws))),

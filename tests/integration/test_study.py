@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from deploy.study import tasks
+from deploy.study.plots import draw
 from deploy.study.processes import ProcessFailed
 from deploy.study.report import report
-from deploy.study.runner import Study
+from deploy.study.runner import Study, StudyUnfinished
 from deploy.study.spec import StudySpec, Tuning
 from distill.config import ConfigError
 from tests.tiny import make_world, tiny_overrides
@@ -43,6 +44,7 @@ def spec(**changes: object) -> StudySpec:
         "baseline": "kd",
         "metrics": ("teacher_text.tv", "rouge_l.teacher"),
         "recipes": {"kd": {}, "ammd": {"recipe.beta": 0.5}},
+        "texts": True,
         "tuning": Tuning(
             grid={"learner.learning_rate": [1e-4, 1e-2]}, seeds=(9,), settings={"learner.num_updates": 1},
             metric="teacher_text.tv",
@@ -62,13 +64,21 @@ def test_a_study_and_its_second_start(tmp_path: Path) -> None:
     assert {point["update"] for point in results["runs"][0]["evaluations"]} == {0, 1, 2}
     assert results["runs"][0]["evaluations"][-1]["train_s"] > 0
     table = report(results, folder)
-    assert table.count("\n| `") == 2
+    assert table.count("\n| `") == 6  # two recipes in three tables
+    assert "nan" not in table
+    assert {path.name for path in draw(results, folder)} == {"curves.svg", "frontier.svg"}
     assert "learning_rate" in table
+
+    assert Study(spec(), folder, say=said.append).finished() == results
+    more = Study(spec(recipes={"kd": {}, "ammd": {"recipe.beta": 0.5}, "jsd": {}}), folder, say=said.append)
+    assert more.finished() == results, "a recipe that has not run shows up"
+    with pytest.raises(StudyUnfinished, match="no run of jsd"):
+        Study(spec(recipes={"jsd": {}}, baseline="jsd"), folder).finished()
 
     again: list[str] = []
     repeated = Study(spec(), folder, say=again.append).run()
     assert repeated == results
-    assert again[1:] == ["4/8: done before", "8/8: done before"]
+    assert [line for line in again[1:] if "note" not in line] == ["4/8: done before", "8/8: done before"]
     assert report(repeated, folder) == table
 
 

@@ -135,16 +135,20 @@ def test_a_masked_tail_counts_nothing(name, masked):
         assert best.isfinite().all()
 
 
-def test_the_jsd_is_trls():
-    """TRL's GKD trainer, its formula kept: log-space mixture, KL from torch."""
-    for beta in (0.1, 0.5, 0.9):
-        parts = torch.stack([P + math.log1p(-beta), Q + math.log(beta)])
-        mixture = torch.logsumexp(parts, dim=0)
-        teacher = F.kl_div(mixture, Q, reduction="none", log_target=True).sum(-1)
-        student = F.kl_div(mixture, P, reduction="none", log_target=True).sum(-1)
-        torch.testing.assert_close(
-            objectives.generalized_jsd(P, Q, beta), beta * teacher + (1 - beta) * student
-        )
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_the_jsd_is_trls(beta, monkeypatch):
+    """Value and gradient of the loss of TRL's GKD trainer, from the package itself."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    logits, their_logits = (logprobs(0).requires_grad_() for _ in range(2))
+    losses = objectives.generalized_jsd(logits.log_softmax(-1), Q, beta)
+    theirs = GKDTrainer.generalized_jsd_loss(their_logits, Q, beta=beta, reduction="none").sum(-1)
+    torch.testing.assert_close(losses, theirs)
+    grads = [
+        torch.autograd.grad(loss.sum(), at)[0] for loss, at in ((losses, logits), (theirs, their_logits))
+    ]
+    torch.testing.assert_close(*grads)
 
 
 def test_the_jsds_limits_are_the_two_divergences():

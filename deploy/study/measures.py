@@ -1,0 +1,136 @@
+"""The measures of a run's student beyond its evaluations, as :mod:`deploy.study.measure_run` writes them.
+
+Sums and weights per prompt, as an evaluation's are; measures of all texts together beside them.
+Reading them loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deploy.study.statistics import Comparison, PairedPrompts, summarise
+
+TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
+"""Of sampling: the points of the frontier."""
+READ_AT = (0.85, 0.9, 0.95)
+"""Of the student's distribution when it is compared with the teacher's."""
+FRONTIER_SCORES = ("rouge_l.teacher", "rouge_l.reference", "teacher_logprob")
+"""What is drawn against entropy."""
+NUM_DRAWS = 1000
+
+_OF_ALL = b"distill.of_all"
+
+
+def measures_path(run_dir: Path) -> Path:
+    """Where the measures of a run lie."""
+    return run_dir / "measures.parquet"
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of one run."""
+
+    table: pa.Table
+
+    @classmethod
+    def load(cls, run_dir: Path) -> Measures:
+        """Raises: FileNotFoundError."""
+        return cls(pq.ParquetFile(measures_path(run_dir)).read())
+
+    @property
+    def names(self) -> list[str]:
+        return [name.removesuffix(".sum") for name in self.table.column_names if name.endswith(".sum")]
+
+    @property
+    def of_all(self) -> dict[str, float]:
+        """Measures of all texts together."""
+        return json.loads((self.table.schema.metadata or {})[_OF_ALL])
+
+    def per_prompt(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(sums, weights) [m]."""
+        return self.table[f"{name}.sum"].to_numpy(), self.table[f"{name}.weight"].to_numpy()
+
+    def value(self, name: str) -> float:
+        if name in self.of_all:
+            return self.of_all[name]
+        sums, weights = self.per_prompt(name)
+        return float(sums.sum() / weights.sum())
+
+
+def measures_table(columns: Mapping[str, np.ndarray], of_all: Mapping[str, float]) -> pa.Table:
+    """``columns``: ``NAME.sum`` and ``NAME.weight`` [m]."""
+    return pa.table(dict(columns)).replace_schema_metadata({_OF_ALL: json.dumps(dict(of_all)).encode()})
+
+
+def paired_measures(recipe: Measures, baseline: Measures, name: str) -> PairedPrompts:
+    """Both on the prompts, which are the same within a seed."""
+    both = [measures.per_prompt(name) for measures in (recipe, baseline)]
+    return PairedPrompts(*(np.stack([part[i] for part in both]) for i in (0, 1)))
+
+
+def frontier(measures: Measures, score: str) -> list[tuple[float, float]]:
+    """(entropy, score) at each temperature, by rising entropy."""
+    points = [
+        (measures.value(f"t{temperature:g}.entropy"), measures.value(f"t{temperature:g}.{score}"))
+        for temperature in TEMPERATURES
+    ]
+    return sorted(points)
+
+
+def frontier_gain(
+    pairs: Sequence[tuple[Measures, Measures]], score: str, *, num_draws: int = NUM_DRAWS
+) -> Comparison:
+    """How far the recipe's frontier lies above the baseline's: the mean over seeds.
+
+    ``pairs``: (recipe, baseline) of every seed. The difference of the two piecewise linear curves
+    score(entropy), averaged over the entropies that both reach; drawn over seeds and prompts as in
+    :mod:`deploy.study.statistics`. NaN where the curves share no entropy.
+    """
+    random = np.random.default_rng(0)
+    values = np.array([_gain(*(_curves(m, score, None) for m in pair))[0] for pair in pairs])
+    drawn = np.stack([_drawn_gains(pair, score, num_draws, random) for pair in pairs])
+    return summarise(float(values.mean()), drawn, random)
+
+
+def _drawn_gains(
+    pair: tuple[Measures, Measures], score: str, num_draws: int, random: np.random.Generator
+) -> np.ndarray:
+    """[draws]: gains on prompts drawn with replacement, in pairs."""
+    num_prompts = pair[0].table.num_rows
+    counts = random.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=num_draws)
+    return _gain(*(_curves(measures, score, counts) for measures in pair))
+
+
+def _curves(measures: Measures, score: str, counts: np.ndarray | None) -> np.ndarray:
+    """[draws, temperatures, 2]: entropy and score, prompts weighted by ``counts`` [draws, m]."""
+    if counts is None:
+        counts = np.ones((1, measures.table.num_rows))
+    points = []
+    for temperature in sorted(TEMPERATURES):
+        pair = []
+        for name in ("entropy", score):
+            sums, weights = measures.per_prompt(f"t{temperature:g}.{name}")
+            pair.append((counts @ sums) / (counts @ weights))
+        points.append(np.stack(pair, axis=-1))
+    return np.stack(points, axis=1)
+
+
+def _gain(recipe: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """[draws]: mean difference of two curves [draws, points, 2] over the entropies of both."""
+    gains = []
+    for ours, theirs in zip(recipe, baseline, strict=True):
+        low, high = max(ours[:, 0].min(), theirs[:, 0].min()), min(ours[:, 0].max(), theirs[:, 0].max())
+        if low > high:
+            gains.append(np.nan)
+            continue
+        at = np.linspace(low, high, 33)
+        curves = [np.interp(at, *curve[np.argsort(curve[:, 0])].T) for curve in (ours, theirs)]
+        gains.append(float((curves[0] - curves[1]).mean()))
+    return np.array(gains)

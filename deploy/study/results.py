@@ -1,0 +1,64 @@
+"""What a finished run has found: its last evaluation, its evaluations along the way, its texts' measures."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from deploy.study.measures import Measures, measures_path
+from distill.evaluation import Evaluation, load_evaluation
+from distill.metrics import read_metrics
+from distill.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """An evaluation along a run: at equal updates, or at equal time."""
+
+    update: int
+    train_s: float
+    """Seconds of training until then, evaluations left out."""
+    values: dict[str, float]
+    """On the prompts that all evaluations of the run share."""
+
+
+def final(run_dir: Path, metric: str) -> float:
+    """A metric of the evaluation after the last update."""
+    return load_evaluation(RunFolder(run_dir).evaluation("after")).value(metric)
+
+
+def curve(run_dir: Path, metrics: tuple[str, ...]) -> list[CurvePoint]:
+    """The evaluations of a run, in order."""
+    folder = RunFolder(run_dir)
+    seconds = [0.0]
+    for value in read_metrics(folder.path)["timing/update_s"].to_pylist():
+        seconds.append(seconds[-1] + value)
+    last = len(seconds) - 1
+    found = {path.stem: load_evaluation(path) for path in folder.evaluations.glob("*.parquet")}
+    shared = functools.reduce(np.intersect1d, [evaluation.prompt_indices for evaluation in found.values()])
+    points = []
+    for label, evaluation in found.items():
+        update = {"before": 0, "after": last}.get(label)
+        if update is None:
+            update = int(label.removeprefix("step-"))
+        values = {metric: round(_on(evaluation, shared).value(metric), 6) for metric in metrics}
+        points.append(CurvePoint(update, round(seconds[update], 2), values))
+    return sorted(points, key=lambda point: point.update)
+
+
+def _on(evaluation: Evaluation, prompts: np.ndarray) -> Evaluation:
+    """The part of it that is on these prompts."""
+    keep = pa.array(np.isin(evaluation.prompt_indices, prompts))
+    return Evaluation(evaluation.label, evaluation.table.filter(keep))
+
+
+def texts(run_dir: Path) -> dict[str, float] | None:
+    """The measures of what the student writes, if they were taken."""
+    if not measures_path(run_dir).exists():
+        return None
+    measures = Measures.load(run_dir)
+    return {name: round(measures.value(name), 6) for name in (*measures.names, *measures.of_all)}

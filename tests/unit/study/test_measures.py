@@ -1,0 +1,56 @@
+"""Frontiers whose distance is known, and the two-sample classifier at its two ends."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from deploy.study.measures import TEMPERATURES, Measures, frontier, frontier_gain, measures_table
+from deploy.study.two_sample import correct_guesses
+
+
+def measures(entropies: list[float], score: float, slope: float = -0.1, num_prompts: int = 50) -> Measures:
+    """Every prompt has the score ``score + slope·entropy`` up to noise that two recipes share."""
+    noise = np.random.default_rng(0).normal(0, 0.2, num_prompts)
+    noise -= noise.mean()
+    columns = {}
+    for temperature, entropy in zip(TEMPERATURES, entropies, strict=True):
+        lengths = np.arange(1, num_prompts + 1.0)
+        columns[f"t{temperature:g}.entropy.sum"] = entropy * lengths
+        columns[f"t{temperature:g}.entropy.weight"] = lengths
+        columns[f"t{temperature:g}.rouge_l.teacher.sum"] = score + slope * entropy + noise
+        columns[f"t{temperature:g}.rouge_l.teacher.weight"] = np.ones(num_prompts)
+    return Measures(measures_table(columns, {"t1.distinct_2": 0.5}))
+
+
+def test_a_sharper_student_on_the_same_line_gains_nothing():
+    ours, theirs = measures([1.0, 2.0, 3.0, 3.5], 1.0), measures([2.0, 3.0, 4.0, 5.0], 1.0)
+    assert ours.value("t0.5.rouge_l.teacher") > theirs.value("t0.5.rouge_l.teacher")
+    gain = frontier_gain([(ours, theirs)], "rouge_l.teacher", num_draws=50)
+    assert gain.difference == pytest.approx(0, abs=1e-12)
+    assert gain.low == pytest.approx(0, abs=1e-9) and gain.high == pytest.approx(0, abs=1e-9)
+
+
+def test_a_frontier_above_is_a_gain_over_the_shared_entropies():
+    ours, theirs = measures([1.0, 2.0, 3.0, 3.5], 1.03), measures([2.0, 3.0, 4.0, 5.0], 1.0)
+    gain = frontier_gain([(ours, theirs)] * 2, "rouge_l.teacher", num_draws=50)
+    assert gain.difference == pytest.approx(0.03)
+    assert gain.low > 0.029 and gain.p_value < 0.05
+    assert [point[0] for point in frontier(ours, "rouge_l.teacher")] == pytest.approx([1.0, 2.0, 3.0, 3.5])
+    assert ours.value("t1.distinct_2") == 0.5
+
+
+def test_frontiers_that_share_no_entropy_are_not_compared():
+    apart = [(measures([1.0, 1.1, 1.2, 1.3], 1.0), measures([2.0, 3.0, 4.0, 5.0], 1.0))]
+    assert np.isnan(frontier_gain(apart, "rouge_l.teacher", num_draws=5).difference)
+
+
+def texts(seed: int, low: int, num_texts: int = 120) -> list[list[int]]:
+    random = np.random.default_rng(seed)
+    return [random.integers(low, low + 40, 30).tolist() for _ in range(num_texts)]
+
+
+def test_texts_of_one_source_are_told_apart_by_chance_alone():
+    share = correct_guesses(texts(0, 0), texts(1, 0)).mean() / 2
+    assert 0.38 < share < 0.62  # 240 guesses: ± 3.7 standard errors
+    assert correct_guesses(texts(0, 0), texts(1, 8)).mean() / 2 > 0.9

@@ -1,0 +1,44 @@
+"""Tables and plots from results with known values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploy.study.plots import draw
+from deploy.study.report import _equal_time_table
+
+
+def run(recipe: str, seed: int, seconds: list[float], values: list[float]) -> dict:
+    points = [
+        {"update": 10 * i, "train_s": at, "values": {"teacher_text.tv": value}}
+        for i, (at, value) in enumerate(zip(seconds, values, strict=True))
+    ]
+    return {"recipe": recipe, "seed": seed, "run": "x", "texts": None, "evaluations": points}
+
+
+RESULTS = {
+    "metrics": ["teacher_text.tv"],
+    "baseline": "kd",
+    "runs": [
+        run("kd", 0, [0.0, 10.0, 20.0], [0.5, 0.4, 0.3]),
+        run("ammd", 0, [0.0, 40.0, 80.0], [0.5, 0.3, 0.2]),
+        run("kd", 1, [0.0, 12.0, 24.0], [0.5, 0.4, 0.3]),
+        run("ammd", 1, [0.0, 40.0, 80.0], [0.5, 0.3, 0.2]),
+    ],
+}
+
+
+def test_equal_time_is_the_fastest_runs():
+    table = _equal_time_table(RESULTS)
+    assert "after 20 s of training" in table
+    # kd: 0.3 at 20 s, and between 0.4 at 12 s and 0.3 at 24 s; ammd: half way to its first evaluation
+    assert "| `kd` | 18 | 0.3167 |" in table
+    assert "| `ammd` | 5 | 0.4000 |" in table
+
+
+def test_plots_are_the_same_for_the_same_results(tmp_path: Path):
+    (path,) = draw(RESULTS, tmp_path)
+    first = path.read_bytes()
+    assert b"ammd" in first and len(first) > 1000
+    draw(RESULTS, tmp_path)
+    assert path.read_bytes() == first
