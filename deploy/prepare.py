@@ -7,6 +7,7 @@ teacher's corpora and models lie in the cache, by fingerprint.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def _student(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Path
     return cut
 
 
-def _hash(identity: dict[str, object], prompts: object, num_prompts: int) -> str:
+def _hash(identity: Mapping[str, object], prompts: object, num_prompts: int) -> str:
     """Name of a corpus: teacher, sampling, and the very prompts that are answered."""
     tokens = prompts["prompt_tokens"].slice(0, num_prompts).to_pylist()  # type: ignore[index]
     text = json.dumps([identity, tokens], sort_keys=True)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import ArrayLike
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deploy.study.measures import READ_AT, TEMPERATURES, measures_path, measures_table
@@ -50,15 +51,16 @@ class Models:
 
     @classmethod
     def of(cls, teacher: str, student: str) -> Models:
-        models = [
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-            for path in (teacher, student)
-        ]
-        num_tokens = min(model.config.vocab_size for model in models)
-        return cls(*models, AutoTokenizer.from_pretrained(teacher), num_tokens)
+        ours, theirs = (_model(path) for path in (student, teacher))
+        num_tokens = min(ours.config.vocab_size, theirs.config.vocab_size)
+        return cls(theirs, ours, AutoTokenizer.from_pretrained(teacher), num_tokens)
 
     def text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _model(path: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 class Sums:
@@ -68,7 +70,7 @@ class Sums:
         self.num_prompts = num_prompts
         self.columns: dict[str, np.ndarray] = {}
 
-    def put(self, name: str, sums: Sequence[float], weights: Sequence[float] | None = None) -> None:
+    def put(self, name: str, sums: ArrayLike, weights: ArrayLike | None = None) -> None:
         """``weights``: absent, 1 each."""
         self.columns[f"{name}.sum"] = np.asarray(sums, np.float64)
         ones = np.ones(self.num_prompts) if weights is None else weights

@@ -37,7 +37,7 @@ class Command:
 class _Running:
     command: Command
     process: subprocess.Popen[bytes]
-    cores: Sequence[int]
+    cores: list[int]
     since: float
 
 
@@ -74,11 +74,11 @@ def run_all(
         sigterm.restore()
 
 
-def _start(command: Command, cores: Sequence[int]) -> _Running:
+def _start(command: Command, cores: list[int]) -> _Running:
     command.log.parent.mkdir(parents=True, exist_ok=True)
     with open(command.log, "wb") as output:
         process = subprocess.Popen(command.argv, stdout=output, stderr=subprocess.STDOUT)
-    psutil.Process(process.pid).cpu_affinity(list(cores))  # before it counts its cores
+    psutil.Process(process.pid).cpu_affinity(cores)  # before it counts its cores
     return _Running(command, process, cores, time.monotonic())
 
 

@@ -148,6 +148,9 @@ class Study:
         if tuning and self.spec.tuning is not None:
             settings |= self.spec.tuning.settings
         settings |= on_top | tuned | {"seed": seed}
+        for name, value in settings.items():
+            if isinstance(value, str):
+                settings[name] = value.replace("{task}", str(self.task.folder()))
         empty = self.folder / "empty.yaml"
         if not empty.exists():
             write_bytes(empty, b"{}\n")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from deploy.study.spec import Settings
+from deploy.study.tiny_translation import make_tiny_translation, tiny_translation_folder
 from deploy.study.tiny_wiki import make_tiny_wiki, tiny_wiki_folder
 from distill.config import ConfigError, rule
 
@@ -19,32 +21,44 @@ class Task:
     """Of a run on it; the argument says whether on the prompts that no reported run sees (tuning)."""
     make: Callable[[Callable[[str], None]], None]
     """Makes what is not there yet, telling how far it is; raises FetchError."""
+    folder: Callable[[], Path]
+    """What ``{task}`` in a recipe's settings stands for, e.g. ``proxy.model: "{task}/proxy"``."""
 
 
-def _tiny_wiki_settings(tuning: bool) -> Settings:
-    folder = tiny_wiki_folder()
-    return {
-        "teacher.model": str(folder / "teacher"),
-        "student.model": str(folder / "student"),
-        "data.path": str(folder / ("tuning.jsonl" if tuning else "prompts.jsonl")),
-        "data.chat_template": False,
-        "data.max_prompt_tokens": 96,
-        "data.on_long_prompt": "skip",
-        "data.max_reference_tokens": 64,
-        "sft.enabled": False,
-        "corpus.max_new_tokens": 64,
-        "rollout.max_new_tokens": 64,
-        "rollout.engine": "transformers",
-        "rollout.max_num_seqs": 512,
-        "scoring.engine": "transformers",
-        "cluster.backend": "in_process",
-        "learner.precision": "float32",
-        "learner.micro_batch_tokens": 4096,
-        "learner.vocabulary_chunk": 4096,
-    }
+def _tiny(folder: Callable[[], Path], make: Callable[[Callable[[str], None]], None], **lengths: int) -> Task:
+    """A task of tiny models: one process a run. ``lengths``: tokens of prompt and answer."""
+    prompt, answer = lengths["max_prompt_tokens"], lengths["max_new_tokens"]
+
+    def settings(tuning: bool) -> Settings:
+        return {
+            "teacher.model": str(folder() / "teacher"),
+            "student.model": str(folder() / "student"),
+            "data.path": str(folder() / ("tuning.jsonl" if tuning else "prompts.jsonl")),
+            "data.chat_template": False,
+            "data.max_prompt_tokens": prompt,
+            "data.on_long_prompt": "skip",
+            "data.max_reference_tokens": answer,
+            "sft.enabled": False,
+            "corpus.max_new_tokens": answer,
+            "rollout.max_new_tokens": answer,
+            "rollout.engine": "transformers",
+            "rollout.max_num_seqs": 512,
+            "scoring.engine": "transformers",
+            "cluster.backend": "in_process",
+            "learner.precision": "float32",
+            "learner.micro_batch_tokens": 4096,
+            "learner.vocabulary_chunk": 512,
+        }
+
+    return Task(settings, make, folder)
 
 
-TASKS: Mapping[str, Task] = {"tiny-wiki": Task(_tiny_wiki_settings, make_tiny_wiki)}
+TASKS: Mapping[str, Task] = {
+    "tiny-wiki": _tiny(tiny_wiki_folder, make_tiny_wiki, max_prompt_tokens=96, max_new_tokens=64),
+    "tiny-translation": _tiny(
+        tiny_translation_folder, make_tiny_translation, max_prompt_tokens=64, max_new_tokens=48
+    ),
+}
 
 
 def known_task(name: str) -> Task:

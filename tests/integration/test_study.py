@@ -32,7 +32,8 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILL_CACHE", str(world / "cache"))
     pairs = (text.split("=", 1) for text in tiny_overrides(world))
     settings = {name: yaml.safe_load(value) for name, value in pairs if name != "run_dir"} | ENGINES
-    task = tasks.Task(settings=lambda tuning: dict(settings), make=lambda say: None)
+    settings["data.path"] = "{task}/rows.jsonl"
+    task = tasks.Task(settings=lambda tuning: dict(settings), make=lambda say: None, folder=lambda: world)
     monkeypatch.setattr(tasks, "TASKS", {"tiny": task})
 
 

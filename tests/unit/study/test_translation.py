@@ -1,0 +1,31 @@
+"""What is taken from a dictionary's lines, and what is kept apart."""
+
+from __future__ import annotations
+
+from deploy.study import tiny_translation as task
+
+LINES = """# Version :: 1
+Er kommt {v} heute nicht [ugs.]; er bleibt weg | Sie kommt aber doch :: He will not come today; he stays | She comes all the same
+kurz :: short
+eins zwei drei | vier fünf sechs :: only one side here
+das und/oder dies eben :: this and or that
+Wir gehen heute Abend noch ins Kino :: We are going to the cinema tonight
+"""
+
+
+def test_entries_are_the_first_alternatives_without_notes():
+    assert list(task._entries(LINES)) == [
+        ("Er kommt heute nicht", "He will not come today"),
+        ("Sie kommt aber doch", "She comes all the same"),
+        ("Wir gehen heute Abend noch ins Kino", "We are going to the cinema tonight"),
+    ]
+
+
+def test_no_german_side_is_trained_on_and_asked(monkeypatch):
+    monkeypatch.setattr(task, "NUM_PROMPTS", 2)
+    long = "eins zwei drei vier fünf sechs"
+    pairs = [(long, "one two three four five six"), ("kurz und gut", "short and good"),
+             (long, "another six words for the same"), (long + " sieben", "one two three four five six seven")]  # fmt: skip
+    train, prompts = task._split(pairs)
+    assert [german for german, _ in prompts] == [long, long + " sieben"]
+    assert train == [("kurz und gut", "short and good")]
