@@ -78,8 +78,7 @@ def position_losses(
             )
         loss = loss + weight * recipe.long_weight * score
     if source == "off" and recipe.anchor_weight > 0:
-        anchor = forward_kl(*both.pair, teacher_probs=both.teacher_probs)
-        loss = loss + recipe.anchor_weight * anchor
+        loss = loss + recipe.anchor_weight * DIVERGENCES[recipe.anchor](both, recipe)
     if source == "off" and recipe.lm_weight > 0:
         loss = loss + recipe.lm_weight * cross_entropy(both.policy_logprobs, targets)
     return loss

@@ -19,9 +19,10 @@ The student minimises, with w the weights of the two texts ((1−β, β), or 1 f
 other), f1 and f2 the critics, constants here, and every mean over the tokens of one text:
 
     w_off mean[ g_f1 ] + w_on mean[ g_f2 ] + w_on c_long mean[ log π(a_t) A_t ]
-      + η_kl mean_off[ KL(π* || π) ] + η_lm mean_off[ −log π(y_t) ]
+      + η_kl mean_off[ D(π*, π) ] + η_lm mean_off[ −log π(y_t) ]
 
-with another divergence in place of both g when the recipe says so. At π = π* the first two and
+with D the anchor, forward KL unless the recipe says so, and another divergence in place of both g
+likewise. At π = π* the first two and
 the fourth are 0 whatever the critics are. With ``credit.form=exact`` a mean is a sum with weights
 γ^t over every response, divided by their number: L_off and L_on themselves.
 

@@ -8,9 +8,8 @@ from typing import Literal
 
 from distill.config.rules import rule
 
-Loss = Literal[
-    "moment_gap", "forward_kl", "reverse_kl", "generalized_jsd", "skew_forward_kl", "skew_reverse_kl"
-]
+Divergence = Literal["forward_kl", "reverse_kl", "generalized_jsd", "skew_forward_kl", "skew_reverse_kl"]
+Loss = Literal["moment_gap", Divergence]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,9 @@ class RecipeConfig:
     skew: float = 0.1
     """alpha of the skew KLs, in [0, 1): how much of the first policy the second one is mixed with."""
     anchor_weight: float = 0.5
-    """Weight of forward KL on off-policy text (eta_kl)."""
+    """Weight of the anchor, a divergence on off-policy text beside the main loss (eta_kl)."""
+    anchor: Divergence = "forward_kl"
+    """Which divergence that is; another one than forward KL is a strong recipe with a critic beside it."""
     lm_weight: float = 0.0
     """Weight of cross-entropy on off-policy text (eta_lm)."""
     long_weight: float = 0.0

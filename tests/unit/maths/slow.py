@@ -45,7 +45,7 @@ def slow_loss(
                 weight = text_weight[True] * recipe.long_weight
                 loss = loss + weight * values.score(t, advantage)
             if not row.on_policy:
-                loss = loss + recipe.anchor_weight * _kl(values.q[t], values.p[t])
+                loss = loss + recipe.anchor_weight * values.divergence(recipe.anchor, t)
                 loss = loss - recipe.lm_weight * values.log_p[t, row.response[t]]
             weight = recipe.gamma**t if exact else 1.0
             if row.on_policy and method.credit.ratio == "per_decision":
@@ -102,6 +102,16 @@ class _Row:
         recipe, critic = self.method.recipe, self.method.critic
         p, q = self.p[t], self.q[t]
         loss = recipe.student_text_loss if self.row.on_policy and recipe.student_text_loss else recipe.loss
+        if loss != "moment_gap":
+            return self.divergence(loss, t)
+        gap = ((q - p) * self.f[t]).sum()
+        if critic.zero_sum:
+            m = (p + q) / 2
+            gap = gap - critic.penalty / 2 * ((m * self.f[t] ** 2).sum() - (m * self.f[t]).sum() ** 2)
+        return gap
+
+    def divergence(self, loss: str, t: int) -> Tensor:
+        recipe, p, q = self.method.recipe, self.p[t], self.q[t]
         if loss == "forward_kl":
             return _kl(q, p)
         if loss == "reverse_kl":
@@ -111,14 +121,8 @@ class _Row:
             return recipe.jsd_beta * _kl(q, m) + (1 - recipe.jsd_beta) * _kl(p, m)
         if loss == "skew_forward_kl":
             return _kl(q, recipe.skew * q + (1 - recipe.skew) * p)
-        if loss == "skew_reverse_kl":
-            return _kl(p, (1 - recipe.skew) * q + recipe.skew * p)
-        assert loss == "moment_gap"
-        gap = ((q - p) * self.f[t]).sum()
-        if critic.zero_sum:
-            m = (p + q) / 2
-            gap = gap - critic.penalty / 2 * ((m * self.f[t] ** 2).sum() - (m * self.f[t]).sum() ** 2)
-        return gap
+        assert loss == "skew_reverse_kl"
+        return _kl(p, (1 - recipe.skew) * q + recipe.skew * p)
 
     def score(self, t: int, advantage: float) -> Tensor:
         credit, log_p = self.method.credit, self.log_p[t, self.row.response[t]]

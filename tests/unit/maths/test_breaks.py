@@ -87,6 +87,8 @@ BREAKS = [
           partial(on_update.test_the_students_step_is_the_gradient_of_the_equations, name="ammd", zero_sum=False)),
     Break("the other text's critic", student_step._StudentObjective._policies_loss, "values[source](", 'values["off"](',
           step("ammd")),
+    Break("the anchor always forward KL", losses.position_losses, "DIVERGENCES[recipe.anchor]",
+          'DIVERGENCES["forward_kl"]', step("jsd_and_critic")),
     Break("the anchor on the student's text", losses.position_losses, 'source == "off" and recipe.anchor_weight',
           "recipe.anchor_weight", step("ammd")),
     Break("beta on the wrong text", losses.text_weights, '"off": 1 - recipe.beta, "on": recipe.beta',

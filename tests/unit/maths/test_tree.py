@@ -197,7 +197,7 @@ def objective(game: Game, p: Tensor) -> Tensor:
     total = torch.zeros(len(p), dtype=torch.float64)
     if recipe.off_policy_text != "none":
         text = tree.occupancy(game.off_text, GAMMA)
-        values = recipe.anchor_weight * kl(game.teacher, p)
+        values = recipe.anchor_weight * main_loss(game, recipe.anchor, p)
         values = values - recipe.lm_weight * (game.off_text.exp() * p).sum(-1)
         if recipe.loss_weight:
             values = values + w_off * recipe.loss_weight * main_loss(game, recipe.loss, p)

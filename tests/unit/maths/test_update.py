@@ -57,6 +57,7 @@ METHODS = {
     ),
     "sft": method(RecipeConfig(student_text="none", loss_weight=0, anchor_weight=0, lm_weight=1)),
     "anchor_only": method(RecipeConfig(loss_weight=0)),
+    "jsd_and_critic": method(RecipeConfig(anchor="generalized_jsd", anchor_weight=1.0, loss_weight=0.3)),
     "two_skews": method(
         RecipeConfig(loss="skew_forward_kl", student_text_loss="skew_reverse_kl", skew=0.2, anchor_weight=0)
     ),
