@@ -1,0 +1,83 @@
+"""What a student's texts are measured by, against one row at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from deploy.study import measure_run
+from deploy.study.measure_run import Models, Sums, distinct, position_logits, sample
+from tests.tiny import save_tiny_llama
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder: Path = tmp_path_factory.mktemp("models")
+    for name, seed in (("teacher", 0), ("student", 1)):
+        save_tiny_llama(folder / name, seed=seed)
+    return Models.of(str(folder / "teacher"), str(folder / "student"))
+
+
+def alone(model: AutoModelForCausalLM, prompt: list[int], response: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+
+
+def test_logits_are_those_of_a_row_alone(models, monkeypatch):
+    monkeypatch.setattr(measure_run, "_SCORING_ROWS", 2)
+    responses = [[20, 21], [22, 23, 24, 25], [26]]
+    found = list(position_logits([models.student, models.teacher], PROMPTS, responses))
+    assert [row for row, *_ in found] == [0, 1, 2]
+    for row, student, teacher in found:
+        for model, logits in ((models.student, student), (models.teacher, teacher)):
+            expected = alone(model, PROMPTS[row], responses[row])
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_cold_samples_are_greedy_whatever_the_padding(models):
+    cold = sample(models.student, PROMPTS, temperature=1e-3, max_new_tokens=6, seed=0)
+    for prompt, answer in zip(PROMPTS, cold, strict=True):
+        assert 1 <= len(answer) <= 6
+        assert alone(models.student, prompt, answer).argmax(-1).tolist() == answer
+        assert 1 not in answer[:-1], "nothing comes after the stop token"
+
+
+def test_measures_of_texts_are_sums_over_tokens(models):
+    texts, temperature = [[20, 21], [22, 23, 24], [25]], 0.7
+    sums = Sums(3)
+    measure_run._measure_texts(
+        models, PROMPTS, texts, texts, ["a", None, "b"], temperature, "t0.7", sums
+    )  # fmt: skip
+    entropy, likelihood = 0.0, 0.0
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        policy = (alone(models.student, prompt, text) / temperature).softmax(-1)
+        entropy -= float((policy * policy.log()).sum())
+        given = alone(models.teacher, prompt, text).log_softmax(-1)
+        likelihood += float(sum(given[t, token] for t, token in enumerate(text)))
+    assert sums.columns["t0.7.entropy.sum"].sum() == pytest.approx(entropy, rel=1e-4)
+    assert sums.columns["t0.7.teacher_logprob.sum"].sum() == pytest.approx(likelihood, rel=1e-4)
+    assert sums.columns["t0.7.entropy.weight"].tolist() == [2, 3, 1]
+    assert sums.columns["t0.7.rouge_l.reference.weight"].tolist() == [1, 0, 1]
+
+
+def test_bits_per_byte_of_the_references(models):
+    sums = Sums(3)
+    measure_run._measure_references(models, PROMPTS, [[40, 41], None, [42]], sums)
+    expected = -sum(
+        float(alone(models.student, prompt, text).log_softmax(-1)[t, token])
+        for prompt, text in ((PROMPTS[0], [40, 41]), (PROMPTS[2], [42]))
+        for t, token in enumerate(text)
+    ) / np.log(2)
+    assert sums.columns["bits_per_byte.sum"].sum() == pytest.approx(expected, rel=1e-4)
+    assert sums.columns["bits_per_byte.weight"].tolist() == [2, 0, 1]
+
+
+def test_distinct_ngrams():
+    assert distinct([[1, 2, 1, 2]], 2) == pytest.approx(2 / 3)
+    assert distinct([[1], []], 2) == 0
