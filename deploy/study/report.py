@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from deploy.study.measures import FRONTIER_SCORES, Measures, frontier_gain, paired_measures
+from deploy.study.results import LAST_UPDATES
 from deploy.study.statistics import Comparison, PairedPrompts, compare, holm
 from distill.evaluation import Evaluation, direction, load_evaluation
 from distill.run_folder import RunFolder
@@ -33,6 +34,8 @@ def report(results: Mapping[str, Any], folder: Path) -> str:
         "table is below 0.05."
     )
     tables = [_final_table(results, folder), _equal_time_table(results)]
+    if any(run["critics"] for run in results["runs"]):
+        tables.append(_critics_table(results))
     if all(run["texts"] for run in results["runs"]):
         tables.append(_texts_table(results, folder))
     return "\n\n".join([intro, *tables]) + "\n"
@@ -90,6 +93,31 @@ def _equal_time_table(results: Mapping[str, Any]) -> str:
         "evaluations, on the prompts that they share. Runs shared the machine, so seconds are rough."
     )
     return heading + "\n\n" + _table(["recipe", "updates by then", *map(_heading, metrics)], rows)
+
+
+def _critics_table(results: Mapping[str, Any]) -> str:
+    """d_MM and tightness on batches that a critic has not been trained on."""
+    names = ("critic/d_mm_off", "critic/d_mm_on", "critic/tightness_off", "critic/tightness_on")
+    by_seed = _of_runs(results, lambda run: run["critics"])
+    rows = [
+        [f"`{recipe}`"]
+        + [
+            f"{_mean(found[name] for found in runs.values()):.3f}"
+            if all(name in found for found in runs.values())
+            else ""
+            for name in names
+        ]
+        for recipe, runs in by_seed.items()
+        if any(runs.values())
+    ]
+    heading = (
+        f"Learned critics, means over the last {LAST_UPDATES} updates, each measured on positions before the "
+        "critic's step on them: d_MM is the moment gap that the critic finds, tightness its share of what the "
+        "regularised game's optimum finds there."
+    )
+    return (
+        heading + "\n\n" + _table(["recipe", *(name.split("/")[1].replace("_", " ") for name in names)], rows)
+    )
 
 
 def _texts_table(results: Mapping[str, Any], folder: Path) -> str:

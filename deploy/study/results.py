@@ -14,6 +14,9 @@ from distill.evaluation import Evaluation, load_evaluation
 from distill.metrics import read_metrics
 from distill.run_folder import RunFolder
 
+LAST_UPDATES = 100
+"""Over which the critics' metrics are averaged."""
+
 
 @dataclass(frozen=True)
 class CurvePoint:
@@ -54,6 +57,14 @@ def _on(evaluation: Evaluation, prompts: np.ndarray) -> Evaluation:
     """The part of it that is on these prompts."""
     keep = pa.array(np.isin(evaluation.prompt_indices, prompts))
     return Evaluation(evaluation.label, evaluation.table.filter(keep))
+
+
+def critics(run_dir: Path) -> dict[str, float]:
+    """Means over the last updates of what was logged of the critics; empty without learned critics."""
+    table = read_metrics(RunFolder(run_dir).path)
+    names = [name for name in table.column_names if name.startswith("critic/")]
+    values = {name: table[name].to_numpy()[-LAST_UPDATES:] for name in names}
+    return {name: round(float(np.nanmean(found)), 6) for name, found in values.items() if len(found)}
 
 
 def texts(run_dir: Path) -> dict[str, float] | None:

@@ -22,7 +22,7 @@ import learner
 from deploy.study import tasks
 from deploy.study.measures import measures_path
 from deploy.study.processes import Command, run_all
-from deploy.study.results import curve, final, texts
+from deploy.study.results import critics, curve, final, texts
 from deploy.study.spec import Settings, StudySpec
 from distill.config.load import fingerprint, load_config
 from distill.evaluation import direction
@@ -243,6 +243,7 @@ class Study:
                 {"recipe": job.recipe, "seed": job.seed, "run": job.run_dir.name,
                  "final": {name: round(final(job.run_dir, name), 6) for name in self.spec.metrics},
                  "texts": texts(job.run_dir),
+                 "critics": critics(job.run_dir),
                  "evaluations": [asdict(point) for point in curve(job.run_dir, self.spec.metrics)]}
                 for job in jobs
             ],
