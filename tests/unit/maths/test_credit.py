@@ -122,6 +122,19 @@ def test_whitening_sees_real_tokens_alone():
     assert not got[~mask].any()
 
 
+def test_whitening_one_token_or_equal_ones_gives_zero():
+    mask = torch.tensor([[True, False], [False, False]])
+    assert torch.equal(credit.whiten(torch.tensor([[3.0, 7.0], [1.0, 2.0]]), mask), torch.zeros(2, 2))
+    assert torch.equal(credit.whiten(torch.full((2, 2), 3.0), torch.ones(2, 2).bool()), torch.zeros(2, 2))
+
+
+def test_a_member_without_tokens_is_no_member():
+    returns = torch.tensor([[2.0, 2.0], [4.0, 4.0], [9.0, 9.0]])
+    mask = torch.tensor([[True, True], [True, True], [False, False]])
+    found = credit.leave_one_out(returns, mask, torch.zeros(3, dtype=torch.long))
+    assert found.tolist() == [[4.0, 4.0], [2.0, 2.0], [0.0, 0.0]]
+
+
 def test_a_row_alone_or_without_group_has_no_baseline():
     gaps, mask = padded()
     returns = credit.returns(gaps, mask, GAMMA)

@@ -80,6 +80,34 @@ def test_values_are_the_definitions(name, given):
     torch.testing.assert_close(FUNCTIONS[name](P, Q, VALUES, **probs), torch.tensor(expected).double())
 
 
+OTHER_FUNCTIONS = {
+    "sampled_critic_loss": lambda p, q, f, **probs: objectives.sampled_critic_loss(
+        p, torch.zeros(N, dtype=torch.long), f, 1.5, **{k: v for k, v in probs.items() if k == "policy_probs"}
+    ),
+    "closed_form_critic": lambda p, q, f, **probs: objectives.closed_form_critic(p, q, 1.0, 2.0, **probs),
+    "sign_critic": lambda p, q, f, **probs: objectives.sign_critic(p, q, 1.0, **probs),
+}
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *OTHER_FUNCTIONS])
+@pytest.mark.parametrize("which", ["policy_probs", "teacher_probs"])
+def test_given_probabilities_are_used_and_not_made_again(name, which):
+    """Each saves a pass over the vocabulary; wrong ones must therefore show."""
+    function = (FUNCTIONS | OTHER_FUNCTIONS)[name]
+    unused = {("forward_kl", "policy_probs"), ("reverse_kl", "teacher_probs"), ("entropy", "teacher_probs"),
+              ("sampled_critic_loss", "teacher_probs")}  # fmt: skip
+    given = {"policy_probs": P.exp(), "teacher_probs": Q.exp()}
+    wrong = given | {which: given[which].flip(-1)}
+    same = torch.equal(function(P, Q, VALUES, **given), function(P, Q, VALUES, **wrong))
+    assert same == ((name, which) in unused)
+
+
+@pytest.mark.parametrize(("bound", "penalty"), [(0.0, 1.0), (1.0, 0.0), (-1.0, 1.0)])
+def test_a_critic_without_bound_or_penalty_has_no_closed_form(bound, penalty):
+    with pytest.raises(ValueError, match=f"bound={bound} and variance_penalty={penalty} must be positive"):
+        objectives.closed_form_critic(P, Q, bound, penalty)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_in_the_policys_logits(name):
     logits = P.clone().requires_grad_()
