@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -170,10 +171,16 @@ class Study:
             self.say(f"{done}/{num_runs}: done before")
 
         def on_end(command: Command, seconds: float) -> None:
-            nonlocal done
-            done += 1
-            self.say(f"{done}/{num_runs} {command.name}: {seconds:.0f} s")
+            nonlocal done, left
+            done, left = done + 1, left - 1
+            pace = (time.monotonic() - began) / (len(missing) - left)
+            self.say(
+                f"{done}/{num_runs} {command.name}: {seconds:.0f} s"
+                + (f", {left} {what} runs left, about {left * pace / 60:.0f} min" if left else "")
+            )
 
+        left, began = len(missing), time.monotonic()
+        what = "tuning" if jobs and jobs[0].tuning else "reported"
         run_all([self._command(job) for job in missing], self.num_jobs, on_end)
 
     def _command(self, job: Job) -> Command:
