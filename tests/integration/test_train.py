@@ -62,6 +62,11 @@ def train_arguments(world: Path, run: str, *overrides: str) -> list[str]:
     return ["train", config, *tiny_overrides(world), f"run_dir={world}/{run}", *overrides]
 
 
+def assert_nothing_shared(run: Path) -> None:
+    run_id = json.loads((run / "run.json").read_text())["run_id"]
+    assert not Path(f"/dev/shm/distill-{run_id}").exists()
+
+
 @pytest.fixture(scope="module")
 def vllm_run(world: Path) -> Path:
     return train(world, "vllm")
@@ -156,7 +161,7 @@ def test_in_one_process_a_run_has_the_same_numbers(world: Path) -> None:
     assert without_times(read_metrics(in_process)).equals(without_times(read_metrics(with_ray)))
     evaluations = [load_evaluation(run / "evaluations" / "after.parquet") for run in (in_process, with_ray)]
     assert evaluations[0].table.equals(evaluations[1].table)
-    assert not list(Path("/dev/shm").glob("distill-*"))
+    assert_nothing_shared(in_process)
 
 
 @pytest.mark.parametrize("recipe", ["kd", "gkd", "ammd_paper"])
@@ -172,6 +177,17 @@ def test_other_recipes(world: Path, recipe: str) -> None:
     if recipe == "gkd":
         off_policy = metrics["policy/num_tokens_off"].to_pylist()
         assert all((on == 0) != (off == 0) for on, off in zip(on_policy, off_policy, strict=True))
+
+
+def test_distillms_share_of_student_text_follows_the_evaluations(world: Path) -> None:
+    settings = ["recipe=distillm", "learner.num_updates=9", "recipe.fraction_step=1", "recipe.fraction_tolerance=-100",
+                "replay.max_policy_age=1", "replay.samples_per_insert=1", "evaluation.every=2",
+                "cluster.backend=in_process"]  # fmt: skip
+    run = train(world, "distillm", *PLAIN, *settings)
+    with_student = [tokens > 0 for tokens in read_metrics(run)["policy/num_tokens_on"].to_pylist()]
+    # The evaluation after update 2 raises it; text is admitted through update 4 by then.
+    assert with_student == [False] * 4 + [True] * 5
+    assert "student_share" in events(run)
 
 
 def test_a_teacher_of_text_alone(world: Path) -> None:
@@ -221,8 +237,7 @@ def interrupt(process: subprocess.Popen[str], run: Path, number: int) -> None:
     assert not alive, [member.cmdline() for member in alive]
     assert process.returncode == 130
     assert "--resume" in output
-    run_id = json.loads((run / "run.json").read_text())["run_id"]
-    assert not Path(f"/dev/shm/distill-{run_id}").exists()
+    assert_nothing_shared(run)
     assert not (run / "summary.json").exists()
 
 
@@ -261,7 +276,8 @@ def test_two_runs_at_once_do_not_meet(world: Path) -> None:
     for process in runs:
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output[-3000:]
-    assert not list(Path("/dev/shm").glob("distill-*"))
+    for i in (1, 2):
+        assert_nothing_shared(world / f"pair-{i}")
 
 
 def test_a_dead_engine_ends_the_run_with_one_line(world: Path) -> None:
