@@ -15,7 +15,7 @@ from distill.evaluation import METRICS, Estimate
 
 
 def summary(tv: float, length: float, rouge: float | None = 0.2) -> dict:
-    divergences = {"tv": tv, "forward_kl": 0.5, "reverse_kl": 0.6}
+    divergences = {"tv": tv, "forward_kl": 0.5, "reverse_kl": 0.6, "jsd": 0.1}
     return {
         "teacher_text": divergences,
         "student_text": divergences,
