@@ -17,10 +17,9 @@ _EPILOG = """A configuration is a YAML file; any setting can be overridden after
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be >= 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number >= 1")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:

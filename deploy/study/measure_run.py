@@ -1,6 +1,6 @@
 """What a finished run's student writes, beyond the run's own evaluations.
 
-    python -m deploy.study.measure_run RUN TEACHER_TEXTS
+    python -m deploy.study.measure_run RUN FOLDER
 
 Quality is a frontier: a sharper student scores higher on ROUGE-L at temperature 1 for free, so the
 score is taken at several temperatures beside the entropy there. The rest: the teacher's
@@ -14,6 +14,7 @@ Shapes: T response tokens, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import xxhash
 from numpy.typing import ArrayLike
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,9 +79,9 @@ class Sums:
         self.columns[f"{name}.weight"] = np.asarray(ones, np.float64)
 
 
-def measure_run(run_dir: Path, teacher_texts: Path) -> None:
-    """Writes the run's measures. ``teacher_texts``: the teacher's answers to the run's held-out
-    prompts (Parquet); made when absent, and the same for all runs of a seed.
+def measure_run(run_dir: Path, texts_folder: Path) -> None:
+    """Writes the run's measures. ``texts_folder``: where the teacher's answers to held-out prompts
+    are kept, by teacher, prompts and seed; made when absent, and shared by the runs of a seed.
 
     Raises: ConfigError when the run is not there.
     """
@@ -90,10 +92,12 @@ def measure_run(run_dir: Path, teacher_texts: Path) -> None:
     heldout = read_table(folder.path / "data" / "heldout.parquet").slice(0, config.evaluation.num_prompts)
     prompts = heldout["prompt_tokens"].to_pylist()
     limit = config.corpus.max_new_tokens
-    if not teacher_texts.exists():
+    identity = json.dumps([str(config.teacher.model), prompts, limit, config.seed])
+    path = texts_folder / f"{xxhash.xxh3_64_hexdigest(identity.encode())}.parquet"
+    if not path.exists():
         texts = sample(models.teacher, prompts, temperature=1.0, max_new_tokens=limit, seed=config.seed)
-        write_table(pa.table({"response_tokens": texts}), teacher_texts)
-    answers = read_table(teacher_texts)["response_tokens"].to_pylist()
+        write_table(pa.table({"response_tokens": texts}), path)
+    answers = read_table(path)["response_tokens"].to_pylist()
     sums, of_all = Sums(len(prompts)), {}
     for temperature in TEMPERATURES:
         texts = sample(

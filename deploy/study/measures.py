@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deploy.study.statistics import Comparison, PairedPrompts, summarise
+from deploy.study.statistics import Comparison, prompt_counts, summarise
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
 """Of sampling: the points of the frontier."""
@@ -69,21 +69,6 @@ def measures_table(columns: Mapping[str, np.ndarray], of_all: Mapping[str, float
     return pa.table(dict(columns)).replace_schema_metadata({_OF_ALL: json.dumps(dict(of_all)).encode()})
 
 
-def paired_measures(recipe: Measures, baseline: Measures, name: str) -> PairedPrompts:
-    """Both on the prompts, which are the same within a seed."""
-    both = [measures.per_prompt(name) for measures in (recipe, baseline)]
-    return PairedPrompts(*(np.stack([part[i] for part in both]) for i in (0, 1)))
-
-
-def frontier(measures: Measures, score: str) -> list[tuple[float, float]]:
-    """(entropy, score) at each temperature, by rising entropy."""
-    points = [
-        (measures.value(f"t{temperature:g}.entropy"), measures.value(f"t{temperature:g}.{score}"))
-        for temperature in TEMPERATURES
-    ]
-    return sorted(points)
-
-
 def frontier_gain(
     pairs: Sequence[tuple[Measures, Measures]], score: str, *, num_draws: int = NUM_DRAWS
 ) -> Comparison:
@@ -103,8 +88,7 @@ def _drawn_gains(
     pair: tuple[Measures, Measures], score: str, num_draws: int, random: np.random.Generator
 ) -> np.ndarray:
     """[draws]: gains on prompts drawn with replacement, in pairs."""
-    num_prompts = pair[0].table.num_rows
-    counts = random.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=num_draws)
+    counts = prompt_counts(pair[0].table.num_rows, num_draws, random)
     return _gain(*(_curves(measures, score, counts) for measures in pair))
 
 

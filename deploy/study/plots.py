@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from deploy.study.measures import FRONTIER_SCORES, TEMPERATURES
+from distill.run_folder import write_bytes
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -74,5 +76,7 @@ def _save(figure: Any, legend_beside: Any, path: Path) -> Path:
     legend_beside.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     # Neither a date nor random ids: the same results give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    write_bytes(path, drawn.getvalue())
     return path

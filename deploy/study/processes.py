@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -9,8 +10,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from deploy.run_scope import SigtermAsCtrlC
 
@@ -78,7 +77,8 @@ def _start(command: Command, cores: list[int]) -> _Running:
     command.log.parent.mkdir(parents=True, exist_ok=True)
     with open(command.log, "wb") as output:
         process = subprocess.Popen(command.argv, stdout=output, stderr=subprocess.STDOUT)
-    psutil.Process(process.pid).cpu_affinity(cores)  # before it counts its cores
+    with contextlib.suppress(ProcessLookupError):  # it may have ended already
+        os.sched_setaffinity(process.pid, cores)  # before it counts its cores
     return _Running(command, process, cores, time.monotonic())
 
 

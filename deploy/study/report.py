@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from deploy.study.measures import FRONTIER_SCORES, Measures, frontier_gain, paired_measures
+from deploy.study.measures import FRONTIER_SCORES, Measures, frontier_gain
 from deploy.study.results import LAST_UPDATES
 from deploy.study.statistics import Comparison, PairedPrompts, compare, holm
 from distill.evaluation import Evaluation, direction, load_evaluation
@@ -125,7 +125,9 @@ def _texts_table(results: Mapping[str, Any], folder: Path) -> str:
     found = _of_runs(results, lambda run: Measures.load(folder / "runs" / run["run"]))
     pairs = _pairs(found, results["baseline"])
     plain = {
-        (recipe, name): compare([paired_measures(ours, theirs, name) for ours, theirs in both])
+        (recipe, name): compare(
+            [PairedPrompts.of(ours.per_prompt(name), theirs.per_prompt(name)) for ours, theirs in both]
+        )
         for recipe, both in pairs.items()
         for name in TEXT_MEASURES
     }
@@ -209,8 +211,7 @@ def _paired(recipe: Evaluation, baseline: Evaluation, metric: str) -> PairedProm
     """
     if not np.array_equal(recipe.prompt_indices, baseline.prompt_indices):
         raise ValueError("two recipes of a seed must be evaluated on the same prompts")
-    both = [evaluation.per_prompt(metric) for evaluation in (recipe, baseline)]
-    return PairedPrompts(*(np.stack([part[i] for part in both]) for i in (0, 1)))
+    return PairedPrompts.of(recipe.per_prompt(metric), baseline.per_prompt(metric))
 
 
 def _cost(results: Mapping[str, Any]) -> dict[str, float]:

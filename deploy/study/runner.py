@@ -27,7 +27,7 @@ from deploy.study.results import critics, curve, final, texts
 from deploy.study.spec import Settings, StudySpec
 from distill.config.load import fingerprint, load_config
 from distill.evaluation import direction
-from distill.run_folder import write_bytes
+from distill.run_folder import write_bytes, write_json
 
 PRESETS = Path(__file__).parent.parent / "configs"
 METHOD_CODE = (
@@ -190,20 +190,19 @@ class Study:
         return Command(name, argv, self.folder / "logs" / f"{job.run_dir.name}.txt")
 
     def _measure(self, jobs: Sequence[Job]) -> None:
-        """The measures of the runs that lack them; the first of a seed makes its teacher's texts."""
-        missing = [job for job in jobs if not measures_path(job.run_dir).exists()]
-        for num_jobs, part in (1, _one_per_seed(missing)), (self.num_jobs, missing):
-            commands = [
-                Command(
-                    f"{job.recipe} seed {job.seed}: measures",
-                    (sys.executable, "-m", "deploy.study.measure_run", str(job.run_dir),
-                     str(self.folder / "teacher-texts" / f"{job.seed}.parquet")),
-                    self.folder / "logs" / f"{job.run_dir.name}-measures.txt",
-                )
-                for job in part
-                if not measures_path(job.run_dir).exists()
-            ]  # fmt: skip
-            run_all(commands, num_jobs, lambda command, seconds: self.say(f"{command.name}: {seconds:.0f} s"))
+        """The measures of the runs that lack them."""
+        commands = [
+            Command(
+                f"{job.recipe} seed {job.seed}: measures",
+                (sys.executable, "-m", "deploy.study.measure_run", str(job.run_dir), str(self.folder / "teacher-texts")),
+                self.folder / "logs" / f"{job.run_dir.name}-measures.txt",
+            )
+            for job in jobs
+            if not measures_path(job.run_dir).exists()
+        ]  # fmt: skip
+        run_all(
+            commands, self.num_jobs, lambda command, seconds: self.say(f"{command.name}: {seconds:.0f} s")
+        )
 
     def _choose(self, recipe: str, jobs: list[Job]) -> Settings:
         """The grid's best point by the mean of the metric over the tuning seeds."""
@@ -228,7 +227,7 @@ class Study:
         self, jobs: list[Job], tuning_jobs: Mapping[str, list[Job]], chosen: Mapping[str, Settings]
     ) -> dict[str, Any]:
         results = self._results(jobs, tuning_jobs, chosen)
-        write_bytes(self.folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        write_json(self.folder / "results.json", results)
         return results
 
     def _results(
@@ -267,7 +266,3 @@ class StudyUnfinished(RuntimeError):
 
 def _is_done(job: Job) -> bool:
     return (job.run_dir / "summary.json").exists()
-
-
-def _one_per_seed(jobs: Sequence[Job]) -> list[Job]:
-    return list({job.seed: job for job in reversed(jobs)}.values())

@@ -25,6 +25,11 @@ class PairedPrompts:
     weights: np.ndarray
     """[2, m]."""
 
+    @classmethod
+    def of(cls, *both: tuple[np.ndarray, np.ndarray]) -> PairedPrompts:
+        """From (sums, weights) of the recipe and of the baseline."""
+        return cls(*(np.stack(parts) for parts in zip(*both, strict=True)))
+
     def difference(self) -> float:
         """Recipe minus baseline."""
         values = self.sums.sum(1) / self.weights.sum(1)
@@ -51,12 +56,15 @@ def compare(seeds: Sequence[PairedPrompts], *, num_draws: int = 4000, seed: int 
 
 
 def summarise(difference: float, drawn: np.ndarray, random: np.random.Generator) -> Comparison:
-    """Interval and p of a difference from its draws [seeds, draws], one seed's prompts drawn in each row."""
+    """Interval and p of a difference from its draws [seeds, draws], one seed's prompts drawn in each row.
+
+    A draw that is not a number makes the interval NaN and p 1: nothing is claimed.
+    """
     num_seeds, num_draws = drawn.shape
     choice = random.integers(num_seeds, size=(num_seeds, num_draws))
     means = np.take_along_axis(drawn, choice, axis=0).mean(0)
     low, high = np.quantile(means, [0.025, 0.975])
-    beyond = min((means <= 0).mean(), (means >= 0).mean())
+    beyond = 0.5 if np.isnan(means).any() else min((means <= 0).mean(), (means >= 0).mean())
     return Comparison(
         difference=difference,
         low=float(low),
@@ -65,10 +73,14 @@ def summarise(difference: float, drawn: np.ndarray, random: np.random.Generator)
     )
 
 
+def prompt_counts(num_prompts: int, num_draws: int, random: np.random.Generator) -> np.ndarray:
+    """[draws, m]: how often each prompt is drawn, with replacement."""
+    return random.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=num_draws)
+
+
 def _draws(pair: PairedPrompts, num_draws: int, random: np.random.Generator) -> np.ndarray:
     """[draws]: differences on prompts drawn with replacement."""
-    num_prompts = pair.sums.shape[1]
-    counts = random.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=num_draws)
+    counts = prompt_counts(pair.sums.shape[1], num_draws, random)
     values = (counts @ pair.sums.T) / np.maximum(counts @ pair.weights.T, 1e-300)
     return values[:, 0] - values[:, 1]
 
