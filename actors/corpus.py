@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import pyarrow as pa
@@ -38,18 +39,18 @@ async def write_corpus(
 
 
 async def _answers(prompts: PromptTable, draws: Sequence[Draw], generator: Generator) -> list[Trajectory]:
-    samples = prompts.samples_per_prompt
     requests = prompts.requests(draws)
     completions = await generator.generate(requests)
+    samples = itertools.product(draws, range(prompts.samples_per_prompt))  # in the requests' order
     return [
         Trajectory(
-            draw_id=draws[place // samples].draw_id,
+            draw_id=draw.draw_id,
             source="teacher",
-            prompt_index=draws[place // samples].index,
-            sample_index=place % samples,
+            prompt_index=draw.index,
+            sample_index=sample,
             prompt_tokens=request.prompt_tokens,
             response_tokens=completion.response_tokens,
             finish_reason=completion.finish_reason,
         )
-        for place, (request, completion) in enumerate(zip(requests, completions, strict=True))
+        for (draw, sample), request, completion in zip(samples, requests, completions, strict=True)
     ]

@@ -5,11 +5,14 @@ Shared by the tasks that make their own models (tiny_wiki.py, tiny_translation.p
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from distill.run_folder import write_bytes
 
 STOP = "</s>"
 
@@ -49,6 +52,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=STOP)
+
+
+def write_prompts(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    """(prompt, completion) pairs as JSONL."""
+    lines = [
+        json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) + "\n"
+        for prompt, completion in rows
+    ]
+    write_bytes(path, "".join(lines).encode())
 
 
 def make_model(

@@ -8,18 +8,17 @@ teacher's: the task on which the student's text and the long horizon are looked 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.fetch import FetchError, cache_dir
-from deploy.study.tiny_models import Text, TinyModel, make_model, train_tokenizer
+from deploy.fetch import DOWNLOAD_TIMEOUT_S, FetchError, cache_dir
+from deploy.study.tiny_models import Text, TinyModel, make_model, train_tokenizer, write_prompts
+from distill.run_folder import write_bytes
 
 PACKAGE = "trans-de-en"
 MEMBER = "usr/share/trans/de-en"
@@ -59,8 +58,9 @@ def make_tiny_translation(say: Callable[[str], None] = print) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pairs = _pairs(_dictionary(say))
     train, prompts = _split(pairs)
-    _write_prompts(folder / "tuning.jsonl", prompts[:NUM_TUNING])
-    _write_prompts(folder / "prompts.jsonl", prompts[NUM_TUNING:])
+    rows = [(_prompt(german), f" {english}") for german, english in prompts]
+    write_prompts(folder / "tuning.jsonl", rows[:NUM_TUNING])
+    write_prompts(folder / "prompts.jsonl", rows[NUM_TUNING:])
     tokenizer = train_tokenizer((f"{_prompt(de)} {en}" for de, en in train), VOCABULARY)
     texts = _as_texts(tokenizer, train)
     for name, model in MODELS.items():
@@ -76,22 +76,27 @@ def _dictionary(say: Callable[[str], None]) -> str:
     if not path.is_file():
         say(f"downloading the Debian package {PACKAGE} (6 MB, GPL-2 or later)")
         with tempfile.TemporaryDirectory() as scratch:
-            for command in (["apt-get", "download", PACKAGE], ["sh", "-c", "dpkg -x *.deb ."]):
-                try:
-                    subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True)
-                except (OSError, subprocess.CalledProcessError) as error:
-                    detail = getattr(error, "stderr", None) or str(error)
-                    raise FetchError(
-                        f"{PACKAGE}: {' '.join(command)} failed: {detail.strip().splitlines()[-1]}; run "
-                        f"apt-get update, or put the package's {MEMBER} at {path}"
-                    ) from None
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(scratch) / MEMBER, path.with_name(".de-en.new"))
-            path.with_name(".de-en.new").rename(path)
+            _run(["apt-get", "download", PACKAGE], scratch, path)
+            for package in Path(scratch).glob("*.deb"):
+                _run(["dpkg", "-x", package.name, "."], scratch, path)
+            write_bytes(path, (Path(scratch) / MEMBER).read_bytes())
     data = path.read_bytes()
     if (found := hashlib.sha256(data).hexdigest()) != MEMBER_SHA256:
         say(f"note: {path} is another version (sha256 {found[:12]}...): figures will differ a little")
     return data.decode()
+
+
+def _run(command: list[str], folder: str, wanted: Path) -> None:
+    try:
+        subprocess.run(
+            command, cwd=folder, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip() or str(error)
+        raise FetchError(
+            f"{PACKAGE}: {' '.join(command)} failed: {said.splitlines()[-1]}; run apt-get update, or put the "
+            f"package's {MEMBER} at {wanted}"
+        ) from None
 
 
 def _pairs(dictionary: str) -> list[tuple[str, str]]:
@@ -132,11 +137,6 @@ def _split(pairs: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], lis
 
 def _prompt(german: str) -> str:
     return f"{german} =>"
-
-
-def _write_prompts(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
-    rows = [{"prompt": _prompt(german), "completion": f" {english}"} for german, english in pairs]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _as_texts(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Text]:

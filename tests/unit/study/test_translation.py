@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from deploy.fetch import FetchError
 from deploy.study import tiny_translation as task
 
 LINES = """# Version :: 1
@@ -29,3 +32,17 @@ def test_no_german_side_is_trained_on_and_asked(monkeypatch):
     train, prompts = task._split(pairs)
     assert [german for german, _ in prompts] == [long, long + " sieben"]
     assert train == [("kurz und gut", "short and good")]
+
+
+def test_without_apt_the_user_is_told_where_the_file_belongs(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        FetchError, match=rf"apt-get download .* failed: .*; .* put .* at {tmp_path}/data/de-en"
+    ):
+        task._dictionary(lambda text: None)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "de-en").write_text(LINES)
+    said = []
+    assert task._dictionary(said.append) == LINES
+    assert "another version" in said[0]
