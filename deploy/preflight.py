@@ -291,8 +291,11 @@ class Preflight:
         updates = min(config.replay.max_policy_age + 2, config.learner.num_updates)
         response = max(config.rollout.max_new_tokens, config.corpus.max_new_tokens)
         row = response * (2 * self.scored.hidden_size + 16) + 4 * config.data.max_prompt_tokens + 512
-        students = plan.student_through(updates) * config.rollout.samples_per_prompt
-        return (students + plan.text_through(updates)) * row
+        students = plan.prompts_per_update * config.rollout.samples_per_prompt if plan.may_use_student else 0
+        texts = plan.text_rows_per_update
+        # Where an update has one or the other, a coin or a growing share may give either every time.
+        each = students + texts if plan.text_beside_student else max(students, texts)
+        return updates * each * row
 
     def _memory(self) -> Iterator[Check]:
         need = sum(self.memory_estimate().values())

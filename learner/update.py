@@ -22,9 +22,9 @@ other), f1 and f2 the critics, constants here, and every mean over the tokens of
       + η_kl mean_off[ D(π*, π) ] + η_lm mean_off[ −log π(y_t) ]
 
 with D the anchor, forward KL unless the recipe says so, and another divergence in place of both g
-likewise. At π = π* the first two and
-the fourth are 0 whatever the critics are. With ``credit.form=exact`` a mean is a sum with weights
-γ^t over every response, divided by their number: L_off and L_on themselves.
+likewise. At π = π* the first two and the fourth are 0 whatever the critics are. With
+``credit.form=exact`` a mean is a sum with weights γ^t over every response, divided by their
+number: L_off and L_on themselves.
 
 Legend: L inputs of a pack, N positions (response tokens), B rows, T longest response, D features,
 V vocabulary (the common prefix of both models' vocabularies).
