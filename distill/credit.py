@@ -12,6 +12,7 @@ G and R, count it from 1, which changes nothing but the name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -105,11 +106,16 @@ def leave_one_out(
     return torch.where((num_others >= 1)[:, None] & mask & (member > 0)[:, None], baseline, 0.0)
 
 
-def whiten(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Mean 0 and variance 1 (of the population) over the tokens: (v − mean) / √(var + 1e-8)."""
-    count = mask.sum().clamp_min(1)
-    mean = (values * mask).sum() / count
-    variance = ((values - mean).square() * mask).sum() / count
+def whiten(
+    values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], total: Callable[[Tensor], Tensor] = lambda x: x
+) -> Float[Tensor, "B T"]:
+    """Mean 0 and variance 1 (of the population) over the tokens: (v − mean) / √(var + 1e-8).
+
+    ``total``: a sum to that over all ranks, when these are some of the rows.
+    """
+    count = total(mask.sum()).clamp_min(1)
+    mean = total((values * mask).sum()) / count
+    variance = total(((values - mean).square() * mask).sum()) / count
     return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
@@ -123,6 +129,7 @@ def advantages(
     normalize: Literal["discount", "length", "none"] = "discount",
     baseline: Literal["leave_one_out", "whiten", "none"] = "leave_one_out",
     ratios: Float[Tensor, "B T"] | None = None,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Float[Tensor, "B T"]:
     """A_t = R_t − b_t, detached: what the score-function term multiplies ∇log π(a_t) with.
 
@@ -132,7 +139,7 @@ def advantages(
     """
     found = returns(costs.detach(), mask, gamma, span=span, normalize=normalize, ratios=ratios)
     if baseline == "whiten":
-        return whiten(found, mask)
+        return whiten(found, mask, total)
     return found if baseline == "none" else found - leave_one_out(found, mask, group)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distill.schema import hidden_rows
+from learner.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ class Pack:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One update's packs, with the global denominators of its losses."""
+    """One update's packs, with the denominators of its losses.
+
+    On one of several ranks: its own packs, and the counts of them all (:meth:`over`).
+    """
 
     packs: tuple[Pack, ...]
     group: Tensor
@@ -66,11 +70,19 @@ class TokenBatch:
     """Counted response tokens of text that the student did not write."""
     num_on_policy: int
     """Counted response tokens of student text."""
+    num_off_policy_rows: int
+    num_on_policy_rows: int
     num_input_tokens: int
     """Inputs of all packs: what the backbone computes."""
 
     def to(self, device: torch.device) -> TokenBatch:
         return replace(self, packs=tuple(pack.to(device) for pack in self.packs), group=self.group.to(device))
+
+    def over(self, ranks: Ranks) -> TokenBatch:
+        """With the counts of all ranks; their packs and groups stay where they are."""
+        names = ("num_off_policy", "num_on_policy", "num_off_policy_rows", "num_on_policy_rows")
+        counts = ranks.sum(torch.tensor([getattr(self, name) for name in names], device=self.group.device))
+        return replace(self, **dict(zip(names, counts.tolist(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,8 @@ def token_batch(batches: Sequence[pa.RecordBatch], micro_batch_tokens: int) -> T
         group=torch.tensor(group, dtype=torch.int64),
         num_off_policy=sum(int(row.counted.sum()) for row in rows if not row.on_policy),
         num_on_policy=sum(int(row.counted.sum()) for row in rows if row.on_policy),
+        num_off_policy_rows=sum(not row.on_policy for row in rows),
+        num_on_policy_rows=sum(row.on_policy for row in rows),
         num_input_tokens=sum(row.num_inputs for row in rows),
     )
 

@@ -19,6 +19,7 @@ from distill.config import CreditConfig, RecipeConfig
 from distill.credit import advantages, products_before, to_rows
 from distill.objectives import moment_gap
 from learner.positions import Heads, Policies, Positions
+from learner.ranks import ALONE, Ranks
 from learner.vocabulary import ChunkedLogits, chunked_blocks
 from learner.witness import Witness
 
@@ -55,6 +56,7 @@ def assign_credit(
     config: CreditConfig,
     *,
     chunk: int,
+    ranks: Ranks = ALONE,
 ) -> Credit:
     """``positions``: of the student's text. ``group``: of every row of the batch, -1 for other text.
 
@@ -83,6 +85,7 @@ def assign_credit(
         normalize="none" if config.form == "exact" else config.normalize,
         baseline=config.baseline,
         ratios=rows(ratio) if per_decision else None,
+        total=ranks.sum,
     )
     if config.ratio != "none" and config.ppo_clip is None:
         advantage = advantage * rows(ratio)

@@ -17,6 +17,7 @@ from distill.objectives import (
 )
 from learner.critics import SOURCES, Critic, CriticPair
 from learner.positions import Heads, Policies, Positions, to_floats
+from learner.ranks import ALONE, Ranks
 from learner.vocabulary import ChunkedLogits, LogitTransform, chunked_loss
 
 WARM_UP_POSITIONS = 512
@@ -35,6 +36,7 @@ def critic_update(
     seed: int,
     warm_up: bool = False,
     from_text: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """K steps of both critics, on K disjoint slices of the positions (together all of them, unless
     ``positions_per_step`` makes the slices smaller).
@@ -46,25 +48,39 @@ def critic_update(
     depends on nothing but a token's place in its row, so neither packing nor the order of rows
     changes it.
     """
-    sums: dict[str, list[Tensor]] = {}
+    device = positions.step.device
+    num_positions = ranks.sum_count(len(positions), device)
     num_steps = config.num_steps
     if warm_up:
-        num_steps = max(num_steps, -(-len(positions) // WARM_UP_POSITIONS))
+        num_steps = max(num_steps, -(-num_positions // WARM_UP_POSITIONS))
     num_slices = num_steps
     if config.positions_per_step is not None:
-        num_slices = max(num_steps, -(-len(positions) // config.positions_per_step))
+        num_slices = max(num_steps, -(-num_positions // config.positions_per_step))
     slice_of = (positions.step + seed) % num_slices
+    norms: list[Tensor] = []
+    totals: dict[str, Tensor] = {}
+    steps_of = dict.fromkeys(SOURCES, 0)
     for number in range(num_steps):
         critics.zero_grad()
         for source in SOURCES:
             part = positions.select(slice_of == number).of(source)
+            count = ranks.sum_count(len(part), device)
             if len(part):
-                measure = f"critic/d_mm_{source}" not in sums
-                means = _critic_gradient(part, heads, critics[source], config, chunk, measure, from_text)
+                measure = steps_of[source] == 0
+                means = _critic_gradient(
+                    part, heads, critics[source], config, chunk, measure, from_text, count
+                )
                 for name, value in means.items():
-                    sums.setdefault(f"critic/{name}_{source}", []).append(value)
-        sums.setdefault("critic/grad_norm", []).append(critics.step())
-    return _tightness(to_floats({name: torch.stack(values).mean() for name, values in sums.items()}))
+                    key = f"critic/{name}_{source}"
+                    totals[key] = totals[key] + value if key in totals else value
+            steps_of[source] += count > 0
+        ranks.sum_gradients(critics.parameters())
+        norms.append(critics.step())
+    totals = ranks.sum_by_name(totals)
+    for source, steps in steps_of.items():
+        if steps:
+            totals[f"critic/loss_{source}"] /= steps
+    return _tightness(to_floats(totals | {"critic/grad_norm": torch.stack(norms).mean()}))
 
 
 def _critic_gradient(
@@ -75,8 +91,10 @@ def _critic_gradient(
     chunk: int,
     measure: bool,
     from_text: bool,
+    count: int,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the mean critic loss over the positions; returns means."""
+    """Add the gradient of the mean critic loss over ``count`` positions, of which these are some (all,
+    on one rank); returns their shares of the means."""
     policy_logits = ChunkedLogits(heads.student, positions.student_hidden, chunk)
     teacher_logits = ChunkedLogits(heads.teacher, positions.teacher_hidden, chunk)
 
@@ -94,7 +112,7 @@ def _critic_gradient(
         else:
             losses = critic_loss(*both.pair, f, config.penalty, **both.probs)
             metrics = _critic_metrics(both, f.detach(), config) if measure else {}
-        return losses.sum() / len(positions), metrics
+        return losses.sum() / count, metrics
 
     loss, metrics = chunked_loss(
         critic.coefficients(positions.teacher_hidden, positions.student_hidden),
@@ -105,7 +123,7 @@ def _critic_gradient(
         parameters=critic.extra_parameters(),
     )
     loss.backward()
-    return {"loss": loss.detach()} | {name: value / len(positions) for name, value in metrics.items()}
+    return {"loss": loss.detach()} | {name: value / count for name, value in metrics.items()}
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from learner.credit_step import Credit
 from learner.critics import Source
 from learner.losses import position_losses
 from learner.positions import Heads, Policies, Student, teacher_hidden, to_floats
+from learner.ranks import ALONE, Ranks
 from learner.vocabulary import ChunkedLogits, LossOfChunk, chunked_loss
 from learner.witness import Witness
 
@@ -33,6 +34,7 @@ def student_update(
     method: MethodConfig,
     credit: Credit | None = None,
     states: list[Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """One optimiser step of the student over all packs, the critics held fixed.
 
@@ -52,8 +54,9 @@ def student_update(
         loss.backward()
         for name, value in ({"loss": loss.detach()} | metrics).items():
             sums[name] = sums[name] + value if name in sums else value
+    ranks.sum_gradients(student.parameters())
     grad_norm = nn.utils.clip_grad_norm_(student.parameters(), method.learner.max_grad_norm)
-    metrics = to_floats(objective.means(sums) | {"policy/grad_norm": grad_norm})
+    metrics = to_floats(objective.means(ranks.sum_by_name(sums)) | {"policy/grad_norm": grad_norm})
     if not (math.isfinite(metrics["policy/loss"]) and math.isfinite(metrics["policy/grad_norm"])):
         raise FloatingPointError(
             f"the student's loss is {metrics['policy/loss']} and its gradient's norm "
@@ -84,7 +87,8 @@ class _StudentObjective:
         self._chunk = method.learner.vocabulary_chunk
         self._credit = credit
         self._num_tokens: dict[Source, int] = {"off": batch.num_off_policy, "on": batch.num_on_policy}
-        self._denominator = _denominators(batch) if method.credit.form == "exact" else self._num_tokens
+        num_rows: dict[Source, int] = {"off": batch.num_off_policy_rows, "on": batch.num_on_policy_rows}
+        self._denominator = num_rows if method.credit.form == "exact" else self._num_tokens
         self._lengths = _row_lengths(batch)
 
     def of_pack(self, pack: Pack, hidden: Float[Tensor, "N D"]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -207,12 +211,6 @@ def _sorted_by_source(pack: Pack) -> tuple[Int[Tensor, " N"], int]:
     off = (pack.counted & ~pack.on_policy).nonzero().squeeze(1)
     on = (pack.counted & pack.on_policy).nonzero().squeeze(1)
     return torch.cat([off, on]), len(off)
-
-
-def _denominators(batch: TokenBatch) -> dict[Source, int]:
-    """Responses of either source."""
-    on = int((batch.group >= 0).sum())
-    return {"off": len(batch.group) - on, "on": on}
 
 
 def _row_lengths(batch: TokenBatch) -> Int[Tensor, " B"]:

@@ -42,6 +42,7 @@ from learner.critic_step import critic_update
 from learner.critics import CriticPair
 from learner.losses import needs_witness
 from learner.positions import Heads, Student, collect_positions
+from learner.ranks import ALONE, Ranks
 from learner.student_step import student_update
 from learner.vocabulary import Head
 from learner.witness import witnesses
@@ -57,18 +58,21 @@ def update(
     *,
     seed: int,
     critics_only: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Critics, then student; returns the metrics of this update.
 
     ``teacher`` may be None for a recipe without teacher payload, ``critics`` for one without
     learned critics. ``seed`` chooses which positions each critic step sees; pass the update's
     number. ``critics_only``: a warm-up update, the student stays if there are critics that learn.
+    ``ranks``: who else has groups of this update; metrics and step are then the same on all.
 
     Raises: FloatingPointError when a loss or gradient is not finite; what it is of has not moved.
     """
+    batch = batch.over(ranks)
     recipe, chunk = method.recipe, method.learner.vocabulary_chunk
     if recipe.payload == "text":
-        return student_update(student, optimizer, batch, None, None, method)
+        return student_update(student, optimizer, batch, None, None, method, ranks=ranks)
     if teacher is None:
         raise ValueError(f"recipe {recipe.name} needs the teacher's head")
     heads = Heads.of(student, teacher)
@@ -83,13 +87,16 @@ def update(
         if plays and critics is not None:
             metrics |= critic_update(
                 positions, heads, critics, method.critic, chunk=chunk, seed=seed, warm_up=critics_only,
-                from_text=recipe.teacher == "text",
+                from_text=recipe.teacher == "text", ranks=ranks,
             )  # fmt: skip
         if critics_only:
             return metrics
     opponents = witnesses(method.critic, critics, heads) if plays else {}
     if charges:
         credit = assign_credit(
-            positions.of("on"), batch.group, heads, opponents.get("on"), recipe, method.credit, chunk=chunk
-        )
-    return metrics | student_update(student, optimizer, batch, heads, opponents, method, credit, states)
+            positions.of("on"), batch.group, heads, opponents.get("on"), recipe, method.credit, chunk=chunk,
+            ranks=ranks,
+        )  # fmt: skip
+    return metrics | student_update(
+        student, optimizer, batch, heads, opponents, method, credit, states, ranks=ranks
+    )

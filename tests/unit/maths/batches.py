@@ -105,6 +105,8 @@ def batch_of(rows: Sequence[Row], packs: Sequence[Sequence[int]] | None = None) 
         group=torch.tensor([row.group for row in rows]),
         num_off_policy=counts[False],
         num_on_policy=counts[True],
+        num_off_policy_rows=sum(not row.on_policy for row in rows),
+        num_on_policy_rows=sum(row.on_policy for row in rows),
         num_input_tokens=sum(len(row.prompt) + len(row.response) - 1 for row in rows),
     )
 

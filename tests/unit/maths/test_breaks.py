@@ -64,7 +64,7 @@ BREAKS = [
           "pack.counted & ~pack.on_policy", "~pack.on_policy", step("ammd")),
     Break("a mask: what lies behind a row's end", credit.future_returns, "costs = costs * mask", "costs = costs",
           on_credit.test_returns_are_strictly_future),
-    Break("a mask: whitening over positions that are not there", credit.whiten, "count = mask.sum().clamp_min(1)",
+    Break("a mask: whitening over positions that are not there", credit.whiten, "count = total(mask.sum()).clamp_min(1)",
           "count = torch.tensor(mask.numel())",
           on_credit.test_whitening_sees_real_tokens_alone),
     Break("a detach: the advantage has a gradient", objectives.policy_gradient, "advantages.detach()", "advantages",

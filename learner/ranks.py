@@ -1,0 +1,76 @@
+"""Sums over the processes that share one update: gradients, denominators, metrics.
+
+Data parallel: every rank holds the whole student and the critics and sees its own groups of the
+update's rows (all rollouts of a draw stay on one rank, so a baseline over a group needs nobody
+else). What one rank alone would divide by, or average over, is summed over the ranks first; so an
+update is the same however its groups are dealt out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Ranks:
+    """The ranks of one update; without a group, this process alone.
+
+    Every rank calls the same methods in the same order, or all of them wait. Every rank has at least
+    one group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Over all ranks; ``value`` itself may be used as the buffer."""
+        if self._group is not None:
+            dist.all_reduce(value, group=self._group)
+        return value
+
+    def sum_count(self, count: int, device: torch.device | str = "cpu") -> int:
+        """``device``: where the group can sum (NCCL: on its GPU alone)."""
+        if self._group is None:
+            return count
+        return int(self.sum(torch.tensor(count, device=device)))
+
+    def sum_by_name(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars; a rank that lacks a name adds 0."""
+        if self._group is None:
+            return dict(values)
+        names: list[list[str]] = [[] for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather_object(names, list(values), group=self._group)
+        together = sorted({name for of_rank in names for name in of_rank})
+        if not together:
+            return {}
+        like = next(iter(values.values()), torch.zeros(()))
+        zero = like.new_zeros((), dtype=torch.float64)
+        stacked = self.sum(torch.stack([values.get(name, zero).detach().double() for name in together]))
+        return dict(zip(together, stacked, strict=True))
+
+    @torch.no_grad()
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """In place, in one message; a parameter that has no gradient on any rank stays without."""
+        if self._group is None:
+            return
+        parameters = list(parameters)
+        device = parameters[0].device
+        has = self.sum(
+            torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64, device=device)
+        )
+        moved = [parameter for parameter, count in zip(parameters, has.tolist(), strict=True) if count]
+        if not moved:
+            return
+        for parameter in moved:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = self.sum(torch.cat([p.grad.flatten() for p in moved if p.grad is not None]))
+        for parameter, part in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+ALONE = Ranks()
+"""One rank."""

@@ -1,0 +1,80 @@
+"""An update dealt out to two ranks is the update: gloo processes against one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from learner.ranks import ALONE, Ranks
+from learner.update import update
+from tests.unit.maths import test_update as on_update
+from tests.unit.maths.batches import TinyStudent, batch_of, critic_pair, teacher_head
+
+NUM_RANKS = 2
+EVEN = ({0, -1}, {1, -2})
+LOPSIDED = ({0, 1, -1}, {-2})
+"""Groups of each rank; −1 and −2 are halves of the other text. One rank without student text."""
+CASES = {
+    **{
+        f"{name}, even": (name, EVEN, False)
+        for name in ("ammd", "gkd", "sft", "exact", "minillm", "blackbox")
+    },
+    **{f"{name}, lopsided": (name, LOPSIDED, False) for name in ("ammd_paper", "dense", "exact")},
+    "warm-up": ("ammd", EVEN, True),
+}
+
+
+def rows_of(name: str, groups: set[int]) -> list[Any]:
+    rows, other = [], 0
+    for row in on_update.rows_for(on_update.RECIPES[name]):
+        group = row.group if row.on_policy else -1 - other % 2
+        other += not row.on_policy
+        if group in groups:
+            rows.append(row)
+    return rows
+
+
+def one_update(name: str, rows: Sequence[Any], ranks: Ranks, *, critics_only: bool = False) -> dict[str, Any]:
+    settings = on_update.METHODS[name]
+    student, critics = TinyStudent(), critic_pair(settings.critic, shake=0.1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    metrics = update(
+        student, optimizer, batch_of(rows), teacher_head(), critics, settings, seed=1,
+        critics_only=critics_only, ranks=ranks,
+    )  # fmt: skip
+    tensors = dict(student.named_parameters()) | critics.state_dict()
+    return {"metrics": metrics, "tensors": {key: value.detach() for key, value in tensors.items()}}
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)  # a fork of a process that had worker threads must not ask for them
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=NUM_RANKS)
+    ranks = Ranks(dist.group.WORLD)
+    found = {}
+    for case, (name, deal, warm_up) in CASES.items():
+        found[case] = one_update(name, rows_of(name, deal[rank]), ranks, critics_only=warm_up)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory) -> list[dict[Any, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    # Forked: a spawned process would import everything again, which takes longer than all cases.
+    mp.start_processes(_rank, (str(folder),), NUM_RANKS, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(NUM_RANKS)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_how_groups_are_dealt_out_does_not_matter(of_ranks, case):
+    name, _, warm_up = CASES[case]
+    alone = one_update(name, rows_of(name, {0, 1, -1, -2}), ALONE, critics_only=warm_up)
+    for found in of_ranks:
+        torch.testing.assert_close(found[case]["metrics"], alone["metrics"], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(found[case]["tensors"], alone["tensors"], atol=1e-9, rtol=1e-9)
