@@ -1,12 +1,13 @@
 """What a finished run's student writes, beyond the run's own evaluations.
 
-    python -m deploy.study.measure_run RUN FOLDER
+    python -m deploy.study.measure_run RUN FOLDER [--teacher]
 
 Quality is a frontier: a sharper student scores higher on ROUGE-L at temperature 1 for free, so the
 score is taken at several temperatures beside the entropy there. The rest: the teacher's
 log-probability of the student's text, distinct n-grams, a classifier's accuracy in telling the two
 apart (two_sample.py), bits per byte of the references, and the distance to the teacher of the
-student read at a temperature (which costs nothing and mends an over-dispersed student).
+student read at a temperature (which costs nothing and mends an over-dispersed student). With
+``--teacher`` the teacher is measured in the student's place: the ceiling.
 
 Every number is kept as sums and weights per prompt, as an evaluation's are (distill.evaluation).
 Shapes: T response tokens, V vocabulary.
@@ -14,11 +15,11 @@ Shapes: T response tokens, V vocabulary.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,18 @@ import pyarrow as pa
 import torch
 import xxhash
 from numpy.typing import ArrayLike
+from sacrebleu.metrics.bleu import BLEU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deploy.study.measures import READ_AT, TEMPERATURES, measures_path, measures_table
+from deploy.study.measures import (
+    READ_AT,
+    TEMPERATURES,
+    measures_path,
+    measures_table,
+    teacher_measures_path,
+)
 from deploy.study.two_sample import correct_guesses
+from distill.config import RunConfig
 from distill.config.load import load_config
 from distill.data import read_table, write_table
 from distill.evaluation import divergences, rouge_l
@@ -38,6 +47,8 @@ from distill.run_folder import RunFolder
 
 _BATCH = 256
 _SCORING_ROWS = 32
+_TEACHER_SEED = 1_000_003
+"""Added where the teacher is measured: its texts shall not be those that it is compared with."""
 
 Tokens = list[list[int]]
 
@@ -56,6 +67,10 @@ class Models:
         ours, theirs = (_model(path) for path in (student, teacher))
         num_tokens = min(ours.config.vocab_size, theirs.config.vocab_size)
         return cls(theirs, ours, AutoTokenizer.from_pretrained(teacher), num_tokens)
+
+    def of_teacher(self) -> Models:
+        """The teacher in the student's place."""
+        return replace(self, student=self.teacher)
 
     def text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -79,9 +94,24 @@ class Sums:
         self.columns[f"{name}.weight"] = np.asarray(ones, np.float64)
 
 
-def measure_run(run_dir: Path, texts_folder: Path) -> None:
-    """Writes the run's measures. ``texts_folder``: where the teacher's answers to held-out prompts
-    are kept, by teacher, prompts and seed; made when absent, and shared by the runs of a seed.
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out prompts of a run, with the teacher's answers to them."""
+
+    prompts: Tokens
+    answers: Tokens
+    reference_texts: list[str | None]
+    reference_tokens: list[list[int] | None]
+    max_new_tokens: int
+    seed: int
+    key: str
+    """Of the teacher's answers."""
+
+
+def measure_run(run_dir: Path, texts_folder: Path, *, of_teacher: bool = False) -> None:
+    """Writes the run's measures, or those of its teacher. ``texts_folder``: where the teacher's answers
+    to held-out prompts are kept, by teacher, prompts and seed; made when absent, and shared by the
+    runs of a seed.
 
     Raises: ConfigError when the run is not there.
     """
@@ -89,30 +119,54 @@ def measure_run(run_dir: Path, texts_folder: Path) -> None:
     folder.require()
     config = load_config(folder.config)
     models = Models.of(str(config.teacher.model), str(folder.student))
-    heldout = read_table(folder.path / "data" / "heldout.parquet").slice(0, config.evaluation.num_prompts)
-    prompts = heldout["prompt_tokens"].to_pylist()
-    limit = config.corpus.max_new_tokens
+    heldout = _heldout(folder, config, models.teacher, texts_folder)
+    if of_teacher:
+        path, seed = teacher_measures_path(texts_folder, heldout.key), config.seed + _TEACHER_SEED
+        write_table(_measures(models.of_teacher(), replace(heldout, seed=seed)), path)
+    else:
+        write_table(_measures(models, heldout), measures_path(run_dir))
+
+
+def _heldout(folder: RunFolder, config: RunConfig, teacher: Any, texts_folder: Path) -> Heldout:
+    table = read_table(folder.path / "data" / "heldout.parquet").slice(0, config.evaluation.num_prompts)
+    prompts, limit = table["prompt_tokens"].to_pylist(), config.corpus.max_new_tokens
     identity = json.dumps([str(config.teacher.model), prompts, limit, config.seed])
-    path = texts_folder / f"{xxhash.xxh3_64_hexdigest(identity.encode())}.parquet"
+    key = xxhash.xxh3_64_hexdigest(identity.encode())
+    path = texts_folder / f"{key}.parquet"
     if not path.exists():
-        texts = sample(models.teacher, prompts, temperature=1.0, max_new_tokens=limit, seed=config.seed)
+        texts = sample(teacher, prompts, temperature=1.0, max_new_tokens=limit, seed=config.seed)
         write_table(pa.table({"response_tokens": texts}), path)
-    answers = read_table(path)["response_tokens"].to_pylist()
-    sums, of_all = Sums(len(prompts)), {}
+    return Heldout(
+        prompts=prompts,
+        answers=read_table(path)["response_tokens"].to_pylist(),
+        reference_texts=table["reference_text"].to_pylist(),
+        reference_tokens=table["reference_tokens"].to_pylist(),
+        max_new_tokens=limit,
+        seed=config.seed,
+        key=key,
+    )
+
+
+def _measures(models: Models, heldout: Heldout) -> pa.Table:
+    sums, of_all = Sums(len(heldout.prompts)), {}
     for temperature in TEMPERATURES:
         texts = sample(
-            models.student, prompts, temperature=temperature, max_new_tokens=limit, seed=config.seed
+            models.student,
+            heldout.prompts,
+            temperature=temperature,
+            max_new_tokens=heldout.max_new_tokens,
+            seed=heldout.seed,
         )
         name = f"t{temperature:g}"
-        _measure_texts(models, prompts, texts, answers, heldout["reference_text"].to_pylist(),
-                       temperature, name, sums)  # fmt: skip
+        _measure_texts(models, heldout, texts, temperature, name, sums)
         for length in (1, 2, 3):
             of_all[f"{name}.distinct_{length}"] = distinct(texts, length)
         if temperature == 1.0:
-            sums.put("two_sample", correct_guesses(texts, answers).tolist(), [2.0] * len(prompts))
-    _measure_read_at(models, prompts, answers, sums)
-    _measure_references(models, prompts, heldout["reference_tokens"].to_pylist(), sums)
-    write_table(measures_table(sums.columns, of_all), measures_path(Path(run_dir)))
+            guesses = correct_guesses(texts, heldout.answers).tolist()
+            sums.put("two_sample", guesses, [2.0] * len(guesses))
+    _measure_read_at(models, heldout, sums)
+    _measure_references(models, heldout, sums)
+    return measures_table(sums.columns, of_all, heldout.key)
 
 
 @torch.inference_mode()
@@ -157,17 +211,11 @@ def position_logits(models: Sequence[Any], prompts: Tokens, responses: Tokens) -
 
 
 def _measure_texts(
-    models: Models,
-    prompts: Tokens,
-    texts: Tokens,
-    answers: Tokens,
-    references: Sequence[str | None],
-    temperature: float,
-    name: str,
-    sums: Sums,
+    models: Models, heldout: Heldout, texts: Tokens, temperature: float, name: str, sums: Sums
 ) -> None:
-    entropy, likelihood = np.zeros(len(prompts)), np.zeros(len(prompts))
-    for i, student, teacher in position_logits([models.student, models.teacher], prompts, texts):
+    entropy, likelihood = np.zeros(len(texts)), np.zeros(len(texts))
+    both = [models.student, models.teacher]
+    for i, student, teacher in position_logits(both, heldout.prompts, texts):
         policy = (student[:, : models.num_tokens] / temperature).log_softmax(-1)
         entropy[i] = -(policy.exp() * policy).sum()
         given = teacher[:, : models.num_tokens].log_softmax(-1)
@@ -177,15 +225,26 @@ def _measure_texts(
     sums.put(f"{name}.teacher_logprob", likelihood, lengths)
     sums.put(f"{name}.length", lengths)
     written = [models.text(text) for text in texts]
-    scores = [rouge_l(text, models.text(answer)) for text, answer in zip(written, answers, strict=True)]
-    sums.put(f"{name}.rouge_l.teacher", scores)
-    known = [float(reference is not None) for reference in references]
-    found = [rouge_l(text, reference or "") for text, reference in zip(written, references, strict=True)]
-    sums.put(f"{name}.rouge_l.reference", found, known)
+    answers = [models.text(answer) for answer in heldout.answers]
+    sums.put(f"{name}.rouge_l.teacher", [rouge_l(*pair) for pair in zip(written, answers, strict=True)])
+    known = [float(reference is not None) for reference in heldout.reference_texts]
+    pairs = [(text, given or "") for text, given in zip(written, heldout.reference_texts, strict=True)]
+    sums.put(f"{name}.rouge_l.reference", [rouge_l(*pair) for pair in pairs], known)
+    sums.put(f"{name}.bleu.reference", [bleu(*pair) for pair in pairs], known)
 
 
-def _measure_read_at(models: Models, prompts: Tokens, answers: Tokens, sums: Sums) -> None:
+def bleu(text: str, reference: str) -> float:
+    """Of one sentence, 0 to 1: sacrebleu's (Post, 2018), orders that neither has left out, exponential
+    smoothing. A mean of these over prompts is no corpus BLEU, but has an interval."""
+    return _BLEU.sentence_score(text, [reference]).score / 100
+
+
+_BLEU = BLEU(effective_order=True)
+
+
+def _measure_read_at(models: Models, heldout: Heldout, sums: Sums) -> None:
     """The student read at a temperature against the teacher at 1, on the teacher's text."""
+    prompts, answers = heldout.prompts, heldout.answers
     found = {(at, kind): np.zeros(len(prompts)) for at in (*READ_AT, 1.0) for kind in ("tv", "forward_kl")}
     for i, student, teacher in position_logits([models.student, models.teacher], prompts, answers):
         target = teacher[:, : models.num_tokens].log_softmax(-1)
@@ -199,13 +258,11 @@ def _measure_read_at(models: Models, prompts: Tokens, answers: Tokens, sums: Sum
         sums.put(f"read_at{at:g}.{kind}", values, lengths)
 
 
-def _measure_references(
-    models: Models, prompts: Tokens, references: Sequence[list[int] | None], sums: Sums
-) -> None:
+def _measure_references(models: Models, heldout: Heldout, sums: Sums) -> None:
     """Bits per byte of the references' tokens, given the prompt."""
-    given = [list(reference or []) for reference in references]
-    bits, num_bytes = np.zeros(len(prompts)), np.zeros(len(prompts))
-    for i, student in position_logits([models.student], prompts, given):
+    given = [list(reference or []) for reference in heldout.reference_tokens]
+    bits, num_bytes = np.zeros(len(given)), np.zeros(len(given))
+    for i, student in position_logits([models.student], heldout.prompts, given):
         logprobs = student.log_softmax(-1)
         bits[i] = -float(logprobs.gather(-1, torch.tensor(given[i], dtype=torch.long)[:, None]).sum())
         num_bytes[i] = len(models.text(given[i]).encode())
@@ -218,5 +275,14 @@ def distinct(texts: Tokens, length: int) -> float:
     return len(set(ngrams)) / max(len(ngrams), 1)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what a finished run's student writes.")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("folder", type=Path, help="where the teacher's answers are kept")
+    parser.add_argument("--teacher", action="store_true", help="measure the teacher instead")
+    arguments = parser.parse_args()
+    measure_run(arguments.run, arguments.folder, of_teacher=arguments.teacher)
+
+
 if __name__ == "__main__":
-    measure_run(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()

@@ -21,16 +21,22 @@ TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
 """Of sampling: the points of the frontier."""
 READ_AT = (0.85, 0.9, 0.95)
 """Of the student's distribution when it is compared with the teacher's."""
-FRONTIER_SCORES = ("rouge_l.teacher", "rouge_l.reference", "teacher_logprob")
+FRONTIER_SCORES = ("rouge_l.teacher", "rouge_l.reference", "bleu.reference", "teacher_logprob")
 """What is drawn against entropy."""
 NUM_DRAWS = 1000
 
 _OF_ALL = b"distill.of_all"
+_TEXTS_KEY = b"distill.teacher_texts"
 
 
 def measures_path(run_dir: Path) -> Path:
     """Where the measures of a run lie."""
     return run_dir / "measures.parquet"
+
+
+def teacher_measures_path(texts_folder: Path, key: str) -> Path:
+    """Where those of the teacher lie, measured as a student would be, beside its texts ``key``."""
+    return texts_folder / f"{key}-measures.parquet"
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,9 @@ class Measures:
     table: pa.Table
 
     @classmethod
-    def load(cls, run_dir: Path) -> Measures:
+    def load(cls, path: Path) -> Measures:
         """Raises: FileNotFoundError."""
-        return cls(pq.ParquetFile(measures_path(run_dir)).read())
+        return cls(pq.ParquetFile(path).read())
 
     @property
     def names(self) -> list[str]:
@@ -52,6 +58,15 @@ class Measures:
     def of_all(self) -> dict[str, float]:
         """Measures of all texts together."""
         return json.loads((self.table.schema.metadata or {})[_OF_ALL])
+
+    @property
+    def texts_key(self) -> str:
+        """Of the teacher's texts that these were measured against."""
+        return (self.table.schema.metadata or {})[_TEXTS_KEY].decode()
+
+    def values(self) -> dict[str, float]:
+        """All of them."""
+        return {name: round(self.value(name), 6) for name in (*self.names, *self.of_all)}
 
     def per_prompt(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(sums, weights) [m]."""
@@ -64,9 +79,12 @@ class Measures:
         return float(sums.sum() / weights.sum())
 
 
-def measures_table(columns: Mapping[str, np.ndarray], of_all: Mapping[str, float]) -> pa.Table:
+def measures_table(
+    columns: Mapping[str, np.ndarray], of_all: Mapping[str, float], texts_key: str
+) -> pa.Table:
     """``columns``: ``NAME.sum`` and ``NAME.weight`` [m]."""
-    return pa.table(dict(columns)).replace_schema_metadata({_OF_ALL: json.dumps(dict(of_all)).encode()})
+    metadata = {_OF_ALL: json.dumps(dict(of_all)).encode(), _TEXTS_KEY: texts_key.encode()}
+    return pa.table(dict(columns)).replace_schema_metadata(metadata)
 
 
 def frontier_gain(

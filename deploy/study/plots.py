@@ -47,15 +47,20 @@ def _curves(results: Mapping[str, Any], path: Path) -> Path:
 
 
 def _frontier(results: Mapping[str, Any], path: Path) -> Path:
-    """Scores at several temperatures against the entropy there."""
+    """Scores at several temperatures against the entropy there; the teacher's own in black."""
     figure, axes = _figure(1, len(FRONTIER_SCORES))
-    for recipe, runs in _runs_by_recipe(results).items():
+    lines: dict[str, tuple[Sequence[Mapping[str, Any]], dict[str, Any]]] = {
+        recipe: (runs, {}) for recipe, runs in _runs_by_recipe(results).items()
+    }
+    if results["teacher"]:
+        lines["the teacher itself"] = (results["teacher"], {"color": "black", "linestyle": "--"})
+    for label, (runs, style) in lines.items():
         for column, score in enumerate(FRONTIER_SCORES):
             curve = [
                 [np.mean([run["texts"][f"t{at:g}.{name}"] for run in runs]) for name in ("entropy", score)]
                 for at in TEMPERATURES
             ]
-            axes[0, column].plot(*np.transpose(curve), marker=".", label=recipe)
+            axes[0, column].plot(*np.transpose(curve), marker=".", label=label, **style)
             axes[0, column].set_xlabel("entropy, nats per token")
             axes[0, column].set_ylabel(score)
     return _save(figure, axes[0, -1], path)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from deploy.study.measures import FRONTIER_SCORES, Measures, frontier_gain
+from deploy.study.measures import FRONTIER_SCORES, Measures, frontier_gain, measures_path
 from deploy.study.results import LAST_UPDATES
 from deploy.study.statistics import Comparison, PairedPrompts, compare, holm
 from distill.evaluation import Evaluation, direction, load_evaluation
@@ -122,7 +122,7 @@ def _critics_table(results: Mapping[str, Any]) -> str:
 
 def _texts_table(results: Mapping[str, Any], folder: Path) -> str:
     """What the students write, and how far their frontiers lie above the baseline's."""
-    found = _of_runs(results, lambda run: Measures.load(folder / "runs" / run["run"]))
+    found = _of_runs(results, lambda run: Measures.load(measures_path(folder / "runs" / run["run"])))
     pairs = _pairs(found, results["baseline"])
     plain = {
         (recipe, name): compare(
@@ -148,11 +148,17 @@ def _texts_table(results: Mapping[str, Any], folder: Path) -> str:
         + [f"{_mean(measures.value('t1.distinct_2') for measures in by_seed.values()):.3f}"]
         for recipe, by_seed in found.items()
     ]
+    if results["teacher"]:
+        ceiling = [
+            f"{_mean(of_seed['texts'][name] for of_seed in results['teacher']):.4f}" for name in TEXT_MEASURES
+        ]
+        distinct = f"{_mean(of_seed['texts']['t1.distinct_2'] for of_seed in results['teacher']):.3f}"
+        rows.append(["the teacher itself", *ceiling, *("" for _ in FRONTIER_SCORES), distinct])
     heading = (
         "What the students write: entropy and the teacher's log-probability of it (nats per token, temperature "
         "1), accuracy of a classifier that tells it from the teacher's (0.5 is best), bits per byte of the "
         "references, TV of the student read at temperature 0.9; then how far the score lies above the "
-        "baseline's at equal entropy (temperatures 0.5 to 1); distinct bigrams."
+        "baseline's at equal entropy (temperatures 0.5 to 1); distinct bigrams. The teacher's row: other texts of its own in a student's place."
     )
     names = [*(name.replace("_", " ") for name in TEXT_MEASURES),
              *(f"frontier {score}" for score in FRONTIER_SCORES), "distinct 2"]  # fmt: skip

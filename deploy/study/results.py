@@ -71,5 +71,4 @@ def texts(run_dir: Path) -> dict[str, float] | None:
     """The measures of what the student writes, if they were taken."""
     if not measures_path(run_dir).exists():
         return None
-    measures = Measures.load(run_dir)
-    return {name: round(measures.value(name), 6) for name in (*measures.names, *measures.of_all)}
+    return Measures.load(measures_path(run_dir)).values()

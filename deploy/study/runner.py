@@ -21,7 +21,7 @@ import xxhash
 import distill
 import learner
 from deploy.study import tasks
-from deploy.study.measures import measures_path
+from deploy.study.measures import Measures, measures_path, teacher_measures_path
 from deploy.study.processes import Command, run_all
 from deploy.study.results import critics, curve, final, texts
 from deploy.study.spec import Settings, StudySpec
@@ -190,19 +190,38 @@ class Study:
         return Command(name, argv, self.folder / "logs" / f"{job.run_dir.name}.txt")
 
     def _measure(self, jobs: Sequence[Job]) -> None:
-        """The measures of the runs that lack them."""
-        commands = [
-            Command(
-                f"{job.recipe} seed {job.seed}: measures",
-                (sys.executable, "-m", "deploy.study.measure_run", str(job.run_dir), str(self.folder / "teacher-texts")),
-                self.folder / "logs" / f"{job.run_dir.name}-measures.txt",
-            )
-            for job in jobs
-            if not measures_path(job.run_dir).exists()
-        ]  # fmt: skip
+        """The measures of the runs that lack them, then those of each seed's teacher texts."""
+        missing = [job for job in jobs if not measures_path(job.run_dir).exists()]
+        self._run_measures([self._measuring(job) for job in missing])
+        missing = [job for path, job in self._of_teachers(jobs).items() if not path.exists()]
+        self._run_measures([self._measuring(job, "--teacher") for job in missing])
+
+    def _measuring(self, job: Job, *options: str) -> Command:
+        what = "teacher" if options else job.recipe
+        module = (sys.executable, "-m", "deploy.study.measure_run")
+        return Command(
+            f"{what} seed {job.seed}: measures",
+            (*module, str(job.run_dir), str(self._teacher_texts), *options),
+            self.folder / "logs" / f"{job.run_dir.name}{''.join(options)}-measures.txt",
+        )
+
+    def _run_measures(self, commands: Sequence[Command]) -> None:
         run_all(
             commands, self.num_jobs, lambda command, seconds: self.say(f"{command.name}: {seconds:.0f} s")
         )
+
+    @property
+    def _teacher_texts(self) -> Path:
+        return self.folder / "teacher-texts"
+
+    def _of_teachers(self, jobs: Sequence[Job]) -> dict[Path, Job]:
+        """Where the measures of a teacher lie or shall lie -> a run of it."""
+        keys = {
+            Measures.load(measures_path(job.run_dir)).texts_key: job
+            for job in jobs
+            if measures_path(job.run_dir).exists()
+        }
+        return {teacher_measures_path(self._teacher_texts, key): job for key, job in keys.items()}
 
     def _choose(self, recipe: str, jobs: list[Job]) -> Settings:
         """The grid's best point by the mean of the metric over the tuning seeds."""
@@ -252,6 +271,10 @@ class Study:
                  "critics": critics(job.run_dir),
                  "evaluations": [asdict(point) for point in curve(job.run_dir, self.spec.metrics)]}
                 for job in jobs
+            ],
+            "teacher": [
+                {"seed": job.seed, "texts": Measures.load(path).values()}
+                for path, job in self._of_teachers(jobs).items() if path.exists()
             ],
         }  # fmt: skip
 

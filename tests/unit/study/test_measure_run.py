@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from deploy.study import measure_run
-from deploy.study.measure_run import Models, Sums, distinct, position_logits, sample
+from deploy.study.measure_run import Heldout, Models, Sums, bleu, distinct, position_logits, sample
+from deploy.study.measures import Measures
 from tests.tiny import save_tiny_llama
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -22,6 +23,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     for name, seed in (("teacher", 0), ("student", 1)):
         save_tiny_llama(folder / name, seed=seed)
     return Models.of(str(folder / "teacher"), str(folder / "student"))
+
+
+def heldout(answers: list[list[int]]) -> Heldout:
+    return Heldout(PROMPTS, answers, ["a", None, "b"], [[40, 41], None, [42]], 6, seed=0, key="k")
 
 
 def alone(model: AutoModelForCausalLM, prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -51,9 +56,7 @@ def test_cold_samples_are_greedy_whatever_the_padding(models):
 def test_measures_of_texts_are_sums_over_tokens(models):
     texts, temperature = [[20, 21], [22, 23, 24], [25]], 0.7
     sums = Sums(3)
-    measure_run._measure_texts(
-        models, PROMPTS, texts, texts, ["a", None, "b"], temperature, "t0.7", sums
-    )  # fmt: skip
+    measure_run._measure_texts(models, heldout(texts), texts, temperature, "t0.7", sums)
     entropy, likelihood = 0.0, 0.0
     for prompt, text in zip(PROMPTS, texts, strict=True):
         policy = (alone(models.student, prompt, text) / temperature).softmax(-1)
@@ -63,12 +66,13 @@ def test_measures_of_texts_are_sums_over_tokens(models):
     assert sums.columns["t0.7.entropy.sum"].sum() == pytest.approx(entropy, rel=1e-4)
     assert sums.columns["t0.7.teacher_logprob.sum"].sum() == pytest.approx(likelihood, rel=1e-4)
     assert sums.columns["t0.7.entropy.weight"].tolist() == [2, 3, 1]
-    assert sums.columns["t0.7.rouge_l.reference.weight"].tolist() == [1, 0, 1]
+    for score in ("rouge_l", "bleu"):
+        assert sums.columns[f"t0.7.{score}.reference.weight"].tolist() == [1, 0, 1]
 
 
 def test_bits_per_byte_of_the_references(models):
     sums = Sums(3)
-    measure_run._measure_references(models, PROMPTS, [[40, 41], None, [42]], sums)
+    measure_run._measure_references(models, heldout([[], [], []]), sums)
     expected = -sum(
         float(alone(models.student, prompt, text).log_softmax(-1)[t, token])
         for prompt, text in ((PROMPTS[0], [40, 41]), (PROMPTS[2], [42]))
@@ -81,3 +85,20 @@ def test_bits_per_byte_of_the_references(models):
 def test_distinct_ngrams():
     assert distinct([[1, 2, 1, 2]], 2) == pytest.approx(2 / 3)
     assert distinct([[1], []], 2) == 0
+
+
+def test_bleu_of_a_sentence():
+    assert bleu("the cat sat on the mat", "the cat sat on the mat") == pytest.approx(1)
+    assert bleu("a dog", "the cat sat on the mat") == 0
+    # Shorter than four words: only the orders that it has; then the penalty exp(1 − 6/2) for its length.
+    assert bleu("the cat", "the cat sat on the mat") == pytest.approx(np.exp(-2))
+
+
+def test_the_teacher_in_the_students_place_is_the_ceiling(models):
+    answers = sample(models.teacher, PROMPTS, temperature=1.0, max_new_tokens=6, seed=0)
+    ceiling = Measures(measure_run._measures(models.of_teacher(), heldout(answers)))
+    student = Measures(measure_run._measures(models, heldout(answers)))
+    assert ceiling.value("read_at1.tv") == pytest.approx(0, abs=1e-6)
+    assert student.value("read_at1.tv") > 0.1
+    assert ceiling.texts_key == "k"
+    assert ceiling.values().keys() == student.values().keys()

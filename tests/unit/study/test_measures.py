@@ -20,7 +20,7 @@ def measures(entropies: list[float], score: float, slope: float = -0.1, num_prom
         columns[f"t{temperature:g}.entropy.weight"] = lengths
         columns[f"t{temperature:g}.rouge_l.teacher.sum"] = score + slope * entropy + noise
         columns[f"t{temperature:g}.rouge_l.teacher.weight"] = np.ones(num_prompts)
-    return Measures(measures_table(columns, {"t1.distinct_2": 0.5}))
+    return Measures(measures_table(columns, {"t1.distinct_2": 0.5}, "texts-of-0"))
 
 
 def test_a_sharper_student_on_the_same_line_gains_nothing():

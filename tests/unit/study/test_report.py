@@ -19,6 +19,7 @@ def run(recipe: str, seed: int, seconds: list[float], values: list[float]) -> di
 RESULTS = {
     "metrics": ["teacher_text.tv"],
     "baseline": "kd",
+    "teacher": [],
     "runs": [
         run("kd", 0, [0.0, 10.0, 20.0], [0.5, 0.4, 0.3]),
         run("ammd", 0, [0.0, 40.0, 80.0], [0.5, 0.3, 0.2]),
