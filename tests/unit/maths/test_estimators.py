@@ -6,6 +6,8 @@ taken from sampled groups. An estimate is a vector over all logits of a tree.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,12 +36,13 @@ def true_gradient(policy: Tensor, teacher: Tensor, f: Tensor) -> Tensor:
 
 def estimates(
     policy: Tensor, teacher: Tensor, f: Tensor, texts: Tensor, behavior: Tensor | None = None, *,
-    ratio: str = "per_decision", reinforce: bool = False, baseline: str = "leave_one_out",
+    ratio: str = "per_decision", ratio_max: float | None = None, reinforce: bool = False,
+    baseline: str = "leave_one_out", normalize: str = "none", weighted: bool = True,
 ) -> Tensor:  # fmt: skip
     """[R, C, S, V]: an estimate of each of C groups; ``texts`` [R, C, n] numbers them.
 
     ``reinforce``: every token is charged with its own cost E_π* f − f(s, a) and all that follow, and
-    there is no direct term.
+    there is no direct term. ``weighted``: by γ^t, as the ``exact`` form does and ``practical`` does not.
     """
     states, tokens, mask = TEXTS.states[texts], TEXTS.tokens[texts], TEXTS.mask[texts]  # [R, C, n, T]
     num_trees, num_groups, members, length = states.shape
@@ -52,14 +55,14 @@ def estimates(
         cost = gap[trees, states]
     ratios = torch.ones_like(cost)
     if behavior is not None and ratio != "none":
-        ratios = (policy - behavior).exp()[trees, states, tokens]
+        ratios = (policy - behavior).exp()[trees, states, tokens].clamp_max(ratio_max or torch.inf)
     rows = (num_trees * num_groups * members, length)
     group = torch.arange(num_trees * num_groups).repeat_interleave(members)
     advantage = advantages(
         cost.reshape(rows), mask.reshape(rows), group, GAMMA, span="all" if reinforce else "future",
-        normalize="none", baseline=baseline, ratios=ratios.reshape(rows) if ratio == "per_decision" else None,
+        normalize=normalize, baseline=baseline, ratios=ratios.reshape(rows) if ratio == "per_decision" else None,
     ).view(cost.shape) * ratios  # fmt: skip
-    weight = DISCOUNT * mask
+    weight = DISCOUNT * mask if weighted else mask.double()
     if ratio == "per_decision":
         weight = weight * products_before(ratios.reshape(rows)).view(cost.shape)
     here = p[trees, states]  # [R, C, n, T, V]
@@ -74,20 +77,34 @@ def estimates(
     return total.scatter_add_(2, index, gradient.flatten(2, 3))
 
 
-def expectation(policy: Tensor, teacher: Tensor, f: Tensor, behavior: Tensor, ratio: str) -> Tensor:
+def expectation(policy: Tensor, teacher: Tensor, f: Tensor, behavior: Tensor, **settings: Any) -> Tensor:
     """[R, S, V]: over the texts of the behaviour policy, exactly."""
     every = torch.arange(len(tree.TEXTS)).expand(len(policy), -1)[..., None]
-    found = estimates(policy, teacher, f, every, behavior, ratio=ratio)
+    found = estimates(policy, teacher, f, every, behavior, **settings)
     return (tree.text_logprobs(behavior, TEXTS).exp()[:, :, None, None] * found).sum(1)
 
 
-def relative_bias(ratio: str, staleness: float) -> float:
+def relative_bias(ratio: str, staleness: float, ratio_max: float | None = None) -> float:
     """Of the mean gradient on text of a policy whose logits are ``staleness`` (sd) away."""
     policy, teacher, f = games(100)
     behavior = (policy + staleness * tree.random_logits(100, 5)).log_softmax(-1)
     truth = true_gradient(policy, teacher, f)
-    error = expectation(policy, teacher, f, behavior, ratio) - truth
+    error = expectation(policy, teacher, f, behavior, ratio=ratio, ratio_max=ratio_max) - truth
     return float((error.flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)).median())
+
+
+def bias_of_practical(gamma_weights: bool, normalize: str, witness: str = "random") -> float:
+    """Of the ``practical`` form on fresh text, at the scale that suits it best (its divisors are others):
+    the sine of the angle between its mean gradient and that of L_on."""
+    policy, teacher, f = games(100)
+    if witness == "oracle":
+        f = torch.tanh((teacher - policy) / 2)
+    truth = true_gradient(policy, teacher, f).flatten(1)
+    found = expectation(
+        policy, teacher, f, policy, baseline="none", normalize=normalize, weighted=gamma_weights
+    ).flatten(1)
+    cosine = torch.cosine_similarity(found, truth)
+    return float((1 - cosine.square()).clamp_min(0).sqrt().median())
 
 
 @pytest.mark.parametrize("staleness", [0.0, 0.5])
@@ -100,6 +117,20 @@ def test_the_bias_of_the_cheaper_ratios(ratio):
     """None on fresh text; on text this stale (logits moved by half their spread) it is no detail."""
     assert relative_bias(ratio, 0.0) < 1e-9
     assert 0.05 < relative_bias(ratio, 0.5) < 0.5
+
+
+def test_the_bias_of_truncation():
+    """None without a cut; the lower the cut, the more."""
+    biases = [relative_bias("per_decision", 0.5, ratio_max) for ratio_max in (None, 2.0, 1.0)]
+    assert biases[0] < 1e-9
+    assert 0.001 < biases[1] < biases[2] < 0.5
+
+
+def test_the_bias_of_the_practical_form():
+    """Either of its parts alone turns the gradient, and together they stay within a half."""
+    assert bias_of_practical(True, "none") < 1e-6
+    uniform, divided = bias_of_practical(False, "none"), bias_of_practical(True, "discount")
+    assert 0.01 < uniform < divided < bias_of_practical(False, "discount") < 0.5
 
 
 def sampled(policy: Tensor, num_groups: int, members: int, seed: int) -> Tensor:
@@ -157,6 +188,15 @@ def test_the_baseline_spares_variance_where_critics_are_good():
 if __name__ == "__main__":  # the figures of docs/method.md
     for correction in ("per_decision", "token", "none"):
         print(f"relative bias, ratio {correction}: {relative_bias(correction, 0.5):.2g}")
+    for cut in (2.0, 1.0):
+        print(f"relative bias, per_decision cut at {cut:g}: {relative_bias('per_decision', 0.5, cut):.2g}")
+        print(f"relative bias, token cut at {cut:g}: {relative_bias('token', 0.5, cut):.2g}")
+    for kind in ("random", "oracle"):
+        parts = [bias_of_practical(*part, kind) for part in
+                 ((False, "none"), (True, "discount"), (False, "discount"))]  # fmt: skip
+        print(
+            f"practical, f {kind}: uniform weights {parts[0]:.2g}, means of returns {parts[1]:.2g}, both {parts[2]:.2g}"
+        )
     for size in (2, 4, 8):
         found = variance_ratios(size)
         print(
