@@ -1,14 +1,16 @@
 """Everything a run needs on disk before its actors start: prompt tables and a student.
 
 Prompt tables lie in ``<run>/data``; they are small and made anew when they are missing. The
-teacher's corpora and models lie in the cache, by fingerprint.
+teacher's corpora, proxies and models lie in the cache, by fingerprint.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import xxhash
@@ -17,7 +19,7 @@ from deploy.fetch import cache_dir
 from deploy.preflight import Preflight
 from distill.config import RunConfig
 from distill.data import corpus_table, heldout_rows, reference_corpus, training_rows, write_table
-from distill.run_folder import RunFolder
+from distill.run_folder import RunFolder, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,45 @@ def _student(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Path
     if not cut.exists():
         cut_student(preflight.teacher.folder, cut, config.student.init.num_layers or 0)
     return cut
+
+
+def proxy_in_cache(config: RunConfig, start: Path, corpus: Path) -> Path:
+    """Where the proxy that is trained so on this text lies, or is to be kept: runs that differ in the
+    student's settings alone share it."""
+    learner = config.learner
+    identity = {
+        "start": _fingerprint_of(start),
+        "corpus": corpus.stem,
+        "training": asdict(config.proxy.training),
+        "optimizer": [learner.beta1, learner.beta2, learner.weight_decay, learner.max_grad_norm],
+        "precision": learner.precision,
+        "seed": config.seed,
+    }
+    text = json.dumps(identity, sort_keys=True)
+    return cache_dir() / "proxies" / xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def keep_proxy(trained: Path, cached: Path, training_s: float) -> None:
+    """Move a trained proxy into the cache, by one rename; what another run has put there stays."""
+    write_json(trained / TRAINING_FILE, {"training_s": round(training_s, 2)})
+    arriving = cached.with_name(f".{cached.name}.{os.getpid()}")
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(arriving, ignore_errors=True)
+    shutil.move(trained, arriving)
+    try:
+        arriving.rename(cached)
+    except OSError:
+        if not cached.is_dir():
+            raise
+        shutil.rmtree(arriving)
+
+
+def training_seconds(proxy: Path) -> float:
+    """What its training took, in the run that trained it."""
+    return json.loads((proxy / TRAINING_FILE).read_text())["training_s"]
+
+
+TRAINING_FILE = "training.json"
 
 
 def _hash(identity: Mapping[str, object], prompts: object, num_prompts: int) -> str:

@@ -19,7 +19,7 @@ from deploy.cluster import Cluster
 from deploy.in_process import InProcess
 from deploy.memory import MemorySampler
 from deploy.preflight import Preflight
-from deploy.prepare import Prepared, prepare
+from deploy.prepare import Prepared, keep_proxy, prepare, proxy_in_cache, training_seconds
 from deploy.progress import Progress, training_line
 from deploy.rates import Rates
 from distill.config import ClusterConfig, ConfigError, RunConfig, SftConfig, rule
@@ -104,6 +104,8 @@ class Run:
         self.events = EventLog(folder.path)
         self.timing_s: dict[str, float] = {}
         self.tokens: dict[str, float] = {}
+        self.proxy_training_s: float | None = None
+        """Of the proxy in use, by whichever run trained it."""
         self.start = time.monotonic()
 
     def run(self) -> dict[str, Any]:
@@ -143,14 +145,18 @@ class Run:
         """The model whose states are scored: the teacher, or what stands in for its probabilities."""
         if self.config.recipe.teacher == "probabilities":
             return self.prepared.teacher_dir
-        start = self.prepared.proxy_init or student_dir
-        out = self.folder.path / "proxy"
+        start, corpus = self.prepared.proxy_init or student_dir, self.prepared.teacher_corpus
         if self.config.proxy.num_updates == 0:
             return start
-        if not out.exists():
-            corpus, training = self.prepared.teacher_corpus, self.config.proxy.training
-            self._fit(learner, "proxy", start, corpus, out, training)
-        return out
+        cached = proxy_in_cache(self.config, start, corpus)
+        if cached.exists():
+            self.progress.say("proxy: in the cache")
+        else:
+            out = self.folder.path / "proxy"
+            self._fit(learner, "proxy", start, corpus, out, self.config.proxy.training)
+            keep_proxy(out, cached, self.timing_s["proxy"])
+        self.proxy_training_s = training_seconds(cached)
+        return cached
 
     def _fit(
         self, learner: Any, what: str, model: Path, corpus: Path, out: Path, training: SftConfig
@@ -321,6 +327,7 @@ class Run:
             "after": after.to_dict(),
             "best": self.folder.read_best(),
             "timing_s": {name: round(seconds, 2) for name, seconds in self.timing_s.items()},
+            "proxy_training_s": self.proxy_training_s,
             "tokens": {name: int(count) for name, count in self.tokens.items()},
             "peak_pss_bytes": peak,
             "wall_s": round(wall, 2),

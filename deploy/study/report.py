@@ -224,6 +224,8 @@ def _cost(results: Mapping[str, Any]) -> dict[str, float]:
     """Median over the runs of seconds per update."""
     seconds: dict[str, list[float]] = {}
     for run in results["runs"]:
-        last = run["evaluations"][-1]
-        seconds.setdefault(run["recipe"], []).append(last["train_s"] / max(last["update"], 1))
+        first, last = run["evaluations"][0], run["evaluations"][-1]  # before the first: a proxy's training
+        seconds.setdefault(run["recipe"], []).append(
+            (last["train_s"] - first["train_s"]) / max(last["update"], 1)
+        )
     return {recipe: float(np.median(values)) for recipe, values in seconds.items()}

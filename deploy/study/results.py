@@ -24,7 +24,7 @@ class CurvePoint:
 
     update: int
     train_s: float
-    """Seconds of training until then, evaluations left out."""
+    """Seconds of training until then, a proxy's before it counted, evaluations left out."""
     values: dict[str, float]
     """On the prompts that all evaluations of the run share."""
 
@@ -37,7 +37,7 @@ def final(run_dir: Path, metric: str) -> float:
 def curve(run_dir: Path, metrics: tuple[str, ...]) -> list[CurvePoint]:
     """The evaluations of a run, in order."""
     folder = RunFolder(run_dir)
-    seconds = [0.0]
+    seconds = [(folder.read_summary() or {}).get("proxy_training_s") or 0.0]
     for value in read_metrics(folder.path)["timing/update_s"].to_pylist():
         seconds.append(seconds[-1] + value)
     last = len(seconds) - 1

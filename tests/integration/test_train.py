@@ -192,14 +192,16 @@ def test_distillms_share_of_student_text_follows_the_evaluations(world: Path) ->
 
 def test_a_teacher_of_text_alone(world: Path) -> None:
     proxy = save_tiny_llama(world / "proxy", seed=5)
-    run = train(
-        world, "blackbox", *PLAIN, "recipe=ammd_blackbox", f"proxy.model={proxy}", "proxy.num_updates=3",
-        "proxy.rows_per_update=4", "learner.num_updates=3",
-    )  # fmt: skip
+    settings = [*PLAIN, "recipe=ammd_blackbox", f"proxy.model={proxy}", "proxy.num_updates=3",
+                "proxy.rows_per_update=4", "learner.num_updates=3"]  # fmt: skip
+    run = train(world, "blackbox", *settings)
     summary = json.loads((run / "summary.json").read_text())
     assert {"proxy", "teacher", "sampler"} <= set(summary["peak_pss_bytes"])  # the teacher evaluates
-    assert (run / "proxy" / "model.safetensors").exists()
     assert "proxy_update" in events(run)
+    other = train(world, "blackbox-2", *settings, "learner.learning_rate=1e-4", "cluster.backend=in_process")
+    assert "proxy_update" not in events(other), "the same proxy is in the cache"
+    there = json.loads((other / "summary.json").read_text())
+    assert there["proxy_training_s"] == summary["proxy_training_s"] > 0
     metrics = read_metrics(run)
     assert all(gap != 0 for gap in metrics["critic/d_mm_off"].to_pylist())
     before = load_evaluation(run / "evaluations" / "before.parquet")
