@@ -47,8 +47,6 @@ from distill.run_folder import RunFolder
 
 _BATCH = 256
 _SCORING_ROWS = 32
-_TEACHER_SEED = 1_000_003
-"""Added where the teacher is measured: its texts shall not be those that it is compared with."""
 
 Tokens = list[list[int]]
 
@@ -121,8 +119,8 @@ def measure_run(run_dir: Path, texts_folder: Path, *, of_teacher: bool = False) 
     models = Models.of(str(config.teacher.model), str(folder.student))
     heldout = _heldout(folder, config, models.teacher, texts_folder)
     if of_teacher:
-        path, seed = teacher_measures_path(texts_folder, heldout.key), config.seed + _TEACHER_SEED
-        write_table(_measures(models.of_teacher(), replace(heldout, seed=seed)), path)
+        path = teacher_measures_path(texts_folder, heldout.key)
+        write_table(_measures(models.of_teacher(), heldout), path)
     else:
         write_table(_measures(models, heldout), measures_path(run_dir))
 
@@ -134,7 +132,9 @@ def _heldout(folder: RunFolder, config: RunConfig, teacher: Any, texts_folder: P
     key = xxhash.xxh3_64_hexdigest(identity.encode())
     path = texts_folder / f"{key}.parquet"
     if not path.exists():
-        texts = sample(teacher, prompts, temperature=1.0, max_new_tokens=limit, seed=config.seed)
+        texts = sample(
+            teacher, prompts, temperature=1.0, max_new_tokens=limit, stream=f"teacher {config.seed}"
+        )
         write_table(pa.table({"response_tokens": texts}), path)
     return Heldout(
         prompts=prompts,
@@ -155,7 +155,7 @@ def _measures(models: Models, heldout: Heldout) -> pa.Table:
             heldout.prompts,
             temperature=temperature,
             max_new_tokens=heldout.max_new_tokens,
-            seed=heldout.seed,
+            stream=f"student {heldout.seed} {temperature}",
         )
         name = f"t{temperature:g}"
         _measure_texts(models, heldout, texts, temperature, name, sums)
@@ -171,13 +171,17 @@ def _measures(models: Models, heldout: Heldout) -> pa.Table:
 
 @torch.inference_mode()
 def sample(
-    model: Any, prompts: Tokens, *, temperature: float, max_new_tokens: int, seed: int
+    model: Any, prompts: Tokens, *, temperature: float, max_new_tokens: int, stream: str
 ) -> list[list[int]]:
-    """One answer a prompt, the stop token included."""
+    """One answer a prompt, the stop token included.
+
+    ``stream``: names the random numbers. Those of the teacher's answers are no student's: two models that
+    draw with the same ones write alike where they are alike, and would look closer than they are.
+    """
     stop = model.generation_config.eos_token_id
     stops = {stop} if isinstance(stop, int) else set(stop)
     answers: Tokens = []
-    torch.manual_seed(seed)
+    torch.manual_seed(xxhash.xxh3_64_intdigest(stream.encode()) >> 1)
     for first in range(0, len(prompts), _BATCH):
         batch = prompts[first : first + _BATCH]
         width = max(map(len, batch))

@@ -6,6 +6,7 @@ Reading them loads neither torch nor transformers.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
-from deploy.study.statistics import Comparison, prompt_counts, summarise
+from deploy.study.statistics import NUM_DRAWS, Comparison, prompt_counts, summarise
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
 """Of sampling: the points of the frontier."""
@@ -23,15 +25,31 @@ READ_AT = (0.85, 0.9, 0.95)
 """Of the student's distribution when it is compared with the teacher's."""
 FRONTIER_SCORES = ("rouge_l.teacher", "rouge_l.reference", "bleu.reference", "teacher_logprob")
 """What is drawn against entropy."""
-NUM_DRAWS = 1000
 
 _OF_ALL = b"distill.of_all"
 _TEXTS_KEY = b"distill.teacher_texts"
+_CODE = b"distill.measuring_code"
+_MEASURING_CODE = ("measure_run.py", "measures.py", "two_sample.py")
 
 
 def measures_path(run_dir: Path) -> Path:
     """Where the measures of a run lie."""
     return run_dir / "measures.parquet"
+
+
+def are_measured(path: Path) -> bool:
+    """Whether measures lie there, made by the code of now: what older code found is measured again."""
+    if not path.exists():
+        return False
+    return (pq.read_schema(path).metadata or {}).get(_CODE) == _measuring_code()
+
+
+@functools.cache
+def _measuring_code() -> bytes:
+    state = xxhash.xxh3_64()
+    for name in _MEASURING_CODE:
+        state.update((Path(__file__).parent / name).read_bytes())
+    return state.hexdigest().encode()
 
 
 def teacher_measures_path(texts_folder: Path, key: str) -> Path:
@@ -83,7 +101,11 @@ def measures_table(
     columns: Mapping[str, np.ndarray], of_all: Mapping[str, float], texts_key: str
 ) -> pa.Table:
     """``columns``: ``NAME.sum`` and ``NAME.weight`` [m]."""
-    metadata = {_OF_ALL: json.dumps(dict(of_all)).encode(), _TEXTS_KEY: texts_key.encode()}
+    metadata = {
+        _OF_ALL: json.dumps(dict(of_all)).encode(),
+        _TEXTS_KEY: texts_key.encode(),
+        _CODE: _measuring_code(),
+    }
     return pa.table(dict(columns)).replace_schema_metadata(metadata)
 
 
@@ -93,13 +115,14 @@ def frontier_gain(
     """How far the recipe's frontier lies above the baseline's: the mean over seeds.
 
     ``pairs``: (recipe, baseline) of every seed. The difference of the two piecewise linear curves
-    score(entropy), averaged over the entropies that both reach; drawn over seeds and prompts as in
+    score(entropy), averaged over the entropies that both reach; prompts are drawn and seeds compared as in
     :mod:`deploy.study.statistics`. NaN where the curves share no entropy.
     """
     random = np.random.default_rng(0)
-    values = np.array([_gain(*(_curves(m, score, None) for m in pair))[0] for pair in pairs])
-    drawn = np.stack([_drawn_gains(pair, score, num_draws, random) for pair in pairs])
-    return summarise(float(values.mean()), drawn, random)
+    return summarise(
+        [_gain(*(_curves(m, score, None) for m in pair))[0] for pair in pairs],
+        [_drawn_gains(pair, score, num_draws, random).std(ddof=1) for pair in pairs],
+    )
 
 
 def _drawn_gains(

@@ -5,6 +5,7 @@ Every number in a table comes from runs of one method hash (the study's folder n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,10 +31,16 @@ def report(results: Mapping[str, Any], folder: Path) -> str:
     intro = (
         f"Study `{results['study']}` on task `{results['task']}`, method {results['method_hash']}, seeds "
         f"{', '.join(map(str, seeds))}; differences are from `{results['baseline']}`, paired by seed and "
-        "prompt, with 95 % bootstrap intervals over seeds and prompts; * where Holm's adjusted p over the "
-        "table is below 0.05."
+        "prompt, with 95 % intervals "
+        + (
+            "over seeds and prompts (docs/studies.md); * where Holm's adjusted p over the column is below 0.05."
+            if len(seeds) > 1
+            else "over prompts alone: one seed says nothing about another."
+        )
     )
     tables = [_final_table(results, folder), _equal_time_table(results)]
+    if results["comparisons"]:
+        tables.insert(1, _comparisons_table(results, folder))
     if any(run["critics"] for run in results["runs"]):
         tables.append(_critics_table(results))
     if all(run["texts"] for run in results["runs"]):
@@ -41,10 +48,32 @@ def report(results: Mapping[str, Any], folder: Path) -> str:
     return "\n\n".join([intro, *tables]) + "\n"
 
 
+def _finals(results: Mapping[str, Any], folder: Path) -> BySeed[Evaluation]:
+    return _of_runs(
+        results, lambda run: load_evaluation(RunFolder(folder / "runs" / run["run"]).evaluation("after"))
+    )
+
+
+def _comparisons_table(results: Mapping[str, Any], folder: Path) -> str:
+    """Pairs that the study asks for."""
+    finals = _finals(results, folder)
+    comparisons: dict[tuple[str, str], Comparison] = {}
+    for ours, theirs in results["comparisons"]:
+        shared = sorted(finals.get(ours, {}).keys() & finals.get(theirs, {}).keys())
+        for metric in results["metrics"] if shared else ():
+            pairs = [_paired(finals[ours][seed], finals[theirs][seed], metric) for seed in shared]
+            comparisons[f"`{ours}` − `{theirs}`", metric] = compare(pairs)
+    shown = _shown(comparisons)
+    rows = [
+        [pair, *(shown[pair, metric].strip(" ()") for metric in results["metrics"])]
+        for pair in dict.fromkeys(pair for pair, _ in comparisons)
+    ]
+    return "Further differences:\n\n" + _table(["", *map(_heading, results["metrics"])], rows)
+
+
 def _final_table(results: Mapping[str, Any], folder: Path) -> str:
     metrics = results["metrics"]
-    finals = _of_runs(results, lambda run: load_evaluation(
-        RunFolder(folder / "runs" / run["run"]).evaluation("after")))  # fmt: skip
+    finals = _finals(results, folder)
     comparisons = {
         (recipe, metric): compare([_paired(ours, theirs, metric) for ours, theirs in pairs])
         for recipe, pairs in _pairs(finals, results["baseline"]).items()
@@ -69,30 +98,34 @@ def _equal_time_table(results: Mapping[str, Any]) -> str:
     """Every metric after as many seconds of training as the fastest recipe took in all."""
     metrics = results["metrics"]
     budget = min(run["evaluations"][-1]["train_s"] for run in results["runs"])
-    values: dict[str, list[list[float]]] = {}
-    updates: dict[str, list[float]] = {}
+    by_recipe: dict[str, list[list[float]]] = {}
     for run in results["runs"]:
-        curve = run["evaluations"]
-        seconds = [point["train_s"] for point in curve]
-        values.setdefault(run["recipe"], []).append(
-            [float(np.interp(budget, seconds, [point["values"][m] for point in curve])) for m in metrics]
-        )
-        updates.setdefault(run["recipe"], []).append(
-            float(np.interp(budget, seconds, [point["update"] for point in curve]))
-        )
-    rows = [
-        [
-            f"`{recipe}`",
-            f"{_mean(updates[recipe]):.0f}",
-            *(f"{value:.4f}" for value in np.mean(found, axis=0)),
-        ]
-        for recipe, found in values.items()
-    ]
+        by_recipe.setdefault(run["recipe"], []).append(_at_time(run["evaluations"], budget, metrics))
+    rows = []
+    for recipe, found in by_recipe.items():
+        updates, *values = np.mean(found, axis=0)
+        row = [f"`{recipe}`"] + (["", *("" for _ in metrics)] if np.isnan(updates) else [
+            f"{updates:.0f}", *(f"{value:.4f}" for value in values)])  # fmt: skip
+        rows.append(row)
     heading = (
-        f"At equal time: after {budget:.0f} s of training (evaluations left out), interpolated between a run's "
-        "evaluations, on the prompts that they share. Runs shared the machine, so seconds are rough."
+        f"At equal time: after {budget:.0f} s of training (a proxy's counts, evaluations do not), interpolated in "
+        "the logarithm of time between a run's evaluations, on the prompts that they share; empty where that is "
+        "before the first. The slower recipes are read before their learning rate has come down, and runs shared "
+        "the machine, so this is rough."
     )
     return heading + "\n\n" + _table(["recipe", "updates by then", *map(_heading, metrics)], rows)
+
+
+def _at_time(evaluations: Sequence[Mapping[str, Any]], seconds: float, metrics: Sequence[str]) -> list[float]:
+    """[update, *metrics] then; NaN before the first evaluation after training began. Distances fall fast
+    at first, so a straight line from the start would lie far above them."""
+    after = [point for point in evaluations if point["update"] > 0]
+    if not after or seconds < after[0]["train_s"]:
+        return [math.nan] * (1 + len(metrics))
+    at = np.log([point["train_s"] for point in after])
+    columns = [[point["update"] for point in after]]
+    columns += [[point["values"][metric] for point in after] for metric in metrics]
+    return [float(np.interp(math.log(seconds), at, column)) for column in columns]
 
 
 def _critics_table(results: Mapping[str, Any]) -> str:
@@ -182,10 +215,16 @@ def _pairs(found: BySeed[Any], baseline: str) -> dict[str, list[tuple[Any, Any]]
 
 
 def _shown(comparisons: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str], str]:
-    adjusted = holm([comparison.p_value for comparison in comparisons.values()])
+    """By (recipe, metric); Holm's correction over the recipes of a metric."""
+    columns: dict[str, list[tuple[str, str]]] = {}
+    for key in comparisons:
+        columns.setdefault(key[1], []).append(key)
+    adjusted: dict[tuple[str, str], float] = {}
+    for keys in columns.values():
+        adjusted |= zip(keys, holm([comparisons[key].p_value for key in keys]), strict=True)
     return {
-        key: f" ({found.difference:+.4f}{'*' if p < 0.05 else ''} [{found.low:+.4f}, {found.high:+.4f}])"
-        for (key, found), p in zip(comparisons.items(), adjusted, strict=True)
+        key: f" ({found.difference:+.4f}{'*' if adjusted[key] < 0.05 else ''} [{found.low:+.4f}, {found.high:+.4f}])"
+        for key, found in comparisons.items()
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from deploy.study.measures import Measures, measures_path
+from deploy.study.measures import Measures, are_measured, measures_path
 from distill.evaluation import Evaluation, load_evaluation
 from distill.metrics import read_metrics
 from distill.run_folder import RunFolder
@@ -69,6 +69,6 @@ def critics(run_dir: Path) -> dict[str, float]:
 
 def texts(run_dir: Path) -> dict[str, float] | None:
     """The measures of what the student writes, if they were taken."""
-    if not measures_path(run_dir).exists():
+    if not are_measured(measures_path(run_dir)):
         return None
     return Measures.load(measures_path(run_dir)).values()

@@ -9,6 +9,7 @@ there is nothing else to keep in step.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ import xxhash
 import distill
 import learner
 from deploy.study import tasks
-from deploy.study.measures import Measures, measures_path, teacher_measures_path
+from deploy.study.measures import Measures, are_measured, measures_path, teacher_measures_path
 from deploy.study.processes import Command, run_all
 from deploy.study.results import critics, curve, final, texts
 from deploy.study.spec import Settings, StudySpec
@@ -160,7 +161,7 @@ class Study:
         run_dir = self.folder / "runs" / f"{recipe}-{fingerprint(config)}-{self.code}"
         path = self.folder / "configs" / f"{run_dir.name}.json"
         if not path.exists():
-            write_bytes(path, json.dumps([*overrides, f"run_dir={run_dir}"], indent=1).encode())
+            write_bytes(path, json.dumps(overrides, indent=1).encode())
         return Job(recipe, seed, tuned, tuning, path, run_dir)
 
     def _train(self, jobs: Sequence[Job], *, done: int, num_runs: int) -> None:
@@ -178,6 +179,11 @@ class Study:
                 f"{done}/{num_runs} {command.name}: {seconds:.0f} s"
                 + (f", {left} {what} runs left, about {left * pace / 60:.0f} min" if left else "")
             )
+            if left and method_hash() != self.code:
+                raise StudyUnfinished(
+                    f"study {self.spec.name}: the method's code is {method_hash()} and was {self.code} at the "
+                    "start; leave the code alone while a study runs (give it a git worktree), and start it again"
+                )
 
         left, began = len(missing), time.monotonic()
         what = "tuning" if jobs and jobs[0].tuning else "reported"
@@ -185,15 +191,16 @@ class Study:
 
     def _command(self, job: Job) -> Command:
         name = f"{job.recipe} seed {job.seed}" + "".join(f" {k}={v}" for k, v in job.tuned.items())
-        overrides = json.loads(job.config.read_text())
+        overrides = [*json.loads(job.config.read_text()), f"run_dir={job.run_dir}"]
         argv = (sys.executable, "-m", "deploy.cli.main", "train", str(self.folder / "empty.yaml"), *overrides)
-        return Command(name, argv, self.folder / "logs" / f"{job.run_dir.name}.txt")
+        log = self.folder / "logs" / f"{job.run_dir.name}.txt"
+        return Command(name, argv, log, may_fail=lambda: _has_diverged(job))
 
     def _measure(self, jobs: Sequence[Job]) -> None:
         """The measures of the runs that lack them, then those of each seed's teacher texts."""
-        missing = [job for job in jobs if not measures_path(job.run_dir).exists()]
+        missing = [job for job in jobs if not are_measured(measures_path(job.run_dir))]
         self._run_measures([self._measuring(job) for job in missing])
-        missing = [job for path, job in self._of_teachers(jobs).items() if not path.exists()]
+        missing = [job for path, job in self._of_teachers(jobs).items() if not are_measured(path)]
         self._run_measures([self._measuring(job, "--teacher") for job in missing])
 
     def _measuring(self, job: Job, *options: str) -> Command:
@@ -219,7 +226,7 @@ class Study:
         keys = {
             Measures.load(measures_path(job.run_dir)).texts_key: job
             for job in jobs
-            if measures_path(job.run_dir).exists()
+            if are_measured(measures_path(job.run_dir))
         }
         return {teacher_measures_path(self._teacher_texts, key): job for key, job in keys.items()}
 
@@ -230,9 +237,11 @@ class Study:
             return {}
         scores: list[tuple[float, Settings]] = []
         for point in tuning.points():
-            values = [final(job.run_dir, tuning.metric) for job in jobs if job.tuned == point]
+            values = [self._score(job) for job in jobs if job.tuned == point]
             scores.append((direction(tuning.metric) * sum(values) / len(values), point))
-        best = max(scores, key=lambda score: score[0])[1]
+        best_score, best = max(scores, key=lambda score: score[0])
+        if best_score == -math.inf:
+            raise StudyUnfinished(f"study {self.spec.name}: {recipe} diverges at every point of the grid")
         for name, values in tuning.grid.items():
             if len(values) > 1 and best[name] in (min(values), max(values)):
                 self.say(
@@ -258,10 +267,11 @@ class Study:
             "method_hash": self.code,
             "metrics": list(self.spec.metrics),
             "baseline": self.spec.baseline,
+            "comparisons": [list(pair) for pair in self.spec.comparisons],
             "chosen": dict(chosen),
             "tuning": [
                 {"recipe": job.recipe, "seed": job.seed, "tuned": job.tuned,
-                 self._tuning_metric: final(job.run_dir, self._tuning_metric)}
+                 self._tuning_metric: self._score(job)}
                 for jobs_of in tuning_jobs.values() for job in jobs_of
             ],
             "runs": [
@@ -274,9 +284,15 @@ class Study:
             ],
             "teacher": [
                 {"seed": job.seed, "texts": Measures.load(path).values()}
-                for path, job in self._of_teachers(jobs).items() if path.exists()
+                for path, job in self._of_teachers(jobs).items() if are_measured(path)
             ],
         }  # fmt: skip
+
+    def _score(self, job: Job) -> float:
+        """What a tuning run is judged by; the worst where it has diverged."""
+        if _has_diverged(job):
+            return -direction(self._tuning_metric) * math.inf
+        return final(job.run_dir, self._tuning_metric)
 
     @property
     def _tuning_metric(self) -> str:
@@ -284,8 +300,14 @@ class Study:
 
 
 class StudyUnfinished(RuntimeError):
-    """Nothing to report yet."""
+    """There is no result; the message says why."""
 
 
 def _is_done(job: Job) -> bool:
-    return (job.run_dir / "summary.json").exists()
+    return (job.run_dir / "summary.json").exists() or _has_diverged(job)
+
+
+def _has_diverged(job: Job) -> bool:
+    """Whether a tuning run ended with numbers that are not finite, which says enough of its settings."""
+    failure = job.run_dir / "failure.txt"
+    return job.tuning and failure.exists() and "FloatingPointError" in failure.read_text()

@@ -10,6 +10,7 @@ recipes:
   kd: {}
   triangular: {recipe.anchor_weight: 0.1}     # a preset with fields on top
   both: {recipe: jsd, recipe.student_text: every_update}
+comparisons: [[both, triangular]]   # further pairs, beside those with the baseline
 texts: true                      # also measure what the students write (measure_run.py)
 tuning:
   grid: {learner.learning_rate: [1.e-3, 3.e-3]}
@@ -21,6 +22,7 @@ tuning:
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ from typing import Any
 import yaml
 
 from distill.config import EVALUATION_METRICS, ConfigError, rule
+from distill.evaluation import EXTRA_METRICS, METRICS, direction
 
 Settings = dict[str, Any]
 """Dotted setting -> value."""
@@ -61,11 +64,16 @@ class StudySpec:
     metrics: tuple[str, ...]
     settings: Settings = field(default_factory=dict)
     tuning: Tuning | None = None
+    comparisons: tuple[tuple[str, str], ...] = ()
+    """Pairs of recipes beside those with the baseline."""
     texts: bool = False
     """Whether what the students write is measured too, at several temperatures (measure_run.py)."""
 
 
-_KEYS = ("name", "task", "recipes", "seeds", "baseline", "metrics", "settings", "tuning", "texts")
+_KEYS = (
+    "name", "task", "recipes", "seeds", "baseline", "metrics", "settings", "comparisons", "tuning", "texts",
+)  # fmt: skip
+_METRICS = (*METRICS, *EXTRA_METRICS)
 _TUNING_KEYS = ("grid", "seeds", "settings", "metric")
 
 
@@ -89,7 +97,7 @@ def load_study(path: str | Path) -> StudySpec:
     _typed(tree, "settings", dict, "be a mapping of settings")
     _typed(tree, "tuning", dict, f"be a mapping of {', '.join(_TUNING_KEYS)}")
     _typed(tree, "texts", bool, "be true or false")
-    for key in ("seeds", "metrics"):
+    for key in ("seeds", "metrics", "comparisons"):
         _typed(tree, key, list, "be a list")
     for name, settings in tree["recipes"].items():
         _typed({f"recipes.{name}": settings}, f"recipes.{name}", dict, "be a mapping of settings")
@@ -100,10 +108,12 @@ def load_study(path: str | Path) -> StudySpec:
     metrics = tuple(tree.get("metrics") or EVALUATION_METRICS)
     tuning = _tuning(tree["tuning"]) if tree.get("tuning") else None
     for metric in (*metrics, *([tuning.metric] if tuning else [])):
-        if metric not in EVALUATION_METRICS:
-            raise ConfigError(
-                rule("metrics", metric, f"be of {', '.join(EVALUATION_METRICS)}", "choose among them")
-            )
+        if metric not in _METRICS:
+            raise ConfigError(rule("metrics", metric, f"be of {', '.join(_METRICS)}", "choose among them"))
+    if tuning and direction(tuning.metric) == 0:
+        raise ConfigError(
+            rule("tuning.metric", tuning.metric, "have a better and a worse", "choose a distance or a score")
+        )
     if tuning and set(tuning.seeds) & set(tree["seeds"]):
         raise ConfigError(
             rule(
@@ -118,6 +128,7 @@ def load_study(path: str | Path) -> StudySpec:
         baseline=baseline,
         metrics=metrics,
         settings=dotted(tree.get("settings") or {}),
+        comparisons=tuple(_pair(pair, recipes) for pair in tree.get("comparisons") or ()),
         tuning=tuning,
         texts=bool(tree.get("texts", False)),
     )
@@ -130,12 +141,28 @@ def _tuning(tree: dict[str, Any]) -> Tuning:
     _typed(tree, "seeds", list, "be a list", "tuning.")
     for name, values in (tree.get("grid") or {}).items():
         _typed({name: values}, name, list, "be a list of values to try", "tuning.grid.")
+        for value in values or ():
+            if isinstance(value, str) and _NUMBER_AS_TEXT.fullmatch(value):  # 1e-3 is text to YAML 1.1
+                raise ConfigError(
+                    rule(f"tuning.grid.{name}", value, "be a number", "write 1.0e-3, with point and sign")
+                )
     return Tuning(
         grid={name: list(values) for name, values in (tree.get("grid") or {}).items()},
         seeds=tuple(tree.get("seeds") or (100,)),
         settings=dotted(tree.get("settings") or {}),
         metric=str(tree.get("metric", "teacher_text.tv")),
     )
+
+
+def _pair(pair: Any, recipes: Mapping[str, Settings]) -> tuple[str, str]:
+    if not (isinstance(pair, list) and len(pair) == 2 and set(pair) <= set(recipes) and pair[0] != pair[1]):
+        raise ConfigError(
+            rule("comparisons", pair, f"be pairs of {', '.join(recipes)}", "write [[one, other], ...]")
+        )
+    return pair[0], pair[1]
+
+
+_NUMBER_AS_TEXT = re.compile(r"[+-]?[\d.]+[eE][+-]?\d+")
 
 
 def _known(tree: Mapping[str, Any], keys: Sequence[str], prefix: str) -> None:

@@ -1,8 +1,10 @@
-"""Paired comparisons of two recipes: bootstrap over seeds and prompts, Holm's correction.
+"""Paired comparisons of two recipes: over prompts by bootstrap, over seeds by Student's t.
 
-Within a seed both recipes answer the same held-out prompts, so prompts are drawn in pairs; seeds
-are drawn around them, since another seed is another split, another start and other samples. With
-three seeds the outer draw is coarse: the intervals are as honest as three seeds allow.
+Within a seed both recipes answer the same held-out prompts, so prompts are drawn in pairs. Another
+seed is another split, another start and other samples: what a recipe gains differs between seeds by
+more than prompts explain. Three seeds drawn with replacement give ten different draws, and three
+differences of one sign give an interval that leaves out 0 every fourth time by chance; so the seeds'
+own spread is taken with t's quantiles, which is wide with three seeds, and right.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import norm, t
+
+NUM_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -42,35 +47,36 @@ class Comparison:
 
     difference: float
     low: float
-    """Lower end of the 95 % percentile interval."""
+    """Lower end of the 95 % interval."""
     high: float
     p_value: float
-    """Twice the share of draws on the other side of 0; at least 1 / the number of draws."""
+    """Two-sided; 1 with one seed, which says nothing about another."""
 
 
-def compare(seeds: Sequence[PairedPrompts], *, num_draws: int = 4000, seed: int = 0) -> Comparison:
-    """Draw seeds with replacement, and prompts with replacement within each drawn seed."""
+def compare(seeds: Sequence[PairedPrompts], *, num_draws: int = NUM_DRAWS, seed: int = 0) -> Comparison:
+    """Of a metric, one pair of recipes, every seed that both have."""
     random = np.random.default_rng(seed)
-    drawn = np.stack([_draws(pair, num_draws, random) for pair in seeds])  # [seeds, draws]
-    return summarise(float(np.mean([pair.difference() for pair in seeds])), drawn, random)
-
-
-def summarise(difference: float, drawn: np.ndarray, random: np.random.Generator) -> Comparison:
-    """Interval and p of a difference from its draws [seeds, draws], one seed's prompts drawn in each row.
-
-    A draw that is not a number makes the interval NaN and p 1: nothing is claimed.
-    """
-    num_seeds, num_draws = drawn.shape
-    choice = random.integers(num_seeds, size=(num_seeds, num_draws))
-    means = np.take_along_axis(drawn, choice, axis=0).mean(0)
-    low, high = np.quantile(means, [0.025, 0.975])
-    beyond = 0.5 if np.isnan(means).any() else min((means <= 0).mean(), (means >= 0).mean())
-    return Comparison(
-        difference=difference,
-        low=float(low),
-        high=float(high),
-        p_value=float(min(1.0, max(2 * beyond, 1 / num_draws))),
+    return summarise(
+        [pair.difference() for pair in seeds], [_draws(pair, num_draws, random).std(ddof=1) for pair in seeds]
     )
+
+
+def summarise(differences: Sequence[float], errors: Sequence[float]) -> Comparison:
+    """Interval and p from each seed's difference and its standard error over prompts.
+
+    The error of the mean is the seeds' own, s/√S, and no less than what prompts alone give it; t has
+    S − 1 degrees of freedom. With one seed: the interval over prompts. What is not a number has no
+    interval and p 1: nothing is claimed.
+    """
+    num_seeds, mean = len(differences), float(np.mean(differences))
+    error = float(np.sqrt(np.sum(np.square(errors)))) / num_seeds
+    if num_seeds == 1:
+        reach, p_value = float(norm.ppf(0.975)) * error, 1.0
+    else:
+        error = max(error, float(np.std(differences, ddof=1)) / num_seeds**0.5)
+        reach = float(t.ppf(0.975, num_seeds - 1)) * error
+        p_value = float(2 * t.sf(abs(mean) / max(error, 1e-300), num_seeds - 1))
+    return Comparison(mean, mean - reach, mean + reach, 1.0 if np.isnan(p_value) else p_value)
 
 
 def prompt_counts(num_prompts: int, num_draws: int, random: np.random.Generator) -> np.ndarray:

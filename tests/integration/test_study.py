@@ -67,6 +67,8 @@ def test_a_study_and_its_second_start(tmp_path: Path) -> None:
     table = report(results, folder)
     assert table.count("\n| `") == 7  # two recipes in three tables, one with critics
     assert "nan" not in table
+    assert [of_seed["seed"] for of_seed in results["teacher"]] == [0, 1]
+    assert "| the teacher itself | " in table
     assert {path.name for path in draw(results, folder)} == {"curves.svg", "frontier.svg"}
     assert "learning_rate" in table
 

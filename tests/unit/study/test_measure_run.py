@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from deploy.study import measure_run
 from deploy.study.measure_run import Heldout, Models, Sums, bleu, distinct, position_logits, sample
-from deploy.study.measures import Measures
+from deploy.study.measures import Measures, are_measured
+from distill.data import write_table
 from tests.tiny import save_tiny_llama
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -46,7 +48,7 @@ def test_logits_are_those_of_a_row_alone(models, monkeypatch):
 
 
 def test_cold_samples_are_greedy_whatever_the_padding(models):
-    cold = sample(models.student, PROMPTS, temperature=1e-3, max_new_tokens=6, seed=0)
+    cold = sample(models.student, PROMPTS, temperature=1e-3, max_new_tokens=6, stream="0")
     for prompt, answer in zip(PROMPTS, cold, strict=True):
         assert 1 <= len(answer) <= 6
         assert alone(models.student, prompt, answer).argmax(-1).tolist() == answer
@@ -95,10 +97,23 @@ def test_bleu_of_a_sentence():
 
 
 def test_the_teacher_in_the_students_place_is_the_ceiling(models):
-    answers = sample(models.teacher, PROMPTS, temperature=1.0, max_new_tokens=6, seed=0)
+    answers = sample(models.teacher, PROMPTS, temperature=1.0, max_new_tokens=6, stream="0")
     ceiling = Measures(measure_run._measures(models.of_teacher(), heldout(answers)))
     student = Measures(measure_run._measures(models, heldout(answers)))
     assert ceiling.value("read_at1.tv") == pytest.approx(0, abs=1e-6)
     assert student.value("read_at1.tv") > 0.1
     assert ceiling.texts_key == "k"
     assert ceiling.values().keys() == student.values().keys()
+
+
+def test_a_student_equal_to_the_teacher_writes_other_texts(models, tmp_path):
+    """With the same random numbers it would write the same, and every score against the teacher's would flatter."""
+    twin = replace(models, student=models.teacher)
+    given = heldout(sample(models.teacher, PROMPTS, temperature=1.0, max_new_tokens=6, stream="teacher 0"))
+    found = Measures(measure_run._measures(twin, given))
+    assert found.value("t1.rouge_l.teacher") < 0.9
+    path = tmp_path / "measures.parquet"
+    write_table(found.table, path)
+    assert are_measured(path)
+    write_table(found.table.replace_schema_metadata({}), path)
+    assert not are_measured(path), "of other code"

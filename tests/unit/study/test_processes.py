@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -55,3 +56,10 @@ def test_sigterm_ends_what_runs(tmp_path: Path):
         run_all([python(tmp_path, "child", child), python(tmp_path, "other", WAIT)], 2)
     assert time.monotonic() - began < 30
     assert not children_with(child) and not children_with(WAIT)
+
+
+def test_a_failure_that_is_a_result(tmp_path: Path):
+    fails = python(tmp_path, "fails", "raise SystemExit(3)")
+    ended: list[str] = []
+    run_all([replace(fails, may_fail=lambda: True)], 1, lambda command, _: ended.append(command.name))
+    assert ended == ["fails"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from deploy.study.plots import draw
@@ -20,6 +21,7 @@ RESULTS = {
     "metrics": ["teacher_text.tv"],
     "baseline": "kd",
     "teacher": [],
+    "comparisons": [],
     "runs": [
         run("kd", 0, [0.0, 10.0, 20.0], [0.5, 0.4, 0.3]),
         run("ammd", 0, [0.0, 40.0, 80.0], [0.5, 0.3, 0.2]),
@@ -32,9 +34,10 @@ RESULTS = {
 def test_equal_time_is_the_fastest_runs():
     table = _equal_time_table(RESULTS)
     assert "after 20 s of training" in table
-    # kd: 0.3 at 20 s, and between 0.4 at 12 s and 0.3 at 24 s; ammd: half way to its first evaluation
-    assert "| `kd` | 18 | 0.3167 |" in table
-    assert "| `ammd` | 5 | 0.4000 |" in table
+    # kd: 0.3 at 20 s, and at log 20 between 0.4 at 12 s and 0.3 at 24 s; ammd is first seen at 40 s.
+    share = math.log(20 / 12) / math.log(2)
+    assert f"| `kd` | {10 * (2 + 1 + share) / 2:.0f} | {(0.3 + 0.4 - 0.1 * share) / 2:.4f} |" in table
+    assert "| `ammd` |  |  |" in table
 
 
 def test_plots_are_the_same_for_the_same_results(tmp_path: Path):

@@ -15,6 +15,7 @@ name: s
 task: tiny-wiki
 seeds: [0, 1]
 recipes: {kd: {}, both: {recipe: jsd, recipe.beta: 0.5}}
+comparisons: [[both, kd]]
 settings: {learner: {num_updates: 5}}
 tuning: {grid: {learner.learning_rate: [0.1, 0.2], critic.rank: [1, 2, 3]}, seeds: [9]}
 """
@@ -30,6 +31,7 @@ def test_a_study(tmp_path):
     spec = load(tmp_path, GOOD)
     assert (spec.baseline, spec.seeds, spec.settings) == ("kd", (0, 1), {"learner.num_updates": 5})
     assert spec.recipes["both"] == {"recipe": "jsd", "recipe.beta": 0.5}
+    assert spec.comparisons == (("both", "kd"),)
     assert spec.tuning is not None
     points = list(spec.tuning.points())
     assert len(points) == 6
@@ -56,6 +58,9 @@ def test_dotted():
         (("seeds: [0, 1]", "seeds: 3"), "seeds=3 must be a list"),
         (("{kd: {}, both: {recipe: jsd, recipe.beta: 0.5}}", "[kd]"), "recipes=.* must be a mapping"),
         (("kd: {}", "kd: 1"), "recipes.kd=1 must be a mapping"),
+        (("[0.1, 0.2]", "[1e-3, 0.2]"), "tuning.grid.learner.learning_rate=1e-3 must be a number"),
+        (("[[both, kd]]", "[[both, jsd]]"), "comparisons=.* must be pairs of kd, both"),
+        (("seeds: [9]}", "seeds: [9], metric: length}"), "tuning.metric=length must have a better and a worse"),
         (("[0.1, 0.2]", "0.1"), "tuning.grid.learner.learning_rate=0.1 must be a list"),
         (("settings: {learner: {num_updates: 5}}", "settings: 5"), "settings=5 must be a mapping"),
         ((GOOD, "- 1"), "must hold a mapping"),
