@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from distill.evaluation import Evaluation, paired_difference
+
 WINDOW = 20
 """Updates over which a mean is taken before anything is said: one batch is noise, and a plain
 critic starts at 0."""
 WEAK = 0.6
 """Tightness below which a critic is too weak to be believed."""
+SIGNIFICANT = 2.0
+"""Standard errors, paired by prompt, by which held-out TV must rise to have risen: the gap falls in every
+good run, and near the end TV moves by chance."""
 DRIFT = 1.1
 """TV in the last third of the student's answers over that in the first, above which text drifts."""
 
@@ -23,8 +28,8 @@ class Alarms:
     def __init__(self) -> None:
         self._rows: list[Mapping[str, float]] = []
         self._raised: set[str] = set()
-        self._last: tuple[float, float | None] | None = None
-        """Held-out TV of the last evaluation, and the critics' gap in the updates before it."""
+        self._last: tuple[Evaluation, float | None] | None = None
+        """The last evaluation, and the critics' gap in the updates before it."""
 
     def after_update(self, row: Mapping[str, float]) -> list[str]:
         """What is to be said after an update; ``row``: its metrics."""
@@ -50,16 +55,18 @@ class Alarms:
             )
         return said
 
-    def after_evaluation(self, held_out_tv: float) -> list[str]:
+    def after_evaluation(self, evaluation: Evaluation) -> list[str]:
         """What is to be said after an evaluation during training."""
         gap = self._mean("critic/d_mm_off")
-        before, self._last = self._last, (held_out_tv, gap)
-        if before is None or before[1] is None or gap is None:
+        before, self._last = self._last, (evaluation, gap)
+        if before is None or before[1] is None or gap is None or gap >= before[1]:
             return []
-        if held_out_tv > before[0] and gap < before[1]:
+        rise = paired_difference(before[0], evaluation)["teacher_text.tv"]
+        if rise.value > SIGNIFICANT * rise.stderr:
+            tv = evaluation.value("teacher_text.tv")
             return self._once(
                 "gamed",
-                f"held-out TV rose from {before[0]:.3f} to {held_out_tv:.3f} while the critic's gap fell from "
+                f"held-out TV rose from {tv - rise.value:.3f} to {tv:.3f} while the critic's gap fell from "
                 f"{before[1]:.3f} to {gap:.3f}: the critic is gamed; raise recipe.anchor_weight or critic.rank, "
                 "or lower learner.learning_rate",
             )

@@ -24,9 +24,9 @@ from torch import Tensor
 LOG_FLOOR = -1e4
 """Stands in for log 0 where it is multiplied by a probability, so that 0 · log 0 = 0."""
 
-DEAD_ZONE = 1e-4
-"""Nats by which two log-probabilities differ at least where :func:`sign_critic` takes a side: ten
-times what a float32 log-softmax over a large vocabulary is off by."""
+DEAD_ZONE = 1e-2
+"""Nats by which two log-probabilities differ at least where :func:`sign_critic` takes a side: the
+teacher's states come as bfloat16, and what that moves must not count as a difference."""
 
 _TINY = 1e-37
 """Least float32 denominator: 0/0 becomes 0 and no other quotient changes visibly."""
@@ -191,7 +191,8 @@ def sampled_critic_loss(
     """−(f(y) − E_p f) + (λ/4) (E_p f² + f(y)²): :func:`critic_loss` from one token y ~ q a state.
 
     For a teacher that gives text alone. Unbiased, but for the penalty's centre, which is taken as
-    0; at the optimum it is: E_m (q−p)/(q+p) = 0, so both losses have the same minimiser.
+    0. At the optimum it is, as long as λ >= 2/B (nothing is clipped there): E_m (q−p)/(q+p) = 0, and both
+    losses have the same minimiser.
     """
     policy_probs = _probs(policy_logprobs, policy_probs)
     at_token = f.gather(-1, targets[:, None]).squeeze(-1)

@@ -6,6 +6,7 @@ Legend: N positions (response tokens), D features, V vocabulary (the common pref
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from distill.config import CriticConfig
@@ -36,6 +37,7 @@ def critic_update(
     seed: int,
     warm_up: bool = False,
     from_text: bool = False,
+    discount: float = 1.0,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """K steps of both critics, on K disjoint slices of the positions (together all of them, unless
@@ -43,10 +45,12 @@ def critic_update(
 
     ``warm_up``: as many steps as it takes for none to see more than 512 positions. ``from_text``:
     the gap is taken between the text's tokens and the policy, ``heads.teacher`` being a proxy's.
+    ``discount``: a position weighs discount^t in its critic's mean (γ with ``credit.form=exact``, so that
+    the critics maximise the very distance that the student minimises).
 
-    A slice is every M-th token of every row, starting at ``seed``, M the number of slices: it
-    depends on nothing but a token's place in its row, so neither packing nor the order of rows
-    changes it.
+    A slice is every M-th token of every row, starting at ``seed``, M the number of slices (no more than
+    the longest row has tokens, so that none is empty): it depends on nothing but a token's place in its
+    row, so neither packing nor the order of rows changes it.
     """
     device = positions.step.device
     num_positions = ranks.sum_count(len(positions), device)
@@ -56,6 +60,9 @@ def critic_update(
     num_slices = num_steps
     if config.positions_per_step is not None:
         num_slices = max(num_steps, -(-num_positions // config.positions_per_step))
+    longest = int(positions.step.max()) + 1 if len(positions) else 1
+    num_slices = min(num_slices, ranks.max_count(longest, device))
+    num_steps = min(num_steps, num_slices)
     slice_of = (positions.step + seed) % num_slices
     norms: list[Tensor] = []
     totals: dict[str, Tensor] = {}
@@ -64,19 +71,20 @@ def critic_update(
         critics.zero_grad()
         for source in SOURCES:
             part = positions.select(slice_of == number).of(source)
-            count = ranks.sum_count(len(part), device)
+            weight = discount ** part.step.double()
+            total = ranks.sum(weight.sum())
             if len(part):
                 measure = steps_of[source] == 0
                 means = _critic_gradient(
-                    part, heads, critics[source], config, chunk, measure, from_text, count
+                    part, weight / total, heads, critics[source], config, chunk, measure, from_text
                 )
                 for name, value in means.items():
                     key = f"critic/{name}_{source}"
                     totals[key] = totals[key] + value if key in totals else value
-            steps_of[source] += count > 0
+            steps_of[source] += int(total > 0)
         ranks.sum_gradients(critics.parameters())
         norms.append(critics.step())
-    totals = ranks.sum_by_name(totals)
+    totals = ranks.sum_by_name(totals, device)
     for source, steps in steps_of.items():
         if steps:
             totals[f"critic/loss_{source}"] /= steps
@@ -85,16 +93,16 @@ def critic_update(
 
 def _critic_gradient(
     positions: Positions,
+    share: Float[Tensor, " N"],
     heads: Heads,
     critic: Critic,
     config: CriticConfig,
     chunk: int,
     measure: bool,
     from_text: bool,
-    count: int,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the mean critic loss over ``count`` positions, of which these are some (all,
-    on one rank); returns their shares of the means."""
+    """Add the gradient of the critic's loss, a sum with weights ``share``, which add up to 1 over all
+    ranks; returns this rank's part of the means."""
     policy_logits = ChunkedLogits(heads.student, positions.student_hidden, chunk)
     teacher_logits = ChunkedLogits(heads.teacher, positions.teacher_hidden, chunk)
 
@@ -112,7 +120,8 @@ def _critic_gradient(
         else:
             losses = critic_loss(*both.pair, f, config.penalty, **both.probs)
             metrics = _critic_metrics(both, f.detach(), config) if measure else {}
-        return losses.sum() / count, metrics
+        weight = share[where].to(losses.dtype)
+        return weight @ losses, {name: weight @ values for name, values in metrics.items()}
 
     loss, metrics = chunked_loss(
         critic.coefficients(positions.teacher_hidden, positions.student_hidden),
@@ -123,30 +132,32 @@ def _critic_gradient(
         parameters=critic.extra_parameters(),
     )
     loss.backward()
-    return {"loss": loss.detach()} | {name: value / count for name, value in metrics.items()}
+    return {"loss": loss.detach()} | metrics
 
 
 @torch.no_grad()
-def _critic_metrics(both: Policies, f: Tensor, config: CriticConfig) -> dict[str, Tensor]:
-    """Sums of the gap, of the gap of the best critic, and of the mass that has saturated values."""
+def _critic_metrics(both: Policies, f: Tensor, config: CriticConfig) -> dict[str, Float[Tensor, " N"]]:
+    """The gap, the gap of the best critic, and the mass that has saturated values."""
     best = closed_form_critic(*both.pair, config.bound, config.penalty, **both.probs)
     saturated = (f.abs() > SATURATION * config.bound).to(f.dtype)
     mean_probs = (both.policy_probs + both.teacher_probs) / 2
     return {
-        "d_mm": moment_gap(*both.pair, f, **both.probs).sum(),
-        "best": moment_gap(*both.pair, best, **both.probs).sum(),
-        "saturation": torch.linalg.vecdot(mean_probs, saturated).sum(),
+        "d_mm": moment_gap(*both.pair, f, **both.probs),
+        "best": moment_gap(*both.pair, best, **both.probs),
+        "saturation": torch.linalg.vecdot(mean_probs, saturated),
     }
 
 
 @torch.no_grad()
-def _metrics_from_text(both: Policies, f: Tensor, tokens: Tensor, config: CriticConfig) -> dict[str, Tensor]:
+def _metrics_from_text(
+    both: Policies, f: Tensor, tokens: Tensor, config: CriticConfig
+) -> dict[str, Float[Tensor, " N"]]:
     """The gap between tokens and policy; the best critic's is not known without probabilities."""
     saturated = (f.abs() > SATURATION * config.bound).to(f.dtype)
     at_token = f.gather(1, tokens[:, None]).squeeze(1)
     return {
-        "d_mm": (at_token - torch.linalg.vecdot(both.policy_probs, f)).sum(),
-        "saturation": torch.linalg.vecdot(both.policy_probs, saturated).sum(),
+        "d_mm": at_token - torch.linalg.vecdot(both.policy_probs, f),
+        "saturation": torch.linalg.vecdot(both.policy_probs, saturated),
     }
 
 

@@ -214,7 +214,8 @@ class CriticPair:
             nn.utils.clip_grad_norm_(critic.parameters(), self._max_grad_norm)
             for critic in self._critics.values()
         ]
-        norm = torch.linalg.vector_norm(torch.stack([value.float() for value in norms]))
+        device = self.parameters()[0].device  # torch gives a critic without gradient a norm on the CPU
+        norm = torch.linalg.vector_norm(torch.stack([value.to(device, torch.float32) for value in norms]))
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"the critics' gradient has norm {norm.item()}: a state, logit or critic is not finite"

@@ -51,9 +51,10 @@ class Distiller:
         config = self.config
         learner = config.learner
         batch = token_batch(batches, learner.micro_batch_tokens).to(self.student.device)
+        warmup = config.critic.warmup_updates  # the student's own updates come after the critics'
         rate = learning_rate(
-            self.updates_done,
-            learner.num_updates,
+            max(0, self.updates_done - warmup),
+            max(1, learner.num_updates - warmup),
             learner.learning_rate,
             learner.warmup_fraction,
             learner.final_fraction,
@@ -67,7 +68,7 @@ class Distiller:
             self.critics,
             config.method,
             seed=self.updates_done,
-            critics_only=self.updates_done < config.critic.warmup_updates,
+            critics_only=self.updates_done < warmup,
         )
         self.updates_done += 1
         self.num_tokens += batch.num_input_tokens

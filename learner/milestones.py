@@ -191,7 +191,7 @@ class RunMilestones:
         elif self.evaluation.every and updates_done % self.evaluation.every == 0:
             label = f"step-{updates_done}"
             found = await self._evaluate(label, self.evaluation.num_prompts_during, keep_answers=False)
-            self._raise(updates_done, self.alarms.after_evaluation(found.value("teacher_text.tv")))
+            self._raise(updates_done, self.alarms.after_evaluation(found))
             await self._keep_best(updates_done, found)
             await self._adapt_share(updates_done, found)
         if updates_done % self.checkpoint.every == 0 or updates_done == self.num_updates:

@@ -37,7 +37,15 @@ class Ranks:
             return count
         return int(self.sum(torch.tensor(count, device=device)))
 
-    def sum_by_name(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def max_count(self, count: int, device: torch.device | str = "cpu") -> int:
+        """Likewise."""
+        if self._group is None:
+            return count
+        value = torch.tensor(count, device=device)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group)
+        return int(value)
+
+    def sum_by_name(self, values: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
         """Scalars; a rank that lacks a name adds 0."""
         if self._group is None:
             return dict(values)
@@ -46,8 +54,7 @@ class Ranks:
         together = sorted({name for of_rank in names for name in of_rank})
         if not together:
             return {}
-        like = next(iter(values.values()), torch.zeros(()))
-        zero = like.new_zeros((), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
         stacked = self.sum(torch.stack([values.get(name, zero).detach().double() for name in together]))
         return dict(zip(together, stacked, strict=True))
 

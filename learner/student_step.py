@@ -56,7 +56,9 @@ def student_update(
             sums[name] = sums[name] + value if name in sums else value
     ranks.sum_gradients(student.parameters())
     grad_norm = nn.utils.clip_grad_norm_(student.parameters(), method.learner.max_grad_norm)
-    metrics = to_floats(objective.means(ranks.sum_by_name(sums)) | {"policy/grad_norm": grad_norm})
+    metrics = to_floats(
+        objective.means(ranks.sum_by_name(sums, batch.group.device)) | {"policy/grad_norm": grad_norm}
+    )
     if not (math.isfinite(metrics["policy/loss"]) and math.isfinite(metrics["policy/grad_norm"])):
         raise FloatingPointError(
             f"the student's loss is {metrics['policy/loss']} and its gradient's norm "

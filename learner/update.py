@@ -64,7 +64,7 @@ def update(
 
     ``teacher`` may be None for a recipe without teacher payload, ``critics`` for one without
     learned critics. ``seed`` chooses which positions each critic step sees; pass the update's
-    number. ``critics_only``: a warm-up update, the student stays if there are critics that learn.
+    number. ``critics_only``: a warm-up update, the student stays if there are learned critics.
     ``ranks``: who else has groups of this update; metrics and step are then the same on all.
 
     Raises: FloatingPointError when a loss or gradient is not finite; what it is of has not moved.
@@ -88,6 +88,7 @@ def update(
             metrics |= critic_update(
                 positions, heads, critics, method.critic, chunk=chunk, seed=seed, warm_up=critics_only,
                 from_text=recipe.teacher == "text", ranks=ranks,
+                discount=recipe.gamma if method.credit.form == "exact" else 1.0,
             )  # fmt: skip
         if critics_only:
             return metrics

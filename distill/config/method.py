@@ -179,7 +179,8 @@ class CriticConfig:
     max_grad_norm: float = 1.0
     """Clipping of the critics' gradient."""
     warmup_updates: int = 0
-    """Updates at the start in which only the critics move, in steps of about 512 positions."""
+    """Updates at the start in which only the critics move, in steps of about 512 positions. They count
+    in ``learner.num_updates``; the student's learning rate starts after them."""
 
     @property
     def penalty(self) -> float:
@@ -194,6 +195,10 @@ class CriticConfig:
             yield rule("critic.ema", self.ema, "lie in [0, 1)", "0 plays the newest critics, 0.99 their mean")
         if self.bound <= 0:
             yield rule("critic.bound", self.bound, "be > 0", "1 is the default")
+        if self.variance_penalty is not None and self.variance_penalty <= 0:
+            yield rule("critic.variance_penalty", self.variance_penalty, "be > 0", "null is 2/bound")
+        if self.max_grad_norm <= 0:
+            yield rule("critic.max_grad_norm", self.max_grad_norm, "be > 0", "1 is the default")
         if self.num_steps < 1:
             yield rule("critic.num_steps", self.num_steps, "be >= 1", "3 is the default")
         if self.positions_per_step is not None and self.positions_per_step < 1:
@@ -240,6 +245,14 @@ class CreditConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 yield rule(f"credit.{name}", value, "be > 0", "null turns it off")
+        if self.form == "exact":
+            for name in ("cost_max", "ppo_clip"):
+                if getattr(self, name) is not None:
+                    yield rule(f"credit.{name}", getattr(self, name), "be null when credit.form=exact",
+                               "a clipped cost has another gradient")  # fmt: skip
+            if self.baseline == "whiten":
+                yield rule("credit.baseline", self.baseline, "not be whiten when credit.form=exact",
+                           "choose leave_one_out, which adds no bias")  # fmt: skip
         if self.ppo_clip is not None and self.ratio == "per_decision":
             yield rule(
                 "credit.ppo_clip", self.ppo_clip, "be null when credit.ratio=per_decision",

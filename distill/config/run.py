@@ -131,6 +131,18 @@ class RunConfig:
                     "be log_ratio when recipe.long_weight > 0 and recipe.loss is not moment_gap",
                     "there is no critic whose gaps could be charged",
                 )
+        if self.credit.form == "exact" and self.recipe.uses_student_text and self.replay.max_policy_age > 0:
+            if self.credit.ratio != "per_decision":
+                yield rule("credit.ratio", self.credit.ratio,
+                           "be per_decision when credit.form=exact and replay.max_policy_age > 0",
+                           "other corrections of stale text are biased; or train in lock-step")  # fmt: skip
+            if self.credit.ratio_max is not None:
+                yield rule("credit.ratio_max", self.credit.ratio_max,
+                           "be null when credit.form=exact and replay.max_policy_age > 0",
+                           "cut ratios are biased")  # fmt: skip
+        if self.recipe.teacher == "text" and self.critic.zero_sum:
+            yield rule("critic.zero_sum", True, "be false when recipe.teacher=text",
+                       "the penalty's centre is the teacher's, which is not known")  # fmt: skip
         if self.cluster.backend == "in_process":
             for name in ("rollout", "scoring"):
                 if getattr(self, name).engine != "transformers":

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pyarrow as pa
+
 from distill.alarms import WINDOW, Alarms
+from distill.evaluation import EXTRA_METRICS, METRICS, Evaluation
 
 SOUND = {"critic/tightness_off": 0.9, "critic/tightness_on": 0.9, "critic/d_mm_off": 0.5,
          "policy/tv_on_first_third": 0.3, "policy/tv_on_last_third": 0.31}  # fmt: skip
+
+
+def at(tv: float, spread: float = 0.001) -> Evaluation:
+    """Eight prompts of ten tokens; ``spread``: of what does not fall out in pairs."""
+    noise = spread * np.random.default_rng(int(1e6 * tv)).normal(size=8)
+    columns = {"prompt_index": np.arange(8)}
+    for name in (*METRICS, *EXTRA_METRICS):
+        columns[f"{name}.sum"] = 10 * (tv + noise - noise.mean())
+        columns[f"{name}.weight"] = np.full(8, 10.0)
+    return Evaluation("step-1", pa.table(columns))
 
 
 def said(alarms: Alarms, count: int = WINDOW, **changes: float) -> list[str]:
@@ -16,7 +30,7 @@ def said(alarms: Alarms, count: int = WINDOW, **changes: float) -> list[str]:
 def test_a_sound_run_says_nothing():
     alarms = Alarms()
     assert said(alarms, 3 * WINDOW) == []
-    assert alarms.after_evaluation(0.5) == alarms.after_evaluation(0.4) == []
+    assert alarms.after_evaluation(at(0.5)) == alarms.after_evaluation(at(0.4)) == []
     assert said(Alarms(), 3 * WINDOW, critic__tightness_off=0.61) == []
 
 
@@ -35,18 +49,23 @@ def test_drift():
 def test_a_gamed_critic():
     alarms = Alarms()
     said(alarms)
-    assert alarms.after_evaluation(0.40) == []
+    assert alarms.after_evaluation(at(0.40)) == []
     said(alarms, critic__d_mm_off=0.4)
-    assert "held-out TV rose from 0.400 to 0.410" in alarms.after_evaluation(0.41)[0]
+    assert "held-out TV rose from 0.400 to 0.410" in alarms.after_evaluation(at(0.41))[0]
+    by_chance = Alarms()
+    said(by_chance)
+    by_chance.after_evaluation(at(0.40, spread=0.1))
+    said(by_chance, critic__d_mm_off=0.4)
+    assert by_chance.after_evaluation(at(0.41, spread=0.1)) == []
     falling_both = Alarms()
     said(falling_both)
-    falling_both.after_evaluation(0.40)
+    falling_both.after_evaluation(at(0.40))
     said(falling_both, critic__d_mm_off=0.4)
-    assert falling_both.after_evaluation(0.39) == []
+    assert falling_both.after_evaluation(at(0.39)) == []
 
 
 def test_recipes_without_critics_have_none_of_their_numbers():
     alarms = Alarms()
     for _ in range(2 * WINDOW):
         assert alarms.after_update({"policy/tv_off": 0.5}) == []
-    assert alarms.after_evaluation(0.5) == alarms.after_evaluation(0.6) == []
+    assert alarms.after_evaluation(at(0.5)) == alarms.after_evaluation(at(0.6)) == []

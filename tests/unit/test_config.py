@@ -337,6 +337,11 @@ BROKEN = [
     "data.num_heldout=100", "recipe.student_text=mixed",
     "replay.samples_per_insert=0.5 replay.max_policy_age=1",
     "recipe.off_policy_text=none recipe.student_text=mixed recipe.loss=forward_kl",
+    "critic.variance_penalty=0", "critic.max_grad_norm=0", "credit.cost_max=1 credit.form=exact",
+    "credit.baseline=whiten credit.form=exact",
+    "credit.ratio=token credit.form=exact replay.max_policy_age=1 credit.ratio_max=null",
+    "credit.ratio_max=2 credit.form=exact replay.max_policy_age=1 credit.ratio=per_decision",
+    "critic.zero_sum=true recipe=ammd_blackbox",
 ]  # fmt: skip
 """Overrides of a valid configuration, each breaking the rule named by one of its settings."""
 

@@ -51,7 +51,7 @@ def critic_pair(config: CriticConfig, *, shake: float = 0.0) -> CriticPair:
     generator = torch.Generator().manual_seed(4)
     for source in SOURCES:
         pair[source].double()
-        pair.opponent(source).double()
+        pair._means[source].double()
     with torch.no_grad():
         for parameter in pair.parameters():
             parameter += shake * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

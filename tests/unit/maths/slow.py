@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.config import MethodConfig
-from distill.objectives import closed_form_critic
+from distill.objectives import DEAD_ZONE, closed_form_critic
 from learner.critics import CriticPair
 from learner.positions import Heads
 from learner.vocabulary import Head
@@ -74,7 +74,8 @@ class _Row:
         p, q = self.p.detach(), self.q
         config = method.critic
         if config.form == "sign":
-            self.f = config.bound * (q - p).sign()
+            apart = (self.log_q - self.log_p.detach()).abs() >= DEAD_ZONE
+            self.f = config.bound * (q - p).sign() * apart
         elif config.form == "closed_form":
             self.f = closed_form_critic(self.log_p.detach(), self.log_q, config.bound, config.penalty)
         elif critics is not None:

@@ -231,7 +231,17 @@ def test_the_skew_kls_without_skew_are_the_plain_ones():
 def test_the_sign_critic_is_the_best_of_all_bounded_ones():
     f = objectives.sign_critic(P, Q, 1.5)
     torch.testing.assert_close(objectives.moment_gap(P, Q, f), 3 * objectives.total_variation(P, Q))
-    assert not objectives.sign_critic(P, P + 1e-5 * VALUES, 1.5).any()  # rounding has no sign
+
+
+def test_the_sign_critic_takes_no_side_on_what_bfloat16_states_are_off_by():
+    """A student that equals the teacher sees the teacher's states in bfloat16 beside its own."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 512, generator=generator), torch.randn(1000, 512, generator=generator)
+    logits = [
+        (states @ weight.T / 512**0.5 * 3).log_softmax(-1) for states in (hidden, hidden.bfloat16().float())
+    ]
+    assert float((logits[0] - logits[1]).abs().max()) > 1e-3
+    assert float(objectives.sign_critic(*logits, 1.0).abs().mean()) < 0.1
 
 
 def test_ppos_clip():

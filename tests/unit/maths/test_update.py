@@ -64,6 +64,7 @@ METHODS = {
     "sign": method(RecipeConfig(long_weight=0.3), CriticConfig(form="sign", bound=1.5)),
     "closed_form": method(RecipeConfig(), CriticConfig(form="closed_form")),
     "dense": method(RecipeConfig(long_weight=0.3), replace(CRITIC, rank=None, features="both")),
+    "ema": method(RecipeConfig(long_weight=0.3), replace(CRITIC, ema=0.9)),
     "blackbox": method(
         RecipeConfig(teacher="text", student_text="none", loss_weight=5, lm_weight=1, anchor_weight=0)
     ),
@@ -244,6 +245,57 @@ def test_critics_learn_from_tokens_alone():
     assert not any("tightness" in name for metrics in seen for name in metrics)
 
 
+def test_a_teacher_of_text_alone_teaches_the_critics_by_its_tokens():
+    """The proxy's probabilities are not what the critics learn from."""
+    settings, rows = METHODS["blackbox"], rows_for(RECIPES["blackbox"])
+    metrics, _, critics = run(settings, rows)
+    by_tokens = critic_pair(settings.critic, shake=0.1)
+    student = TinyStudent()
+    positions, _ = collect_positions(student, batch_of(rows))
+    heads = Heads.of(student, teacher_head())
+    critic_update(positions, heads, by_tokens, settings.critic, chunk=7, seed=1, from_text=True)
+    for ours, theirs in zip(critics.parameters(), by_tokens.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+    assert not any("tightness" in name for name in metrics)
+
+
+def test_discounted_critics_maximise_the_discounted_distance():
+    """``credit.form=exact``: a position weighs γ^t in its critic's mean."""
+    student, rows = TinyStudent(), random_rows()
+    positions, _ = collect_positions(student, batch_of(rows))
+    heads = Heads.of(student, teacher_head())
+    config = replace(CRITIC, num_steps=1)
+    metrics = critic_update(
+        positions, heads, critic_pair(config, shake=0.1), config, chunk=7, seed=0, discount=0.5
+    )
+    critics = critic_pair(config, shake=0.1)
+    for source in ("off", "on"):
+        part = positions.of(source)
+        both = Policies.from_logits(
+            heads.student.logits(part.student_hidden), heads.teacher.logits(part.teacher_hidden)
+        )
+        f = witnesses(config, critics, heads)[source].at(part.teacher_hidden, part.student_hidden, 99)(
+            slice(0, len(part)), both, both.log_ratio()
+        )
+        weight = 0.5 ** part.step.double()
+        expected = (weight * moment_gap(*both.pair, f, **both.probs)).sum() / weight.sum()
+        assert metrics[f"critic/d_mm_{source}"] == pytest.approx(float(expected))
+    seen = run(METHODS["exact"], rows)[0]["critic/d_mm_on"]
+    plain = replace(METHODS["exact"], credit=replace(METHODS["exact"].credit, form="practical"))
+    assert seen != pytest.approx(run(plain, rows)[0]["critic/d_mm_on"])
+
+
+def test_slices_are_never_empty():
+    """More slices than the longest row has tokens would leave whole updates without a critic step."""
+    student, rows = TinyStudent(), random_rows()
+    positions, _ = collect_positions(student, batch_of(rows))
+    heads, config = Heads.of(student, teacher_head()), replace(CRITIC, positions_per_step=1)
+    for seed in range(20):
+        critics = critic_pair(config)
+        critic_update(positions, heads, critics, config, chunk=7, seed=seed)
+        assert any(parameter.grad is not None for parameter in critics.parameters()), seed
+
+
 def test_critic_metrics_are_fresh_and_of_the_closed_form():
     """At the start of a ratio-aware critic the gap is Σ (q−p)²/(q+p) on the first slice."""
     student, rows = TinyStudent(), random_rows()
@@ -273,6 +325,8 @@ def test_policy_metrics():
     metrics, _, _ = run(METHODS["ammd"], rows, student=student)
     student = TinyStudent()
     tv: dict[str, list[float]] = {"off": [], "on": [], "first": [], "last": []}
+    forward: dict[bool, list[float]] = {False: [], True: []}
+    reverse: dict[bool, list[float]] = {False: [], True: []}
     behavior: list[float] = []
     entropies: list[float] = []
     for row in rows:
@@ -290,9 +344,14 @@ def test_policy_metrics():
             behavior += [float(row.behavior[t] - log_p[t, y]) for t, y in enumerate(row.response)]
             entropies += (-(log_p.exp() * log_p).sum(-1)).tolist()
         tv["on" if row.on_policy else "off"] += [d for d, c in zip(distance, row.counted, strict=True) if c]
+        p, log_q = log_p.exp(), q.log()
+        for found, values in ((forward, q * (log_q - log_p)), (reverse, p * (log_p - log_q))):
+            found[row.on_policy] += values.sum(-1)[torch.tensor(row.counted)].tolist()
     expected = {
         "policy/tv_off": tv["off"], "policy/tv_on": tv["on"], "policy/tv_on_first_third": tv["first"],
         "policy/tv_on_last_third": tv["last"], "policy/behavior_gap": behavior, "policy/entropy_on": entropies,
+        "policy/forward_kl_off": forward[False], "policy/forward_kl_on": forward[True],
+        "policy/reverse_kl_off": reverse[False], "policy/reverse_kl_on": reverse[True],
     }  # fmt: skip
     for name, values in expected.items():
         assert metrics[name] == pytest.approx(sum(values) / len(values), abs=1e-7), name
@@ -320,8 +379,42 @@ def test_the_ratio_of_the_long_to_the_direct_gradient_is_that_of_autograd():
     for name, loss in losses.items():
         (gradient,) = torch.autograd.grad(loss.sum(), z, retain_graph=True)
         torch.testing.assert_close(squares[f"{name}_gradient_square"], gradient.square().sum(-1))
-    metrics, _, _ = run(METHODS["ammd_paper"], random_rows())
-    assert 0 < metrics["policy/long_over_direct"] < 100
+
+
+def test_the_logged_ratio_of_the_gradients_weighs_both_as_the_loss_does():
+    """Twice the weight of one term is twice, or half, the ratio."""
+
+    def ratio(**changes: float) -> float:
+        # Critics that do not learn: with another loss they would still be the same.
+        settings = method(RecipeConfig(long_weight=0.7, **changes), replace(CRITIC, learning_rate=0.0))
+        return run(settings, random_rows())[0]["policy/long_over_direct"]
+
+    plain = run(method(RecipeConfig(long_weight=0.7), replace(CRITIC, learning_rate=0.0)), random_rows())[0][
+        "policy/long_over_direct"
+    ]
+    assert ratio(loss_weight=2.0) == pytest.approx(plain / 2)
+    student, rows = TinyStudent(), [row for row in random_rows() if row.on_policy]
+    settings = method(RecipeConfig(long_weight=0.7), replace(CRITIC, learning_rate=0.0))
+    critics, heads = critic_pair(settings.critic, shake=0.1), Heads.of(student, teacher_head())
+    batch = batch_of(random_rows())
+    on = collect_positions(student, batch)[0].of("on")
+    witness = witnesses(settings.critic, critics, heads)["on"]
+    credit = assign_credit(on, batch.group, heads, witness, settings.recipe, settings.credit, chunk=5)
+    assert len(rows) == 5
+    direct = long = 0.0
+    for n in range(len(on)):
+        part = on.select(torch.arange(len(on)) == n)
+        logits = heads.student.logits(part.student_hidden).detach().requires_grad_()
+        both = Policies.from_logits(logits, heads.teacher.logits(part.teacher_hidden))
+        f = witness.at(part.teacher_hidden, part.student_hidden, 5)(slice(0, 1), both, both.log_ratio())
+        advantage = credit.advantage[part.row, part.step]
+        losses = (
+            moment_gap(*both.pair, f),
+            0.7 * policy_gradient(both.policy_logprobs, part.targets, advantage),
+        )
+        grads = [torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in losses]
+        direct, long = direct + float(grads[0].square().sum()), long + float(grads[1].square().sum())
+    assert plain == pytest.approx(math.sqrt(long / direct), rel=1e-6)
 
 
 def test_a_warm_up_update_makes_short_steps(monkeypatch):
@@ -334,7 +427,8 @@ def test_a_warm_up_update_makes_short_steps(monkeypatch):
     critic_update(positions, heads, critics, CRITIC, chunk=7, seed=0)
     assert len(steps) == CRITIC.num_steps
     critic_update(positions, heads, critics, CRITIC, chunk=7, seed=0, warm_up=True)
-    assert len(steps) == CRITIC.num_steps + math.ceil(len(positions) / 5) > 2 * CRITIC.num_steps
+    longest = int(positions.step.max()) + 1  # a slice is a place in the row
+    assert len(steps) == CRITIC.num_steps + min(math.ceil(len(positions) / 5), longest) > 2 * CRITIC.num_steps
 
 
 def test_smaller_slices(monkeypatch):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from deploy.study import measure_run
 from deploy.study.measure_run import Heldout, Models, Sums, bleu, distinct, position_logits, sample
@@ -31,7 +31,7 @@ def heldout(answers: list[list[int]]) -> Heldout:
     return Heldout(PROMPTS, answers, ["a", None, "b"], [[40, 41], None, [42]], 6, seed=0, key="k")
 
 
-def alone(model: AutoModelForCausalLM, prompt: list[int], response: list[int]) -> torch.Tensor:
+def alone(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
 

@@ -60,7 +60,10 @@ def test_dotted():
         (("kd: {}", "kd: 1"), "recipes.kd=1 must be a mapping"),
         (("[0.1, 0.2]", "[1e-3, 0.2]"), "tuning.grid.learner.learning_rate=1e-3 must be a number"),
         (("[[both, kd]]", "[[both, jsd]]"), "comparisons=.* must be pairs of kd, both"),
-        (("seeds: [9]}", "seeds: [9], metric: length}"), "tuning.metric=length must have a better and a worse"),
+        (
+            ("seeds: [9]}", "seeds: [9], metric: length}"),
+            "tuning.metric=length must have a better and a worse",
+        ),
         (("[0.1, 0.2]", "0.1"), "tuning.grid.learner.learning_rate=0.1 must be a list"),
         (("settings: {learner: {num_updates: 5}}", "settings: 5"), "settings=5 must be a mapping"),
         ((GOOD, "- 1"), "must hold a mapping"),
