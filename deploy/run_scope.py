@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import signal
 import threading
@@ -27,14 +28,19 @@ class SharedFolder:
 
     def claim(self) -> None:
         root = shared_memory_root()
-        sweep(
-            root,
-            lambda run_id: run_id == self._run_id or _is_locked(root / f"distill-{run_id}" / _DRIVER_LOCK),
-        )
-        shutil.rmtree(self._path, ignore_errors=True)
-        self._path.mkdir(mode=0o700)
-        self._lock = open(self._path / _DRIVER_LOCK, "w")  # noqa: SIM115
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # One at a time: between another driver's mkdir and its lock, its folder looks like nobody's.
+        with open(root / f".distill-claim-{os.getuid()}", "w") as claiming:
+            fcntl.flock(claiming, fcntl.LOCK_EX)
+            sweep(
+                root,
+                lambda run_id: (
+                    run_id == self._run_id or _is_locked(root / f"distill-{run_id}" / _DRIVER_LOCK)
+                ),
+            )
+            shutil.rmtree(self._path, ignore_errors=True)
+            self._path.mkdir(mode=0o700)
+            self._lock = open(self._path / _DRIVER_LOCK, "w")  # noqa: SIM115
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self) -> None:
         shutil.rmtree(self._path, ignore_errors=True)

@@ -153,15 +153,15 @@ class Run:
             self.progress.say("proxy: in the cache")
         else:
             out = self.folder.path / "proxy"
-            self._fit(learner, "proxy", start, corpus, out, self.config.proxy.training)
-            keep_proxy(out, cached, self.timing_s["proxy"])
+            totals = self._fit(learner, "proxy", start, corpus, out, self.config.proxy.training)
+            keep_proxy(out, cached, totals["seconds"])
         self.proxy_training_s = training_seconds(cached)
         return cached
 
     def _fit(
         self, learner: Any, what: str, model: Path, corpus: Path, out: Path, training: SftConfig
-    ) -> None:
-        """A stage of cross-entropy, whose result is the checkpoint ``out``."""
+    ) -> dict[str, float]:
+        """A stage of cross-entropy, whose result is the checkpoint ``out``; returns its totals."""
         stage, updates = out.name, training.num_updates
         with self._timed(stage):
             work = learner.fit.remote(str(model), str(corpus), str(out), training)
@@ -177,6 +177,7 @@ class Run:
         self.progress.say(
             f"{what} done: {updates} updates, loss {totals['loss']:.3f}, {self.timing_s[stage]:.0f} s"
         )
+        return totals
 
     def _write_corpora(self) -> None:
         """The teacher's text, where the cache has none of this fingerprint."""

@@ -68,7 +68,8 @@ class LearnerWorker:
         )
         corpus = TextCorpus.read(corpus_path)
         checkpoints = Checkpoints(Path(out_dir).with_name(f"{Path(out_dir).name}-checkpoints"), keep=1)
-        done = _resume_sft(checkpoints, student, optimizer)
+        done, seconds_before = _resume_sft(checkpoints, student, optimizer)
+        start = time.monotonic()
         totals = {"num_tokens": 0.0, "loss": 0.0}
         events = EventLog(config.run_dir)
 
@@ -80,7 +81,8 @@ class LearnerWorker:
             if updates_done % SFT_CHECKPOINT_EVERY == 0 and updates_done < training.num_updates:
                 tensors = {f"student.{name}": value for name, value in student.named_weights()}
                 tensors |= optimizer_tensors(optimizer, "optimizer")
-                checkpoints.save(updates_done, tensors, {"updates_done": updates_done})
+                seconds = seconds_before + time.monotonic() - start
+                checkpoints.save(updates_done, tensors, {"updates_done": updates_done, "seconds": seconds})
 
         run_sft(
             student,
@@ -96,7 +98,7 @@ class LearnerWorker:
         )
         _save_whole(student, Path(out_dir))
         shutil.rmtree(checkpoints.root, ignore_errors=True)
-        return totals
+        return totals | {"seconds": seconds_before + time.monotonic() - start}
 
     # Distillation
 
@@ -211,18 +213,20 @@ class LearnerWorker:
         return Student(folder, precision=learner.precision, device=learner.device)
 
 
-def _resume_sft(checkpoints: Checkpoints, student: Student, optimizer: torch.optim.Optimizer) -> int:
-    """Updates of the warm start that are already done."""
+def _resume_sft(
+    checkpoints: Checkpoints, student: Student, optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Updates that are already done, and the seconds they took."""
     newest = checkpoints.latest()
     if newest is None:
-        return 0
+        return 0, 0.0
     tensors, state = checkpoints.load(newest)
     prefix = "student."
     student.load_weights(
         {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     )
     load_optimizer_tensors(optimizer, tensors, "optimizer")
-    return state["updates_done"]
+    return state["updates_done"], state["seconds"]
 
 
 def _save_whole(student: Student, folder: Path) -> None:

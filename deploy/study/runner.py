@@ -93,7 +93,7 @@ class Study:
             f"study {self.spec.name}: {num_runs} runs of {len(self.spec.recipes)} recipes, code {self.code}"
         )
         self._train(all_tuning, done=0, num_runs=num_runs)
-        chosen = {recipe: self._choose(recipe, jobs) for recipe, jobs in tuning_jobs.items()}
+        chosen = self._chosen(tuning_jobs)
         reported = [
             self._job(recipe, seed, chosen[recipe], tuning=False)
             for seed in self.spec.seeds  # all recipes of a seed first: a study cut short is still paired
@@ -113,7 +113,7 @@ class Study:
         tuning_jobs = {
             recipe: jobs for recipe, jobs in self._tuning_jobs().items() if all(map(_is_done, jobs))
         }
-        chosen = {recipe: self._choose(recipe, jobs) for recipe, jobs in tuning_jobs.items()}
+        chosen = self._chosen(tuning_jobs)
         jobs = [
             self._job(recipe, seed, chosen[recipe], tuning=False)
             for seed in self.spec.seeds
@@ -140,11 +140,19 @@ class Study:
                 for seed in tuning.seeds
             ]
             for recipe in self.spec.recipes
+            if "tuned_as" not in self.spec.recipes[recipe]
         }
+
+    def _chosen(self, tuning_jobs: Mapping[str, list[Job]]) -> dict[str, Settings]:
+        """The settings of every recipe whose tuning, or that of the one it follows, is among the jobs."""
+        chosen = {recipe: self._choose(recipe, jobs) for recipe, jobs in tuning_jobs.items()}
+        followed = {name: settings.get("tuned_as", name) for name, settings in self.spec.recipes.items()}
+        return {name: chosen[other] for name, other in followed.items() if other in chosen}
 
     def _job(self, recipe: str, seed: int, tuned: Settings, *, tuning: bool) -> Job:
         """Writes its configuration; a wrong setting shows here."""
         on_top = dict(self.spec.recipes[recipe])
+        on_top.pop("tuned_as", None)
         settings: Settings = {"recipe": on_top.pop("recipe", recipe)} | self.task.settings(tuning)
         settings |= self.spec.settings
         if tuning and self.spec.tuning is not None:

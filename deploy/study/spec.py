@@ -10,6 +10,7 @@ recipes:
   kd: {}
   triangular: {recipe.anchor_weight: 0.1}     # a preset with fields on top
   both: {recipe: jsd, recipe.student_text: every_update}
+  longer: {recipe: kd, tuned_as: kd, learner.num_updates: 6000}   # takes what kd's tuning chose
 comparisons: [[both, triangular]]   # further pairs, beside those with the baseline
 texts: true                      # also measure what the students write (measure_run.py)
 tuning:
@@ -102,6 +103,17 @@ def load_study(path: str | Path) -> StudySpec:
     for name, settings in tree["recipes"].items():
         _typed({f"recipes.{name}": settings}, f"recipes.{name}", dict, "be a mapping of settings")
     recipes = {name: dotted(settings or {}) for name, settings in tree["recipes"].items()}
+    for name, settings in recipes.items():
+        other = settings.get("tuned_as", name)
+        if other not in recipes or (other != name and "tuned_as" in recipes[other]):
+            raise ConfigError(
+                rule(
+                    f"recipes.{name}.tuned_as",
+                    other,
+                    "be a recipe that is tuned itself",
+                    "name one of this study",
+                )
+            )
     baseline = tree.get("baseline", next(iter(recipes)))
     if baseline not in recipes:
         raise ConfigError(rule("baseline", baseline, f"be one of {', '.join(recipes)}", "choose one of them"))

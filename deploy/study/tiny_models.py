@@ -6,6 +6,7 @@ Shared by the tasks that make their own models (tiny_wiki.py, tiny_translation.p
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def write_prompts(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """(prompt, completion) pairs as JSONL."""
+    """(prompt, completion) pairs as JSONL, unless ``path`` is there."""
+    if path.exists():
+        return
     lines = [
         json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) + "\n"
         for prompt, completion in rows
@@ -69,11 +72,16 @@ def make_model(
     """A checkpoint of a model trained by cross-entropy, unless ``folder`` is there; by one rename."""
     if folder.is_dir():
         return
-    making = folder.with_name(f".{folder.name}.making")
+    making = folder.with_name(f".{folder.name}.{os.getpid()}.making")
     shutil.rmtree(making, ignore_errors=True)
     _random_model(model, tokenizer, making)
     _train(model, texts, making, lambda text: say(f"{folder.name}: {text}"))
-    making.rename(folder)
+    try:
+        making.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(making)  # another study has made it meanwhile
 
 
 def _random_model(model: TinyModel, tokenizer: Any, folder: Path) -> None:

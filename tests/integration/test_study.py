@@ -75,6 +75,14 @@ def test_a_study_and_its_second_start(tmp_path: Path) -> None:
     assert Study(spec(), folder, say=said.append).finished() == results
     more = Study(spec(recipes={"kd": {}, "ammd": {"recipe.beta": 0.5}, "jsd": {}}), folder, say=said.append)
     assert more.finished() == results, "a recipe that has not run shows up"
+    follows = {"kd": {}, "kd_longer": {"recipe": "kd", "tuned_as": "kd", "learner.num_updates": 3}}
+    longer = Study(
+        spec(recipes=follows, seeds=(0,), comparisons=(("kd_longer", "kd"),)), folder, say=said.append
+    ).run()
+    assert longer["chosen"]["kd_longer"] == longer["chosen"]["kd"] == results["chosen"]["kd"]
+    assert len(longer["tuning"]) == 2, "it is not tuned itself"
+    assert longer["runs"][1]["evaluations"][-1]["update"] == 3
+    assert "| `kd_longer` − `kd` | " in report(longer, folder)
     with pytest.raises(StudyUnfinished, match="no run of jsd"):
         Study(spec(recipes={"jsd": {}}, baseline="jsd"), folder).finished()
 

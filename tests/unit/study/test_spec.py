@@ -59,6 +59,7 @@ def test_dotted():
         (("{kd: {}, both: {recipe: jsd, recipe.beta: 0.5}}", "[kd]"), "recipes=.* must be a mapping"),
         (("kd: {}", "kd: 1"), "recipes.kd=1 must be a mapping"),
         (("[0.1, 0.2]", "[1e-3, 0.2]"), "tuning.grid.learner.learning_rate=1e-3 must be a number"),
+        (("kd: {}", "kd: {tuned_as: gkd}"), "recipes.kd.tuned_as=gkd must be a recipe that is tuned itself"),
         (("[[both, kd]]", "[[both, jsd]]"), "comparisons=.* must be pairs of kd, both"),
         (
             ("seeds: [9]}", "seeds: [9], metric: length}"),
