@@ -38,7 +38,7 @@ def report(results: Mapping[str, Any], folder: Path) -> str:
             else "over prompts alone: one seed says nothing about another."
         )
     )
-    tables = [_final_table(results, folder), _equal_time_table(results)]
+    tables = [_final_table(results, folder), _drift_table(results), _equal_time_table(results)]
     if results["comparisons"]:
         tables.insert(1, _comparisons_table(results, folder))
     if any(run["critics"] for run in results["runs"]):
@@ -92,6 +92,23 @@ def _final_table(results: Mapping[str, Any], folder: Path) -> str:
         for recipe, by_seed in finals.items()
     ]
     return _table(["recipe", "seeds", "chosen", *map(_heading, metrics), "s per update"], rows)
+
+
+def _drift_table(results: Mapping[str, Any]) -> str:
+    """TV in the first and last third of responses, on either text."""
+    names = [f"{text}_text.tv_{part}" for text in ("teacher", "student") for part in ("early", "late")]
+    by_seed = _of_runs(results, lambda run: run["final"])
+    rows = []
+    for recipe, found in by_seed.items():
+        values = [_mean(final[name] for final in found.values()) for name in names]
+        growth = [f"{late / early:.3f}" for early, late in (values[:2], values[2:])]
+        rows.append([f"`{recipe}`", *(f"{value:.4f}" for value in values), *growth])
+    heading = (
+        "Early against late: TV in the first and last third of responses, and the last over the first. Above 1 on "
+        "the student's text and not on the teacher's: it drifts."
+    )
+    columns = ["recipe", *map(_heading, names), "teacher text: late / early", "student text: late / early"]
+    return heading + "\n\n" + _table(columns, rows)
 
 
 def _equal_time_table(results: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from deploy.study.measures import Measures, are_measured, measures_path
-from distill.evaluation import Evaluation, load_evaluation
+from distill.evaluation import EXTRA_METRICS, METRICS, Evaluation, load_evaluation
 from distill.metrics import read_metrics
 from distill.run_folder import RunFolder
 
@@ -32,6 +33,13 @@ class CurvePoint:
 def final(run_dir: Path, metric: str) -> float:
     """A metric of the evaluation after the last update."""
     return load_evaluation(RunFolder(run_dir).evaluation("after")).value(metric)
+
+
+def finals(run_dir: Path) -> dict[str, float]:
+    """All metrics of that evaluation that were measured."""
+    evaluation = load_evaluation(RunFolder(run_dir).evaluation("after"))
+    values = {name: evaluation.value(name) for name in (*METRICS, *EXTRA_METRICS)}
+    return {name: round(value, 6) for name, value in values.items() if math.isfinite(value)}
 
 
 def curve(run_dir: Path, metrics: tuple[str, ...]) -> list[CurvePoint]:

@@ -24,7 +24,7 @@ import learner
 from deploy.study import tasks
 from deploy.study.measures import Measures, are_measured, measures_path, teacher_measures_path
 from deploy.study.processes import Command, run_all
-from deploy.study.results import critics, curve, final, texts
+from deploy.study.results import critics, curve, final, finals, texts
 from deploy.study.spec import Settings, StudySpec
 from distill.config.load import fingerprint, load_config
 from distill.evaluation import direction
@@ -284,7 +284,7 @@ class Study:
             ],
             "runs": [
                 {"recipe": job.recipe, "seed": job.seed, "run": job.run_dir.name,
-                 "final": {name: round(final(job.run_dir, name), 6) for name in self.spec.metrics},
+                 "final": finals(job.run_dir),
                  "texts": texts(job.run_dir),
                  "critics": critics(job.run_dir),
                  "evaluations": [asdict(point) for point in curve(job.run_dir, self.spec.metrics)]}

@@ -65,7 +65,7 @@ def test_a_study_and_its_second_start(tmp_path: Path) -> None:
     assert {point["update"] for point in results["runs"][0]["evaluations"]} == {0, 1, 2}
     assert results["runs"][0]["evaluations"][-1]["train_s"] > 0
     table = report(results, folder)
-    assert table.count("\n| `") == 7  # two recipes in three tables, one with critics
+    assert table.count("\n| `") == 9  # two recipes in four tables, one with critics
     assert "nan" not in table
     assert [of_seed["seed"] for of_seed in results["teacher"]] == [0, 1]
     assert "| the teacher itself | " in table

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from distill.config import MethodConfig
 from learner.ranks import ALONE, Ranks
 from learner.update import update
 from tests.unit.maths import test_update as on_update
@@ -20,19 +23,32 @@ NUM_RANKS = 2
 EVEN = ({0, -1}, {1, -2})
 LOPSIDED = ({0, 1, -1}, {-2})
 """Groups of each rank; −1 and −2 are halves of the other text. One rank without student text."""
+LEARNER = on_update.LEARNER
+SHORT_STEPS = replace(on_update.METHODS["ammd"], critic=replace(on_update.CRITIC, positions_per_step=1))
+CLIPPED = replace(
+    on_update.METHODS["ammd_paper"],
+    learner=replace(LEARNER, max_grad_norm=1e-3, keep_activations=True),
+    critic=replace(on_update.CRITIC, max_grad_norm=1e-3),
+)
 CASES = {
+    "clipped, kept activations": (CLIPPED, EVEN, False),
+    "slices that one rank has no token of": (SHORT_STEPS, EVEN, False),
+    "running mean of the critics": (on_update.METHODS["ema"], EVEN, False),
     **{
-        f"{name}, even": (name, EVEN, False)
+        f"{name}, even": (on_update.METHODS[name], EVEN, False)
         for name in ("ammd", "gkd", "sft", "exact", "minillm", "blackbox")
     },
-    **{f"{name}, lopsided": (name, LOPSIDED, False) for name in ("ammd_paper", "dense", "exact")},
-    "warm-up": ("ammd", EVEN, True),
+    **{
+        f"{name}, lopsided": (on_update.METHODS[name], LOPSIDED, False)
+        for name in ("ammd_paper", "dense", "exact")
+    },
+    "warm-up": (on_update.METHODS["ammd"], EVEN, True),
 }
 
 
-def rows_of(name: str, groups: set[int]) -> list[Any]:
+def rows_of(settings: MethodConfig, groups: set[int]) -> list[Any]:
     rows, other = [], 0
-    for row in on_update.rows_for(on_update.RECIPES[name]):
+    for row in on_update.rows_for(settings.recipe):
         group = row.group if row.on_policy else -1 - other % 2
         other += not row.on_policy
         if group in groups:
@@ -40,8 +56,9 @@ def rows_of(name: str, groups: set[int]) -> list[Any]:
     return rows
 
 
-def one_update(name: str, rows: Sequence[Any], ranks: Ranks, *, critics_only: bool = False) -> dict[str, Any]:
-    settings = on_update.METHODS[name]
+def one_update(
+    settings: MethodConfig, rows: Sequence[Any], ranks: Ranks, *, critics_only: bool = False
+) -> dict[str, Any]:
     student, critics = TinyStudent(), critic_pair(settings.critic, shake=0.1)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     metrics = update(
@@ -54,11 +71,14 @@ def one_update(name: str, rows: Sequence[Any], ranks: Ranks, *, critics_only: bo
 
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)  # a fork of a process that had worker threads must not ask for them
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=NUM_RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=NUM_RANKS,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
     ranks = Ranks(dist.group.WORLD)
     found = {}
-    for case, (name, deal, warm_up) in CASES.items():
-        found[case] = one_update(name, rows_of(name, deal[rank]), ranks, critics_only=warm_up)
+    for case, (settings, deal, warm_up) in CASES.items():
+        found[case] = one_update(settings, rows_of(settings, deal[rank]), ranks, critics_only=warm_up)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -73,8 +93,8 @@ def of_ranks(tmp_path_factory) -> list[dict[Any, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_how_groups_are_dealt_out_does_not_matter(of_ranks, case):
-    name, _, warm_up = CASES[case]
-    alone = one_update(name, rows_of(name, {0, 1, -1, -2}), ALONE, critics_only=warm_up)
+    settings, _, warm_up = CASES[case]
+    alone = one_update(settings, rows_of(settings, {0, 1, -1, -2}), ALONE, critics_only=warm_up)
     for found in of_ranks:
         torch.testing.assert_close(found[case]["metrics"], alone["metrics"], atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(found[case]["tensors"], alone["tensors"], atol=1e-9, rtol=1e-9)
