@@ -80,6 +80,8 @@ class TokenBatch:
 
     def over(self, ranks: Ranks) -> TokenBatch:
         """With the counts of all ranks; their packs and groups stay where they are."""
+        if ranks.alone:
+            return self
         names = ("num_off_policy", "num_on_policy", "num_off_policy_rows", "num_on_policy_rows")
         counts = ranks.sum(torch.tensor([getattr(self, name) for name in names], device=self.group.device))
         return replace(self, **dict(zip(names, counts.tolist(), strict=True)))

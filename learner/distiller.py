@@ -51,7 +51,8 @@ class Distiller:
         config = self.config
         learner = config.learner
         batch = token_batch(batches, learner.micro_batch_tokens).to(self.student.device)
-        warmup = config.critic.warmup_updates  # the student's own updates come after the critics'
+        # The student's own updates come after the critics', where there are any.
+        warmup = config.critic.warmup_updates if self.critics is not None else 0
         rate = learning_rate(
             max(0, self.updates_done - warmup),
             max(1, learner.num_updates - warmup),

@@ -25,6 +25,10 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
 
+    @property
+    def alone(self) -> bool:
+        return self._group is None
+
     def sum(self, value: Tensor) -> Tensor:
         """Over all ranks; ``value`` itself may be used as the buffer."""
         if self._group is not None:

@@ -1,0 +1,59 @@
+"""What the learner tells an update: its learning rate, and whose turn it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.config import RunConfig
+from distill.config.load import load_config
+from learner import distiller
+from learner.distiller import Distiller
+from learner.student import Student
+from tests.tiny import make_world, tiny_overrides
+from tests.unit.maths.batches import batch_of, random_rows
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    world = tmp_path_factory.mktemp("world")
+    make_world(world)
+    return world
+
+
+def turns(world: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[tuple[bool, float]]:
+    """(critics_only, learning rate) of each of ten updates."""
+    empty = world / "empty.yaml"
+    empty.write_text("{}\n")
+    settings = [*tiny_overrides(world), "learner.num_updates=10", "learner.learning_rate=1.0",
+                "learner.warmup_fraction=0.25", "learner.final_fraction=0.0", *overrides]  # fmt: skip
+    config: RunConfig = load_config(empty, settings, Path(distiller.__file__).parents[1] / "deploy/configs")
+    found: list[tuple[bool, float]] = []
+
+    def record(student, optimizer: torch.optim.Optimizer, *args, critics_only: bool, **rest):
+        found.append((critics_only, optimizer.param_groups[0]["lr"]))
+        return {}
+
+    monkeypatch.setattr(distiller, "update", record)
+    monkeypatch.setattr(distiller, "token_batch", lambda batches, size: batch_of(random_rows()))
+    learner = Distiller(config, Student(config.teacher.model), config.teacher.model)
+    for _ in range(10):
+        learner.update([])
+    return found
+
+
+def test_the_students_rate_starts_after_the_critics_warm_up(world, monkeypatch):
+    found = turns(world, monkeypatch, "recipe=ammd", "critic.warmup_updates=2")
+    assert [critics_only for critics_only, _ in found] == [True] * 2 + [False] * 8
+    rates = [rate for _, rate in found[2:]]
+    assert rates[:2] == pytest.approx([0.5, 1.0])  # a quarter of its own eight updates rises
+    assert rates == [*rates[:2], *sorted(rates[2:], reverse=True)]
+    assert rates[-1] == pytest.approx(0.0)
+
+
+def test_without_learned_critics_nobody_warms_up(world, monkeypatch):
+    plain = turns(world, monkeypatch, "recipe=fkl")
+    assert turns(world, monkeypatch, "recipe=fkl", "critic.warmup_updates=4") == plain
+    assert not any(critics_only for critics_only, _ in plain)
