@@ -7,11 +7,15 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
+from typing import TextIO
 
 from distill.replay.segments import sweep
 from distill.run_inputs import shared_memory_root
 
+CLAIM_TIMEOUT_S = 60.0
+"""For which a driver waits while others claim their folders, which takes each of them moments."""
 _DRIVER_LOCK = ".driver"
 """Locked by the driver while it lives, in the run's folder in shared memory."""
 
@@ -29,8 +33,9 @@ class SharedFolder:
     def claim(self) -> None:
         root = shared_memory_root()
         # One at a time: between another driver's mkdir and its lock, its folder looks like nobody's.
-        with open(root / f".distill-claim-{os.getuid()}", "w") as claiming:
-            fcntl.flock(claiming, fcntl.LOCK_EX)
+        path = root / f".distill-claim-{os.getuid()}"
+        with open(path, "w") as claiming:
+            _lock(claiming, path)
             sweep(
                 root,
                 lambda run_id: (
@@ -63,6 +68,22 @@ class SigtermAsCtrlC:
     def restore(self) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._previous)
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    """Raises: TimeoutError."""
+    deadline = time.monotonic() + CLAIM_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"{path} must be free within {CLAIM_TIMEOUT_S:g} s and is locked by another driver that "
+                    "starts; look for one that is stopped (fuser shows it), or end it"
+                ) from None
+            time.sleep(0.05)
 
 
 def _is_locked(path: Path) -> bool:
