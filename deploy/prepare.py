@@ -19,7 +19,10 @@ from deploy.fetch import cache_dir
 from deploy.preflight import Preflight
 from distill.config import RunConfig
 from distill.data import corpus_table, heldout_rows, reference_corpus, training_rows, write_table
-from distill.run_folder import RunFolder, write_json
+from distill.run_folder import RunFolder, put_folder, write_json
+
+_TRAINING_FILE = "training.json"
+"""In a proxy's folder in the cache: what its training took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,25 +118,17 @@ def proxy_in_cache(config: RunConfig, start: Path, corpus: Path) -> Path:
 
 def keep_proxy(trained: Path, cached: Path, training_s: float) -> None:
     """Move a trained proxy into the cache, by one rename; what another run has put there stays."""
-    write_json(trained / TRAINING_FILE, {"training_s": round(training_s, 2)})
+    write_json(trained / _TRAINING_FILE, {"training_s": round(training_s, 2)})
     arriving = cached.with_name(f".{cached.name}.{os.getpid()}")
     cached.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(arriving, ignore_errors=True)
     shutil.move(trained, arriving)
-    try:
-        arriving.rename(cached)
-    except OSError:
-        if not cached.is_dir():
-            raise
-        shutil.rmtree(arriving)
+    put_folder(arriving, cached)
 
 
 def training_seconds(proxy: Path) -> float:
     """What its training took, in the run that trained it."""
-    return json.loads((proxy / TRAINING_FILE).read_text())["training_s"]
-
-
-TRAINING_FILE = "training.json"
+    return json.loads((proxy / _TRAINING_FILE).read_text())["training_s"]
 
 
 def _hash(identity: Mapping[str, object], prompts: object, num_prompts: int) -> str:

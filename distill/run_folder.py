@@ -46,6 +46,16 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
+def put_folder(made: Path, place: Path) -> None:
+    """Give a finished folder its name by one rename; one that is there meanwhile stays, ``made`` goes."""
+    try:
+        made.rename(place)
+    except OSError:
+        if not place.is_dir():
+            raise
+        shutil.rmtree(made)
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace a JSON file whole. Numbers that JSON has no word for (NaN, infinity) become null."""
     write_bytes(path, (json.dumps(plain(value), indent=2, allow_nan=False) + "\n").encode())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.run_folder import write_bytes
+from distill.run_folder import put_folder, write_bytes
 
 STOP = "</s>"
 
@@ -76,12 +76,7 @@ def make_model(
     shutil.rmtree(making, ignore_errors=True)
     _random_model(model, tokenizer, making)
     _train(model, texts, making, lambda text: say(f"{folder.name}: {text}"))
-    try:
-        making.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(making)  # another study has made it meanwhile
+    put_folder(making, folder)
 
 
 def _random_model(model: TinyModel, tokenizer: Any, folder: Path) -> None:

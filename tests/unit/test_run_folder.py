@@ -15,7 +15,7 @@ import pytest
 
 from deploy.memory import MemorySampler, pss_bytes
 from distill.config import ConfigError
-from distill.run_folder import PolicyVersions, RunFolder, write_bytes, write_json
+from distill.run_folder import PolicyVersions, RunFolder, put_folder, write_bytes, write_json
 
 PYTHON = [sys.executable, "-u", "-c"]
 
@@ -268,3 +268,17 @@ def test_the_sampler_runs_until_it_is_stopped_and_keeps_the_peak():
     assert peaks["total"] == peaks["self"]
     with pytest.raises(ValueError, match="name=total"):
         sampler.add("total", 1)
+
+
+def test_a_folder_that_is_there_meanwhile_stays(tmp_path):
+    place = tmp_path / "place"
+    for number in (1, 2):
+        made = tmp_path / f"made-{number}"
+        made.mkdir()
+        (made / "number").write_text(str(number))
+        put_folder(made, place)
+        assert not made.exists()
+    assert (place / "number").read_text() == "1"
+    (tmp_path / "made-3").mkdir()
+    with pytest.raises(OSError):
+        put_folder(tmp_path / "made-3", tmp_path / "nowhere" / "place")
