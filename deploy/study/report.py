@@ -100,7 +100,8 @@ def _drift_table(results: Mapping[str, Any]) -> str:
     by_seed = _of_runs(results, lambda run: run["final"])
     rows = []
     for recipe, found in by_seed.items():
-        values = [_mean(final[name] for final in found.values()) for name in names]
+        # Responses of fewer than three tokens have no thirds.
+        values = [_mean(final.get(name, math.nan) for final in found.values()) for name in names]
         growth = [f"{late / early:.3f}" for early, late in (values[:2], values[2:])]
         rows.append([f"`{recipe}`", *(f"{value:.4f}" for value in values), *growth])
     heading = (
@@ -121,9 +122,8 @@ def _equal_time_table(results: Mapping[str, Any]) -> str:
     rows = []
     for recipe, found in by_recipe.items():
         updates, *values = np.mean(found, axis=0)
-        row = [f"`{recipe}`"] + (["", *("" for _ in metrics)] if np.isnan(updates) else [
-            f"{updates:.0f}", *(f"{value:.4f}" for value in values)])  # fmt: skip
-        rows.append(row)
+        cells = [f"{updates:.0f}", *(f"{value:.4f}" for value in values)]
+        rows.append([f"`{recipe}`", *("" if np.isnan(updates) else cell for cell in cells)])
     heading = (
         f"At equal time: after {budget:.0f} s of training (a proxy's counts, evaluations do not), interpolated in "
         "the logarithm of time between a run's evaluations, on the prompts that they share; empty where that is "

@@ -270,7 +270,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
     return config
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(config=configs())
 def test_yaml_round_trip(tmp_path_factory, config):
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"

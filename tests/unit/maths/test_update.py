@@ -382,25 +382,21 @@ def test_the_ratio_of_the_long_to_the_direct_gradient_is_that_of_autograd():
 
 
 def test_the_logged_ratio_of_the_gradients_weighs_both_as_the_loss_does():
-    """Twice the weight of one term is twice, or half, the ratio."""
+    """Against autograd position by position; twice the weight of the direct term is half the ratio."""
+    fixed = replace(CRITIC, learning_rate=0.0)  # critics that do not learn are the same under both losses
 
-    def ratio(**changes: float) -> float:
-        # Critics that do not learn: with another loss they would still be the same.
-        settings = method(RecipeConfig(long_weight=0.7, **changes), replace(CRITIC, learning_rate=0.0))
+    def ratio(loss_weight: float) -> float:
+        settings = method(RecipeConfig(long_weight=0.7, loss_weight=loss_weight), fixed)
         return run(settings, random_rows())[0]["policy/long_over_direct"]
 
-    plain = run(method(RecipeConfig(long_weight=0.7), replace(CRITIC, learning_rate=0.0)), random_rows())[0][
-        "policy/long_over_direct"
-    ]
-    assert ratio(loss_weight=2.0) == pytest.approx(plain / 2)
-    student, rows = TinyStudent(), [row for row in random_rows() if row.on_policy]
-    settings = method(RecipeConfig(long_weight=0.7), replace(CRITIC, learning_rate=0.0))
-    critics, heads = critic_pair(settings.critic, shake=0.1), Heads.of(student, teacher_head())
+    assert ratio(2.0) == pytest.approx(ratio(1.0) / 2)
+    student = TinyStudent()
+    settings = method(RecipeConfig(long_weight=0.7), fixed)
+    critics, heads = critic_pair(fixed, shake=0.1), Heads.of(student, teacher_head())
     batch = batch_of(random_rows())
     on = collect_positions(student, batch)[0].of("on")
-    witness = witnesses(settings.critic, critics, heads)["on"]
+    witness = witnesses(fixed, critics, heads)["on"]
     credit = assign_credit(on, batch.group, heads, witness, settings.recipe, settings.credit, chunk=5)
-    assert len(rows) == 5
     direct = long = 0.0
     for n in range(len(on)):
         part = on.select(torch.arange(len(on)) == n)
@@ -414,7 +410,7 @@ def test_the_logged_ratio_of_the_gradients_weighs_both_as_the_loss_does():
         )
         grads = [torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in losses]
         direct, long = direct + float(grads[0].square().sum()), long + float(grads[1].square().sum())
-    assert plain == pytest.approx(math.sqrt(long / direct), rel=1e-6)
+    assert ratio(1.0) == pytest.approx(math.sqrt(long / direct), rel=1e-6)
 
 
 def test_a_warm_up_update_makes_short_steps(monkeypatch):

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from deploy.study.plots import draw
-from deploy.study.report import _equal_time_table
+from deploy.study.report import _drift_table, _equal_time_table
 
 
 def run(recipe: str, seed: int, seconds: list[float], values: list[float]) -> dict:
@@ -46,3 +46,13 @@ def test_plots_are_the_same_for_the_same_results(tmp_path: Path):
     assert b"ammd" in first and len(first) > 1000
     draw(RESULTS, tmp_path)
     assert path.read_bytes() == first
+
+
+def test_answers_without_thirds_do_not_drift():
+    early_late = {
+        f"{text}_text.tv_{part}": 0.2 for text in ("teacher", "student") for part in ("early", "late")
+    }
+    runs = [RESULTS["runs"][0] | {"final": early_late}, RESULTS["runs"][1] | {"final": {}}]
+    table = _drift_table(RESULTS | {"runs": runs})
+    assert "| `kd` | 0.2000 | 0.2000 | 0.2000 | 0.2000 | 1.000 | 1.000 |" in table
+    assert "| `ammd` | nan |" in table

@@ -51,7 +51,7 @@ def test_intervals_cover(between, most):
         found.append(compare(pairs, num_draws=50))
     share = np.mean([each.low < 0.02 < each.high for each in found])
     assert 0.91 < share <= most / 100
-    assert np.mean([each.p_value < 0.05 for each in found]) < 0.2
+    assert all((each.p_value < 0.05) == (not each.low < 0 < each.high) for each in found)
 
 
 def test_one_seed_has_an_interval_over_prompts_and_no_finding():
