@@ -42,6 +42,9 @@ def _tiny(folder: Callable[[], Path], make: Callable[[Callable[[str], None]], No
             "corpus.max_new_tokens": answer,
             "rollout.max_new_tokens": answer,
             "rollout.engine": "transformers",
+            # Not auto: a study's numbers shall not hang on what the processor computes fast.
+            "rollout.dtype": "float32",
+            "scoring.dtype": "float32",
             "rollout.max_num_seqs": 512,
             "scoring.engine": "transformers",
             "cluster.backend": "in_process",

@@ -1,0 +1,18 @@
+"""The tasks' settings: what every run of a study has in common."""
+
+from __future__ import annotations
+
+import pytest
+
+from deploy.study.runner import PRESETS
+from deploy.study.tasks import TASKS
+from distill.config.load import load_config
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_studys_numbers_do_not_hang_on_what_the_processor_computes_fast(task, tmp_path):
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("{}\n")
+    overrides = [f"{name}={value}" for name, value in TASKS[task].settings(False).items()]
+    config = load_config(empty, overrides, PRESETS)
+    assert config.rollout.dtype == config.scoring.dtype == config.learner.precision == "float32"
