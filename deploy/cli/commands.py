@@ -120,7 +120,7 @@ def study(options: argparse.Namespace) -> int:
     except (ProcessFailed, StudyUnfinished) as error:
         _complain(str(error))
         return FAILED
-    text = report(results, folder)
+    text = report(results)
     write_bytes(folder / "report.md", text.encode())
     print(text)
     plots = ", ".join(path.name for path in draw(results, folder))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from deploy.study.statistics import NUM_DRAWS, Comparison, prompt_counts, summarise
+from deploy.study.statistics import NUM_DRAWS, SeedDifference, prompt_counts
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
 """Of sampling: the points of the frontier."""
@@ -25,6 +25,8 @@ READ_AT = (0.85, 0.9, 0.95)
 """Of the student's distribution when it is compared with the teacher's."""
 FRONTIER_SCORES = ("rouge_l.teacher", "rouge_l.reference", "bleu.reference", "teacher_logprob")
 """What is drawn against entropy."""
+TEXT_MEASURES = ("t1.entropy", "t1.teacher_logprob", "two_sample", "bits_per_byte", "read_at0.9.tv")
+"""What is compared between recipes beside the frontiers."""
 
 _OF_ALL = b"distill.of_all"
 _TEXTS_KEY = b"distill.teacher_texts"
@@ -109,28 +111,18 @@ def measures_table(
     return pa.table(dict(columns)).replace_schema_metadata(metadata)
 
 
-def frontier_gain(
-    pairs: Sequence[tuple[Measures, Measures]], score: str, *, num_draws: int = NUM_DRAWS
-) -> Comparison:
-    """How far the recipe's frontier lies above the baseline's: the mean over seeds.
+def frontier_difference(
+    pair: tuple[Measures, Measures], score: str, *, num_draws: int = NUM_DRAWS
+) -> SeedDifference:
+    """How far the recipe's frontier lies above the baseline's in one seed; ``pair``: (recipe, baseline).
 
-    ``pairs``: (recipe, baseline) of every seed. The difference of the two piecewise linear curves
-    score(entropy), averaged over the entropies that both reach; prompts are drawn and seeds compared as in
-    :mod:`deploy.study.statistics`. NaN where the curves share no entropy.
+    The difference of the two piecewise linear curves score(entropy), averaged over the entropies that
+    both reach; prompts are drawn in pairs. NaN where the curves share no entropy.
     """
-    random = np.random.default_rng(0)
-    return summarise(
-        [_gain(*(_curves(m, score, None) for m in pair))[0] for pair in pairs],
-        [_drawn_gains(pair, score, num_draws, random).std(ddof=1) for pair in pairs],
-    )
-
-
-def _drawn_gains(
-    pair: tuple[Measures, Measures], score: str, num_draws: int, random: np.random.Generator
-) -> np.ndarray:
-    """[draws]: gains on prompts drawn with replacement, in pairs."""
-    counts = prompt_counts(pair[0].table.num_rows, num_draws, random)
-    return _gain(*(_curves(measures, score, counts) for measures in pair))
+    gain = _gain(*(_curves(measures, score, None) for measures in pair))[0]
+    counts = prompt_counts(pair[0].table.num_rows, num_draws, np.random.default_rng(0))
+    drawn = _gain(*(_curves(measures, score, counts) for measures in pair))
+    return SeedDifference(float(gain), float(drawn.std(ddof=1)))
 
 
 def _curves(measures: Measures, score: str, counts: np.ndarray | None) -> np.ndarray:

@@ -1,32 +1,29 @@
 """A study's results as Markdown: final values, equal time, what the students write.
 
-Every number in a table comes from runs of one method hash (the study's folder names it).
+Every number in a table comes from runs of one method hash (the results name it), and from the results
+alone: the runs' folders may be gone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from deploy.study.measures import FRONTIER_SCORES, Measures, frontier_gain, measures_path
+from deploy.study.differences import FRONTIER
+from deploy.study.measures import FRONTIER_SCORES, TEXT_MEASURES
 from deploy.study.results import LAST_UPDATES
-from deploy.study.statistics import Comparison, PairedPrompts, compare, holm
-from distill.evaluation import Evaluation, direction, load_evaluation
-from distill.run_folder import RunFolder
+from deploy.study.statistics import Comparison, SeedDifference, compare, holm
+from distill.evaluation import direction
 
-Found = TypeVar("Found")
-BySeed = dict[str, dict[int, Found]]
+BySeed = dict[str, dict[int, Any]]
 """recipe -> seed -> what was found."""
 
-TEXT_MEASURES = ("t1.entropy", "t1.teacher_logprob", "two_sample", "bits_per_byte", "read_at0.9.tv")
 
-
-def report(results: Mapping[str, Any], folder: Path) -> str:
-    """The tables of a study; ``folder`` holds its runs."""
+def report(results: Mapping[str, Any]) -> str:
+    """The tables of a study."""
     seeds = sorted({run["seed"] for run in results["runs"]})
     intro = (
         f"Study `{results['study']}` on task `{results['task']}`, method {results['method_hash']}, seeds "
@@ -38,58 +35,63 @@ def report(results: Mapping[str, Any], folder: Path) -> str:
             else "over prompts alone: one seed says nothing about another."
         )
     )
-    tables = [_final_table(results, folder), _drift_table(results), _equal_time_table(results)]
+    tables = [_final_table(results), _drift_table(results), _equal_time_table(results)]
     if results["comparisons"]:
-        tables.insert(1, _comparisons_table(results, folder))
+        tables.insert(1, _comparisons_table(results))
     if any(run["critics"] for run in results["runs"]):
         tables.append(_critics_table(results))
     if all(run["texts"] for run in results["runs"]):
-        tables.append(_texts_table(results, folder))
+        tables.append(_texts_table(results))
     return "\n\n".join([intro, *tables]) + "\n"
 
 
-def _finals(results: Mapping[str, Any], folder: Path) -> BySeed[Evaluation]:
-    return _of_runs(
-        results, lambda run: load_evaluation(RunFolder(folder / "runs" / run["run"]).evaluation("after"))
-    )
-
-
-def _comparisons_table(results: Mapping[str, Any], folder: Path) -> str:
-    """Pairs that the study asks for."""
-    finals = _finals(results, folder)
-    comparisons: dict[tuple[str, str], Comparison] = {}
-    for ours, theirs in results["comparisons"]:
-        shared = sorted(finals.get(ours, {}).keys() & finals.get(theirs, {}).keys())
-        for metric in results["metrics"] if shared else ():
-            pairs = [_paired(finals[ours][seed], finals[theirs][seed], metric) for seed in shared]
-            comparisons[f"`{ours}` − `{theirs}`", metric] = compare(pairs)
-    shown = _shown(comparisons)
-    rows = [
-        [pair, *(shown[pair, metric].strip(" ()") for metric in results["metrics"])]
-        for pair in dict.fromkeys(pair for pair, _ in comparisons)
-    ]
-    return "Further differences:\n\n" + _table(["", *map(_heading, results["metrics"])], rows)
-
-
-def _final_table(results: Mapping[str, Any], folder: Path) -> str:
-    metrics = results["metrics"]
-    finals = _finals(results, folder)
-    comparisons = {
-        (recipe, metric): compare([_paired(ours, theirs, metric) for ours, theirs in pairs])
-        for recipe, pairs in _pairs(finals, results["baseline"]).items()
-        for metric in metrics
+def _comparisons(
+    results: Mapping[str, Any], pairs: Sequence[tuple[str, str]], metrics: Sequence[str]
+) -> dict[tuple[str, str], dict[str, Comparison]]:
+    """pair -> metric -> comparison, over the seeds that have the pair."""
+    found: dict[tuple[str, str], dict[str, list[SeedDifference]]] = {}
+    for row in results["differences"]:
+        values = (math.nan if row[name] is None else row[name] for name in ("difference", "error"))
+        by_metric = found.setdefault((row["recipe"], row["from"]), {})
+        by_metric.setdefault(row["metric"], []).append(SeedDifference(*values))
+    return {
+        pair: {metric: compare(found[pair][metric]) for metric in metrics if metric in found[pair]}
+        for pair in pairs
+        if pair in found
     }
-    shown = _shown(comparisons)
+
+
+def _from_baseline(results: Mapping[str, Any], metrics: Sequence[str]) -> dict[tuple[str, str], Comparison]:
+    """(recipe, metric) -> comparison with the baseline."""
+    baseline = results["baseline"]
+    recipes = dict.fromkeys(run["recipe"] for run in results["runs"])
+    found = _comparisons(results, [(recipe, baseline) for recipe in recipes], metrics)
+    return {(pair[0], metric): each for pair, of in found.items() for metric, each in of.items()}
+
+
+def _comparisons_table(results: Mapping[str, Any]) -> str:
+    """Pairs that the study asks for."""
+    metrics = results["metrics"]
+    found = _comparisons(results, [(ours, theirs) for ours, theirs in results["comparisons"]], metrics)
+    names = {pair: f"`{pair[0]}` − `{pair[1]}`" for pair in found}
+    shown = _shown({(names[pair], metric): each for pair, of in found.items() for metric, each in of.items()})
+    rows = [[name, *(shown[name, metric].strip(" ()") for metric in metrics)] for name in names.values()]
+    return "Further differences:\n\n" + _table(["", *map(_heading, metrics)], rows)
+
+
+def _final_table(results: Mapping[str, Any]) -> str:
+    metrics = results["metrics"]
+    shown = _shown(_from_baseline(results, metrics))
     cost = _cost(results)
     rows = [
         [f"`{recipe}`", str(len(by_seed)), _chosen(results["chosen"][recipe])]
         + [
-            f"{_mean(evaluation.value(metric) for evaluation in by_seed.values()):.4f}"
+            f"{_mean(final.get(metric, math.nan) for final in by_seed.values()):.4f}"
             + shown.get((recipe, metric), "")
             for metric in metrics
         ]
         + [f"{cost[recipe]:.2f}"]
-        for recipe, by_seed in finals.items()
+        for recipe, by_seed in _of_runs(results, lambda run: run["final"]).items()
     ]
     return _table(["recipe", "seeds", "chosen", *map(_heading, metrics), "s per update"], rows)
 
@@ -170,33 +172,19 @@ def _critics_table(results: Mapping[str, Any]) -> str:
     )
 
 
-def _texts_table(results: Mapping[str, Any], folder: Path) -> str:
+def _texts_table(results: Mapping[str, Any]) -> str:
     """What the students write, and how far their frontiers lie above the baseline's."""
-    found = _of_runs(results, lambda run: Measures.load(measures_path(folder / "runs" / run["run"])))
-    pairs = _pairs(found, results["baseline"])
-    plain = {
-        (recipe, name): compare(
-            [PairedPrompts.of(ours.per_prompt(name), theirs.per_prompt(name)) for ours, theirs in both]
-        )
-        for recipe, both in pairs.items()
-        for name in TEXT_MEASURES
-    }
-    gains = {
-        (recipe, score): frontier_gain(both, score)
-        for recipe, both in pairs.items()
-        for score in FRONTIER_SCORES
-    }
-    shown = _shown(plain | gains)
+    gains = [FRONTIER + score for score in FRONTIER_SCORES]
+    shown = _shown(_from_baseline(results, [*TEXT_MEASURES, *gains]))
     rows = [
         [f"`{recipe}`"]
         + [
-            f"{_mean(measures.value(name) for measures in by_seed.values()):.4f}"
-            + shown.get((recipe, name), "")
+            f"{_mean(texts[name] for texts in by_seed.values()):.4f}" + shown.get((recipe, name), "")
             for name in TEXT_MEASURES
         ]
-        + [shown.get((recipe, score), "").strip(" ()") for score in FRONTIER_SCORES]
-        + [f"{_mean(measures.value('t1.distinct_2') for measures in by_seed.values()):.3f}"]
-        for recipe, by_seed in found.items()
+        + [shown.get((recipe, gain), "").strip(" ()") for gain in gains]
+        + [f"{_mean(texts['t1.distinct_2'] for texts in by_seed.values()):.3f}"]
+        for recipe, by_seed in _of_runs(results, lambda run: run["texts"]).items()
     ]
     if results["teacher"]:
         ceiling = [
@@ -211,24 +199,15 @@ def _texts_table(results: Mapping[str, Any], folder: Path) -> str:
         "baseline's at equal entropy (temperatures 0.5 to 1); distinct bigrams. The teacher's row: other texts of its own in a student's place."
     )
     names = [*(name.replace("_", " ") for name in TEXT_MEASURES),
-             *(f"frontier {score}" for score in FRONTIER_SCORES), "distinct 2"]  # fmt: skip
+             *gains, "distinct 2"]  # fmt: skip
     return heading + "\n\n" + _table(["recipe", *names], rows)
 
 
-def _of_runs(results: Mapping[str, Any], load: Any) -> BySeed[Any]:
-    found: BySeed[Any] = {}
+def _of_runs(results: Mapping[str, Any], load: Callable[[Mapping[str, Any]], Any]) -> BySeed:
+    found: BySeed = {}
     for run in results["runs"]:
         found.setdefault(run["recipe"], {})[run["seed"]] = load(run)
     return found
-
-
-def _pairs(found: BySeed[Any], baseline: str) -> dict[str, list[tuple[Any, Any]]]:
-    """recipe -> (its, the baseline's) of every seed that it has."""
-    return {
-        recipe: [(ours, found[baseline][seed]) for seed, ours in by_seed.items()]
-        for recipe, by_seed in found.items()
-        if recipe != baseline
-    }
 
 
 def _shown(comparisons: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str], str]:
@@ -264,16 +243,6 @@ def _chosen(settings: Mapping[str, Any]) -> str:
 def _heading(metric: str) -> str:
     arrow = {1: " ↑", -1: " ↓"}.get(direction(metric), "")
     return metric.replace("_text.", " text: ").replace("_", " ") + arrow
-
-
-def _paired(recipe: Evaluation, baseline: Evaluation, metric: str) -> PairedPrompts:
-    """Both evaluations on the prompts that they share.
-
-    Raises: ValueError when they were not made on the same prompts.
-    """
-    if not np.array_equal(recipe.prompt_indices, baseline.prompt_indices):
-        raise ValueError("two recipes of a seed must be evaluated on the same prompts")
-    return PairedPrompts.of(recipe.per_prompt(metric), baseline.per_prompt(metric))
 
 
 def _cost(results: Mapping[str, Any]) -> dict[str, float]:

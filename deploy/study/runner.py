@@ -22,6 +22,7 @@ import xxhash
 import distill
 import learner
 from deploy.study import tasks
+from deploy.study.differences import differences
 from deploy.study.measures import Measures, are_measured, measures_path, teacher_measures_path
 from deploy.study.processes import Command, run_all
 from deploy.study.results import critics, curve, final, finals, texts
@@ -290,11 +291,22 @@ class Study:
                  "evaluations": [asdict(point) for point in curve(job.run_dir, self.spec.metrics)]}
                 for job in jobs
             ],
+            "differences": self._differences(jobs),
             "teacher": [
                 {"seed": job.seed, "texts": Measures.load(path).values()}
                 for path, job in self._of_teachers(jobs).items() if are_measured(path)
             ],
         }  # fmt: skip
+
+    def _differences(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Of every recipe from the baseline, and of the pairs that the study asks for."""
+        run_dirs: dict[int, dict[str, Path]] = {}
+        for job in jobs:
+            run_dirs.setdefault(job.seed, {})[job.recipe] = job.run_dir
+        pairs = [(recipe, self.spec.baseline) for recipe in self.spec.recipes if recipe != self.spec.baseline]
+        pairs = list(dict.fromkeys([*pairs, *self.spec.comparisons]))
+        measured = all(are_measured(measures_path(job.run_dir)) for job in jobs)
+        return differences(run_dirs, pairs, self.spec.metrics, texts=measured)
 
     def _score(self, job: Job) -> float:
         """What a tuning run is judged by; the worst where it has diverged."""

@@ -53,22 +53,32 @@ class Comparison:
     """Two-sided; 1 with one seed, which says nothing about another."""
 
 
-def compare(seeds: Sequence[PairedPrompts], *, num_draws: int = NUM_DRAWS, seed: int = 0) -> Comparison:
-    """Of a metric, one pair of recipes, every seed that both have."""
-    random = np.random.default_rng(seed)
-    return summarise(
-        [pair.difference() for pair in seeds], [_draws(pair, num_draws, random).std(ddof=1) for pair in seeds]
-    )
+@dataclass(frozen=True)
+class SeedDifference:
+    """Recipe minus baseline in one seed."""
+
+    difference: float
+    error: float
+    """Its standard error over prompts."""
 
 
-def summarise(differences: Sequence[float], errors: Sequence[float]) -> Comparison:
-    """Interval and p from each seed's difference and its standard error over prompts.
+def seed_difference(
+    pair: PairedPrompts, *, num_draws: int = NUM_DRAWS, random: np.random.Generator | None = None
+) -> SeedDifference:
+    """Of a metric, by bootstrap over prompts in pairs."""
+    draws = _draws(pair, num_draws, random or np.random.default_rng(0))
+    return SeedDifference(pair.difference(), float(draws.std(ddof=1)))
+
+
+def compare(seeds: Sequence[SeedDifference]) -> Comparison:
+    """Interval and p from each seed's difference.
 
     The error of the mean is the seeds' own, s/√S, and no less than what prompts alone give it; t has
     S − 1 degrees of freedom. With one seed: the interval over prompts. What is not a number has no
     interval and p 1: nothing is claimed.
     """
-    num_seeds, mean = len(differences), float(np.mean(differences))
+    differences, errors = [each.difference for each in seeds], [each.error for each in seeds]
+    num_seeds, mean = len(seeds), float(np.mean(differences))
     error = float(np.sqrt(np.sum(np.square(errors)))) / num_seeds
     if num_seeds == 1:
         reach, p_value = float(norm.ppf(0.975)) * error, 1.0

@@ -64,7 +64,7 @@ def test_a_study_and_its_second_start(tmp_path: Path) -> None:
     assert len(results["tuning"]) == 4
     assert {point["update"] for point in results["runs"][0]["evaluations"]} == {0, 1, 2}
     assert results["runs"][0]["evaluations"][-1]["train_s"] > 0
-    table = report(results, folder)
+    table = report(results)
     assert table.count("\n| `") == 9  # two recipes in four tables, one with critics
     assert "nan" not in table
     assert [of_seed["seed"] for of_seed in results["teacher"]] == [0, 1]
@@ -82,7 +82,7 @@ def test_a_study_and_its_second_start(tmp_path: Path) -> None:
     assert longer["chosen"]["kd_longer"] == longer["chosen"]["kd"] == results["chosen"]["kd"]
     assert len(longer["tuning"]) == 2, "it is not tuned itself"
     assert longer["runs"][1]["evaluations"][-1]["update"] == 3
-    assert "| `kd_longer` − `kd` | " in report(longer, folder)
+    assert "| `kd_longer` − `kd` | " in report(longer)
     with pytest.raises(StudyUnfinished, match="no run of jsd"):
         Study(spec(recipes={"jsd": {}}, baseline="jsd"), folder).finished()
 
@@ -90,7 +90,7 @@ def test_a_study_and_its_second_start(tmp_path: Path) -> None:
     repeated = Study(spec(), folder, say=again.append).run()
     assert repeated == results
     assert [line for line in again[1:] if "note" not in line] == ["4/8: done before", "8/8: done before"]
-    assert report(repeated, folder) == table
+    assert report(repeated) == table
 
 
 def test_what_goes_wrong(tmp_path: Path) -> None:

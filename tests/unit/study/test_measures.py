@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deploy.study.measures import TEMPERATURES, Measures, frontier_gain, measures_table
+from deploy.study.measures import TEMPERATURES, Measures, frontier_difference, measures_table
+from deploy.study.statistics import Comparison, compare
 from deploy.study.two_sample import correct_guesses
+
+
+def gain_of(pairs: list[tuple[Measures, Measures]], score: str, *, num_draws: int) -> Comparison:
+    return compare([frontier_difference(pair, score, num_draws=num_draws) for pair in pairs])
 
 
 def measures(entropies: list[float], score: float, slope: float = -0.1, num_prompts: int = 50) -> Measures:
@@ -26,14 +31,14 @@ def measures(entropies: list[float], score: float, slope: float = -0.1, num_prom
 def test_a_sharper_student_on_the_same_line_gains_nothing():
     ours, theirs = measures([1.0, 2.0, 3.0, 3.5], 1.0), measures([2.0, 3.0, 4.0, 5.0], 1.0)
     assert ours.value("t0.5.rouge_l.teacher") > theirs.value("t0.5.rouge_l.teacher")
-    gain = frontier_gain([(ours, theirs)], "rouge_l.teacher", num_draws=50)
+    gain = gain_of([(ours, theirs)], "rouge_l.teacher", num_draws=50)
     assert gain.difference == pytest.approx(0, abs=1e-12)
     assert gain.low == pytest.approx(0, abs=1e-9) and gain.high == pytest.approx(0, abs=1e-9)
 
 
 def test_a_frontier_above_is_a_gain_over_the_shared_entropies():
     ours, theirs = measures([1.0, 2.0, 3.0, 3.5], 1.03), measures([2.0, 3.0, 4.0, 5.0], 1.0)
-    gain = frontier_gain([(ours, theirs)] * 2, "rouge_l.teacher", num_draws=50)
+    gain = gain_of([(ours, theirs)] * 2, "rouge_l.teacher", num_draws=50)
     assert gain.difference == pytest.approx(0.03)
     assert gain.low > 0.029 and gain.p_value < 0.05
     assert ours.value("t1.distinct_2") == 0.5
@@ -41,7 +46,7 @@ def test_a_frontier_above_is_a_gain_over_the_shared_entropies():
 
 def test_frontiers_that_share_no_entropy_are_not_compared():
     apart = [(measures([1.0, 1.1, 1.2, 1.3], 1.0), measures([2.0, 3.0, 4.0, 5.0], 1.0))]
-    found = frontier_gain(apart, "rouge_l.teacher", num_draws=50)
+    found = gain_of(apart, "rouge_l.teacher", num_draws=50)
     assert np.isnan(found.difference) and np.isnan(found.low)
     assert found.p_value == 1, "what cannot be compared is no finding"
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from deploy.study.plots import draw
-from deploy.study.report import _drift_table, _equal_time_table
+from deploy.study.report import _drift_table, _equal_time_table, report
 
 
 def run(recipe: str, seed: int, seconds: list[float], values: list[float]) -> dict:
@@ -56,3 +56,23 @@ def test_answers_without_thirds_do_not_drift():
     table = _drift_table(RESULTS | {"runs": runs})
     assert "| `kd` | 0.2000 | 0.2000 | 0.2000 | 0.2000 | 1.000 | 1.000 |" in table
     assert "| `ammd` | nan |" in table
+
+
+def test_differences_are_read_from_the_results_alone():
+    rows = [
+        {"seed": seed, "recipe": "ammd", "from": "kd", "metric": "teacher_text.tv",
+         "difference": -0.1, "error": 0.001}
+        for seed in (0, 1)
+    ]  # fmt: skip
+    runs = [each | {"final": {"teacher_text.tv": 0.3}, "critics": {}} for each in RESULTS["runs"]]
+    results = RESULTS | {
+        "study": "s", "task": "t", "method_hash": "h", "runs": runs, "chosen": {"kd": {}, "ammd": {}},
+        "comparisons": [["ammd", "kd"]], "differences": rows,
+    }  # fmt: skip
+    # Two seeds that agree: the error over prompts, 0.001 / √2, times t's quantile with one degree, 12.7.
+    found = "-0.1000* [-0.1090, -0.0910]"
+    text = report(results)
+    assert f"| `ammd` | 2 |  | 0.3000 ({found}) |" in text
+    assert f"| `ammd` − `kd` | {found} |" in text
+    nothing = report(results | {"differences": [row | {"difference": None, "error": None} for row in rows]})
+    assert "nan" in nothing and "*" not in nothing.split("\n\n")[1], "what is not a number is no finding"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deploy.study.statistics import PairedPrompts, compare, holm
+from deploy.study import statistics
+from deploy.study.statistics import Comparison, PairedPrompts, holm, seed_difference
 
 
 def seeds(effect: float, *, num_seeds: int = 5, num_prompts: int = 60, seed: int = 0) -> list[PairedPrompts]:
@@ -18,6 +19,11 @@ def seeds(effect: float, *, num_seeds: int = 5, num_prompts: int = 60, seed: int
         values = np.stack([shared + effect, shared]) + 0.1 * random.normal(size=(2, num_prompts))
         found.append(PairedPrompts(sums=values * weights, weights=np.stack([weights, weights])))
     return found
+
+
+def compare(pairs: list[PairedPrompts], *, num_draws: int = 1000) -> Comparison:
+    random = np.random.default_rng(0)
+    return statistics.compare([seed_difference(pair, num_draws=num_draws, random=random) for pair in pairs])
 
 
 def test_the_difference_is_the_mean_of_the_seeds_ratios():
