@@ -53,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--out", metavar="DIR", help="the study's folder (runs/studies/NAME)")
     study.add_argument("--report", action="store_true", help="tables of what is finished; run nothing")
     study.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (1)")
+    study.add_argument(
+        "--with",
+        dest="earlier",
+        metavar="RESULTS",
+        help="results.json of other seeds, tuned there: run the rest",
+    )
     study.set_defaults(run=commands.study)
 
     chat = sub.add_parser("chat", help="talk to a model")

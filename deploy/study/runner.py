@@ -69,12 +69,20 @@ class Study:
     """A study and its folder."""
 
     def __init__(
-        self, spec: StudySpec, folder: Path, *, num_jobs: int = 1, say: Callable[[str], None] = print
+        self,
+        spec: StudySpec,
+        folder: Path,
+        *,
+        num_jobs: int = 1,
+        chosen: Mapping[str, Settings] | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
-        """``num_jobs``: runs at a time, each on its share of the cores."""
+        """``num_jobs``: runs at a time, each on its share of the cores. ``chosen``: what a tuning that ran
+        elsewhere has chosen, so that none runs here."""
         self.spec = spec
         self.folder = folder
         self.num_jobs = num_jobs
+        self.tuned_elsewhere = chosen
         self.say = say
         self.code = method_hash()
 
@@ -132,7 +140,7 @@ class Study:
 
     def _tuning_jobs(self) -> dict[str, list[Job]]:
         tuning = self.spec.tuning
-        if tuning is None:
+        if tuning is None or self.tuned_elsewhere is not None:
             return {recipe: [] for recipe in self.spec.recipes}
         return {
             recipe: [
@@ -146,6 +154,8 @@ class Study:
 
     def _chosen(self, tuning_jobs: Mapping[str, list[Job]]) -> dict[str, Settings]:
         """The settings of every recipe whose tuning, or that of the one it follows, is among the jobs."""
+        if self.tuned_elsewhere is not None:
+            return {recipe: self.tuned_elsewhere[recipe] for recipe in self.spec.recipes}
         chosen = {recipe: self._choose(recipe, jobs) for recipe, jobs in tuning_jobs.items()}
         followed = {name: settings.get("tuned_as", name) for name, settings in self.spec.recipes.items()}
         return {name: chosen[other] for name, other in followed.items() if other in chosen}

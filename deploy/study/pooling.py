@@ -1,0 +1,66 @@
+"""A study in parts: seeds that another machine ran, or this one before its runs were lost.
+
+A seed is run whole in one place, since a task's models are trained there and differ a little between
+processors; its differences are paired within itself, so seeds of several places can be pooled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deploy.study.spec import StudySpec
+from distill.config import ConfigError, rule
+
+Results = Mapping[str, Any]
+
+
+def load_earlier(path: Path, spec: StudySpec, code: str) -> dict[str, Any]:
+    """Results of the same study by the same code.
+
+    Raises: ConfigError when they are not there or of something else.
+    """
+    try:
+        earlier = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(rule("--with", path, f"be a results.json ({error})", "check the path")) from None
+    asked = {
+        "study": spec.name, "task": spec.task, "method_hash": code, "metrics": list(spec.metrics),
+        "baseline": spec.baseline, "comparisons": [list(pair) for pair in spec.comparisons],
+    }  # fmt: skip
+    for name, value in asked.items():
+        if earlier.get(name) != value:
+            raise ConfigError(
+                rule(
+                    f"--with: {name}",
+                    earlier.get(name),
+                    f"be {value}",
+                    "pool results of one study and one code",
+                )
+            )
+    if missing := [recipe for recipe in spec.recipes if recipe not in earlier["chosen"]]:
+        raise ConfigError(
+            rule("--with: chosen", ", ".join(missing), "be tuned there", "run the whole study there first")
+        )
+    return earlier
+
+
+def without_seeds_of(spec: StudySpec, earlier: Results) -> StudySpec:
+    """The seeds that are left. Raises: ConfigError when none is."""
+    done = {run["seed"] for run in earlier["runs"]}
+    left = tuple(seed for seed in spec.seeds if seed not in done)
+    if not left:
+        raise ConfigError(rule("seeds", list(spec.seeds), "hold one that --with lacks", "add a seed"))
+    return replace(spec, seeds=left)
+
+
+def pooled(earlier: Results, ours: Results) -> dict[str, Any]:
+    """Both, of seeds that they do not share."""
+    return (
+        {**ours}
+        | {name: [*earlier[name], *ours[name]] for name in ("runs", "differences", "teacher")}
+        | {name: earlier[name] for name in ("chosen", "tuning")}
+    )

@@ -1,0 +1,55 @@
+"""A study in parts: what is refused, what is left to run, and both together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.study.pooling import load_earlier, pooled, without_seeds_of
+from deploy.study.runner import Study
+from deploy.study.spec import StudySpec, Tuning
+from distill.config import ConfigError
+
+TUNING = Tuning({"learner.learning_rate": [1.0, 0.1]}, (100,), {}, "teacher_text.tv")
+SPEC = StudySpec("s", "tiny-wiki", {"kd": {}}, (0, 1), "kd", ("teacher_text.tv",), tuning=TUNING)
+EARLIER = {
+    "study": "s", "task": "tiny-wiki", "method_hash": "h", "metrics": ["teacher_text.tv"], "baseline": "kd",
+    "comparisons": [], "chosen": {"kd": {"learner.learning_rate": 0.1}}, "tuning": ["t"],
+    "runs": [{"seed": 0}], "differences": [], "teacher": [],
+}  # fmt: skip
+
+
+def written(tmp_path: Path, **changes: object) -> Path:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(EARLIER | changes))
+    return path
+
+
+def test_the_rest_is_run_as_tuned_there_and_pooled(tmp_path: Path):
+    earlier = load_earlier(written(tmp_path), SPEC, "h")
+    rest = without_seeds_of(SPEC, earlier)
+    assert rest.seeds == (1,)
+    study = Study(rest, tmp_path / "out", chosen=earlier["chosen"], say=lambda _: None)
+    assert study._tuning_jobs() == {"kd": []}
+    assert study._chosen({"kd": []}) == {"kd": {"learner.learning_rate": 0.1}}
+    ours = EARLIER | {"runs": [{"seed": 1}], "tuning": []}
+    both = pooled(earlier, ours)
+    assert [run["seed"] for run in both["runs"]] == [0, 1]
+    assert both["tuning"] == ["t"] and both["study"] == "s"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method_hash": "other"}, {"task": "other"}, {"baseline": "jsd"}, {"chosen": {}}]
+)
+def test_results_of_something_else_are_refused(tmp_path: Path, changes: dict[str, object]):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        load_earlier(written(tmp_path, **changes), SPEC, "h")
+
+
+def test_nothing_left_or_nothing_there_is_said(tmp_path: Path):
+    with pytest.raises(ConfigError, match="add a seed"):
+        without_seeds_of(SPEC, EARLIER | {"runs": [{"seed": 0}, {"seed": 1}]})
+    with pytest.raises(ConfigError, match="check the path"):
+        load_earlier(tmp_path / "none.json", SPEC, "h")
