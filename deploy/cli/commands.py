@@ -106,7 +106,7 @@ def report(options: argparse.Namespace) -> int:
 
 def study(options: argparse.Namespace) -> int:
     from deploy.study.plots import draw
-    from deploy.study.pooling import load_earlier, pooled, without_seeds_of
+    from deploy.study.pooling import load_earlier, only_seeds, pooled, without_seeds_of
     from deploy.study.processes import ProcessFailed
     from deploy.study.report import report
     from deploy.study.runner import Study, StudyUnfinished, method_hash
@@ -115,6 +115,8 @@ def study(options: argparse.Namespace) -> int:
 
     spec = load_study(options.study)
     folder = Path(options.out or f"runs/studies/{spec.name}").resolve()
+    if options.seeds:
+        spec = only_seeds(spec, options.seeds)
     earlier = load_earlier(Path(options.earlier), spec, method_hash()) if options.earlier else None
     if earlier:
         spec = without_seeds_of(spec, earlier)

@@ -22,6 +22,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seeds(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text} must be seeds with commas between them, as 0,1")
+    return [int(part) for part in text.split(",")]
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands with their arguments."""
     root = argparse.ArgumentParser(
@@ -53,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--out", metavar="DIR", help="the study's folder (runs/studies/NAME)")
     study.add_argument("--report", action="store_true", help="tables of what is finished; run nothing")
     study.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (1)")
+    study.add_argument("--seeds", type=_seeds, metavar="N,N", help="only these of the study's seeds")
     study.add_argument(
         "--with",
         dest="earlier",

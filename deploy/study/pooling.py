@@ -7,7 +7,7 @@ processors; its differences are paired within itself, so seeds of several places
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,14 @@ def load_earlier(path: Path, spec: StudySpec, code: str) -> dict[str, Any]:
             rule("--with: chosen", ", ".join(missing), "be tuned there", "run the whole study there first")
         )
     return earlier
+
+
+def only_seeds(spec: StudySpec, seeds: Sequence[int]) -> StudySpec:
+    """Raises: ConfigError when the study has no such seed."""
+    for seed in seeds:
+        if seed not in spec.seeds:
+            raise ConfigError(rule("--seeds", seed, f"be of {list(spec.seeds)}", "choose one of the study's"))
+    return replace(spec, seeds=tuple(seed for seed in spec.seeds if seed in seeds))
 
 
 def without_seeds_of(spec: StudySpec, earlier: Results) -> StudySpec:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.study.pooling import load_earlier, pooled, without_seeds_of
+from deploy.study.pooling import load_earlier, only_seeds, pooled, without_seeds_of
 from deploy.study.runner import Study
 from deploy.study.spec import StudySpec, Tuning
 from distill.config import ConfigError
@@ -53,3 +53,9 @@ def test_nothing_left_or_nothing_there_is_said(tmp_path: Path):
         without_seeds_of(SPEC, EARLIER | {"runs": [{"seed": 0}, {"seed": 1}]})
     with pytest.raises(ConfigError, match="check the path"):
         load_earlier(tmp_path / "none.json", SPEC, "h")
+
+
+def test_some_of_the_seeds():
+    assert only_seeds(SPEC, [1]).seeds == (1,)
+    with pytest.raises(ConfigError, match="--seeds=2"):
+        only_seeds(SPEC, [0, 2])
