@@ -101,7 +101,8 @@ def test_behaviour_and_learner_logprobs_agree(vllm_run: Path) -> None:
 
 
 def test_the_parity_report_of_a_run(vllm_run: Path) -> None:
-    command = [sys.executable, "-m", "deploy.parity", str(vllm_run), "--dtype", "float32", "--prompts", "2"]
+    exact = ["--dtype", "float32", "--learner-dtype", "float32"]
+    command = [sys.executable, "-m", "deploy.parity", str(vllm_run), *exact, "--prompts", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     figures = dict(re.findall(r"(mean|largest) ([0-9.e+-]+)", done.stdout.splitlines()[-1]))
     assert 0 < float(figures["mean"]) <= float(figures["largest"]) < 1e-4
