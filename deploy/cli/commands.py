@@ -106,12 +106,12 @@ def report(options: argparse.Namespace) -> int:
 
 def study(options: argparse.Namespace) -> int:
     from deploy.study.plots import draw
-    from deploy.study.pooling import load_earlier, only_seeds, pooled, without_seeds_of
+    from deploy.study.pooling import load_earlier, only_seeds, without_seeds_of
     from deploy.study.processes import ProcessFailed
     from deploy.study.report import report
     from deploy.study.runner import Study, StudyUnfinished, method_hash
     from deploy.study.spec import load_study
-    from distill.run_folder import write_bytes, write_json
+    from distill.run_folder import write_bytes
 
     spec = load_study(options.study)
     folder = Path(options.out or f"runs/studies/{spec.name}").resolve()
@@ -120,15 +120,12 @@ def study(options: argparse.Namespace) -> int:
     earlier = load_earlier(Path(options.earlier), spec, method_hash()) if options.earlier else None
     if earlier:
         spec = without_seeds_of(spec, earlier)
-    runner = Study(spec, folder, num_jobs=options.jobs, chosen=earlier["chosen"] if earlier else None)
+    runner = Study(spec, folder, num_jobs=options.jobs, earlier=earlier)
     try:
         results = runner.finished() if options.report else runner.run()
     except (ProcessFailed, StudyUnfinished) as error:
         _complain(str(error))
         return FAILED
-    if earlier:
-        results = pooled(earlier, results)
-        write_json(folder / "results.json", results)
     text = report(results)
     write_bytes(folder / "report.md", text.encode())
     print(text)

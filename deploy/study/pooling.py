@@ -16,6 +16,8 @@ from deploy.study.spec import StudySpec
 from distill.config import ConfigError, rule
 
 Results = Mapping[str, Any]
+_POOLED = ("runs", "differences", "teacher")
+_KEYS = {"asked", "method_hash", "chosen", "tuning", *_POOLED}
 
 
 def load_earlier(path: Path, spec: StudySpec, code: str) -> dict[str, Any]:
@@ -27,16 +29,17 @@ def load_earlier(path: Path, spec: StudySpec, code: str) -> dict[str, Any]:
         earlier = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(rule("--with", path, f"be a results.json ({error})", "check the path")) from None
-    asked = {
-        "study": spec.name, "task": spec.task, "method_hash": code, "metrics": list(spec.metrics),
-        "baseline": spec.baseline, "comparisons": [list(pair) for pair in spec.comparisons],
-    }  # fmt: skip
-    for name, value in asked.items():
-        if earlier.get(name) != value:
+    if not isinstance(earlier, dict) or not earlier.keys() >= _KEYS:
+        raise ConfigError(
+            rule("--with", path, f"hold {', '.join(sorted(_KEYS))}", "name a results.json of this version")
+        )
+    there = {"method_hash": earlier["method_hash"], **earlier["asked"]}
+    for name, value in {"method_hash": code, **spec.asked()}.items():
+        if there.get(name) != value:
             raise ConfigError(
                 rule(
                     f"--with: {name}",
-                    earlier.get(name),
+                    there.get(name),
                     f"be {value}",
                     "pool results of one study and one code",
                 )
@@ -69,6 +72,6 @@ def pooled(earlier: Results, ours: Results) -> dict[str, Any]:
     """Both, of seeds that they do not share."""
     return (
         {**ours}
-        | {name: [*earlier[name], *ours[name]] for name in ("runs", "differences", "teacher")}
+        | {name: [*earlier[name], *ours[name]] for name in _POOLED}
         | {name: earlier[name] for name in ("chosen", "tuning")}
     )

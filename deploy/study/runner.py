@@ -24,6 +24,7 @@ import learner
 from deploy.study import tasks
 from deploy.study.differences import differences
 from deploy.study.measures import Measures, are_measured, measures_path, teacher_measures_path
+from deploy.study.pooling import pooled
 from deploy.study.processes import Command, run_all
 from deploy.study.results import critics, curve, final, finals, texts
 from deploy.study.spec import Settings, StudySpec
@@ -74,15 +75,15 @@ class Study:
         folder: Path,
         *,
         num_jobs: int = 1,
-        chosen: Mapping[str, Settings] | None = None,
+        earlier: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        """``num_jobs``: runs at a time, each on its share of the cores. ``chosen``: what a tuning that ran
-        elsewhere has chosen, so that none runs here."""
+        """``num_jobs``: runs at a time, each on its share of the cores. ``earlier``: results of other
+        seeds; what their tuning chose is taken, and they are part of the results here."""
         self.spec = spec
         self.folder = folder
         self.num_jobs = num_jobs
-        self.tuned_elsewhere = chosen
+        self.earlier = earlier
         self.say = say
         self.code = method_hash()
 
@@ -140,7 +141,7 @@ class Study:
 
     def _tuning_jobs(self) -> dict[str, list[Job]]:
         tuning = self.spec.tuning
-        if tuning is None or self.tuned_elsewhere is not None:
+        if tuning is None or self.earlier is not None:
             return {recipe: [] for recipe in self.spec.recipes}
         return {
             recipe: [
@@ -154,8 +155,8 @@ class Study:
 
     def _chosen(self, tuning_jobs: Mapping[str, list[Job]]) -> dict[str, Settings]:
         """The settings of every recipe whose tuning, or that of the one it follows, is among the jobs."""
-        if self.tuned_elsewhere is not None:
-            return {recipe: self.tuned_elsewhere[recipe] for recipe in self.spec.recipes}
+        if self.earlier is not None:
+            return {recipe: self.earlier["chosen"][recipe] for recipe in self.spec.recipes}
         chosen = {recipe: self._choose(recipe, jobs) for recipe, jobs in tuning_jobs.items()}
         followed = {name: settings.get("tuned_as", name) for name, settings in self.spec.recipes.items()}
         return {name: chosen[other] for name, other in followed.items() if other in chosen}
@@ -274,6 +275,8 @@ class Study:
         self, jobs: list[Job], tuning_jobs: Mapping[str, list[Job]], chosen: Mapping[str, Settings]
     ) -> dict[str, Any]:
         results = self._results(jobs, tuning_jobs, chosen)
+        if self.earlier is not None:
+            results = pooled(self.earlier, results)
         write_json(self.folder / "results.json", results)
         return results
 
@@ -284,6 +287,7 @@ class Study:
             "study": self.spec.name,
             "task": self.spec.task,
             "method_hash": self.code,
+            "asked": self.spec.asked(),
             "metrics": list(self.spec.metrics),
             "baseline": self.spec.baseline,
             "comparisons": [list(pair) for pair in self.spec.comparisons],

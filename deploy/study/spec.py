@@ -23,9 +23,10 @@ tuning:
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ class StudySpec:
     """Pairs of recipes beside those with the baseline."""
     texts: bool = False
     """Whether what the students write is measured too, at several temperatures (measure_run.py)."""
+
+    def asked(self) -> dict[str, Any]:
+        """All but the seeds, as JSON has it: results of equal ones can be pooled."""
+        return json.loads(json.dumps({**asdict(self), "seeds": None}))
 
 
 _KEYS = (

@@ -15,8 +15,7 @@ from distill.config import ConfigError
 TUNING = Tuning({"learner.learning_rate": [1.0, 0.1]}, (100,), {}, "teacher_text.tv")
 SPEC = StudySpec("s", "tiny-wiki", {"kd": {}}, (0, 1), "kd", ("teacher_text.tv",), tuning=TUNING)
 EARLIER = {
-    "study": "s", "task": "tiny-wiki", "method_hash": "h", "metrics": ["teacher_text.tv"], "baseline": "kd",
-    "comparisons": [], "chosen": {"kd": {"learner.learning_rate": 0.1}}, "tuning": ["t"],
+    "study": "s", "method_hash": "h", "asked": SPEC.asked(), "chosen": {"kd": {"learner.learning_rate": 0.1}}, "tuning": ["t"],
     "runs": [{"seed": 0}], "differences": [], "teacher": [],
 }  # fmt: skip
 
@@ -31,7 +30,7 @@ def test_the_rest_is_run_as_tuned_there_and_pooled(tmp_path: Path):
     earlier = load_earlier(written(tmp_path), SPEC, "h")
     rest = without_seeds_of(SPEC, earlier)
     assert rest.seeds == (1,)
-    study = Study(rest, tmp_path / "out", chosen=earlier["chosen"], say=lambda _: None)
+    study = Study(rest, tmp_path / "out", earlier=earlier, say=lambda _: None)
     assert study._tuning_jobs() == {"kd": []}
     assert study._chosen({"kd": []}) == {"kd": {"learner.learning_rate": 0.1}}
     ours = EARLIER | {"runs": [{"seed": 1}], "tuning": []}
@@ -41,10 +40,15 @@ def test_the_rest_is_run_as_tuned_there_and_pooled(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"method_hash": "other"}, {"task": "other"}, {"baseline": "jsd"}, {"chosen": {}}]
+    "changes",
+    [
+        {"method_hash": "other"},
+        {"chosen": {}},
+        *({"asked": SPEC.asked() | {name: "other"}} for name in ("task", "baseline", "settings", "recipes")),
+    ],
 )
 def test_results_of_something_else_are_refused(tmp_path: Path, changes: dict[str, object]):
-    with pytest.raises(ConfigError, match=next(iter(changes))):
+    with pytest.raises(ConfigError, match="--with: "):
         load_earlier(written(tmp_path, **changes), SPEC, "h")
 
 
@@ -53,6 +57,10 @@ def test_nothing_left_or_nothing_there_is_said(tmp_path: Path):
         without_seeds_of(SPEC, EARLIER | {"runs": [{"seed": 0}, {"seed": 1}]})
     with pytest.raises(ConfigError, match="check the path"):
         load_earlier(tmp_path / "none.json", SPEC, "h")
+    for text in ("[]", "{}"):
+        (tmp_path / "old.json").write_text(text)
+        with pytest.raises(ConfigError, match="of this version"):
+            load_earlier(tmp_path / "old.json", SPEC, "h")
 
 
 def test_some_of_the_seeds():
