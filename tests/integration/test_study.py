@@ -74,7 +74,7 @@ def test_a_study_and_its_second_start(tmp_path: Path) -> None:
 
     assert Study(spec(), folder, say=said.append).finished() == results
     more = Study(spec(recipes={"kd": {}, "ammd": {"recipe.beta": 0.5}, "jsd": {}}), folder, say=said.append)
-    assert more.finished() == results, "a recipe that has not run shows up"
+    assert more.finished() | {"asked": results["asked"]} == results, "a recipe that has not run shows up"
     follows = {"kd": {}, "kd_longer": {"recipe": "kd", "tuned_as": "kd", "learner.num_updates": 3}}
     longer = Study(
         spec(recipes=follows, seeds=(0,), comparisons=(("kd_longer", "kd"),)), folder, say=said.append
