@@ -238,10 +238,12 @@ class Preflight:
             yield Check("vocabulary", "pass", f"{teacher} rows, {used} of them used")
 
     def _critics(self) -> Iterator[Check]:
-        critic, size = self.config.critic, self.scored.hidden_size
+        critic = self.config.critic
         if not self.config.recipe.uses_critics or critic.form != "learned":
             yield Check("critics", "pass", "none are learned")
             return
+        models = [self.scored, *([self.student] if critic.features == "both" else [])]
+        size = min(model.hidden_size for model in models)
         if critic.rank is not None and critic.rank > size:
             raise ConfigError(
                 rule("critic.rank", critic.rank, f"be <= the hidden size of the states it sees, {size}",

@@ -109,7 +109,7 @@ def study(options: argparse.Namespace) -> int:
     from deploy.study.pooling import load_earlier, only_seeds, without_seeds_of
     from deploy.study.processes import ProcessFailed
     from deploy.study.report import report
-    from deploy.study.runner import Study, StudyUnfinished, method_hash
+    from deploy.study.runner import Study, StudyUnfinished
     from deploy.study.spec import load_study
     from distill.run_folder import write_bytes
 
@@ -117,7 +117,7 @@ def study(options: argparse.Namespace) -> int:
     folder = Path(options.out or f"runs/studies/{spec.name}").resolve()
     if options.seeds:
         spec = only_seeds(spec, options.seeds)
-    earlier = load_earlier(Path(options.earlier), spec, method_hash()) if options.earlier else None
+    earlier = load_earlier(Path(options.earlier), spec) if options.earlier else None
     if earlier:
         spec = without_seeds_of(spec, earlier)
     runner = Study(spec, folder, num_jobs=options.jobs, earlier=earlier)

@@ -12,15 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from deploy.study.hashes import method_hash, results_hash
 from deploy.study.spec import StudySpec
 from distill.config import ConfigError, rule
 
 Results = Mapping[str, Any]
-_POOLED = ("runs", "differences", "teacher")
-_KEYS = {"asked", "method_hash", "chosen", "tuning", *_POOLED}
+_POOLED = ("runs", "diverged", "differences", "teacher")
+_KEYS = {"asked", "method_hash", "results_hash", "chosen", "tuning", *_POOLED}
 
 
-def load_earlier(path: Path, spec: StudySpec, code: str) -> dict[str, Any]:
+def load_earlier(path: Path, spec: StudySpec) -> dict[str, Any]:
     """Results of the same study by the same code.
 
     Raises: ConfigError when they are not there or of something else.
@@ -33,8 +34,9 @@ def load_earlier(path: Path, spec: StudySpec, code: str) -> dict[str, Any]:
         raise ConfigError(
             rule("--with", path, f"hold {', '.join(sorted(_KEYS))}", "name a results.json of this version")
         )
-    there = {"method_hash": earlier["method_hash"], **earlier["asked"]}
-    for name, value in {"method_hash": code, **spec.asked()}.items():
+    hashes = {"method_hash": method_hash(), "results_hash": results_hash()}
+    there = {**{name: earlier[name] for name in hashes}, **earlier["asked"]}
+    for name, value in {**hashes, **spec.asked()}.items():
         if there.get(name) != value:
             raise ConfigError(
                 rule(

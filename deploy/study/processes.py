@@ -51,11 +51,14 @@ def core_shares(num_jobs: int) -> list[list[int]]:
 
 
 def run_all(
-    commands: Sequence[Command], num_jobs: int, on_end: Callable[[Command, float], None] = lambda *_: None
+    commands: Sequence[Command],
+    num_jobs: int,
+    on_end: Callable[[Command, float], None] = lambda *_: None,
+    before_start: Callable[[], None] = lambda: None,
 ) -> None:
     """Run commands in order, ``num_jobs`` at a time; ``on_end`` is told each one's seconds.
 
-    Raises: ProcessFailed with the first that fails; the others are ended.
+    Raises: ProcessFailed with the first that fails; what ``on_end`` or ``before_start`` raise. The others are ended.
     """
     waiting, free = deque(commands), core_shares(num_jobs)
     running: list[_Running] = []
@@ -63,6 +66,7 @@ def run_all(
     try:
         while waiting or running:
             while waiting and free:
+                before_start()
                 running.append(_start(waiting.popleft(), free.pop(0)))
             time.sleep(_POLL_S)
             for one in [one for one in running if one.process.poll() is not None]:

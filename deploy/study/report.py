@@ -35,6 +35,9 @@ def report(results: Mapping[str, Any]) -> str:
             else "over prompts alone: one seed says nothing about another."
         )
     )
+    if results["diverged"]:
+        runs = ", ".join(f"`{run['recipe']}` seed {run['seed']}" for run in results["diverged"])
+        intro += f"\n\nEnded with numbers that are not finite, and left out of every table: {runs}."
     tables = [_final_table(results), _drift_table(results), _equal_time_table(results)]
     if results["comparisons"]:
         tables.insert(1, _comparisons_table(results))
@@ -127,7 +130,7 @@ def _equal_time_table(results: Mapping[str, Any]) -> str:
         cells = [f"{updates:.0f}", *(f"{value:.4f}" for value in values)]
         rows.append([f"`{recipe}`", *("" if np.isnan(updates) else cell for cell in cells)])
     heading = (
-        f"At equal time: after {budget:.0f} s of training (a proxy's counts, evaluations do not), interpolated in "
+        f"At equal time: after {budget:.0f} s of training (a proxy's counts; evaluations do not, nor the writing of the teacher's texts, once for all), interpolated in "
         "the logarithm of time between a run's evaluations, on the prompts that they share; empty where that is "
         "before the first. The slower recipes are read before their learning rate has come down, and runs shared "
         "the machine, so this is rough."

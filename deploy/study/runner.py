@@ -13,57 +13,23 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-import distill
-import learner
+from deploy.preflight import Preflight
 from deploy.study import tasks
 from deploy.study.differences import differences
+from deploy.study.hashes import method_hash, results_hash
+from deploy.study.jobs import Job, Jobs
 from deploy.study.measures import Measures, are_measured, measures_path, teacher_measures_path
 from deploy.study.pooling import pooled
 from deploy.study.processes import Command, run_all
 from deploy.study.results import critics, curve, final, finals, texts
 from deploy.study.spec import Settings, StudySpec
-from distill.config.load import fingerprint, load_config
+from distill.config import ConfigError, rule
 from distill.evaluation import direction
-from distill.run_folder import write_bytes, write_json
-
-PRESETS = Path(__file__).parent.parent / "configs"
-METHOD_CODE = (
-    "distill/objectives.py", "distill/credit.py", "distill/algorithm.py", "distill/evaluation.py",
-    "distill/data/*.py", "distill/replay/*.py", "actors/*.py", "learner/*.py",
-)  # fmt: skip
-"""Whose change makes older results another method's."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run."""
-
-    recipe: str
-    seed: int
-    tuned: Settings
-    """The grid's point."""
-    tuning: bool
-    config: Path
-    """The configuration file the run is started with."""
-    run_dir: Path
-
-
-def method_hash() -> str:
-    """Over the source of the method, 16 hexadecimal digits."""
-    root = Path(distill.__file__).parent.parent
-    assert root == Path(learner.__file__).parent.parent
-    state = xxhash.xxh3_64()
-    for pattern in METHOD_CODE:
-        for path in sorted(root.glob(pattern)):
-            state.update(f"{path.relative_to(root)}\n".encode())
-            state.update(path.read_bytes())
-    return state.hexdigest()
+from distill.run_folder import write_json
 
 
 class Study:
@@ -86,17 +52,22 @@ class Study:
         self.earlier = earlier
         self.say = say
         self.code = method_hash()
+        self.task = tasks.known_task(spec.task)
+        self._jobs = Jobs(spec, self.task, folder, self.code)
 
     def run(self) -> dict[str, Any]:
         """All runs that are not finished; returns (and writes) the results.
 
-        Raises: ConfigError before anything runs; FetchError; ProcessFailed.
+        Raises: ConfigError before anything runs; FetchError; ProcessFailed; StudyUnfinished when the
+        method's code changes meanwhile, or the baseline diverges with every seed.
         """
-        self.task = tasks.known_task(self.spec.task)
         tuning_jobs = self._tuning_jobs()
-        for recipe in self.spec.recipes:  # a reported run may break a rule that no tuning run does
-            self._job(recipe, self.spec.seeds[0], {}, tuning=False)
+        # A reported run may break a rule that no tuning run does.
+        reported = [self._jobs.job(recipe, self.spec.seeds[0], {}, tuning=False) for recipe in self.spec.recipes]
         self.task.make(self.say)
+        self._require_same_task()
+        for job in reported:
+            _preflight(job)
         all_tuning = [job for jobs in tuning_jobs.values() for job in jobs]
         num_runs = len(all_tuning) + len(self.spec.recipes) * len(self.spec.seeds)
         self.say(
@@ -105,7 +76,7 @@ class Study:
         self._train(all_tuning, done=0, num_runs=num_runs)
         chosen = self._chosen(tuning_jobs)
         reported = [
-            self._job(recipe, seed, chosen[recipe], tuning=False)
+            self._jobs.job(recipe, seed, chosen[recipe], tuning=False)
             for seed in self.spec.seeds  # all recipes of a seed first: a study cut short is still paired
             for recipe in self.spec.recipes
         ]
@@ -119,25 +90,40 @@ class Study:
 
         Raises: ConfigError; StudyUnfinished when the baseline has no run yet.
         """
-        self.task = tasks.known_task(self.spec.task)
         tuning_jobs = {
-            recipe: jobs for recipe, jobs in self._tuning_jobs().items() if all(map(_is_done, jobs))
+            recipe: jobs for recipe, jobs in self._tuning_jobs().items() if all(job.is_done for job in jobs)
         }
         chosen = self._chosen(tuning_jobs)
         jobs = [
-            self._job(recipe, seed, chosen[recipe], tuning=False)
+            self._jobs.job(recipe, seed, chosen[recipe], tuning=False)
             for seed in self.spec.seeds
             for recipe in chosen
         ]
-        jobs = [job for job in jobs if _is_done(job)]
-        if self.spec.baseline not in {job.recipe for job in jobs}:
-            raise StudyUnfinished(
-                f"study {self.spec.name}: no run of {self.spec.baseline} (the baseline) is finished; run the study"
-            )
+        jobs = [job for job in jobs if job.is_done]
         with_baseline = {job.seed for job in jobs if job.recipe == self.spec.baseline}
         return self._write_results([job for job in jobs if job.seed in with_baseline], tuning_jobs, chosen)
 
-    # Jobs
+    # Checks
+
+    def _require_same_task(self) -> None:
+        """The runs of a folder are of one teacher, one student and one set of prompts."""
+        path = self.folder / "task.json"
+        identity = tasks.identity(self.task.folder())
+        if path.exists() and (before := json.loads(path.read_text())["identity"]) != identity:
+            raise ConfigError(
+                rule(f"task {self.spec.task}", identity, f"be what the runs in {self.folder} had, {before}",
+                     "its models were made anew; name another --out")
+            )  # fmt: skip
+        write_json(path, {"identity": identity})
+
+    def _require_same_code(self) -> None:
+        if (now := method_hash()) != self.code:
+            raise StudyUnfinished(
+                f"study {self.spec.name}: the method's code is {now} and was {self.code} at the "
+                "start; leave the code alone while a study runs (give it a git worktree), and start it again"
+            )
+
+    # Runs
 
     def _tuning_jobs(self) -> dict[str, list[Job]]:
         tuning = self.spec.tuning
@@ -145,7 +131,7 @@ class Study:
             return {recipe: [] for recipe in self.spec.recipes}
         return {
             recipe: [
-                self._job(recipe, seed, point, tuning=True)
+                self._jobs.job(recipe, seed, point, tuning=True)
                 for point in tuning.points()
                 for seed in tuning.seeds
             ]
@@ -161,32 +147,9 @@ class Study:
         followed = {name: settings.get("tuned_as", name) for name, settings in self.spec.recipes.items()}
         return {name: chosen[other] for name, other in followed.items() if other in chosen}
 
-    def _job(self, recipe: str, seed: int, tuned: Settings, *, tuning: bool) -> Job:
-        """Writes its configuration; a wrong setting shows here."""
-        on_top = dict(self.spec.recipes[recipe])
-        on_top.pop("tuned_as", None)
-        settings: Settings = {"recipe": on_top.pop("recipe", recipe)} | self.task.settings(tuning)
-        settings |= self.spec.settings
-        if tuning and self.spec.tuning is not None:
-            settings |= self.spec.tuning.settings
-        settings |= on_top | tuned | {"seed": seed}
-        for name, value in settings.items():
-            if isinstance(value, str):
-                settings[name] = value.replace("{task}", str(self.task.folder()))
-        empty = self.folder / "empty.yaml"
-        if not empty.exists():
-            write_bytes(empty, b"{}\n")
-        overrides = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
-        config = load_config(empty, overrides, PRESETS)
-        run_dir = self.folder / "runs" / f"{recipe}-{fingerprint(config)}-{self.code}"
-        path = self.folder / "configs" / f"{run_dir.name}.json"
-        if not path.exists():
-            write_bytes(path, json.dumps(overrides, indent=1).encode())
-        return Job(recipe, seed, tuned, tuning, path, run_dir)
-
     def _train(self, jobs: Sequence[Job], *, done: int, num_runs: int) -> None:
         """All that are not finished; ``done`` of ``num_runs`` came before."""
-        missing = [job for job in jobs if not _is_done(job)]
+        missing = [job for job in jobs if not job.is_done]
         done += len(jobs) - len(missing)
         if len(missing) < len(jobs):
             self.say(f"{done}/{num_runs}: done before")
@@ -199,25 +162,21 @@ class Study:
                 f"{done}/{num_runs} {command.name}: {seconds:.0f} s"
                 + (f", {left} {what} runs left, about {left * pace / 60:.0f} min" if left else "")
             )
-            if left and method_hash() != self.code:
-                raise StudyUnfinished(
-                    f"study {self.spec.name}: the method's code is {method_hash()} and was {self.code} at the "
-                    "start; leave the code alone while a study runs (give it a git worktree), and start it again"
-                )
 
         left, began = len(missing), time.monotonic()
         what = "tuning" if jobs and jobs[0].tuning else "reported"
-        run_all([self._command(job) for job in missing], self.num_jobs, on_end)
+        run_all([self._command(job) for job in missing], self.num_jobs, on_end, self._require_same_code)
 
     def _command(self, job: Job) -> Command:
         name = f"{job.recipe} seed {job.seed}" + "".join(f" {k}={v}" for k, v in job.tuned.items())
-        overrides = [*json.loads(job.config.read_text()), f"run_dir={job.run_dir}"]
-        argv = (sys.executable, "-m", "deploy.cli.main", "train", str(self.folder / "empty.yaml"), *overrides)
+        train = (sys.executable, "-m", "deploy.cli.main", "train", str(self._jobs.empty))
+        argv = (*train, *job.overrides, f"run_dir={job.run_dir}")
         log = self.folder / "logs" / f"{job.run_dir.name}.txt"
-        return Command(name, argv, log, may_fail=lambda: _has_diverged(job))
+        return Command(name, argv, log, may_fail=lambda: job.has_diverged)
 
     def _measure(self, jobs: Sequence[Job]) -> None:
         """The measures of the runs that lack them, then those of each seed's teacher texts."""
+        jobs = [job for job in jobs if not job.has_diverged]
         missing = [job for job in jobs if not are_measured(measures_path(job.run_dir))]
         self._run_measures([self._measuring(job) for job in missing])
         missing = [job for path, job in self._of_teachers(jobs).items() if not are_measured(path)]
@@ -277,16 +236,24 @@ class Study:
         results = self._results(jobs, tuning_jobs, chosen)
         if self.earlier is not None:
             results = pooled(self.earlier, results)
+        if self.spec.baseline not in {run["recipe"] for run in results["runs"]}:
+            raise StudyUnfinished(
+                f"study {self.spec.name}: no run of {self.spec.baseline} (the baseline) has ended well; "
+                "run the study, or name another baseline"
+            )
         write_json(self.folder / "results.json", results)
         return results
 
     def _results(
         self, jobs: list[Job], tuning_jobs: Mapping[str, list[Job]], chosen: Mapping[str, Settings]
     ) -> dict[str, Any]:
+        diverged = [job for job in jobs if job.has_diverged]
+        jobs = [job for job in jobs if job not in diverged]
         return {
             "study": self.spec.name,
             "task": self.spec.task,
             "method_hash": self.code,
+            "results_hash": results_hash(),
             "asked": self.spec.asked(),
             "metrics": list(self.spec.metrics),
             "baseline": self.spec.baseline,
@@ -305,6 +272,7 @@ class Study:
                  "evaluations": [asdict(point) for point in curve(job.run_dir, self.spec.metrics)]}
                 for job in jobs
             ],
+            "diverged": [{"recipe": job.recipe, "seed": job.seed, "run": job.run_dir.name} for job in diverged],
             "differences": self._differences(jobs),
             "teacher": [
                 {"seed": job.seed, "texts": Measures.load(path).values()}
@@ -324,7 +292,7 @@ class Study:
 
     def _score(self, job: Job) -> float:
         """What a tuning run is judged by; the worst where it has diverged."""
-        if _has_diverged(job):
+        if job.has_diverged:
             return -direction(self._tuning_metric) * math.inf
         return final(job.run_dir, self._tuning_metric)
 
@@ -337,11 +305,11 @@ class StudyUnfinished(RuntimeError):
     """There is no result; the message says why."""
 
 
-def _is_done(job: Job) -> bool:
-    return (job.run_dir / "summary.json").exists() or _has_diverged(job)
-
-
-def _has_diverged(job: Job) -> bool:
-    """Whether a tuning run ended with numbers that are not finite, which says enough of its settings."""
-    failure = job.run_dir / "failure.txt"
-    return job.tuning and failure.exists() and "FloatingPointError" in failure.read_text()
+def _preflight(job: Job) -> None:
+    """What would end its recipe's runs, before the first of any."""
+    checks = Preflight(job.config)
+    checks.run()
+    try:
+        checks.require()
+    except ConfigError as error:
+        raise ConfigError(f"recipes.{job.recipe}: {error}") from None

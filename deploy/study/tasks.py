@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from deploy.study.spec import Settings
 from deploy.study.tiny_translation import make_tiny_translation, tiny_translation_folder
 from deploy.study.tiny_wiki import make_tiny_wiki, tiny_wiki_folder
@@ -62,6 +64,15 @@ TASKS: Mapping[str, Task] = {
         tiny_translation_folder, make_tiny_translation, max_prompt_tokens=64, max_new_tokens=48
     ),
 }
+
+
+def identity(folder: Path) -> str:
+    """Of a task's models and prompts, 16 hexadecimal digits: they are trained where they are made."""
+    state = xxhash.xxh3_64()
+    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.jsonl")]):
+        state.update(f"{path.relative_to(folder)}\n".encode())
+        state.update(path.read_bytes())
+    return state.hexdigest()
 
 
 def known_task(name: str) -> Task:

@@ -45,9 +45,11 @@ def teacher_head(num_tokens: int = VOCABULARY, seed: int = 7) -> Head:
     return Head(weight, LogitTransform(scale=0.7, softcap=20.0))
 
 
-def critic_pair(config: CriticConfig, *, shake: float = 0.0) -> CriticPair:
-    """Critics in float64; ``shake`` moves every parameter off its start."""
-    pair = CriticPair(config, *SIZES, seed=3)
+def critic_pair(
+    config: CriticConfig, *, shake: float = 0.0, sizes: tuple[ModelSize, ModelSize] = SIZES
+) -> CriticPair:
+    """Critics in float64; ``shake`` moves every parameter off its start. ``sizes``: teacher's, student's."""
+    pair = CriticPair(config, *sizes, seed=3)
     generator = torch.Generator().manual_seed(4)
     for source in SOURCES:
         pair[source].double()

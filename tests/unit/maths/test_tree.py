@@ -61,8 +61,8 @@ def test_performance_difference(gamma):
     gap = value(q_teacher, teacher) - value(q_policy, policy)
     off = (tree.occupancy(teacher, gamma) * gaps(policy, teacher, q_policy)).sum(-1)
     on = (tree.occupancy(policy, gamma) * gaps(policy, teacher, q_teacher)).sum(-1)
-    torch.testing.assert_close(off, gap)
-    torch.testing.assert_close(on, gap)
+    torch.testing.assert_close(off, gap, atol=1e-9, rtol=0)
+    torch.testing.assert_close(on, gap, atol=1e-9, rtol=0)
 
 
 def test_supremum_of_the_gap_is_twice_the_bound_times_total_variation():
@@ -70,7 +70,7 @@ def test_supremum_of_the_gap_is_twice_the_bound_times_total_variation():
     bound = 1.5
     best = bound * (teacher - policy).sign()
     supremum = 2 * bound * total_variation(policy, teacher)
-    torch.testing.assert_close(moment_gap(policy, teacher, best), supremum)
+    torch.testing.assert_close(moment_gap(policy, teacher, best), supremum, atol=1e-9, rtol=0)
     for seed in range(3):
         f = bound * (2 * torch.rand(policy.shape, generator=torch.Generator().manual_seed(seed)).double() - 1)
         assert (moment_gap(policy, teacher, f) <= supremum).all()
@@ -335,6 +335,27 @@ def test_at_the_teacher_every_value_is_zero_and_so_is_every_gradient_that_should
     value, grad = at_teacher(any_f, loss="moment_gap")
     torch.testing.assert_close(value, torch.zeros_like(value), atol=1e-12, rtol=0)
     assert grad.abs().max() > 0.1  # a critic that sees a difference pushes, even where there is none
+
+
+@pytest.mark.parametrize("method", ["oracle_tv", "oracle_skl", "triangular"])
+def test_the_oracles_rest_at_the_teacher(method):
+    """Their witness is zero where the policies agree, so neither value nor gradient is left, nor a penalty's."""
+    bound, penalty = 1.5, 2.0
+    teacher = tree.random_logits(TREES, 1).log_softmax(-1).flatten(0, 1)
+    if method == "oracle_tv":
+        f = sign_critic(teacher, teacher, bound)
+    else:
+        f = closed_form_critic(teacher, teacher, bound, penalty)
+    assert not f.any()
+    logits = teacher.clone().requires_grad_()
+    both = Policies.from_logits(logits, teacher)
+    losses = position_losses(
+        RecipeConfig(beta=0.0, anchor_weight=0.0), "off", both, torch.zeros(len(f), dtype=torch.int64), f=f,
+        variance_penalty=penalty if method == "triangular" else 0.0,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(losses.sum(), logits)
+    for zero in (losses, grad):
+        torch.testing.assert_close(zero, torch.zeros_like(zero), atol=1e-12, rtol=0)
 
 
 def test_the_zero_sum_student_follows_the_triangular_witness():

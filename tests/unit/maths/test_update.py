@@ -16,12 +16,12 @@ from distill.objectives import closed_form_critic, moment_gap, policy_gradient
 from learner import critic_step, vocabulary
 from learner.credit_step import assign_credit
 from learner.critic_step import critic_update
-from learner.critics import CriticPair
+from learner.critics import CriticPair, ModelSize
 from learner.losses import position_losses
-from learner.positions import Heads, Policies, collect_positions
+from learner.positions import Heads, Policies, Positions, collect_positions
 from learner.student_step import _gradient_squares, student_update
 from learner.update import update
-from learner.vocabulary import Head
+from learner.vocabulary import Head, LogitTransform
 from learner.witness import witnesses
 from tests.unit.maths.batches import (
     VOCABULARY,
@@ -317,6 +317,28 @@ def test_critic_metrics_are_fresh_and_of_the_closed_form():
         assert metrics[f"critic/tightness_{source}"] == pytest.approx(1.0)
         saturated = ((p + q) / 2 * (best.abs() > 0.95)).sum(-1).mean()
         assert metrics[f"critic/saturation_{source}"] == pytest.approx(float(saturated))
+
+
+@pytest.mark.parametrize("distance", [1e-3, 0.1, 1.0, 10.0])
+def test_the_closed_form_is_tight_at_any_distance(distance):
+    """The start of a ratio-aware critic, and nothing but it: one that starts at zero finds nothing."""
+    generator = torch.Generator().manual_seed(5)
+    log_p = torch.randn(50, VOCABULARY, generator=generator, dtype=torch.float64)
+    log_q = log_p + distance * torch.randn(50, VOCABULARY, generator=generator, dtype=torch.float64)
+    # States that are the logits themselves: identity heads.
+    identity = Head(torch.eye(VOCABULARY, dtype=torch.float64), LogitTransform())
+    heads, size = Heads(identity, identity), ModelSize(VOCABULARY, VOCABULARY)
+    zeros = torch.zeros(50, dtype=torch.int64)
+    positions = Positions(
+        student_hidden=log_p, teacher_hidden=log_q, on_policy=torch.arange(50) % 2 == 0, row=torch.arange(50),
+        step=zeros, targets=zeros, behavior_logprobs=zeros.double(),
+    )  # fmt: skip
+    for features, expected in (("ratio", 1.0), ("teacher", 0.0)):
+        config = CriticConfig(features=features, rank=8, num_steps=1)
+        critics = critic_pair(config, sizes=(size, size))
+        metrics = critic_update(positions, heads, critics, config, chunk=100, seed=0)
+        for source in ("off", "on"):
+            assert metrics[f"critic/tightness_{source}"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_policy_metrics():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.study.hashes import method_hash, results_hash
 from deploy.study.pooling import load_earlier, only_seeds, pooled, without_seeds_of
 from deploy.study.runner import Study
 from deploy.study.spec import StudySpec, Tuning
@@ -15,8 +16,9 @@ from distill.config import ConfigError
 TUNING = Tuning({"learner.learning_rate": [1.0, 0.1]}, (100,), {}, "teacher_text.tv")
 SPEC = StudySpec("s", "tiny-wiki", {"kd": {}}, (0, 1), "kd", ("teacher_text.tv",), tuning=TUNING)
 EARLIER = {
-    "study": "s", "method_hash": "h", "asked": SPEC.asked(), "chosen": {"kd": {"learner.learning_rate": 0.1}}, "tuning": ["t"],
-    "runs": [{"seed": 0}], "differences": [], "teacher": [],
+    "study": "s", "method_hash": method_hash(), "results_hash": results_hash(), "asked": SPEC.asked(),
+    "chosen": {"kd": {"learner.learning_rate": 0.1}}, "tuning": ["t"],
+    "runs": [{"seed": 0}], "diverged": [], "differences": [], "teacher": [],
 }  # fmt: skip
 
 
@@ -27,7 +29,7 @@ def written(tmp_path: Path, **changes: object) -> Path:
 
 
 def test_the_rest_is_run_as_tuned_there_and_pooled(tmp_path: Path):
-    earlier = load_earlier(written(tmp_path), SPEC, "h")
+    earlier = load_earlier(written(tmp_path), SPEC)
     rest = without_seeds_of(SPEC, earlier)
     assert rest.seeds == (1,)
     study = Study(rest, tmp_path / "out", earlier=earlier, say=lambda _: None)
@@ -43,24 +45,25 @@ def test_the_rest_is_run_as_tuned_there_and_pooled(tmp_path: Path):
     "changes",
     [
         {"method_hash": "other"},
+        {"results_hash": "other"},
         {"chosen": {}},
         *({"asked": SPEC.asked() | {name: "other"}} for name in ("task", "baseline", "settings", "recipes")),
     ],
 )
 def test_results_of_something_else_are_refused(tmp_path: Path, changes: dict[str, object]):
     with pytest.raises(ConfigError, match="--with: "):
-        load_earlier(written(tmp_path, **changes), SPEC, "h")
+        load_earlier(written(tmp_path, **changes), SPEC)
 
 
 def test_nothing_left_or_nothing_there_is_said(tmp_path: Path):
     with pytest.raises(ConfigError, match="add a seed"):
         without_seeds_of(SPEC, EARLIER | {"runs": [{"seed": 0}, {"seed": 1}]})
     with pytest.raises(ConfigError, match="check the path"):
-        load_earlier(tmp_path / "none.json", SPEC, "h")
+        load_earlier(tmp_path / "none.json", SPEC)
     for text in ("[]", "{}"):
         (tmp_path / "old.json").write_text(text)
         with pytest.raises(ConfigError, match="of this version"):
-            load_earlier(tmp_path / "old.json", SPEC, "h")
+            load_earlier(tmp_path / "old.json", SPEC)
 
 
 def test_some_of_the_seeds():

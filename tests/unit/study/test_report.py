@@ -66,7 +66,7 @@ def test_differences_are_read_from_the_results_alone():
     ]  # fmt: skip
     runs = [each | {"final": {"teacher_text.tv": 0.3}, "critics": {}} for each in RESULTS["runs"]]
     results = RESULTS | {
-        "study": "s", "task": "t", "method_hash": "h", "runs": runs, "chosen": {"kd": {}, "ammd": {}},
+        "study": "s", "task": "t", "method_hash": "h", "runs": runs, "diverged": [], "chosen": {"kd": {}, "ammd": {}},
         "comparisons": [["ammd", "kd"]], "differences": rows,
     }  # fmt: skip
     # Two seeds that agree: the error over prompts, 0.001 / √2, times t's quantile with one degree, 12.7.

@@ -1,4 +1,4 @@
-"""What a study's runs are named by."""
+"""What a study's runs are named by, which of them count, and what stops it."""
 
 from __future__ import annotations
 
@@ -7,32 +7,76 @@ from pathlib import Path
 
 import pytest
 
-from deploy.study import runner
+from deploy.study import hashes, runner
+from deploy.study.jobs import PRESETS, Job
 from deploy.study.spec import StudySpec, Tuning
+from deploy.study.tasks import identity
+from distill.config import ConfigError
+from distill.config.load import load_config
+
+TUNING = Tuning({"learner.learning_rate": [1.0, 0.1]}, (100,), {}, "teacher_text.tv")
+SPEC = StudySpec("s", "tiny-wiki", {"kd": {}}, (0,), "kd", ("teacher_text.tv",), tuning=TUNING)
 
 
-def test_the_methods_hash_sees_its_code(monkeypatch: pytest.MonkeyPatch):
-    whole = runner.method_hash()
-    assert whole == runner.method_hash()
-    monkeypatch.setattr(runner, "METHOD_CODE", runner.METHOD_CODE[:-1])
-    assert runner.method_hash() != whole
+def test_a_hash_sees_every_file_of_its_code(tmp_path: Path):
+    (tmp_path / "learner").mkdir()
+    seen = set()
+    for name, text in (("a", "1"), ("b", "1"), ("b", "2")):
+        (tmp_path / "learner" / f"{name}.py").write_text(text)
+        seen.add(hashes._hash(hashes.METHOD_CODE, tmp_path))
+    assert len(seen) == 3
+    root = Path(hashes.distill.__file__).parent.parent
+    for pattern in (*hashes.METHOD_CODE, *hashes.RESULTS_CODE):
+        assert list(root.glob(pattern)), f"{pattern} names no file"
 
 
-def job(run_dir: Path, rate: float, *, failure: str) -> runner.Job:
+def test_changed_code_stops_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    study = runner.Study(SPEC, tmp_path, say=lambda _: None)
+    study._require_same_code()
+    monkeypatch.setattr(runner, "method_hash", lambda: "other")
+    with pytest.raises(runner.StudyUnfinished, match="leave the code alone while a study runs"):
+        study._require_same_code()
+
+
+def test_a_folder_holds_runs_on_one_set_of_models(tmp_path: Path):
+    made = tmp_path / "task"
+    made.mkdir()
+    (made / "prompts.jsonl").write_text("{}")
+    study = runner.Study(SPEC, tmp_path / "out", say=lambda _: None)
+    study.task = replace(study.task, folder=lambda: made)
+    study._require_same_task()
+    study._require_same_task()
+    before = identity(made)
+    (made / "prompts.jsonl").write_text("{} ")
+    with pytest.raises(ConfigError, match=f"be what the runs in .* had, {before}; .* name another --out"):
+        study._require_same_task()
+
+
+def job(run_dir: Path, rate: float, *, failure: str) -> Job:
     run_dir.mkdir()
     (run_dir / "failure.txt").write_text(failure)
-    return runner.Job("kd", 100, {"learner.learning_rate": rate}, True, run_dir / "c.json", run_dir)
+    (run_dir.parent / "empty.yaml").write_text("{}")
+    overrides = ["recipe=kd", "teacher.model=t", "student.model=s", "data.path=d"]
+    config = load_config(run_dir.parent / "empty.yaml", overrides, PRESETS)
+    return Job("kd", 100, {"learner.learning_rate": rate}, True, (), config, run_dir)
 
 
-def test_a_tuning_run_that_diverged_is_done_and_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_diverged_is_done_and_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     diverged = job(tmp_path / "a", 1.0, failure="FloatingPointError: the student's loss is nan")
     broken = job(tmp_path / "b", 0.1, failure="OSError: the disk is full")
-    assert runner._is_done(diverged) and not runner._is_done(broken)
-    assert not runner._is_done(replace(diverged, tuning=False)), "a reported run has to end"
+    assert diverged.is_done and not broken.is_done
     monkeypatch.setattr(runner, "final", lambda run_dir, metric: 0.3)
-    tuning = Tuning({"learner.learning_rate": [1.0, 0.1]}, (100,), {}, "teacher_text.tv")
-    spec = StudySpec("s", "t", {"kd": {}}, (0,), "kd", ("teacher_text.tv",), tuning=tuning)
-    study = runner.Study(spec, tmp_path, say=lambda _: None)
+    study = runner.Study(SPEC, tmp_path, say=lambda _: None)
     assert study._choose("kd", [diverged, broken]) == {"learner.learning_rate": 0.1}
     with pytest.raises(runner.StudyUnfinished, match="kd diverges at every point"):
         study._choose("kd", [diverged, replace(diverged, tuned=broken.tuned)])
+
+
+def test_a_reported_run_that_diverged_is_named_and_counts_nowhere(tmp_path: Path):
+    diverged = job(tmp_path / "a", 1.0, failure="FloatingPointError: the student's loss is nan")
+    study = runner.Study(replace(SPEC, tuning=None), tmp_path, say=lambda _: None)
+    results = study._results([diverged], {}, {})
+    assert results["diverged"] == [{"recipe": "kd", "seed": 100, "run": "a"}]
+    assert results["runs"] == results["differences"] == []
+    with pytest.raises(runner.StudyUnfinished, match=r"no run of kd \(the baseline\) has ended well"):
+        study._write_results([diverged], {}, {})

@@ -1,0 +1,79 @@
+"""The runs of a study: what each is configured with, the folder it lies in, and how it ended."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.study.spec import Settings, StudySpec
+from deploy.study.tasks import Task
+from distill.config import RunConfig
+from distill.config.load import fingerprint, load_config
+from distill.run_folder import write_bytes
+
+PRESETS = Path(__file__).parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    recipe: str
+    seed: int
+    tuned: Settings
+    """The grid's point."""
+    tuning: bool
+    overrides: tuple[str, ...]
+    """What its configuration differs in from an empty one."""
+    config: RunConfig
+    run_dir: Path
+
+    @property
+    def is_done(self) -> bool:
+        return (self.run_dir / "summary.json").exists() or self.has_diverged
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether it ended with numbers that are not finite, which says enough of its settings."""
+        failure = self.run_dir / "failure.txt"
+        return failure.exists() and "FloatingPointError" in failure.read_text()
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Makes them: of one study, in one folder, by one method."""
+
+    spec: StudySpec
+    task: Task
+    folder: Path
+    code: str
+    """The method's hash."""
+
+    def job(self, recipe: str, seed: int, tuned: Settings, *, tuning: bool) -> Job:
+        """Raises: ConfigError for a wrong setting."""
+        overrides = self._overrides(recipe, seed, tuned, tuning)
+        config = load_config(self.empty, overrides, PRESETS)
+        run_dir = self.folder / "runs" / f"{recipe}-{fingerprint(config)}-{self.code}"
+        return Job(recipe, seed, tuned, tuning, tuple(overrides), config, run_dir)
+
+    @property
+    def empty(self) -> Path:
+        """A configuration file with nothing in it, which the overrides go on top of."""
+        path = self.folder / "empty.yaml"
+        if not path.exists():
+            write_bytes(path, b"{}\n")
+        return path
+
+    def _overrides(self, recipe: str, seed: int, tuned: Settings, tuning: bool) -> list[str]:
+        on_top = dict(self.spec.recipes[recipe])
+        on_top.pop("tuned_as", None)
+        settings: Settings = {"recipe": on_top.pop("recipe", recipe)} | self.task.settings(tuning)
+        settings |= self.spec.settings
+        if tuning and self.spec.tuning is not None:
+            settings |= self.spec.tuning.settings
+        settings |= on_top | tuned | {"seed": seed}
+        for name, value in settings.items():
+            if isinstance(value, str):
+                settings[name] = value.replace("{task}", str(self.task.folder()))
+        return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
