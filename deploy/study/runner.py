@@ -63,7 +63,9 @@ class Study:
         """
         tuning_jobs = self._tuning_jobs()
         # A reported run may break a rule that no tuning run does.
-        reported = [self._jobs.job(recipe, self.spec.seeds[0], {}, tuning=False) for recipe in self.spec.recipes]
+        reported = [
+            self._jobs.job(recipe, self.spec.seeds[0], {}, tuning=False) for recipe in self.spec.recipes
+        ]
         self.task.make(self.say)
         self._require_same_task()
         for job in reported:
