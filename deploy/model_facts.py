@@ -94,18 +94,26 @@ def _num_parameters(folder: Path, setting: str) -> int:
                 "convert it with save_pretrained; pickled weights are not read",
             )
         )
-    return sum(_elements(path) for path in files)
+    try:
+        return sum(_elements(path) for path in files)
+    except (OSError, ValueError, struct.error, KeyError) as error:
+        raise ConfigError(
+            rule(setting, folder, f"hold whole safetensors files ({error})", "fetch or save the model again")
+        ) from error
 
 
 def _elements(path: Path) -> int:
     with open(path, "rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))
-    total = 0
+    total, last = 0, 0
     for name, tensor in header.items():
         if name != "__metadata__":
             start, end = tensor["data_offsets"]
             total += (end - start) // _BYTES.get(tensor["dtype"], 1)
+            last = max(last, end)
+    if path.stat().st_size < 8 + size + last:
+        raise ValueError(f"{path.name} ends before its last tensor")
     return total
 
 

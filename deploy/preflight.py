@@ -22,9 +22,11 @@ import pyarrow as pa
 from deploy.fetch import cache_dir, local_checkpoint
 from deploy.model_facts import ModelFacts, tokenizer_fingerprint
 from distill.config import ConfigError, RunConfig, rule
+from distill.config.load import flat_settings
 from distill.data import build_prompts, load_rows, num_skipped_prompts
 from distill.hardware import resolve_dtype
 from distill.replay.draws import BatchPlan
+from distill.run_folder import RunFolder
 from distill.run_inputs import shared_memory_root
 
 Status = Literal["pass", "warn", "fail"]
@@ -184,16 +186,18 @@ class Preflight:
         yield self._transform("proxy", self.proxy)
 
     def _model(self, role: str, facts: ModelFacts) -> Check:
-        if "auto_map" in facts.config and not self.config.teacher.trust_remote_code:
+        if "auto_map" in facts.config:
             raise ConfigError(
                 rule(f"{role}.model", facts.folder, "need no code of its own (it has auto_map)",
-                     "use a built-in architecture, or set teacher.trust_remote_code=true")
+                     "use a built-in architecture")
             )  # fmt: skip
         wanted = self.config.max_model_tokens
         if facts.context_tokens < wanted:
+            limits = ("rollout.max_new_tokens", "corpus.max_new_tokens", "data.max_reference_tokens")
+            longest = max(limits, key=flat_settings(self.config).__getitem__)
             raise ConfigError(
                 rule(f"{role} context", facts.context_tokens, f"be >= the longest sequence, {wanted} tokens",
-                     "lower data.max_prompt_tokens or rollout.max_new_tokens")
+                     f"lower data.max_prompt_tokens or {longest}")
             )  # fmt: skip
         millions = facts.num_parameters / 1e6
         return Check(
@@ -376,6 +380,9 @@ class Preflight:
         config = self.config
         run_dir = Path(config.run_dir).absolute()
         place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+        if not place.is_dir():
+            raise ConfigError(rule("run_dir", run_dir, f"be a folder ({place} is none)", "choose another"))
+        RunFolder(run_dir).refuse_foreign_files()
         if not os.access(place, os.W_OK):
             raise ConfigError(
                 rule("run_dir", run_dir, f"be writable ({place} is not)", "choose another run_dir")

@@ -58,8 +58,6 @@ def training_line(facts: dict[str, object], rates: dict[str, float]) -> str:
     parts = [f"update {facts.get('update', 0)}/{facts.get('num_updates', '?')}"]
     parts += [f"{stage} {rate:.0f} tok/s" for stage, rate in rates.items()]
     parts.append(f"policy age {facts.get('policy_age', 0)}")
-    if (limit := facts.get("limiting_stage")) is not None:
-        parts.append(f"limit: {limit}")
     eta = facts.get("eta_s")
     parts.append(f"ETA {_clock(float(eta))}" if isinstance(eta, int | float) else "ETA -")
     if facts.get("activity") not in (None, "training"):

@@ -1,6 +1,6 @@
-"""Records of a run: numbers per update, events, and the seconds each stage worked or waited.
+"""Records of a run: numbers per update, and events.
 
-Written by the driver, read at any time by ``watch``, ``report`` and dashboards. Names are
+Written by the learner and the driver, read at any time. Names are
 ``<part>/<what>`` with a part of :data:`PARTS`; seconds, and rates per second, end in ``_s``.
 """
 
@@ -12,10 +12,9 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -180,91 +179,3 @@ def read_events(run_dir: str | Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except json.JSONDecodeError:
                 continue
-
-
-State = Literal["busy", "starved", "blocked"]
-_STATES: tuple[State, ...] = ("busy", "blocked", "starved")
-"""In the order in which they win where several tasks of a stage overlap."""
-
-
-class StageTimer:
-    """Seconds that a stage worked, waited for its input, or waited for room for its output.
-
-    ``with timer.busy(): ...``, likewise ``starved`` (nothing to do) and ``blocked`` (nobody
-    takes its result). A stage may have several tasks at once: a moment counts once, as busy if
-    any of them works. So the three sum to at most the time that passed, and ``busy`` over that
-    time is the stage's load. Contexts of one task are not to be nested.
-    """
-
-    def __init__(self, stage: str, clock: Callable[[], float] = time.monotonic):
-        self.stage = stage
-        self._clock = clock
-        self._guard = threading.Lock()
-        self._open: dict[State, int] = dict.fromkeys(_STATES, 0)
-        self._seconds: dict[State, float] = dict.fromkeys(_STATES, 0.0)
-        self._taken: dict[State, float] = dict.fromkeys(_STATES, 0.0)
-        self._since = clock()
-
-    @contextmanager
-    def busy(self) -> Iterator[None]:
-        with self._in("busy"):
-            yield
-
-    @contextmanager
-    def starved(self) -> Iterator[None]:
-        with self._in("starved"):
-            yield
-
-    @contextmanager
-    def blocked(self) -> Iterator[None]:
-        with self._in("blocked"):
-            yield
-
-    def seconds(self) -> dict[State, float]:
-        """Since the timer was made; what goes on now is included."""
-        with self._guard:
-            self._advance()
-            return dict(self._seconds)
-
-    def take(self) -> dict[str, float]:
-        """Metrics since the last ``take``: ``timing/<stage>_busy_s`` and so on."""
-        with self._guard:
-            self._advance()
-            found = {
-                f"timing/{self.stage}_{state}_s": self._seconds[state] - self._taken[state]
-                for state in _STATES
-            }
-            self._taken = dict(self._seconds)
-            return found
-
-    @contextmanager
-    def _in(self, state: State) -> Iterator[None]:
-        self._change(state, 1)
-        try:
-            yield
-        finally:
-            self._change(state, -1)
-
-    def _change(self, state: State, by: int) -> None:
-        with self._guard:
-            self._advance()
-            self._open[state] += by
-
-    def _advance(self) -> None:
-        """Give the time since the last change to the state that held."""
-        now = self._clock()
-        for state in _STATES:
-            if self._open[state]:
-                self._seconds[state] += now - self._since
-                break
-        self._since = now
-
-
-def limiting_stage(metrics: Mapping[str, float]) -> str | None:
-    """The stage that was busy longest, of ``timing/<stage>_busy_s``; None where there is none."""
-    busy = {
-        name.removeprefix("timing/").removesuffix("_busy_s"): seconds
-        for name, seconds in metrics.items()
-        if name.startswith("timing/") and name.endswith("_busy_s")
-    }
-    return max(busy, key=lambda stage: busy[stage]) if busy else None

@@ -1,6 +1,6 @@
 """The folder of one run: its paths, its identity, and who may write in it.
 
-Used by the driver (which holds it), and by ``report``, ``watch`` and ``audit`` (which only
+Used by the driver (which holds it), and by ``report`` and studies (which only
 read paths). A run exists once ``run.json`` does; everything here is replaced whole
 (temporary file, fsync, rename), so a reader never meets half a file and a crash never leaves
 one.
@@ -110,7 +110,7 @@ class PolicyVersions:
 
 
 class RunFolder:
-    """Paths of a run; after ``create`` or ``open_for_resume`` also its only writer.
+    """Paths of a run; after ``create`` also its only writer.
 
     The lock is the kernel's (flock on ``.lock``): it falls with the process, however that
     ends, so there is never a stale one to remove.
@@ -122,7 +122,6 @@ class RunFolder:
         self.metrics = self.path / "metrics.parquet"
         self.events = self.path / "events.jsonl"
         self.summary = self.path / "summary.json"
-        self.report = self.path / "report.html"
         self.replay = self.path / "replay"
         self.checkpoints = self.path / "checkpoints"
         self.student = self.path / "student"
@@ -163,28 +162,13 @@ class RunFolder:
                     must = f"be new or hold a run of this configuration (fingerprint {fingerprint}, there {known})"
                     raise ConfigError(rule("run_dir", self.path, must, remedy))
             else:
-                self._refuse_foreign_files()
+                self.refuse_foreign_files()
             write_bytes(self.config, config_yaml.encode())
             self._begin_incarnation(fingerprint)
         except BaseException:
             self.close()
             raise
         return resumes
-
-    def open_for_resume(self) -> str:
-        """Take the folder of a run that is there; returns its ``config.yaml``.
-
-        Raises: ConfigError when there is no run, or another process holds it.
-        """
-        self.require()
-        self._take_lock()
-        try:
-            text = self.config.read_text()
-            self._begin_incarnation(self._identity()["fingerprint"])
-        except BaseException:
-            self.close()
-            raise
-        return text
 
     def close(self) -> None:
         """Give the folder up; it can be opened again."""
@@ -234,8 +218,16 @@ class RunFolder:
         write_json(self.summary, summary)
 
     def read_summary(self) -> dict[str, Any] | None:
-        """None before the run has ended once."""
-        return json.loads(self.summary.read_text()) if self.summary.is_file() else None
+        """None before the run has ended once. Raises: ConfigError when it is no JSON."""
+        if not self.summary.is_file():
+            return None
+        try:
+            return json.loads(self.summary.read_text())
+        except ValueError as error:
+            must = f"be JSON ({error})"
+            raise ConfigError(
+                rule("summary", self.summary, must, "`distill train --resume` writes it again")
+            ) from None
 
     def write_best(self, best: Mapping[str, Any]) -> None:
         """Which update ``best/`` is of, by which metric, and its value. By the learner, which
@@ -277,11 +269,12 @@ class RunFolder:
 
     def _require_lock(self) -> None:
         if self._lock is None:
-            raise RuntimeError(
-                f"{self.path} must be opened by create or open_for_resume before it is written"
-            )
+            raise RuntimeError(f"{self.path} must be opened by create before it is written")
 
-    def _refuse_foreign_files(self) -> None:
+    def refuse_foreign_files(self) -> None:
+        """Raises: ConfigError when the folder is there and holds something that is no run."""
+        if self.exists or not self.path.is_dir():
+            return
         # config.yaml without run.json: an earlier start died in between.
         ours = {self._lock_file.name, self.config.name}
         others = sorted(

@@ -26,11 +26,6 @@ SCHEMA_VERSION = "1"
 SOURCES = ("student", "teacher", "reference")
 FINISH_REASONS = ("stop", "length")
 
-PAYLOADS = ("hidden", "text")
-"""Teacher payloads known to this version: ``hidden`` (final-norm hidden states, from
-which the full-vocabulary distribution is exact) and ``text`` (the teacher only wrote
-the text, nothing is scored)."""
-
 POLICY_SPAN = pa.struct([("start", pa.int32()), ("version", pa.int64())])
 
 

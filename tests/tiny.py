@@ -36,13 +36,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_llama(
-    folder: Path, *, seed: int = 0, num_layers: int = 2, vocab_size: int = 258, tied: bool = True
+    folder: Path,
+    *,
+    seed: int = 0,
+    num_layers: int = 2,
+    vocab_size: int = 258,
+    hidden_size: int = 64,
+    tied: bool = True,
 ) -> Path:
     """An ordinary checkpoint with its tokenizer. Weights large enough for a peaked policy."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=128,
         num_hidden_layers=num_layers,
         num_attention_heads=2,
@@ -117,6 +123,6 @@ def make_world(folder: Path) -> Path:
 
 def tiny_config(folder: Path, *overrides: str) -> RunConfig:
     """The configuration of :func:`tiny_overrides` with more on top."""
-    from deploy.cli.commands import PRESETS
+    from deploy import PRESETS
 
     return load_config(folder / "tiny.yaml", [*tiny_overrides(folder), *overrides], PRESETS)

@@ -9,10 +9,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from deploy import PRESETS
 from distill.config import ConfigError, RunConfig
 from distill.config.load import load_config
-
-PRESETS = Path(__file__).parent.parent / "configs"
 
 DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
 
@@ -27,6 +26,9 @@ def guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespac
     except KeyboardInterrupt:
         _complain("interrupted")
         return INTERRUPTED
+    except OSError as error:  # a full disk, a path that cannot be made
+        _complain(str(error))
+        return FAILED
     except RuntimeError as error:
         if type(error).__name__ != "FetchError":
             raise

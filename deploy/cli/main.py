@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     chat = sub.add_parser("chat", help="talk to a model")
     chat.add_argument("model", help="folder of a checkpoint, or a known model's name")
     chat.add_argument("--prompt", help="answer this one message and end")
-    chat.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    chat.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N")
     chat.set_defaults(run=commands.chat)
 
     for name, verb in (("models", commands.fetch_model), ("data", commands.fetch_data)):

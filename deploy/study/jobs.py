@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy import PRESETS
 from deploy.study.spec import Settings, StudySpec
 from deploy.study.tasks import Task
-from distill.config import RunConfig
+from distill.config import ConfigError, RunConfig
 from distill.config.load import fingerprint, load_config
 from distill.run_folder import write_bytes
-
-PRESETS = Path(__file__).parent.parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,15 @@ class Job:
         return failure.exists() and "FloatingPointError" in failure.read_text()
 
 
+@contextlib.contextmanager
+def of_recipe(recipe: str) -> Iterator[None]:
+    """What is wrong with its configuration is said as of this recipe."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"recipes.{recipe}: {error}") from None
+
+
 @dataclass(frozen=True)
 class Jobs:
     """Makes them: of one study, in one folder, by one method."""
@@ -53,7 +63,8 @@ class Jobs:
     def job(self, recipe: str, seed: int, tuned: Settings, *, tuning: bool) -> Job:
         """Raises: ConfigError for a wrong setting."""
         overrides = self._overrides(recipe, seed, tuned, tuning)
-        config = load_config(self.empty, overrides, PRESETS)
+        with of_recipe(recipe):
+            config = load_config(self.empty, overrides, PRESETS)
         run_dir = self.folder / "runs" / f"{recipe}-{fingerprint(config)}-{self.code}"
         return Job(recipe, seed, tuned, tuning, tuple(overrides), config, run_dir)
 

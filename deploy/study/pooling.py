@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.study.hashes import method_hash, results_hash
-from deploy.study.spec import StudySpec
+from deploy.study.spec import StudySpec, dotted
 from distill.config import ConfigError, rule
 
 Results = Mapping[str, Any]
@@ -30,22 +30,21 @@ def load_earlier(path: Path, spec: StudySpec) -> dict[str, Any]:
         earlier = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(rule("--with", path, f"be a results.json ({error})", "check the path")) from None
-    if not isinstance(earlier, dict) or not earlier.keys() >= _KEYS:
+    keys = earlier.keys() if isinstance(earlier, dict) else ()
+    if missing := sorted(_KEYS - set(keys)):
         raise ConfigError(
-            rule("--with", path, f"hold {', '.join(sorted(_KEYS))}", "name a results.json of this version")
+            rule("--with", path, f"hold {', '.join(missing)} too", "name a results.json of this version")
         )
     hashes = {"method_hash": method_hash(), "results_hash": results_hash()}
-    there = {**{name: earlier[name] for name in hashes}, **earlier["asked"]}
-    for name, value in {**hashes, **spec.asked()}.items():
-        if there.get(name) != value:
+    there = dotted({**{name: earlier[name] for name in hashes}, "asked": earlier["asked"]})
+    here = dotted({**hashes, "asked": spec.asked()})
+    for name in [*here, *(name for name in there if name not in here)]:
+        values = [settings.get(name, "absent") for settings in (there, here)]
+        if values[0] != values[1]:
             raise ConfigError(
-                rule(
-                    f"--with: {name}",
-                    there.get(name),
-                    f"be {value}",
-                    "pool results of one study and one code",
-                )
-            )
+                rule(f"--with: {name.removeprefix('asked.')}", values[0], f"be {values[1]}",
+                     "pool results of one study and one code")
+            )  # fmt: skip
     if missing := [recipe for recipe in spec.recipes if recipe not in earlier["chosen"]]:
         raise ConfigError(
             rule("--with: chosen", ", ".join(missing), "be tuned there", "run the whole study there first")

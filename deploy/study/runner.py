@@ -21,7 +21,7 @@ from deploy.preflight import Preflight
 from deploy.study import tasks
 from deploy.study.differences import differences
 from deploy.study.hashes import method_hash, results_hash
-from deploy.study.jobs import Job, Jobs
+from deploy.study.jobs import Job, Jobs, of_recipe
 from deploy.study.measures import Measures, are_measured, measures_path, teacher_measures_path
 from deploy.study.pooling import pooled
 from deploy.study.processes import Command, run_all
@@ -311,7 +311,5 @@ def _preflight(job: Job) -> None:
     """What would end its recipe's runs, before the first of any."""
     checks = Preflight(job.config)
     checks.run()
-    try:
+    with of_recipe(job.recipe):
         checks.require()
-    except ConfigError as error:
-        raise ConfigError(f"recipes.{job.recipe}: {error}") from None

@@ -22,6 +22,7 @@ tuning:
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 import re
@@ -86,11 +87,10 @@ _TUNING_KEYS = ("grid", "seeds", "settings", "metric")
 def load_study(path: str | Path) -> StudySpec:
     """Raises: ConfigError naming the key, the rule and the remedy."""
     try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"{path} must be a readable study file ({error.strerror}); check the path"
-        ) from None
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
+        raise ConfigError(f"{path} must be a readable study file ({reason}); check the path") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} must be YAML; {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):
@@ -98,7 +98,9 @@ def load_study(path: str | Path) -> StudySpec:
     _known(tree, _KEYS, "")
     for key in ("name", "task", "recipes", "seeds"):
         if not tree.get(key):
-            raise ConfigError(rule(key, tree.get(key), "be given", "see docs/studies.md"))
+            raise ConfigError(rule(key, _shown(tree.get(key)), "be given", "see docs/studies.md"))
+    if not _PLAIN_NAME.fullmatch(str(tree["name"])):
+        raise ConfigError(rule("name", tree["name"], "be letters, digits, - and _", "it names a folder"))
     _typed(tree, "recipes", dict, "be a mapping from names to settings")
     _typed(tree, "settings", dict, "be a mapping of settings")
     _typed(tree, "tuning", dict, f"be a mapping of {', '.join(_TUNING_KEYS)}")
@@ -110,7 +112,11 @@ def load_study(path: str | Path) -> StudySpec:
     recipes = {name: dotted(settings or {}) for name, settings in tree["recipes"].items()}
     for name, settings in recipes.items():
         other = settings.get("tuned_as", name)
-        if other not in recipes or (other != name and "tuned_as" in recipes[other]):
+        if (
+            not isinstance(other, str)
+            or other not in recipes
+            or (other != name and "tuned_as" in recipes[other])
+        ):
             raise ConfigError(
                 rule(
                     f"recipes.{name}.tuned_as",
@@ -120,7 +126,7 @@ def load_study(path: str | Path) -> StudySpec:
                 )
             )
     baseline = tree.get("baseline", next(iter(recipes)))
-    if baseline not in recipes:
+    if not isinstance(baseline, str) or baseline not in recipes:
         raise ConfigError(rule("baseline", baseline, f"be one of {', '.join(recipes)}", "choose one of them"))
     metrics = tuple(tree.get("metrics") or EVALUATION_METRICS)
     tuning = _tuning(tree["tuning"]) if tree.get("tuning") else None
@@ -131,7 +137,8 @@ def load_study(path: str | Path) -> StudySpec:
         raise ConfigError(
             rule("tuning.metric", tuning.metric, "have a better and a worse", "choose a distance or a score")
         )
-    if tuning and set(tuning.seeds) & set(tree["seeds"]):
+    seeds = _seeds("seeds", tree["seeds"])
+    if tuning and set(tuning.seeds) & set(seeds):
         raise ConfigError(
             rule(
                 "tuning.seeds", list(tuning.seeds), "share none with seeds", "reported seeds are not tuned on"
@@ -141,7 +148,7 @@ def load_study(path: str | Path) -> StudySpec:
         name=str(tree["name"]),
         task=str(tree["task"]),
         recipes=recipes,
-        seeds=tuple(tree["seeds"]),
+        seeds=seeds,
         baseline=baseline,
         metrics=metrics,
         settings=dotted(tree.get("settings") or {}),
@@ -158,34 +165,52 @@ def _tuning(tree: dict[str, Any]) -> Tuning:
     _typed(tree, "seeds", list, "be a list", "tuning.")
     for name, values in (tree.get("grid") or {}).items():
         _typed({name: values}, name, list, "be a list of values to try", "tuning.grid.")
-        for value in values or ():
+        if not values:
+            raise ConfigError(rule(f"tuning.grid.{name}", _shown(values), "hold a value", "or leave it out"))
+        for value in values:
             if isinstance(value, str) and _NUMBER_AS_TEXT.fullmatch(value):  # 1e-3 is text to YAML 1.1
                 raise ConfigError(
                     rule(f"tuning.grid.{name}", value, "be a number", "write 1.0e-3, with point and sign")
                 )
     return Tuning(
         grid={name: list(values) for name, values in (tree.get("grid") or {}).items()},
-        seeds=tuple(tree.get("seeds") or (100,)),
+        seeds=_seeds("tuning.seeds", tree.get("seeds", [100])),
         settings=dotted(tree.get("settings") or {}),
         metric=str(tree.get("metric", "teacher_text.tv")),
     )
 
 
 def _pair(pair: Any, recipes: Mapping[str, Settings]) -> tuple[str, str]:
-    if not (isinstance(pair, list) and len(pair) == 2 and set(pair) <= set(recipes) and pair[0] != pair[1]):
+    good = isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
+    if not (good and set(pair) <= set(recipes) and pair[0] != pair[1]):
         raise ConfigError(
             rule("comparisons", pair, f"be pairs of {', '.join(recipes)}", "write [[one, other], ...]")
         )
     return pair[0], pair[1]
 
 
+def _seeds(key: str, seeds: Any) -> tuple[int, ...]:
+    """Raises: ConfigError unless they are whole numbers >= 0, each once."""
+    numbers = [seed for seed in seeds or () if type(seed) is int and seed >= 0]
+    if not numbers or len(set(numbers)) != len(seeds):
+        raise ConfigError(rule(key, _shown(seeds), "be whole numbers >= 0, each once", "write [0, 1, 2]"))
+    return tuple(numbers)
+
+
+_PLAIN_NAME = re.compile(r"[\w-]+")
 _NUMBER_AS_TEXT = re.compile(r"[+-]?[\d.]+[eE][+-]?\d+")
 
 
 def _known(tree: Mapping[str, Any], keys: Sequence[str], prefix: str) -> None:
     for key in tree:
         if key not in keys:
-            raise ConfigError(rule(f"{prefix}{key}", "...", f"be one of {', '.join(keys)}", "check the name"))
+            near = difflib.get_close_matches(str(key), keys, 1)
+            remedy = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(keys)}"
+            raise ConfigError(f"{prefix}{key} is not a key of a study; {remedy}")
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)
 
 
 def _typed(tree: Mapping[str, Any], key: str, kind: type, must: str, prefix: str = "") -> None:

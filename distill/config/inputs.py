@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distill.config.rules import rule
+from distill.config.rules import bounded, rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,12 @@ class TeacherConfig:
     revision: str | None = None
     """Hub revision; only for hub ids."""
     trust_remote_code: bool = False
-    """Run code that ships with the checkpoint. Off: such a model is refused."""
+    """Run code that ships with the checkpoint. Not there yet: such a model is refused."""
+
+    def violations(self) -> Iterator[str]:
+        if self.trust_remote_code:
+            yield rule("teacher.trust_remote_code", self.trust_remote_code, "be false",
+                       "no part loads a model with code of its own yet; use a built-in architecture")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,13 @@ class StudentConfig:
                 "be teacher",
                 "to start from another checkpoint set student.model",
             )
+        if self.init.source is None and self.init.num_layers is not None:
+            yield rule(
+                "student.init.num_layers",
+                self.init.num_layers,
+                "be null unless student.init.from is set",
+                "a student of its own keeps its layers; to cut one from the teacher set student.init.from=teacher",
+            )
         if self.init.source is not None and (self.init.num_layers or 0) < 1:
             yield rule(
                 "student.init.num_layers",
@@ -90,9 +102,7 @@ class DataConfig:
     """A prompt over the limit stops the run, or is left out and counted."""
 
     def violations(self) -> Iterator[str]:
-        for name in ("num_heldout", "max_prompt_tokens", "max_reference_tokens"):
-            if getattr(self, name) < 1:
-                yield rule(f"data.{name}", getattr(self, name), "be >= 1", "see docs/configuration.md")
+        yield from bounded("data", self, ">= 1", "num_heldout", "max_prompt_tokens", "max_reference_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +119,8 @@ class CorpusConfig:
     """Seed of the sampling; part of the fingerprint."""
 
     def violations(self) -> Iterator[str]:
-        if self.max_new_tokens < 1:
-            yield rule("corpus.max_new_tokens", self.max_new_tokens, "be >= 1", "64 is the default")
-        if self.samples_per_prompt < 1:
-            yield rule("corpus.samples_per_prompt", self.samples_per_prompt, "be >= 1", "1 is the default")
-        if self.num_prompts is not None and self.num_prompts < 1:
-            yield rule("corpus.num_prompts", self.num_prompts, "be >= 1", "null answers all prompts")
+        yield from bounded("corpus", self, ">= 1", "max_new_tokens", "samples_per_prompt", "num_prompts")
+        yield from bounded("corpus", self, ">= 0", "seed")
 
 
 EVALUATION_METRICS = (
@@ -143,10 +149,6 @@ class EvaluationConfig:
     """Held-out prompts of an evaluation during training."""
     best_metric: str = "teacher_text.tv"
     """Which value of an evaluation during training names the best checkpoint."""
-
-    @property
-    def lower_is_better(self) -> bool:
-        return not self.best_metric.startswith("rouge_l")
 
     def violations(self) -> Iterator[str]:
         if self.every < 0:

@@ -266,8 +266,10 @@ def _unknown(name: str, prefix: str, hints: Mapping[str, object]) -> str:
     siblings = [f"{prefix}{sibling}" for sibling in hints]
     last = name.rpartition(".")[2]
     elsewhere = [other for other in setting_names() if other.rpartition(".")[2] == last]
+    initials = [sibling for sibling in siblings if _initials(sibling) == last]  # learner.lr
     near = (
         difflib.get_close_matches(name, siblings, 1, 0.8)
+        or initials
         or elsewhere
         or difflib.get_close_matches(name, setting_names(), 1)
     )
@@ -275,6 +277,10 @@ def _unknown(name: str, prefix: str, hints: Mapping[str, object]) -> str:
         near = [f"{prefix}{field_of_other_name}"] if field_of_other_name in hints else near
     remedy = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(siblings)}"
     return f"{name} is not a setting; {remedy}"
+
+
+def _initials(name: str) -> str:
+    return "".join(word[0] for word in name.rpartition(".")[2].split("_"))
 
 
 def _explain(error: OmegaConfBaseException, tree: Tree) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from distill.config.rules import rule
+from distill.config.rules import bounded, rule
 
 Divergence = Literal["forward_kl", "reverse_kl", "generalized_jsd", "skew_forward_kl", "skew_reverse_kl"]
 Loss = Literal["moment_gap", Divergence]
@@ -98,10 +98,9 @@ class RecipeConfig:
                 yield rule("recipe.student_text", self.student_text,
                            "be none when recipe.teacher=text and recipe.loss=moment_gap",
                            "no teacher says what it would have written after the student's text")  # fmt: skip
-        if not 0 <= self.beta <= 1:
-            yield rule("recipe.beta", self.beta, "lie in [0, 1]", "0.25 is the default")
-        if not 0 < self.gamma <= 1:
-            yield rule("recipe.gamma", self.gamma, "lie in (0, 1]", "0.95 is the default")
+        yield from bounded("recipe", self, "[0, 1]", "beta")
+        yield from bounded("recipe", self, "(0, 1]", "gamma")
+        yield from bounded("recipe", self, ">= 0", "fraction_tolerance")
         if not 0 <= self.student_fraction <= 1:
             yield rule("recipe.student_fraction", self.student_fraction, "lie in [0, 1]", "0.5 is GKD's")
         if not 0 <= self.fraction_step <= 1:
@@ -134,6 +133,13 @@ class RecipeConfig:
         for name in ("loss_weight", "anchor_weight", "lm_weight", "long_weight"):
             if getattr(self, name) < 0:
                 yield rule(f"recipe.{name}", getattr(self, name), "be >= 0", "0 turns the term off")
+        if max(self.loss_weight, self.anchor_weight, self.lm_weight, self.long_weight) == 0:
+            yield rule("recipe.loss_weight", self.loss_weight, "be > 0 when no other term weighs anything",
+                       "the student would learn nothing")  # fmt: skip
+        for name in ("anchor_weight", "lm_weight"):
+            if self.off_policy_text == "none" and getattr(self, name) > 0:
+                yield rule(f"recipe.{name}", getattr(self, name), "be 0 when recipe.off_policy_text=none",
+                           "the term is on that text; set it to 0, or choose off_policy_text=teacher")  # fmt: skip
         if self.long_weight > 0 and not self.uses_student_text:
             yield rule(
                 "recipe.long_weight",
@@ -187,24 +193,10 @@ class CriticConfig:
         return 2.0 / self.bound if self.variance_penalty is None else self.variance_penalty
 
     def violations(self) -> Iterator[str]:
-        if self.rank is not None and self.rank < 1:
-            yield rule("critic.rank", self.rank, "be >= 1", "64 is the default, null is dense")
-        if self.learning_rate < 0:
-            yield rule("critic.learning_rate", self.learning_rate, "be >= 0", "0.001 is the default")
-        if not 0 <= self.ema < 1:
-            yield rule("critic.ema", self.ema, "lie in [0, 1)", "0 plays the newest critics, 0.99 their mean")
-        if self.bound <= 0:
-            yield rule("critic.bound", self.bound, "be > 0", "1 is the default")
-        if self.variance_penalty is not None and self.variance_penalty <= 0:
-            yield rule("critic.variance_penalty", self.variance_penalty, "be > 0", "null is 2/bound")
-        if self.max_grad_norm <= 0:
-            yield rule("critic.max_grad_norm", self.max_grad_norm, "be > 0", "1 is the default")
-        if self.num_steps < 1:
-            yield rule("critic.num_steps", self.num_steps, "be >= 1", "3 is the default")
-        if self.positions_per_step is not None and self.positions_per_step < 1:
-            yield rule("critic.positions_per_step", self.positions_per_step, "be >= 1", "null takes all")
-        if self.warmup_updates < 0:
-            yield rule("critic.warmup_updates", self.warmup_updates, "be >= 0", "0 is the default")
+        yield from bounded("critic", self, ">= 1", "rank", "num_steps", "positions_per_step")
+        yield from bounded("critic", self, "> 0", "bound", "variance_penalty", "max_grad_norm")
+        yield from bounded("critic", self, ">= 0", "learning_rate", "warmup_updates")
+        yield from bounded("critic", self, "[0, 1)", "ema")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,12 +231,7 @@ class CreditConfig:
     """Clip of the ratio around 1 as in PPO, instead of ``ratio``; null: none."""
 
     def violations(self) -> Iterator[str]:
-        if self.cost_scale <= 0:
-            yield rule("credit.cost_scale", self.cost_scale, "be > 0", "1 is the default")
-        for name in ("cost_max", "ratio_max", "ppo_clip"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                yield rule(f"credit.{name}", value, "be > 0", "null turns it off")
+        yield from bounded("credit", self, "> 0", "cost_scale", "cost_max", "ratio_max", "ppo_clip")
         if self.form == "exact":
             for name in ("cost_max", "ppo_clip"):
                 if getattr(self, name) is not None:

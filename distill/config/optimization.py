@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from distill.config.rules import rule
+from distill.config.rules import bounded, rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,9 @@ class SftConfig:
             yield rule(
                 "sft.num_updates", self.num_updates, "be >= 1", "to skip the stage set sft.enabled=false"
             )
-        if self.rows_per_update < 1:
-            yield rule("sft.rows_per_update", self.rows_per_update, "be >= 1", "16 is the default")
+        yield from bounded("sft", self, ">= 1", "rows_per_update")
+        yield from bounded("sft", self, "> 0", "learning_rate")
+        yield from bounded("sft", self, "[0, 1)", "warmup_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +65,9 @@ class ProxyConfig:
     def violations(self) -> Iterator[str]:
         if self.num_updates < 0:
             yield rule("proxy.num_updates", self.num_updates, "be >= 0", "0 takes the model as it is")
-        if self.rows_per_update < 1:
-            yield rule("proxy.rows_per_update", self.rows_per_update, "be >= 1", "16 is the default")
+        yield from bounded("proxy", self, ">= 1", "rows_per_update")
+        yield from bounded("proxy", self, "> 0", "learning_rate")
+        yield from bounded("proxy", self, "[0, 1)", "warmup_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,18 +109,9 @@ class LearnerConfig:
     """CPU threads; null: all cores of the machine."""
 
     def violations(self) -> Iterator[str]:
-        for name in (
-            "num_updates",
-            "prompts_per_update",
-            "text_rows_per_update",
-            "micro_batch_tokens",
-            "vocabulary_chunk",
-        ):
-            if getattr(self, name) < 1:
-                yield rule(f"learner.{name}", getattr(self, name), "be >= 1", "see docs/configuration.md")
-        if self.learning_rate <= 0:
-            yield rule("learner.learning_rate", self.learning_rate, "be > 0", "1e-4 is the default")
-        if not 0 <= self.warmup_fraction < 1:
-            yield rule(
-                "learner.warmup_fraction", self.warmup_fraction, "lie in [0, 1)", "0.05 is the default"
-            )
+        counts = ("num_updates", "prompts_per_update", "text_rows_per_update", "micro_batch_tokens")
+        yield from bounded("learner", self, ">= 1", *counts, "vocabulary_chunk", "num_threads")
+        yield from bounded("learner", self, "> 0", "learning_rate", "max_grad_norm")
+        yield from bounded("learner", self, ">= 0", "weight_decay")
+        yield from bounded("learner", self, "[0, 1)", "warmup_fraction", "beta1", "beta2")
+        yield from bounded("learner", self, "[0, 1]", "final_fraction")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 
 from distill.config.inputs import CorpusConfig, DataConfig, EvaluationConfig, StudentConfig, TeacherConfig
 from distill.config.method import CreditConfig, CriticConfig, RecipeConfig
 from distill.config.optimization import LearnerConfig, ProxyConfig, SftConfig
-from distill.config.rules import ConfigError, rule
+from distill.config.rules import ConfigError, bounded, rule
 from distill.config.runtime import (
     CheckpointConfig,
     ClusterConfig,
@@ -89,26 +89,18 @@ class RunConfig:
 
     def violations(self) -> Iterator[str]:
         """Every broken rule, parts first, then the rules across parts."""
-        for part in (
-            "recipe",
-            "student",
-            "data",
-            "sft",
-            "corpus",
-            "proxy",
-            "rollout",
-            "replay",
-            "critic",
-            "credit",
-            "learner",
-            "weights",
-            "checkpoint",
-            "evaluation",
-            "cluster",
-        ):
-            yield from getattr(self, part).violations()
+        yield from bounded("", self, ">= 0", "seed")
+        for part in (getattr(self, section.name) for section in fields(self)):
+            if is_dataclass(part):
+                yield from part.violations()  # type: ignore[attr-defined]
         batch = self.learner.prompts_per_update
         bound = batch * (self.replay.max_policy_age + 1)
+        warmup = (
+            self.critic.warmup_updates if self.recipe.uses_critics and self.critic.form == "learned" else 0
+        )
+        if warmup >= self.learner.num_updates:
+            yield rule("critic.warmup_updates", warmup, f"be < learner.num_updates ({self.learner.num_updates})",
+                       "the student moves after them; lower it or train for longer")  # fmt: skip
         if self.recipe.uses_student_text and self.replay.min_size_to_sample > bound:
             yield rule(
                 "replay.min_size_to_sample",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from distill.config.rules import rule
+from distill.config.rules import bounded, rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +37,24 @@ class RolloutConfig:
     """Sequences decoded together."""
 
     def violations(self) -> Iterator[str]:
-        if self.samples_per_prompt < 1:
-            yield rule("rollout.samples_per_prompt", self.samples_per_prompt, "be >= 1", "2 is the default")
-        if self.max_new_tokens < 1:
-            yield rule("rollout.max_new_tokens", self.max_new_tokens, "be >= 1", "64 is the default")
-        if self.temperature != 1.0:
-            yield rule(
-                "rollout.temperature",
-                self.temperature,
-                "be 1",
-                "the on-policy distance is an expectation over the policy itself",
-            )
-        if self.top_p != 1.0:
-            yield rule(
-                "rollout.top_p",
-                self.top_p,
-                "be 1",
-                "the on-policy distance is an expectation over the policy itself",
-            )
-        if self.tensor_parallel_size < 1:
-            yield rule(
-                "rollout.tensor_parallel_size", self.tensor_parallel_size, "be >= 1", "1 is the default"
-            )
+        counts = (
+            "samples_per_prompt",
+            "max_new_tokens",
+            "tensor_parallel_size",
+            "num_threads",
+            "max_num_seqs",
+        )
+        yield from bounded("rollout", self, ">= 1", *counts)
+        yield from bounded("rollout", self, "> 0", "kv_cache_gib")
+        yield from bounded("rollout", self, "(0, 1]", "gpu_memory_utilization")
+        for name in ("temperature", "top_p"):
+            if getattr(self, name) != 1.0:
+                yield rule(
+                    f"rollout.{name}",
+                    getattr(self, name),
+                    "be 1",
+                    "leave it out: the on-policy distance is an expectation over the policy itself",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +75,11 @@ class ScoringConfig:
     """Share of the GPU for weights and cache. Not used on a CPU."""
     max_groups: int = 64
     """Groups scored in one call."""
+
+    def violations(self) -> Iterator[str]:
+        yield from bounded("scoring", self, ">= 1", "tensor_parallel_size", "num_threads", "max_groups")
+        yield from bounded("scoring", self, "> 0", "kv_cache_gib")
+        yield from bounded("scoring", self, "(0, 1]", "gpu_memory_utilization")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +127,8 @@ class ReplayConfig:
                 "be 1 when replay.max_policy_age=0",
                 "a re-used group is older than 0 updates; raise max_policy_age",
             )
-        if self.min_size_to_sample < 0:
-            yield rule("replay.min_size_to_sample", self.min_size_to_sample, "be >= 0", "0 is the default")
-        if self.segment_bytes < 1 << 12:
-            yield rule("replay.segment_bytes", self.segment_bytes, "be >= 4096", "33554432 is the default")
+        yield from bounded("replay", self, ">= 0", "min_size_to_sample")
+        yield from bounded("replay", self, ">= 4096", "segment_bytes", "memory_bytes", "max_bytes")
         if self.segment_bytes > self.memory_bytes:
             yield rule(
                 "replay.segment_bytes",
@@ -159,8 +158,7 @@ class WeightsConfig:
     """A push that takes longer fails the run."""
 
     def violations(self) -> Iterator[str]:
-        if self.deadline_s <= 0:
-            yield rule("weights.deadline_s", self.deadline_s, "be > 0", "120 is the default")
+        yield from bounded("weights", self, "> 0", "deadline_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +171,7 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
 
     def violations(self) -> Iterator[str]:
-        if self.every < 1:
-            yield rule("checkpoint.every", self.every, "be >= 1", "10 is the default")
-        if self.keep < 1:
-            yield rule("checkpoint.keep", self.keep, "be >= 1", "2 is the default")
+        yield from bounded("checkpoint", self, ">= 1", "every", "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +189,7 @@ class ClusterConfig:
     """How long an actor may take to load its model."""
 
     def violations(self) -> Iterator[str]:
+        yield from bounded("cluster", self, "> 0", "start_timeout_s")
         if self.object_store_bytes < 80 << 20:
             yield rule(
                 "cluster.object_store_bytes",

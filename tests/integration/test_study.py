@@ -29,7 +29,7 @@ ENGINES = {
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = tmp_path / "world"
     make_world(world)
-    monkeypatch.setenv("DISTILL_CACHE", str(world / "cache"))
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
     pairs = (text.split("=", 1) for text in tiny_overrides(world))
     settings = {name: yaml.safe_load(value) for name, value in pairs if name != "run_dir"} | ENGINES
     settings["data.path"] = "{task}/rows.jsonl"
@@ -98,6 +98,10 @@ def test_what_goes_wrong(tmp_path: Path) -> None:
         Study(spec(recipes={"kd": {}, "kdd": {}}), tmp_path / "a").run()
     with pytest.raises(ConfigError, match="task=tinny must be one of tiny"):
         Study(spec(task="tinny"), tmp_path / "b").run()
+    too_high = spec(recipes={"kd": {}, "ammd": {"critic.rank": 9999}}, tuning=None)
+    with pytest.raises(ConfigError, match=r"recipes.ammd: critic.rank=9999 must be <= the hidden size"):
+        Study(too_high, tmp_path / "e").run()
+    assert not (tmp_path / "e" / "runs").exists(), "before the runs of kd"
     reported = spec(settings={"evaluation.num_prompts": 9}, tuning=Tuning(
         grid={}, seeds=(9,), settings={"evaluation.num_prompts": 4}, metric="teacher_text.tv",
     ))  # fmt: skip
@@ -105,8 +109,21 @@ def test_what_goes_wrong(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"evaluation.num_prompts=9 must be <= data\.num_heldout"):
         Study(reported, tmp_path / "d", say=said.append).run()
     assert said == []  # before the runs that tune
-    broken = spec(settings={"data.path": "/nowhere.jsonl"}, tuning=None)
-    with pytest.raises(
-        ProcessFailed, match=r"kd seed 0 ended with code 2: .*nowhere.jsonl.* its output is in"
-    ):
-        Study(broken, tmp_path / "c").run()
+    nowhere = spec(recipes={"kd": {}, "ammd": {"data.path": "/nowhere.jsonl"}}, tuning=None)
+    with pytest.raises(ConfigError, match=r"recipes.ammd: data.path=/nowhere.jsonl"):
+        Study(nowhere, tmp_path / "c").run()
+
+
+def test_a_run_that_fails_stops_a_study_and_one_that_diverges_does_not(tmp_path: Path) -> None:
+    wild = {"recipe": "kd", "learner.learning_rate": 1e30, "learner.max_grad_norm": 1e30}
+    study = spec(recipes={"kd": {}, "wild": wild}, seeds=(0,), tuning=None, texts=False)
+    results = Study(study, tmp_path / "study", num_jobs=2).run()
+    assert [(run["recipe"], run["seed"]) for run in results["diverged"]] == [("wild", 0)]
+    assert [run["recipe"] for run in results["runs"]] == ["kd"]
+    assert "left out of every table: `wild` seed 0." in report(results)
+    broken = Study(spec(recipes={"kd": {}}, seeds=(0,), tuning=None), tmp_path / "broken")
+    job = broken._jobs.job("kd", 0, {}, tuning=False)
+    job.run_dir.parent.mkdir(parents=True)
+    job.run_dir.write_text("a file where the run's folder is to be")
+    with pytest.raises(ProcessFailed, match=r"kd seed 0 ended with code 2: .*run_dir=.* its output is in"):
+        broken.run()

@@ -73,6 +73,11 @@ def test_a_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
         ("replay.max_bytes=2000000", ["replay.m"]),
         ("critic.rank=65", ["critic.rank=65", "hidden size", "64"]),
         ("cluster.backend=in_process", ["rollout.engine=vllm", "transformers"]),
+        (
+            "data.max_reference_tokens=600",
+            ["context", "512", "lower data.max_prompt_tokens or data.max_reference_tokens"],
+        ),
+        ("learner.max_grad_norm=-1", ["learner.max_grad_norm=-1.0 must be > 0; 1.0 is the default"]),
     ],
 )
 def test_a_wrong_setting(complaint: Complaint, override: str, parts: list[str]) -> None:
@@ -101,6 +106,32 @@ def test_two_tokenizers(complaint: Complaint, tmp_path: Path) -> None:
     tokenizer.save_pretrained(other)
     line = complaint(f"student.model={other}", "student.init.from=null", "student.init.num_layers=null")
     assert "tokenizer" in line
+
+
+def test_a_rank_above_the_smaller_of_both_models(complaint: Complaint, tmp_path: Path) -> None:
+    narrow = save_tiny_llama(tmp_path / "narrow", hidden_size=32)
+    student = [f"student.model={narrow}", "student.init.from=null", "student.init.num_layers=null"]
+    assert "32; " in complaint(*student, "critic.features=both", "critic.rank=33")
+
+
+def test_half_a_checkpoint(complaint: Complaint, tmp_path: Path) -> None:
+    half = save_tiny_llama(tmp_path / "half")
+    (file,) = half.glob("*.safetensors")
+    whole = file.read_bytes()
+    for size in (4, 100, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        line = complaint(f"teacher.model={half}")
+        assert "must hold whole safetensors files" in line and "again" in line
+
+
+def test_a_run_folder_that_cannot_be(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The doctor finds it too, not only the run."""
+    (tmp_path / "file").write_text("precious")
+    for run_dir, said in (("file/run", "be a folder"), (".", "it holds file")):
+        doctor = ["doctor", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/{run_dir}"]
+        assert main([*doctor, "--json"]) == 2
+        last = json.loads(capsys.readouterr().out)["checks"][-1]
+        assert last["status"] == "fail" and said in last["message"]
 
 
 def test_an_unknown_logit_transform(complaint: Complaint, tmp_path: Path) -> None:
@@ -149,6 +180,15 @@ def test_resume_and_report_of_what_is_not_there(complaint: Complaint, tmp_path: 
     for arguments in (["train", "--resume", f"{tmp_path}/none"], ["report", f"{tmp_path}/none"]):
         line = complaint(arguments=arguments)
         assert "none" in line and "run" in line
+
+
+def test_half_a_summary(complaint: Complaint, world: Path, tmp_path: Path) -> None:
+    config = tiny_config(world, f"run_dir={tmp_path}/run")
+    with RunFolder(config.run_dir) as folder:
+        folder.create(to_yaml(config), fingerprint(config))
+    folder.summary.write_text('{"updates": ')
+    line = complaint(arguments=["report", f"{tmp_path}/run"])
+    assert "summary.json must be JSON" in line and "--resume" in line
 
 
 def test_a_configuration_or_a_run_to_resume(complaint: Complaint) -> None:

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from distill.metrics import (
     EventLog,
     MetricsWriter,
-    StageTimer,
-    limiting_stage,
     name_violations,
     read_events,
     read_metrics,
@@ -197,55 +195,3 @@ def test_reserved_fields_and_no_file(tmp_path):
 
 
 # Stage timers
-
-
-def test_seconds_of_a_stage():
-    clock = Clock()
-    timer = StageTimer("rollout", clock)
-    with timer.busy():
-        clock.now += 3
-    clock.now += 10  # in no state
-    with timer.starved():
-        clock.now += 2
-        assert timer.seconds() == {"busy": 3, "blocked": 0, "starved": 2}
-    with timer.blocked():
-        clock.now += 1
-    assert timer.take() == {
-        "timing/rollout_busy_s": 3,
-        "timing/rollout_blocked_s": 1,
-        "timing/rollout_starved_s": 2,
-    }
-    with timer.busy():
-        clock.now += 4
-        assert timer.take()["timing/rollout_busy_s"] == 4
-
-
-def test_a_moment_of_several_tasks_counts_once_and_busy_wins():
-    clock = Clock()
-    timer = StageTimer("teacher", clock)
-    with timer.starved():
-        clock.now += 1
-        with timer.busy(), timer.busy():
-            clock.now += 5
-        clock.now += 1
-    assert timer.seconds() == {"busy": 5, "blocked": 0, "starved": 2}
-
-
-def test_an_exception_ends_its_state():
-    clock = Clock()
-    timer = StageTimer("learner", clock)
-    with pytest.raises(RuntimeError), timer.busy():
-        clock.now += 1
-        raise RuntimeError
-    clock.now += 5
-    assert timer.seconds()["busy"] == 1
-
-
-def test_limiting_stage():
-    assert (
-        limiting_stage(
-            {"timing/rollout_busy_s": 1, "timing/teacher_busy_s": 4, "timing/rollout_starved_s": 9}
-        )
-        == "teacher"
-    )
-    assert limiting_stage({"policy/tv": 1}) is None

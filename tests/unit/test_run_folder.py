@@ -40,7 +40,7 @@ def test_the_same_configuration_goes_on_under_the_same_id(tmp_path):
         assert (folder.run_id, folder.incarnation) == (first, 2)
         assert folder.config.read_text() == "b"
     with RunFolder(tmp_path) as folder:
-        assert folder.open_for_resume() == "b"
+        assert folder.create("b", "abc") is True
         assert (folder.run_id, folder.incarnation) == (first, 3)
 
 
@@ -52,14 +52,15 @@ def test_another_configuration_is_refused_and_leaves_the_folder_alone(tmp_path):
     ):
         RunFolder(tmp_path).create("b", "xyz")
     with RunFolder(tmp_path) as folder:
-        assert folder.open_for_resume() == "a"
+        assert folder.config.read_text() == "a"
+        assert folder.create("a", "abc") is True
         assert folder.incarnation == 2
 
 
 def test_no_run_and_foreign_folders_are_refused(tmp_path):
-    for opens in (RunFolder(tmp_path / "none").open_for_resume, RunFolder(tmp_path / "none").require):
-        with pytest.raises(ConfigError, match="must be the folder of a run"):
-            opens()
+    with pytest.raises(ConfigError, match="must be the folder of a run"):
+        RunFolder(tmp_path / "none").require()
+    RunFolder(tmp_path / "none").refuse_foreign_files()
     assert not (tmp_path / "none").exists()
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ConfigError, match=r"it holds thesis\.tex"):
@@ -100,19 +101,13 @@ def test_two_processes_never_hold_one_folder(tmp_path):
     with start(HOLD, str(tmp_path)) as other:
         try:
             assert other.stdout.readline() == "held\n"
-            for opens in (
-                lambda: RunFolder(tmp_path).create("a", "abc"),
-                RunFolder(tmp_path).open_for_resume,
-            ):
-                with pytest.raises(
-                    ConfigError, match=rf"one process at a time \(pid {other.pid} on .*\); wait"
-                ):
-                    opens()
+            with pytest.raises(ConfigError, match=rf"one process at a time \(pid {other.pid} on .*\); wait"):
+                RunFolder(tmp_path).create("a", "abc")
             assert RunFolder(tmp_path).incarnation == 1  # readers need no lock
         finally:
             other.kill()
     with RunFolder(tmp_path) as folder:  # a kill leaves no stale lock
-        folder.open_for_resume()
+        folder.create("a", "abc")
         assert folder.incarnation == 2
 
 
@@ -120,12 +115,12 @@ def test_the_lock_holds_within_a_process_and_ends_with_close(tmp_path):
     folder = RunFolder(tmp_path)
     folder.create("a", "abc")
     with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
-        RunFolder(tmp_path).open_for_resume()
+        RunFolder(tmp_path).create("a", "abc")
     with pytest.raises(RuntimeError, match="open already"):
         folder.create("a", "abc")
     folder.close()
     folder.close()
-    folder.open_for_resume()
+    folder.create("a", "abc")
     folder.close()
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from deploy import PRESETS
 from deploy.study import hashes, runner
-from deploy.study.jobs import PRESETS, Job
+from deploy.study.jobs import Job
 from deploy.study.spec import StudySpec, Tuning
 from deploy.study.tasks import identity
 from distill.config import ConfigError

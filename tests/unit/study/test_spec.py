@@ -50,7 +50,7 @@ def test_dotted():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("name: s", "nam: s"), "nam=... must be one of name, task"),
+        (("name: s", "nam: s"), "nam is not a key of a study; did you mean name?"),
         (("seeds: [0, 1]", "seeds: []"), "seeds=.* must be given"),
         (("seeds: [9]", "seeds: [1]"), "tuning.seeds=.* must share none with seeds"),
         (("name: s", "name: s\nbaseline: gkd"), "baseline=gkd must be one of kd, both"),
@@ -68,11 +68,25 @@ def test_dotted():
         (("[0.1, 0.2]", "0.1"), "tuning.grid.learner.learning_rate=0.1 must be a list"),
         (("settings: {learner: {num_updates: 5}}", "settings: 5"), "settings=5 must be a mapping"),
         ((GOOD, "- 1"), "must hold a mapping"),
+        (("seeds: [9]", "sed: 1"), "tuning.sed is not a key of a study; did you mean tuning.seeds?"),
+        (("name: s", "run_dir: s"), "run_dir is not a key of a study; there are name, task"),
+        (("name: s", "name: ../s"), r"name=../s must be letters, digits, - and _"),
+        (("task: tiny-wiki", "task:"), "task=null must be given"),
+        (("seeds: [0, 1]", "seeds: [0, a]"), r'seeds=\[0, "a"\] must be whole numbers >= 0, each once'),
+        (("seeds: [0, 1]", "seeds: [0, 0]"), r"seeds=\[0, 0\] must be whole numbers"),
+        (("seeds: [0, 1]", "seeds: [-1]"), r"seeds=\[-1\] must be whole numbers"),
+        (("seeds: [9]", "seeds: []"), r"tuning.seeds=\[\] must be whole numbers"),
+        (("[0.1, 0.2]", "[]"), r"tuning.grid.learner.learning_rate=\[\] must hold a value"),
+        (("name: s", "name: s\nbaseline: [kd]"), r"baseline=\['kd'\] must be one of kd, both"),
+        (("[[both, kd]]", "[[[both], kd]]"), "comparisons=.* must be pairs of kd, both"),
+        (("kd: {}", "kd: {tuned_as: [kd]}"), "recipes.kd.tuned_as=.* must be a recipe that is tuned itself"),
         ((GOOD, "a: ["), "must be YAML"),
     ],
 )
 def test_messages(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, GOOD.replace(*change))
-    with pytest.raises(ConfigError, match="readable study file"):
-        load_study(tmp_path / "nowhere.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
+    for name, why in (("nowhere.yaml", "No such file"), ("latin.yaml", "byte 9 is not UTF-8")):
+        with pytest.raises(ConfigError, match=f"must be a readable study file .{why}"):
+            load_study(tmp_path / name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.study.jobs import PRESETS
+from deploy import PRESETS
 from deploy.study.tasks import TASKS
 from distill.config.load import load_config
 
