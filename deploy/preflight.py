@@ -19,24 +19,16 @@ from typing import Any, Literal
 import psutil
 import pyarrow as pa
 
+from deploy.estimates import Estimates
 from deploy.fetch import cache_dir, local_checkpoint
 from deploy.model_facts import ModelFacts, tokenizer_fingerprint
 from distill.config import ConfigError, RunConfig, rule
 from distill.config.load import flat_settings
 from distill.data import build_prompts, load_rows, num_skipped_prompts
-from distill.hardware import resolve_dtype
-from distill.replay.draws import BatchPlan
 from distill.run_folder import RunFolder
 from distill.run_inputs import shared_memory_root
 
 Status = Literal["pass", "warn", "fail"]
-
-_PROCESS_BYTES = 450 << 20
-"""Interpreter, torch and libraries of one actor (PSS, measured)."""
-_ENGINE_BYTES = 1300 << 20
-"""What a process of vLLM's CPU engine holds beside weights and cache (PSS, measured)."""
-_RAY_BYTES = 700 << 20
-"""A local Ray: raylet, GCS, agents and its object store's pages in use (PSS, measured)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +70,10 @@ class Preflight:
             return self.teacher
         return self.proxy or self.student
 
+    @property
+    def estimates(self) -> Estimates:
+        return Estimates(self.config, self.teacher, self.student, self.proxy, self.scored, self.prompts)
+
     def run(self) -> list[Check]:
         """Make all checks; a failed one ends those that need it."""
         stages: list[tuple[str, Callable[[], Iterator[Check]]]] = [
@@ -117,11 +113,12 @@ class Preflight:
         self.config.validate()
         yield Check("configuration", "pass", "every rule holds")
         recipe = self.config.recipe
+        needs = "token probabilities" if recipe.payload == "hidden" else "text alone"
         giver = "teacher" if recipe.teacher == "probabilities" else "proxy"
         yield Check(
             "payload",
             "pass",
-            f"recipe {recipe.name} needs the payload {recipe.payload}; the {giver}'s actor gives hidden",
+            f"recipe {recipe.name} needs {needs}; the {giver} gives its hidden states",
         )
 
     def _engines(self) -> Iterator[Check]:
@@ -132,6 +129,18 @@ class Preflight:
                     rule(f"{section}.engine", "vllm", "be installed",
                          "install the cpu or gpu extra, or set engine=transformers")
                 )  # fmt: skip
+        if self.config.learner.device == "cuda" and self.config.cluster.address is None:
+            from torch.cuda import is_available
+
+            if not is_available():
+                raise ConfigError(
+                    rule(
+                        "learner.device",
+                        "cuda",
+                        "be there (torch sees no GPU)",
+                        "leave it at auto, or take a GPU",
+                    )
+                )
         yield Check(
             "engines",
             "pass",
@@ -254,7 +263,8 @@ class Preflight:
                      "a higher rank adds nothing; null is a dense head")
             )  # fmt: skip
         shape = f"rank {critic.rank}" if critic.rank else f"dense, {self.num_tokens} rows of {size}"
-        yield Check("critics", "pass", f"two, {shape}, features {critic.features}")
+        count = "two" if self.config.recipe.uses_student_text else "one"
+        yield Check("critics", "pass", f"{count}, {shape}, features {critic.features}")
 
     def _data(self) -> Iterator[Check]:
         data = self.config.data
@@ -279,7 +289,7 @@ class Preflight:
 
     def _buffer(self) -> Iterator[Check]:
         config = self.config
-        need = self._window_bytes()
+        need = self.estimates.window()
         if need > config.replay.max_bytes:
             raise ConfigError(
                 rule("replay.max_bytes", config.replay.max_bytes,
@@ -290,91 +300,16 @@ class Preflight:
             "buffer", "pass", f"{need >> 20} MiB of at most {config.replay.max_bytes >> 20} MiB in use"
         )
 
-    def _window_bytes(self) -> int:
-        """Bytes of the rows of all updates in flight, every response at its limit."""
-        config = self.config
-        plan = BatchPlan.of(config)
-        updates = min(config.replay.max_policy_age + 2, config.learner.num_updates)
-        response = max(config.rollout.max_new_tokens, config.corpus.max_new_tokens)
-        row = response * (2 * self.scored.hidden_size + 16) + 4 * config.data.max_prompt_tokens + 512
-        students = plan.prompts_per_update * config.rollout.samples_per_prompt if plan.may_use_student else 0
-        texts = plan.text_rows_per_update
-        # Where an update has one or the other, a coin or a growing share may give either every time.
-        each = students + texts if plan.text_beside_student else max(students, texts)
-        return updates * each * row
-
     def _memory(self) -> Iterator[Check]:
-        need = sum(self.memory_estimate().values())
+        need = sum(self.estimates.memory().values())
         available = psutil.virtual_memory().available
-        parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in self.memory_estimate().items())
+        parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in self.estimates.memory().items())
         message = f"about {need / 2**30:.1f} GiB of {available / 2**30:.1f} GiB available ({parts})"
         if need > available:
             yield Check("memory", "warn", message,
                         "lower kv_cache_gib or learner.micro_batch_tokens, or set learner.keep_activations=false")  # fmt: skip
         else:
             yield Check("memory", "pass", message)
-
-    def memory_estimate(self) -> dict[str, int]:
-        """Bytes per role on one CPU node, all at their peak."""
-        config = self.config
-        rollout_bytes = 2 if resolve_dtype(config.rollout.dtype, "cpu") == "bfloat16" else 4
-        scoring_bytes = 2 if resolve_dtype(config.scoring.dtype, "cpu") == "bfloat16" else 4
-        student = self._student_parameters()
-        vocabulary_rows = config.learner.vocabulary_chunk * self.teacher.vocab_size * 4
-        # Weights, gradient and two moments in float32; about twelve full-vocabulary tensors of a
-        # chunk; activations of a micro-batch at about forty numbers of width D per layer.
-        layers = config.student.init.num_layers or self.student.config.get("num_hidden_layers", 0)
-        tokens = config.learner.micro_batch_tokens
-        if config.learner.keep_activations:
-            tokens = max(tokens, self._update_tokens())
-        activations = tokens * self.student.hidden_size * 40 * layers * 4
-        learner = (
-            student * 16
-            + 12 * vocabulary_rows
-            + activations
-            + 4 * self.teacher.vocab_size * self.teacher.hidden_size
-        )
-        teacher = self.teacher.num_parameters * scoring_bytes + int(config.scoring.kv_cache_gib * 2**30)
-        estimate = {
-            "teacher": teacher + self._engine_bytes(config.scoring.engine),
-            "learner": learner + _PROCESS_BYTES,
-            "ray": _RAY_BYTES,
-        }
-        if config.recipe.teacher == "text":
-            # Beside the teacher, which evaluates; its head beside the teacher's in the learner.
-            size = self.proxy.num_parameters if self.proxy is not None else student
-            cache = int(config.scoring.kv_cache_gib * 2**30)
-            estimate["proxy"] = size * scoring_bytes + cache + self._engine_bytes(config.scoring.engine)
-            estimate["learner"] += 4 * self.scored.vocab_size * self.scored.hidden_size
-        if config.recipe.uses_student_text:
-            rollout = student * rollout_bytes + int(config.rollout.kv_cache_gib * 2**30)
-            # vLLM's engine core is a process beside the actor.
-            estimate["rollout"] = rollout + _PROCESS_BYTES + self._engine_bytes(config.rollout.engine)
-        return estimate
-
-    @staticmethod
-    def _engine_bytes(engine: str) -> int:
-        return _ENGINE_BYTES if engine == "vllm" else _PROCESS_BYTES
-
-    def _update_tokens(self) -> int:
-        """Inputs of one update: prompts of the mean length, responses at their limits."""
-        config = self.config
-        prompt = len(self.prompts["prompt_tokens"].combine_chunks().flatten()) / len(self.prompts)
-        samples = config.learner.prompts_per_update * config.rollout.samples_per_prompt
-        student_rows = samples if config.recipe.uses_student_text else 0
-        text_rows = config.learner.text_rows_per_update if config.recipe.off_policy_text != "none" else 0
-        response = student_rows * config.rollout.max_new_tokens + text_rows * config.corpus.max_new_tokens
-        return int((student_rows + text_rows) * prompt) + response
-
-    def _student_parameters(self) -> int:
-        if self.config.student.model is not None:
-            return self.student.num_parameters
-        embedding = self.teacher.vocab_size * self.teacher.hidden_size
-        if not self.teacher.config.get("tie_word_embeddings", False):
-            embedding *= 2
-        layers = self.teacher.config.get("num_hidden_layers", 1)
-        share = (self.config.student.init.num_layers or layers) / layers
-        return embedding + int(share * (self.teacher.num_parameters - embedding))
 
     def _disk(self) -> Iterator[Check]:
         config = self.config
@@ -387,7 +322,7 @@ class Preflight:
             raise ConfigError(
                 rule("run_dir", run_dir, f"be writable ({place} is not)", "choose another run_dir")
             )
-        student = self._student_parameters()
+        student = self.estimates.student_parameters()
         # A checkpoint is weights and two moments; one more is written before the oldest goes.
         need = student * 12 * (config.checkpoint.keep + 1) + student * 4 * 4
         free = shutil.disk_usage(place).free
@@ -397,7 +332,7 @@ class Preflight:
                      "lower checkpoint.keep or choose another run_dir")
             )  # fmt: skip
         shm = shared_memory_root()
-        wanted = min(config.replay.memory_bytes, self._window_bytes()) + 2 * 4 * student
+        wanted = min(config.replay.memory_bytes, self.estimates.window()) + 2 * 4 * student
         if (left := shutil.disk_usage(shm).free) < wanted:
             raise ConfigError(
                 rule("free shared memory", f"{left >> 20} MiB", f"be >= {wanted >> 20} MiB at {shm}",

@@ -19,8 +19,11 @@ from deploy.fetch import cache_dir
 from deploy.preflight import Preflight
 from distill.config import RunConfig
 from distill.data import corpus_table, heldout_rows, reference_corpus, training_rows, write_table
+from distill.hardware import resolve_dtype
 from distill.run_folder import RunFolder, put_folder, write_json
 
+_PIECES, _PIECE_BYTES = 64, 1 << 16
+"""What is read of a file of weights to know it again."""
 _TRAINING_FILE = "training.json"
 """In a proxy's folder in the cache: what its training took."""
 
@@ -70,6 +73,8 @@ def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Prepa
         "seed": config.corpus.seed,
         "stop": preflight.teacher.stop_token_ids,
         "num_tokens": preflight.num_tokens,
+        "engine": config.scoring.engine,
+        "dtype": resolve_dtype(config.scoring.dtype),
     }
     samples = {"samples_per_prompt": config.corpus.samples_per_prompt}  # held-out prompts have one each
     corpora = cache_dir() / "corpora"
@@ -139,13 +144,13 @@ def _hash(identity: Mapping[str, object], prompts: object, num_prompts: int) -> 
 
 
 def _fingerprint_of(model: Path) -> str:
-    """A checkpoint by its weights: sizes and the first and last mebibyte of every file."""
+    """A checkpoint by its weights: sizes, and pieces of every file from its start to its end."""
     state = xxhash.xxh3_64()
     for path in sorted(model.glob("*.safetensors")):
         size = path.stat().st_size
         state.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
-            state.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            state.update(file.read(1 << 20))
+            for piece in range(_PIECES):
+                file.seek(max(0, size - _PIECE_BYTES) * piece // (_PIECES - 1))
+                state.update(file.read(_PIECE_BYTES))
     return state.hexdigest()

@@ -150,7 +150,7 @@ class WeightsConfig:
     """The push of the learner's weights into the engines."""
 
     backend: Literal["auto", "shared_memory", "nccl", "ipc"] = "auto"
-    """auto: shared_memory on CPUs, nccl on GPUs."""
+    """auto: shared_memory. The trainers of nccl and ipc are written, not run on a GPU, and no run takes them yet."""
     on_push: Literal["recompute", "keep_kv"] = "recompute"
     """What becomes of requests in flight: their caches are dropped and filled again under the
     new weights, or kept (prefix caching is then off)."""
@@ -158,6 +158,9 @@ class WeightsConfig:
     """A push that takes longer fails the run."""
 
     def violations(self) -> Iterator[str]:
+        if self.backend in ("nccl", "ipc"):
+            yield rule("weights.backend", self.backend, "be auto or shared_memory",
+                       "no run takes the GPU trainers of learner/publish.py yet")  # fmt: skip
         yield from bounded("weights", self, "> 0", "deadline_s")
 
 

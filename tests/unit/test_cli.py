@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from deploy.cli.main import main
 from distill.config.load import fingerprint, to_yaml
@@ -76,6 +77,11 @@ def test_a_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
         (
             "data.max_reference_tokens=600",
             ["context", "512", "lower data.max_prompt_tokens or data.max_reference_tokens"],
+        ),
+        pytest.param(
+            "learner.device=cuda",
+            ["learner.device=cuda must be there", "auto"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"),
         ),
         ("learner.max_grad_norm=-1", ["learner.max_grad_norm=-1.0 must be > 0; 1.0 is the default"]),
     ],
