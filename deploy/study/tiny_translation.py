@@ -1,8 +1,8 @@
 """The task `tiny-translation`: German phrases and sentences into English, with small models.
 
 The pairs are the entries of a dictionary that Debian packages (`trans-de-en`, GPL-2 or later). A
-translation can go wrong at a word and stay wrong, so here a student's own text differs from its
-teacher's: the task on which the student's text and the long horizon are looked at.
+translation can go wrong at a word and stay wrong: the task on which the student's own text and the
+long horizon are looked at, from a student's usual start and from a weak one.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ MODELS = {
     "student": TinyModel(
         num_layers=2, hidden_size=64, num_updates=600, rows_per_update=64, learning_rate=3e-3
     ),
+    "weak": TinyModel(
+        num_layers=2, hidden_size=64, num_updates=150, rows_per_update=64, learning_rate=3e-3
+    ),
 }
 
 
 def tiny_translation_folder() -> Path:
-    """Where the task lies: ``prompts.jsonl``, ``tuning.jsonl``, ``teacher``, ``student``."""
+    """Where the task lies: ``prompts.jsonl``, ``tuning.jsonl``, ``teacher``, ``student``, ``weak``."""
     return cache_dir() / "tasks" / "tiny-translation"
 
 
