@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +309,7 @@ class StudyUnfinished(RuntimeError):
 
 def _preflight(job: Job) -> None:
     """What would end its recipe's runs, before the first of any."""
-    checks = Preflight(job.config)
+    checks = Preflight(replace(job.config, run_dir=str(job.run_dir)))
     checks.run()
     with of_recipe(job.recipe):
         checks.require()

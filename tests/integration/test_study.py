@@ -121,9 +121,9 @@ def test_a_run_that_fails_stops_a_study_and_one_that_diverges_does_not(tmp_path:
     assert [(run["recipe"], run["seed"]) for run in results["diverged"]] == [("wild", 0)]
     assert [run["recipe"] for run in results["runs"]] == ["kd"]
     assert "left out of every table: `wild` seed 0." in report(results)
-    broken = Study(spec(recipes={"kd": {}}, seeds=(0,), tuning=None), tmp_path / "broken")
-    job = broken._jobs.job("kd", 0, {}, tuning=False)
+    broken = Study(spec(recipes={"kd": {}}, tuning=None), tmp_path / "broken", num_jobs=2)
+    job = broken._jobs.job("kd", 1, {}, tuning=False)
     job.run_dir.parent.mkdir(parents=True)
     job.run_dir.write_text("a file where the run's folder is to be")
-    with pytest.raises(ProcessFailed, match=r"kd seed 0 ended with code 2: .*run_dir=.* its output is in"):
+    with pytest.raises(ProcessFailed, match=r"kd seed 1 ended with code 2: .*run_dir=.* its output is in"):
         broken.run()
