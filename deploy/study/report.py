@@ -7,7 +7,7 @@ alone: the runs' folders may be gone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -186,24 +186,28 @@ def _texts_table(results: Mapping[str, Any]) -> str:
             for name in TEXT_MEASURES
         ]
         + [shown.get((recipe, gain), "").strip(" ()") for gain in gains]
-        + [f"{_mean(texts['t1.distinct_2'] for texts in by_seed.values()):.3f}"]
+        + [_distinct(by_seed.values())]
         for recipe, by_seed in _of_runs(results, lambda run: run["texts"]).items()
     ]
     if results["teacher"]:
         ceiling = [
             f"{_mean(of_seed['texts'][name] for of_seed in results['teacher']):.4f}" for name in TEXT_MEASURES
         ]
-        distinct = f"{_mean(of_seed['texts']['t1.distinct_2'] for of_seed in results['teacher']):.3f}"
+        distinct = _distinct([of_seed["texts"] for of_seed in results["teacher"]])
         rows.append(["the teacher itself", *ceiling, *("" for _ in FRONTIER_SCORES), distinct])
     heading = (
         "What the students write: entropy and the teacher's log-probability of it (nats per token, temperature "
         "1), accuracy of a classifier that tells it from the teacher's (0.5 is best), bits per byte of the "
         "references, TV of the student read at temperature 0.9; then how far the score lies above the "
-        "baseline's at equal entropy (temperatures 0.5 to 1); distinct bigrams. The teacher's row: other texts of its own in a student's place."
+        "baseline's at equal entropy (temperatures 0.5 to 1); shares of distinct 1-, 2- and 3-grams. The teacher's row: other texts of its own in a student's place."
     )
     names = [*(name.replace("_", " ") for name in TEXT_MEASURES),
-             *gains, "distinct 2"]  # fmt: skip
+             *gains, "distinct 1, 2, 3"]  # fmt: skip
     return heading + "\n\n" + _table(["recipe", *names], rows)
+
+
+def _distinct(texts: Collection[Mapping[str, float]]) -> str:
+    return ", ".join(f"{_mean(each[f't1.distinct_{n}'] for each in texts):.3f}" for n in (1, 2, 3))
 
 
 def _of_runs(results: Mapping[str, Any], load: Callable[[Mapping[str, Any]], Any]) -> BySeed:

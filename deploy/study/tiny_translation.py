@@ -39,9 +39,7 @@ MODELS = {
     "student": TinyModel(
         num_layers=2, hidden_size=64, num_updates=600, rows_per_update=64, learning_rate=3e-3
     ),
-    "weak": TinyModel(
-        num_layers=2, hidden_size=64, num_updates=150, rows_per_update=64, learning_rate=3e-3
-    ),
+    "weak": TinyModel(num_layers=2, hidden_size=64, num_updates=150, rows_per_update=64, learning_rate=3e-3),
 }
 
 
