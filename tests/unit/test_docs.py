@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import pytest
+
 from deploy.cli.main import parser
 from deploy.config_docs import config_docs
+from deploy.study.report import report
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,3 +32,11 @@ def test_links_between_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} names {target}"
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "results").iterdir()), ids=lambda path: path.name)
+def test_committed_reports_are_what_their_results_say(folder: Path):
+    """And of one method: what is pooled or compared across pages has one hash."""
+    results = json.loads((folder / "results.json").read_text())
+    assert report(results) == (folder / "report.md").read_text()
+    assert f"`{results['method_hash']}`" in (ROOT / "docs" / "results.md").read_text()
