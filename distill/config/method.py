@@ -100,7 +100,6 @@ class RecipeConfig:
                            "no teacher says what it would have written after the student's text")  # fmt: skip
         yield from bounded("recipe", self, "[0, 1]", "beta")
         yield from bounded("recipe", self, "(0, 1]", "gamma")
-        yield from bounded("recipe", self, ">= 0", "fraction_tolerance")
         if not 0 <= self.student_fraction <= 1:
             yield rule("recipe.student_fraction", self.student_fraction, "lie in [0, 1]", "0.5 is GKD's")
         if not 0 <= self.fraction_step <= 1:
