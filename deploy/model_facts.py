@@ -6,16 +6,15 @@ Reads config.json, generation_config.json and the headers of the safetensors fil
 from __future__ import annotations
 
 import json
-import struct
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError, safe_open
 
 from distill.config import ConfigError, rule
-
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,25 +95,15 @@ def _num_parameters(folder: Path, setting: str) -> int:
         )
     try:
         return sum(_elements(path) for path in files)
-    except (OSError, ValueError, struct.error, KeyError) as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(
             rule(setting, folder, f"hold whole safetensors files ({error})", "fetch or save the model again")
         ) from error
 
 
 def _elements(path: Path) -> int:
-    with open(path, "rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
-    total, last = 0, 0
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            start, end = tensor["data_offsets"]
-            total += (end - start) // _BYTES.get(tensor["dtype"], 1)
-            last = max(last, end)
-    if path.stat().st_size < 8 + size + last:
-        raise ValueError(f"{path.name} ends before its last tensor")
-    return total
+    with safe_open(path, framework="numpy") as file:  # checks that header and tensors cover the file
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def _stop_token_ids(folder: Path, config: dict[str, Any], setting: str) -> tuple[int, ...]:

@@ -64,13 +64,12 @@ class Jobs:
         """Raises: ConfigError for a wrong setting."""
         overrides = self._overrides(recipe, seed, tuned, tuning)
         with of_recipe(recipe):
-            config = load_config(self.empty, overrides, PRESETS)
+            config = load_config(self.empty_file(), overrides, PRESETS)
         run_dir = self.folder / "runs" / f"{recipe}-{fingerprint(config)}-{self.code}"
         return Job(recipe, seed, tuned, tuning, tuple(overrides), config, run_dir)
 
-    @property
-    def empty(self) -> Path:
-        """A configuration file with nothing in it, which the overrides go on top of."""
+    def empty_file(self) -> Path:
+        """A configuration file with nothing in it, which the overrides go on top of; written when absent."""
         path = self.folder / "empty.yaml"
         if not path.exists():
             write_bytes(path, b"{}\n")

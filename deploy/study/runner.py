@@ -171,7 +171,7 @@ class Study:
 
     def _command(self, job: Job) -> Command:
         name = f"{job.recipe} seed {job.seed}" + "".join(f" {k}={v}" for k, v in job.tuned.items())
-        train = (sys.executable, "-m", "deploy.cli.main", "train", str(self._jobs.empty))
+        train = (sys.executable, "-m", "deploy.cli.main", "train", str(self._jobs.empty_file()))
         argv = (*train, *job.overrides, f"run_dir={job.run_dir}")
         log = self.folder / "logs" / f"{job.run_dir.name}.txt"
         return Command(name, argv, log, may_fail=lambda: job.has_diverged)

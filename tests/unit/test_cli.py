@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deploy import PRESETS
 from deploy.cli.main import main
 from distill.config.load import fingerprint, to_yaml
 from distill.run_folder import RunFolder
@@ -124,8 +125,9 @@ def test_half_a_checkpoint(complaint: Complaint, tmp_path: Path) -> None:
     half = save_tiny_llama(tmp_path / "half")
     (file,) = half.glob("*.safetensors")
     whole = file.read_bytes()
-    for size in (4, 100, len(whole) - 1):
-        file.write_bytes(whole[:size])
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    for broken in (whole[:4], whole[:100], whole[:-1], pointer):
+        file.write_bytes(broken)
         line = complaint(f"teacher.model={half}")
         assert "must hold whole safetensors files" in line and "again" in line
 
@@ -138,6 +140,13 @@ def test_a_run_folder_that_cannot_be(world: Path, tmp_path: Path, capsys: pytest
         assert main([*doctor, "--json"]) == 2
         last = json.loads(capsys.readouterr().out)["checks"][-1]
         assert last["status"] == "fail" and said in last["message"]
+
+
+def test_a_study_folder_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["study", str(PRESETS / "studies/tiny.yaml"), "--out", f"{tmp_path}/file/x"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "Not a directory" in line and "file/x" in line
 
 
 def test_an_unknown_logit_transform(complaint: Complaint, tmp_path: Path) -> None:

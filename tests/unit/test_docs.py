@@ -36,7 +36,7 @@ def test_links_between_documents_lead_somewhere() -> None:
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "results").iterdir()), ids=lambda path: path.name)
 def test_committed_reports_are_what_their_results_say(folder: Path):
-    """And of one method: what is pooled or compared across pages has one hash."""
+    """And the page that tells of them names the code that they are of."""
     results = json.loads((folder / "results.json").read_text())
     assert report(results) == (folder / "report.md").read_text()
     assert f"`{results['method_hash']}`" in (ROOT / "docs" / "results.md").read_text()

@@ -192,6 +192,3 @@ def test_reserved_fields_and_no_file(tmp_path):
     with pytest.raises(ValueError, match="field time"):
         log.write("e", time=3)
     log.close()
-
-
-# Stage timers

@@ -63,3 +63,17 @@ def test_a_failure_that_is_a_result(tmp_path: Path):
     ended: list[str] = []
     run_all([replace(fails, may_fail=lambda: True)], 1, lambda command, _: ended.append(command.name))
     assert ended == ["fails"]
+
+
+def test_what_is_asked_before_a_start_can_stop_the_rest(tmp_path: Path):
+    started: list[int] = []
+
+    def before_start() -> None:
+        if started:
+            raise RuntimeError("the code has changed")
+        started.append(1)
+
+    with pytest.raises(RuntimeError, match="the code has changed"):
+        run_all([python(tmp_path, "one", WAIT), python(tmp_path, "two", WAIT)], 2, before_start=before_start)
+    assert started == [1]
+    assert not children_with(WAIT)
