@@ -40,3 +40,26 @@ def test_committed_reports_are_what_their_results_say(folder: Path):
     results = json.loads((folder / "results.json").read_text())
     assert report(results) == (folder / "report.md").read_text()
     assert f"`{results['method_hash']}`" in (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("section", "study"),
+    [
+        ("A teacher with probabilities", "tiny"),
+        ("German to English", "translation"),
+        ("The same from a weak start", "weak"),
+        ("A strong divergence", "lead"),
+    ],
+)
+def test_what_the_page_says_of_a_recipe_is_in_the_report(section: str, study: str):
+    """Numbers of four digits in a table's row are in the rows of that recipe."""
+    page = (ROOT / "docs" / "results.md").read_text().replace("\u2212", "-")
+    told = page[page.index(f"## {section}") :].split("\n## ")[0]
+    lines = (ROOT / "docs" / "results" / study / "report.md").read_text().splitlines()
+    rows = [line for line in told.splitlines() if line.startswith("| `")]
+    assert rows
+    for row in rows:
+        recipe = row.split("`")[1]
+        reported = " ".join(line for line in lines if line.startswith(f"| `{recipe}` |"))
+        for number in re.findall(r"\d\.\d{4}", row):
+            assert number in reported, f"{recipe}: {number}"
