@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache
 from distill.config import RolloutConfig, ScoringConfig
 from distill.hardware import ONE_LOAD_AT_A_TIME, resolve_dtype, usable_cores
 from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
+from distill.vector_math import settle_vector_math
 from distill.weights import verify
 
 _SCORING_TOKENS = 2048
@@ -350,6 +351,7 @@ def _similar_lengths(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 def _load(auto_class: Any, model_dir: str, settings: RolloutConfig | ScoringConfig) -> Any:
     torch.set_num_threads(settings.num_threads or usable_cores())
+    settle_vector_math()
     dtype = getattr(torch, resolve_dtype(settings.dtype))
     with ONE_LOAD_AT_A_TIME:
         return auto_class.from_pretrained(model_dir, dtype=dtype).eval().requires_grad_(False)

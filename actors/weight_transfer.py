@@ -8,7 +8,8 @@ without installation. Importing it
   checked against its size and checksum before the model is touched, then loaded by vLLM's
   own layerwise reload (the CPU build repacks weights, so they cannot be copied in place);
 - starts a watchdog when the process was started by an engine of ours: a worker outlives a
-  killed holder otherwise, and keeps the device full.
+  killed holder otherwise, and keeps the device full;
+- settles MKL's vector functions, before the model's rotary table is computed with them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from distill.interfaces import WeightManifest, WeightPushError
+from distill.vector_math import settle_vector_math
 from distill.weights import verify
 
 BACKEND = "shared_memory"
@@ -175,3 +177,4 @@ def _start_watchdog() -> None:
 
 _register()
 _start_watchdog()
+settle_vector_math()

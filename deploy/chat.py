@@ -39,6 +39,9 @@ def _load(folder: Any, max_new_tokens: int) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from distill.vector_math import settle_vector_math
+
+    settle_vector_math()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

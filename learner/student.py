@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from distill.hardware import ONE_LOAD_AT_A_TIME, computes_in_bfloat16
+from distill.vector_math import settle_vector_math
 from learner.attention import PACKED
 from learner.batch import Pack
 from learner.vocabulary import LogitTransform
@@ -50,6 +51,7 @@ class Student:
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.folder = Path(folder)
+        settle_vector_math()
         attention = _attention_of(AutoConfig.from_pretrained(folder, local_files_only=True))
         with ONE_LOAD_AT_A_TIME:
             # The library's types do not say what a causal LM can do.

@@ -44,6 +44,7 @@ from distill.config.load import load_config
 from distill.data import read_table, write_table
 from distill.evaluation import divergences, rouge_l
 from distill.run_folder import RunFolder
+from distill.vector_math import settle_vector_math
 
 _BATCH = 256
 _SCORING_ROWS = 32
@@ -75,6 +76,7 @@ class Models:
 
 
 def _model(path: str) -> Any:
+    settle_vector_math()
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 

@@ -13,6 +13,8 @@ import importlib
 import itertools
 import multiprocessing
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -522,3 +524,15 @@ def test_ids_beyond_the_common_vocabulary_are_never_sampled(kind: str, students:
     assert sampled > 40
     assert max(token for text in host.call("greedy", _prompts(6), 12) for token in text) < num_tokens
     host.close()
+
+
+def test_a_worker_of_vllm_settles_its_vector_math() -> None:
+    """vLLM imports this module in every worker before the model, and its rotary table, is made."""
+    code = (
+        "from distill.vector_math import settle_vector_math\n"
+        "assert settle_vector_math.cache_info().currsize == 0\n"
+        "import actors.weight_transfer\n"
+        "assert settle_vector_math.cache_info().currsize == 1"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -18,7 +18,7 @@ from distill.metrics import (
     name_violations,
     read_events,
     read_metrics,
-    without_times,
+    reproducible,
 )
 
 
@@ -129,11 +129,11 @@ def test_a_reader_never_meets_half_a_file(tmp_path):
     assert len(seen) > 1
 
 
-def test_without_times():
-    table = pa.table(
-        {n: [1.0] for n in ("update", "policy/tv", "timing/x_s", "rollout/tokens_per_s", "replay/num_ids")}
-    )
-    assert without_times(table).column_names == ["update", "policy/tv", "replay/num_ids"]
+def test_reproducible() -> None:
+    numbers = ["update", "policy/tv", "replay/student_trained", "rollout/num_tokens"]
+    speed = ["timing/x_s", "rollout/tokens_per_s", "replay/text_scored", "replay/bytes", "teacher/num_tokens"]
+    table = pa.table({name: [1.0] for name in (*numbers, *speed)})
+    assert reproducible(table).column_names == numbers
 
 
 def test_names():
