@@ -285,11 +285,14 @@ class Run:
         for name, seconds in result["timing_s"].items():
             self.timing_s[name] = seconds
         self.tokens["learner"] = result["num_tokens"]
-        stats = self._ready({"teacher": scorer.stats.remote(), _sampler_name(config): rollout.stats.remote()})
-        self.tokens["teacher"] = stats["teacher"]["teacher/num_tokens"]
+        scorers = {"teacher": teacher} | ({"proxy": scorer} if inputs.has_proxy else {})
+        asked = {_sampler_name(config): rollout} | scorers
+        stats = self._ready({name: actor.stats.remote() for name, actor in asked.items()})
+        for name in scorers:
+            self.tokens[f"{name}_scored"] = stats[name]["teacher/num_tokens"]
+            self.timing_s[f"{name}_busy"] = stats[name]["timing/teacher_busy_s"]
         self.tokens["rollout"] = stats[_sampler_name(config)]["rollout/num_tokens"]
         self.timing_s["rollout_busy"] = stats[_sampler_name(config)]["timing/rollout_busy_s"]
-        self.timing_s["teacher_busy"] = stats["teacher"]["timing/teacher_busy_s"]
         return result
 
     # Parts

@@ -6,7 +6,8 @@ learner's milestones; the driver shows what is raised, and the events keep it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from distill.evaluation import Evaluation, paired_difference
 
@@ -26,10 +27,28 @@ class Alarms:
     """The recent past of a run."""
 
     def __init__(self) -> None:
+        self.raised: dict[str, str] = {}
+        """What was said, by kind."""
         self._rows: list[Mapping[str, float]] = []
-        self._raised: set[str] = set()
         self._last: tuple[Evaluation, float | None] | None = None
         """The last evaluation, and the critics' gap in the updates before it."""
+
+    @classmethod
+    def resume(
+        cls, state: Mapping[str, Any], rows: Sequence[Mapping[str, float]], evaluation: Evaluation | None
+    ) -> Alarms:
+        """As :meth:`state` was taken. ``rows``: the metrics of the updates until then, or of the last
+        ``WINDOW`` of them; ``evaluation``: the one that the state names."""
+        alarms = cls()
+        alarms.raised = dict(state["raised"])
+        alarms._rows = list(rows[-WINDOW:])
+        alarms._last = None if evaluation is None else (evaluation, state["gap"])
+        return alarms
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON; ``evaluation`` is the label of the last one, or null."""
+        evaluation, gap = self._last or (None, None)
+        return {"raised": self.raised, "evaluation": evaluation and evaluation.label, "gap": gap}
 
     def after_update(self, row: Mapping[str, float]) -> list[str]:
         """What is to be said after an update; ``row``: its metrics."""
@@ -77,7 +96,7 @@ class Alarms:
         return sum(values) / len(values) if values else None
 
     def _once(self, kind: str, message: str) -> list[str]:
-        if kind in self._raised:
+        if kind in self.raised:
             return []
-        self._raised.add(kind)
+        self.raised[kind] = message
         return [message]

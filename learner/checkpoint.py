@@ -19,7 +19,7 @@ from torch import Tensor
 from distill.weights import checksum_file
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class CheckpointError(RuntimeError):

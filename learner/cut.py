@@ -26,9 +26,7 @@ def kept_layers(num_teacher_layers: int, num_layers: int) -> list[int]:
     return np.linspace(0, num_teacher_layers - 1, num_layers).round().astype(int).tolist()
 
 
-def cut_student(
-    teacher_dir: str | Path, out_dir: str | Path, num_layers: int, *, trust_remote_code: bool = False
-) -> Path:
+def cut_student(teacher_dir: str | Path, out_dir: str | Path, num_layers: int) -> Path:
     """Write a checkpoint of ``num_layers`` of the teacher's layers, with its tokenizer.
 
     ``out_dir`` is absent or whole. One that is already there is kept if it is the same cut.
@@ -37,14 +35,12 @@ def cut_student(
     does, or ``out_dir`` is something else.
     """
     out_dir = Path(out_dir)
-    model = AutoModelForCausalLM.from_pretrained(
-        teacher_dir, dtype="auto", trust_remote_code=trust_remote_code
-    )
+    model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype="auto")
     keep = _choose(model, num_layers)
     if out_dir.exists():
         return _same_cut(out_dir, keep)
     _keep_layers(model, keep)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_dir, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as temporary:
         whole = Path(temporary) / "student"

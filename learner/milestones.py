@@ -134,6 +134,7 @@ class RunMilestones:
         evaluation: EvaluationConfig,
         checkpoint: CheckpointConfig,
         adaptive_share: AdaptiveShare,
+        alarms: Alarms,
         num_updates: int,
         stage_stats: Callable[[], Any],
         report: Callable[..., None],
@@ -150,13 +151,12 @@ class RunMilestones:
         self.evaluation = evaluation
         self.checkpoint = checkpoint
         self.adaptive_share = adaptive_share
+        self.alarms = alarms
         self.num_updates = num_updates
         self.stage_stats = stage_stats
         self.report = report
         self.metrics = MetricsWriter(folder.path)
         self.events = EventLog(folder.path)
-        self.alarms = Alarms()
-        self.raised: list[str] = []
         self.evaluation_s = self.checkpoint_s = 0.0
         self._since = time.monotonic()
 
@@ -201,8 +201,7 @@ class RunMilestones:
     def _raise(self, update: int, messages: Sequence[str]) -> None:
         for message in messages:
             self.events.write("alarm", update=update, message=message)
-            self.raised.append(message)
-        self.report(alarms=list(self.raised))
+        self.report(alarms=list(self.alarms.raised.values()))
 
     async def _evaluate(self, label: str, num_prompts: int, *, keep_answers: bool) -> Evaluation:
         start = time.monotonic()
@@ -241,6 +240,7 @@ class RunMilestones:
             "policy_version": policy_version,
             "ledger": await self.ledger.state(),
             "adaptive_share": self.adaptive_share.state(),
+            "alarms": self.alarms.state(),
         }
         await asyncio.to_thread(self.checkpoints.save, updates_done, self.tensors(), state)
         # Only now is an acknowledgement final: before, a crash would have undone the update.

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from distill.alarms import Alarms
 from distill.algorithm import train_loop
 from distill.config import RunConfig, SftConfig
 from distill.data import TextCorpus, read_table
-from distill.metrics import EventLog
+from distill.evaluation import load_evaluation
+from distill.metrics import EventLog, read_metrics
 from distill.replay.draws import DrawOrder
 from distill.replay.segments import SegmentStore
 from distill.run_folder import PolicyVersions, RunFolder
@@ -114,10 +116,12 @@ class LearnerWorker:
         newest = self.checkpoints.latest()
         if newest is None:
             self.adaptive_share = AdaptiveShare(self.config.recipe, self.folder)
+            self.alarms = Alarms()
             return None
         tensors, state = self.checkpoints.load(newest)
         self.distiller.load(tensors, state)
         self.adaptive_share = AdaptiveShare(self.config.recipe, self.folder, state["adaptive_share"])
+        self.alarms = _resumed_alarms(self.folder, state)
         return state
 
     async def train(
@@ -203,6 +207,7 @@ class LearnerWorker:
             evaluation=config.evaluation,
             checkpoint=config.checkpoint,
             adaptive_share=self.adaptive_share,
+            alarms=self.alarms,
             num_updates=config.learner.num_updates,
             stage_stats=stage_stats,
             report=self.report,
@@ -227,6 +232,17 @@ def _resume_sft(
     )
     load_optimizer_tensors(optimizer, tensors, "optimizer")
     return state["updates_done"], state["seconds"]
+
+
+def _resumed_alarms(folder: RunFolder, state: dict[str, Any]) -> Alarms:
+    """From a checkpoint's state, with what the run folder holds of the updates before it."""
+    rows = [
+        {name: value for name, value in row.items() if value is not None}
+        for row in read_metrics(folder.path).to_pylist()
+        if row["update"] <= state["updates_done"]
+    ]
+    label = state["alarms"]["evaluation"]
+    return Alarms.resume(state["alarms"], rows, label and load_evaluation(folder.evaluation(label)))
 
 
 def _save_whole(student: Student, folder: Path) -> None:

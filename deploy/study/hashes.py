@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import distill
 
 METHOD_CODE = (
     "distill/objectives.py", "distill/credit.py", "distill/algorithm.py", "distill/evaluation.py",
-    "distill/data/*.py", "distill/replay/*.py", "actors/*.py", "learner/*.py",
+    "distill/config/method.py", "distill/schema.py", "distill/vector_math.py",
+    "distill/data/*.py", "distill/replay/*.py", "actors/*.py", "learner/*.py", "deploy/prepare.py",
 )  # fmt: skip
 """Whose change makes older runs another method's."""
-RESULTS_CODE = tuple(
-    f"deploy/study/{name}.py"
-    for name in ("measure_run", "measures", "two_sample", "results", "statistics", "differences")
+MEASURING_CODE = tuple(f"deploy/study/{name}.py" for name in ("measure_run", "measures", "two_sample"))
+"""Whose change makes the measures of older runs be taken again."""
+RESULTS_CODE = (
+    *MEASURING_CODE,
+    *(f"deploy/study/{name}.py" for name in ("results", "statistics", "differences")),
 )
 """Whose change makes older results differently measured; runs stay."""
 
@@ -24,6 +28,12 @@ RESULTS_CODE = tuple(
 def method_hash() -> str:
     """Over the source of the method, 16 hexadecimal digits."""
     return _hash(METHOD_CODE)
+
+
+@functools.cache
+def measuring_hash() -> str:
+    """Over the source of what measures a run's texts, 16 hexadecimal digits."""
+    return _hash(MEASURING_CODE)
 
 
 def results_hash() -> str:

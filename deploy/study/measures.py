@@ -6,7 +6,6 @@ Reading them loads neither torch nor transformers.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
+from deploy.study.hashes import measuring_hash
 from deploy.study.statistics import NUM_DRAWS, SeedDifference, prompt_counts
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
@@ -31,7 +30,6 @@ TEXT_MEASURES = ("t1.entropy", "t1.teacher_logprob", "two_sample", "bits_per_byt
 _OF_ALL = b"distill.of_all"
 _TEXTS_KEY = b"distill.teacher_texts"
 _CODE = b"distill.measuring_code"
-_MEASURING_CODE = ("measure_run.py", "measures.py", "two_sample.py")
 
 
 def measures_path(run_dir: Path) -> Path:
@@ -43,15 +41,7 @@ def are_measured(path: Path) -> bool:
     """Whether measures lie there, made by the code of now: what older code found is measured again."""
     if not path.exists():
         return False
-    return (pq.read_schema(path).metadata or {}).get(_CODE) == _measuring_code()
-
-
-@functools.cache
-def _measuring_code() -> bytes:
-    state = xxhash.xxh3_64()
-    for name in _MEASURING_CODE:
-        state.update((Path(__file__).parent / name).read_bytes())
-    return state.hexdigest().encode()
+    return (pq.read_schema(path).metadata or {}).get(_CODE) == measuring_hash().encode()
 
 
 def teacher_measures_path(texts_folder: Path, key: str) -> Path:
@@ -106,7 +96,7 @@ def measures_table(
     metadata = {
         _OF_ALL: json.dumps(dict(of_all)).encode(),
         _TEXTS_KEY: texts_key.encode(),
-        _CODE: _measuring_code(),
+        _CODE: measuring_hash().encode(),
     }
     return pa.table(dict(columns)).replace_schema_metadata(metadata)
 

@@ -17,13 +17,10 @@ class TeacherConfig:
     """Folder of a Hugging Face checkpoint, a name known to `distill models`, or a hub id."""
     revision: str | None = None
     """Hub revision; only for hub ids."""
-    trust_remote_code: bool = False
-    """Run code that ships with the checkpoint. Not there yet: such a model is refused."""
 
     def violations(self) -> Iterator[str]:
-        if self.trust_remote_code:
-            yield rule("teacher.trust_remote_code", self.trust_remote_code, "be false",
-                       "no part loads a model with code of its own yet; use a built-in architecture")  # fmt: skip
+        if not self.model:
+            yield rule("teacher.model", self.model, "name a model", "give a folder, a name or a hub id")
 
 
 @dataclass(frozen=True, kw_only=True)

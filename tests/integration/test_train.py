@@ -95,7 +95,7 @@ def test_the_run_folder_holds_what_it_should(vllm_run: Path) -> None:
         assert evaluation["num_prompts"] == 4
         assert evaluation["stderr"]["teacher_text.tv"] > 0
     assert {"sft", "corpus", "start_engines", "training", "evaluation"} <= set(summary["timing_s"])
-    assert {"sft", "corpus", "rollout", "teacher", "learner"} <= set(summary["tokens"])
+    assert {"sft", "corpus", "rollout", "teacher_scored", "learner"} <= set(summary["tokens"])
     assert {"driver", "learner", "replay", "rollout", "teacher", "total"} <= set(summary["peak_pss_bytes"])
     metrics = read_metrics(vllm_run)
     assert metrics["update"].to_pylist() == [1, 2]
@@ -206,6 +206,7 @@ def test_a_teacher_of_text_alone(world: Path) -> None:
     run = train(world, "blackbox", *settings)
     summary = json.loads((run / "summary.json").read_text())
     assert {"proxy", "teacher", "sampler"} <= set(summary["peak_pss_bytes"])  # the teacher evaluates
+    assert all(summary["tokens"][name] > 0 for name in ("teacher_scored", "proxy_scored"))
     assert "proxy_update" in events(run)
     other = train(world, "blackbox-2", *settings, "learner.learning_rate=1e-4", "cluster.backend=in_process")
     assert "proxy_update" not in events(other), "the same proxy is in the cache"

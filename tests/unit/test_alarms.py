@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from distill.alarms import WINDOW, Alarms
 from distill.evaluation import EXTRA_METRICS, METRICS, Evaluation
@@ -69,3 +72,32 @@ def test_recipes_without_critics_have_none_of_their_numbers():
     for _ in range(2 * WINDOW):
         assert alarms.after_update({"policy/tv_off": 0.5}) == []
     assert alarms.after_evaluation(at(0.5)) == alarms.after_evaluation(at(0.6)) == []
+
+
+@pytest.mark.parametrize("interrupted_after", range(0, 3 * WINDOW, 7))
+def test_a_resumed_run_says_what_the_whole_one_would(interrupted_after: int):
+    rows = [
+        SOUND
+        | {"critic/d_mm_off": 0.5 - 0.002 * update, "critic/tightness_on": 0.9 if update < WINDOW else 0.1}
+        for update in range(3 * WINDOW)
+    ]
+    evaluations = {10: at(0.40), 40: at(0.41)}
+
+    def run(alarms: Alarms, updates: range) -> list[str]:
+        messages = []
+        for update in updates:
+            messages += alarms.after_update(rows[update])
+            if update in evaluations:
+                messages += alarms.after_evaluation(evaluations[update])
+        return messages
+
+    whole = run(Alarms(), range(3 * WINDOW))
+    assert len(whole) == 2  # a weak critic, and a gamed one
+    alarms = Alarms()
+    before = run(alarms, range(interrupted_after))
+    state = json.loads(json.dumps(alarms.state()))
+    last = max((update for update in evaluations if update < interrupted_after), default=None)
+    assert (state["evaluation"] is None) == (last is None)
+    resumed = Alarms.resume(state, rows[:interrupted_after], None if last is None else evaluations[last])
+    assert before + run(resumed, range(interrupted_after, 3 * WINDOW)) == whole
+    assert list(resumed.raised.values()) == whole

@@ -342,7 +342,7 @@ BROKEN = [
     "credit.baseline=whiten credit.form=exact",
     "credit.ratio=token credit.form=exact replay.max_policy_age=1 credit.ratio_max=null",
     "credit.ratio_max=2 credit.form=exact replay.max_policy_age=1 credit.ratio=per_decision",
-    "critic.zero_sum=true recipe=ammd_blackbox", "critic.warmup_updates=20", "teacher.trust_remote_code=true", "weights.backend=nccl",
+    "critic.zero_sum=true recipe=ammd_blackbox", "critic.warmup_updates=20", "weights.backend=nccl", "teacher.model=''",
     "student.init.num_layers=3 student.init.from=null student.model=x", "recipe=imitkd recipe.anchor_weight=0.5",
     "recipe.loss_weight=0 recipe.anchor_weight=0", "recipe=opd recipe.lm_weight=1",
     "learner.beta1=1.5", "learner.final_fraction=7", "sft.warmup_fraction=5", "scoring.gpu_memory_utilization=9",
