@@ -12,20 +12,23 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from deploy.cli.commands import INTERRUPTED
+from deploy import PRESETS
+from deploy.cli.commands import INTERRUPTED, WRONG_REQUEST
 from deploy.cli.main import main
+from distill.config import ConfigError
+from distill.config.load import load_config
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 
 
 def demo(overrides: Sequence[str]) -> int:
-    """Returns the exit code of `distill train`."""
+    """Returns the exit code of `distill train`. Raises: ConfigError before anything is fetched."""
+    run = Path(load_config(CONFIG, overrides, PRESETS).run_dir)
     for command in (["models", "fetch", "smollm2-135m"], ["data", "fetch", "alpaca-demo"]):
         # A process of its own: what the conversion of a model has filled is not the run's memory.
         code = subprocess.run([sys.executable, "-m", "deploy.cli.main", *command]).returncode
         if code:
             return code
-    run = _run_dir(overrides)
     if run.exists():
         aside = run.with_name(f"{run.name}-{datetime.now():%Y%m%d-%H%M%S}")
         run.rename(aside)
@@ -33,13 +36,11 @@ def demo(overrides: Sequence[str]) -> int:
     return main(["train", str(CONFIG), *overrides])
 
 
-def _run_dir(overrides: Sequence[str]) -> Path:
-    given = [text.removeprefix("run_dir=") for text in overrides if text.startswith("run_dir=")]
-    return Path(given[-1] if given else "runs/demo")
-
-
 if __name__ == "__main__":
     try:
         sys.exit(demo(sys.argv[1:]))
+    except ConfigError as error:
+        print(f"distill: {error}", file=sys.stderr)
+        sys.exit(WRONG_REQUEST)
     except KeyboardInterrupt:  # while it fetches; the run itself answers for its own
         sys.exit(INTERRUPTED)

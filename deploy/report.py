@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from deploy.report_text import before_after_table, strip_control, three_answers
-from distill.evaluation import load_evaluation, paired_difference
+from distill.config import ConfigError, rule
+from distill.evaluation import Evaluation, load_evaluation, paired_difference
 from distill.run_folder import RunFolder
 
 
@@ -19,7 +20,7 @@ def print_report(run_dir: str | Path, summary: dict[str, Any], console: Console 
     if not console.is_terminal:
         console.width = 120
     folder = RunFolder(run_dir)
-    before, after = (load_evaluation(folder.evaluation(label)) for label in ("before", "after"))
+    before, after = (_evaluation(folder.evaluation(label)) for label in ("before", "after"))
     console.print()
     console.print(before_after_table(summary["before"], summary["after"], paired_difference(before, after)))
     answers = _answers(folder)
@@ -38,6 +39,14 @@ def print_report(run_dir: str | Path, summary: dict[str, Any], console: Console 
             markup=False,
         )
     console.print(f"talk to the student: distill chat {_shown(folder.student)}", markup=False)
+
+
+def _evaluation(path: Path) -> Evaluation:
+    try:
+        return load_evaluation(path)
+    except (OSError, ValueError) as error:
+        remedy = "it is written by the run alone; run it again in another run_dir"
+        raise ConfigError(rule("evaluation", path, f"be readable ({error})", remedy)) from None
 
 
 def _answers(folder: RunFolder) -> tuple[list[str], list[str], list[str], list[str]] | None:

@@ -16,12 +16,15 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from distill.config import ConfigError, rule
+
+_IN_IDENTITY = ("run_id", "incarnation", "fingerprint", "created_at")
+_IN_SUMMARY = ("updates", "recipe", "before", "after", "timing_s", "peak_pss_bytes", "wall_s")
 
 _temporary_numbers = itertools.count()
 
@@ -218,16 +221,11 @@ class RunFolder:
         write_json(self.summary, summary)
 
     def read_summary(self) -> dict[str, Any] | None:
-        """None before the run has ended once. Raises: ConfigError when it is no JSON."""
+        """None before the run has ended once. Raises: ConfigError when it is no summary."""
         if not self.summary.is_file():
             return None
-        try:
-            return json.loads(self.summary.read_text())
-        except ValueError as error:
-            must = f"be JSON ({error})"
-            raise ConfigError(
-                rule("summary", self.summary, must, "`distill train --resume` writes it again")
-            ) from None
+        remedy = f"remove it: `distill train --resume {self.path}` writes it again"
+        return _read_json("summary", self.summary, _IN_SUMMARY, remedy)
 
     def write_best(self, best: Mapping[str, Any]) -> None:
         """Which update ``best/`` is of, by which metric, and its value. By the learner, which
@@ -303,7 +301,20 @@ class RunFolder:
 
     def _identity(self) -> dict[str, Any]:
         self.require()
-        return json.loads(self._identity_file.read_text())
+        remedy = "nothing else tells what run this is; start it again in another run_dir"
+        return _read_json("run", self._identity_file, _IN_IDENTITY, remedy)
+
+
+def _read_json(name: str, path: Path, keys: Sequence[str], remedy: str) -> dict[str, Any]:
+    """Raises: ConfigError when the file is no JSON with those keys."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(rule(name, path, f"be JSON ({error})", remedy)) from None
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise ConfigError(rule(name, path, f"hold {', '.join(missing)}", remedy))
+    return found
 
 
 def _remove(path: Path) -> None:

@@ -106,10 +106,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: expected a checkpoint manifest, got {error}") from error
+        raise CheckpointError(
+            f"{path}: expected a checkpoint manifest, got {error}; delete {folder} to resume from an older one"
+        ) from error
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: expected format_version {FORMAT_VERSION}, got {manifest.get('format_version')}"
+            f"{path}: expected format_version {FORMAT_VERSION}, got {manifest.get('format_version')}; "
+            "go on with the version that wrote it, or start the run again in another run_dir"
         )
     return manifest
 

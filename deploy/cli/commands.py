@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deploy import PRESETS
-from distill.config import ConfigError, RunConfig
+from distill.config import ConfigError, RunConfig, rule
 from distill.config.load import load_config
 
 DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
@@ -108,15 +108,20 @@ def report(options: argparse.Namespace) -> int:
 
 def study(options: argparse.Namespace) -> int:
     from deploy.study.plots import draw
-    from deploy.study.pooling import load_earlier, only_seeds, without_seeds_of
+    from deploy.study.pooling import load_earlier, load_results, only_seeds, without_seeds_of
     from deploy.study.processes import ProcessFailed
     from deploy.study.report import report
     from deploy.study.runner import Study, StudyUnfinished
     from deploy.study.spec import load_study
     from distill.run_folder import write_bytes
 
+    if options.report and Path(options.study).suffix == ".json":
+        print(report(load_results(Path(options.study))))
+        return DONE
     spec = load_study(options.study)
     folder = Path(options.out or f"runs/studies/{spec.name}").resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(rule("--out", folder, "be a folder, or not there yet", "name another"))
     if options.seeds:
         spec = only_seeds(spec, options.seeds)
     earlier = load_earlier(Path(options.earlier), spec) if options.earlier else None

@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(run=commands.report)
 
     study = sub.add_parser("study", help="compare recipes over seeds, tuned alike")
-    study.add_argument("study", help="YAML file")
+    study.add_argument("study", help="YAML file; with --report also a results.json")
     study.add_argument("--out", metavar="DIR", help="the study's folder (runs/studies/NAME)")
     study.add_argument("--report", action="store_true", help="tables of what is finished; run nothing")
     study.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (1)")

@@ -13,7 +13,6 @@ from deploy.study.spec import Settings, StudySpec
 from deploy.study.tasks import Task
 from distill.config import ConfigError, RunConfig
 from distill.config.load import fingerprint, load_config
-from distill.run_folder import write_bytes
 
 
 @dataclass(frozen=True)
@@ -64,16 +63,9 @@ class Jobs:
         """Raises: ConfigError for a wrong setting."""
         overrides = self._overrides(recipe, seed, tuned, tuning)
         with of_recipe(recipe):
-            config = load_config(self.empty_file(), overrides, PRESETS)
+            config = load_config(None, overrides, PRESETS)
         run_dir = self.folder / "runs" / f"{recipe}-{fingerprint(config)}-{self.code}"
         return Job(recipe, seed, tuned, tuning, tuple(overrides), config, run_dir)
-
-    def empty_file(self) -> Path:
-        """A configuration file with nothing in it, which the overrides go on top of; written when absent."""
-        path = self.folder / "empty.yaml"
-        if not path.exists():
-            write_bytes(path, b"{}\n")
-        return path
 
     def _overrides(self, recipe: str, seed: int, tuned: Settings, tuning: bool) -> list[str]:
         on_top = dict(self.spec.recipes[recipe])

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from deploy.study.measures import (
     teacher_measures_path,
 )
 from deploy.study.two_sample import correct_guesses
-from distill.config import RunConfig
+from distill.config import ConfigError, RunConfig
 from distill.config.load import load_config
 from distill.data import read_table, write_table
 from distill.evaluation import divergences, rouge_l
@@ -281,14 +282,19 @@ def distinct(texts: Tokens, length: int) -> float:
     return len(set(ngrams)) / max(len(ngrams), 1)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what a finished run's student writes.")
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path, help="where the teacher's answers are kept")
     parser.add_argument("--teacher", action="store_true", help="measure the teacher instead")
     arguments = parser.parse_args()
-    measure_run(arguments.run, arguments.folder, of_teacher=arguments.teacher)
+    try:
+        measure_run(arguments.run, arguments.folder, of_teacher=arguments.teacher)
+    except ConfigError as error:
+        print(f"distill: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,20 +21,28 @@ _POOLED = ("runs", "diverged", "differences", "teacher")
 _KEYS = {"asked", "method_hash", "results_hash", "chosen", "tuning", *_POOLED}
 
 
+def load_results(path: Path) -> dict[str, Any]:
+    """A study's results.json, of whatever code.
+
+    Raises: ConfigError when it is not there or something else.
+    """
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(rule("results", path, f"be a results.json ({error})", "check the path")) from None
+    keys = results.keys() if isinstance(results, dict) else ()
+    if missing := sorted(_KEYS - set(keys)):
+        must = f"hold {', '.join(missing)} too"
+        raise ConfigError(rule("results", path, must, "name a results.json of this version"))
+    return results
+
+
 def load_earlier(path: Path, spec: StudySpec) -> dict[str, Any]:
     """Results of the same study by the same code.
 
     Raises: ConfigError when they are not there or of something else.
     """
-    try:
-        earlier = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(rule("--with", path, f"be a results.json ({error})", "check the path")) from None
-    keys = earlier.keys() if isinstance(earlier, dict) else ()
-    if missing := sorted(_KEYS - set(keys)):
-        raise ConfigError(
-            rule("--with", path, f"hold {', '.join(missing)} too", "name a results.json of this version")
-        )
+    earlier = load_results(path)
     hashes = {"method_hash": method_hash(), "results_hash": results_hash()}
     there = dotted({**{name: earlier[name] for name in hashes}, "asked": earlier["asked"]})
     here = dotted({**hashes, "asked": spec.asked()})
@@ -43,7 +51,7 @@ def load_earlier(path: Path, spec: StudySpec) -> dict[str, Any]:
         if values[0] != values[1]:
             raise ConfigError(
                 rule(f"--with: {name.removeprefix('asked.')}", values[0], f"be {values[1]}",
-                     "pool results of one study and one code")
+                     "pool results of one study and one code (a git worktree of that code runs what is missing)")
             )  # fmt: skip
     if missing := [recipe for recipe in spec.recipes if recipe not in earlier["chosen"]]:
         raise ConfigError(

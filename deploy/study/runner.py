@@ -29,7 +29,7 @@ from deploy.study.results import critics, curve, final, finals, texts
 from deploy.study.spec import Settings, StudySpec
 from distill.config import ConfigError, rule
 from distill.evaluation import direction
-from distill.run_folder import write_json
+from distill.run_folder import write_bytes, write_json
 
 
 class Study:
@@ -61,6 +61,7 @@ class Study:
         Raises: ConfigError before anything runs; FetchError; ProcessFailed; StudyUnfinished when the
         method's code changes meanwhile, or the baseline diverges with every seed.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         tuning_jobs = self._tuning_jobs()
         # A reported run may break a rule that no tuning run does.
         reported = [
@@ -171,7 +172,10 @@ class Study:
 
     def _command(self, job: Job) -> Command:
         name = f"{job.recipe} seed {job.seed}" + "".join(f" {k}={v}" for k, v in job.tuned.items())
-        train = (sys.executable, "-m", "deploy.cli.main", "train", str(self._jobs.empty_file()))
+        nothing = self.folder / "empty.yaml"  # every setting is an override
+        if not nothing.exists():
+            write_bytes(nothing, b"{}\n")
+        train = (sys.executable, "-m", "deploy.cli.main", "train", str(nothing))
         argv = (*train, *job.overrides, f"run_dir={job.run_dir}")
         log = self.folder / "logs" / f"{job.run_dir.name}.txt"
         return Command(name, argv, log, may_fail=lambda: job.has_diverged)
@@ -224,7 +228,8 @@ class Study:
         if best_score == -math.inf:
             raise StudyUnfinished(f"study {self.spec.name}: {recipe} diverges at every point of the grid")
         for name, values in tuning.grid.items():
-            if len(values) > 1 and best[name] in (min(values), max(values)):
+            ordered = all(type(value) in (int, float) for value in values)  # text, yes and no have no edge
+            if ordered and len(values) > 1 and best[name] in (min(values), max(values)):
                 self.say(
                     f"note: {recipe}: the best {name}={best[name]} lies at the edge of its grid {values}"
                 )
@@ -239,9 +244,11 @@ class Study:
         if self.earlier is not None:
             results = pooled(self.earlier, results)
         if self.spec.baseline not in {run["recipe"] for run in results["runs"]}:
+            there = {path.name.rpartition("-")[2] for path in (self.folder / "runs").glob("*")} - {self.code}
+            older = f" by {self.code}, the code of now (runs there are by {', '.join(sorted(there))})"
             raise StudyUnfinished(
-                f"study {self.spec.name}: no run of {self.spec.baseline} (the baseline) has ended well; "
-                "run the study, or name another baseline"
+                f"study {self.spec.name}: no run of {self.spec.baseline} (the baseline) has ended well"
+                f"{older if there else ''}; run the study, or name another baseline"
             )
         write_json(self.folder / "results.json", results)
         return results

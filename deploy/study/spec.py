@@ -31,9 +31,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from distill.config import EVALUATION_METRICS, ConfigError, rule
+from distill.config.load import read_yaml
 from distill.evaluation import EXTRA_METRICS, METRICS, direction
 
 Settings = dict[str, Any]
@@ -86,15 +85,7 @@ _TUNING_KEYS = ("grid", "seeds", "settings", "metric")
 
 def load_study(path: str | Path) -> StudySpec:
     """Raises: ConfigError naming the key, the rule and the remedy."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
-        raise ConfigError(f"{path} must be a readable study file ({reason}); check the path") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} must be YAML; {str(error).splitlines()[0]}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping; see docs/studies.md")
+    tree = read_yaml(path, "study", "hold a mapping; see docs/studies.md")
     _known(tree, _KEYS, "")
     for key in ("name", "task", "recipes", "seeds"):
         if not tree.get(key):
@@ -108,31 +99,34 @@ def load_study(path: str | Path) -> StudySpec:
     for key in ("seeds", "metrics", "comparisons"):
         _typed(tree, key, list, "be a list")
     for name, settings in tree["recipes"].items():
+        if not (isinstance(name, str) and _RECIPE_NAME.fullmatch(name)):
+            raise ConfigError(
+                rule("recipes", _shown(name), "be named by letters, digits, -, _ and .", "it names folders")
+            )
         _typed({f"recipes.{name}": settings}, f"recipes.{name}", dict, "be a mapping of settings")
     recipes = {name: dotted(settings or {}) for name, settings in tree["recipes"].items()}
     for name, settings in recipes.items():
-        other = settings.get("tuned_as", name)
+        _not_ours(settings, f"recipes.{name}.")
+        if "tuned_as" not in settings:
+            continue
+        other = settings["tuned_as"]
         if (
             not isinstance(other, str)
+            or other == name
             or other not in recipes
-            or (other != name and "tuned_as" in recipes[other])
+            or "tuned_as" in recipes[other]
         ):
-            raise ConfigError(
-                rule(
-                    f"recipes.{name}.tuned_as",
-                    other,
-                    "be a recipe that is tuned itself",
-                    "name one of this study",
-                )
-            )
+            must = "be another recipe, that is tuned itself"
+            raise ConfigError(rule(f"recipes.{name}.tuned_as", _shown(other), must, "name one of this study"))
     baseline = tree.get("baseline", next(iter(recipes)))
     if not isinstance(baseline, str) or baseline not in recipes:
         raise ConfigError(rule("baseline", baseline, f"be one of {', '.join(recipes)}", "choose one of them"))
     metrics = tuple(tree.get("metrics") or EVALUATION_METRICS)
     tuning = _tuning(tree["tuning"]) if tree.get("tuning") else None
-    for metric in (*metrics, *([tuning.metric] if tuning else [])):
+    asked = [("metrics", metric) for metric in metrics] + [("tuning.metric", t.metric) for t in [tuning] if t]
+    for key, metric in asked:
         if metric not in _METRICS:
-            raise ConfigError(rule("metrics", metric, f"be of {', '.join(_METRICS)}", "choose among them"))
+            raise ConfigError(rule(key, metric, f"be of {', '.join(_METRICS)}", "choose among them"))
     if tuning and direction(tuning.metric) == 0:
         raise ConfigError(
             rule("tuning.metric", tuning.metric, "have a better and a worse", "choose a distance or a score")
@@ -144,6 +138,8 @@ def load_study(path: str | Path) -> StudySpec:
                 "tuning.seeds", list(tuning.seeds), "share none with seeds", "reported seeds are not tuned on"
             )
         )
+    settings = dotted(tree.get("settings") or {})
+    _not_ours(settings, "settings.")
     return StudySpec(
         name=str(tree["name"]),
         task=str(tree["task"]),
@@ -151,7 +147,7 @@ def load_study(path: str | Path) -> StudySpec:
         seeds=seeds,
         baseline=baseline,
         metrics=metrics,
-        settings=dotted(tree.get("settings") or {}),
+        settings=settings,
         comparisons=tuple(_pair(pair, recipes) for pair in tree.get("comparisons") or ()),
         tuning=tuning,
         texts=bool(tree.get("texts", False)),
@@ -168,14 +164,17 @@ def _tuning(tree: dict[str, Any]) -> Tuning:
         if not values:
             raise ConfigError(rule(f"tuning.grid.{name}", _shown(values), "hold a value", "or leave it out"))
         for value in values:
-            if isinstance(value, str) and _NUMBER_AS_TEXT.fullmatch(value):  # 1e-3 is text to YAML 1.1
-                raise ConfigError(
-                    rule(f"tuning.grid.{name}", value, "be a number", "write 1.0e-3, with point and sign")
-                )
+            if values.count(value) > 1:
+                raise ConfigError(rule(f"tuning.grid.{name}", _shown(values), "hold each value once",
+                                       "leave the repeated one out"))  # fmt: skip
+    grid = {name: list(values) for name, values in (tree.get("grid") or {}).items()}
+    settings = dotted(tree.get("settings") or {})
+    _not_ours(grid, "tuning.grid.")
+    _not_ours(settings, "tuning.settings.")
     return Tuning(
-        grid={name: list(values) for name, values in (tree.get("grid") or {}).items()},
+        grid=grid,
         seeds=_seeds("tuning.seeds", tree.get("seeds", [100])),
-        settings=dotted(tree.get("settings") or {}),
+        settings=settings,
         metric=str(tree.get("metric", "teacher_text.tv")),
     )
 
@@ -198,7 +197,7 @@ def _seeds(key: str, seeds: Any) -> tuple[int, ...]:
 
 
 _PLAIN_NAME = re.compile(r"[\w-]+")
-_NUMBER_AS_TEXT = re.compile(r"[+-]?[\d.]+[eE][+-]?\d+")
+_RECIPE_NAME = re.compile(r"\w[\w.-]*")
 
 
 def _known(tree: Mapping[str, Any], keys: Sequence[str], prefix: str) -> None:
@@ -207,6 +206,16 @@ def _known(tree: Mapping[str, Any], keys: Sequence[str], prefix: str) -> None:
             near = difflib.get_close_matches(str(key), keys, 1)
             remedy = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(keys)}"
             raise ConfigError(f"{prefix}{key} is not a key of a study; {remedy}")
+
+
+def _not_ours(settings: Mapping[str, Any], prefix: str) -> None:
+    """Raises: ConfigError for a setting that the study gives each run itself."""
+    for name, remedy in {
+        "seed": "list it under seeds",
+        "run_dir": "name the study's folder by --out",
+    }.items():
+        if name in settings:
+            raise ConfigError(rule(f"{prefix}{name}", _shown(settings[name]), "be left out", remedy))
 
 
 def _shown(value: Any) -> str:

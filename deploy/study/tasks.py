@@ -70,6 +70,8 @@ def identity(folder: Path) -> str:
     """Of a task's models and prompts, 16 hexadecimal digits: they are trained where they are made."""
     state = xxhash.xxh3_64()
     for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.jsonl")]):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue  # left by a making that was killed, or under way in another study
         state.update(f"{path.relative_to(folder)}\n".encode())
         state.update(path.read_bytes())
     return state.hexdigest()

@@ -44,16 +44,17 @@ NOT_FINGERPRINTED = ("run_dir", "cluster")
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), presets: str | Path | None = None
+    path: str | Path | None, overrides: Sequence[str] = (), presets: str | Path | None = None
 ) -> RunConfig:
     """The configuration of a file with dotted overrides (``learner.num_updates=40``) on top.
 
-    ``presets``: the folder whose ``recipes/NAME.yaml`` a recipe given by name refers to.
+    ``path``: None for the overrides alone. ``presets``: the folder whose ``recipes/NAME.yaml`` a recipe given by name refers to.
 
     Raises: ConfigError for whatever is wrong with the file, an override or a value.
     """
     tree: Tree = {}
-    for layer in (_read_yaml(Path(path)), *map(_parse_override, overrides)):
+    file = {} if path is None else read_yaml(path)
+    for layer in (file, *map(_parse_override, overrides)):
         tree = _apply(tree, layer, None if presets is None else Path(presets))
     config = _build(tree)
     config.validate()
@@ -88,14 +89,23 @@ def setting_names() -> list[str]:
 # Reading layers
 
 
-def _read_yaml(path: Path) -> Tree:
+def read_yaml(
+    path: str | Path,
+    what: str = "configuration",
+    must: str = "hold a mapping of sections; write `section:` and its settings below",
+) -> Tree:
+    """A file's mapping. ``what`` file it is and what it ``must`` hold, for the errors.
+
+    Raises: ConfigError with the line, for what is no YAML, keys given twice included.
+    """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path} must be a configuration file; there is no such file") from None
+        raise ConfigError(f"{path} must be a {what} file; there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
-        raise ConfigError(f"{path} must be a readable configuration file; {reason}") from None
+        raise ConfigError(f"{path} must be a readable {what} file; {reason}") from None
     try:
         loaded = OmegaConf.load(io.StringIO(text))
     except yaml.YAMLError as error:
@@ -105,7 +115,7 @@ def _read_yaml(path: Path) -> Tree:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}; mend the value") from None
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path} must hold a mapping of sections; write `section:` and its settings below")
+        raise ConfigError(f"{path} must {must}")
     return typing.cast(Tree, OmegaConf.to_container(loaded, resolve=False))
 
 
@@ -148,7 +158,7 @@ def _read_preset(name: str, presets: Path | None) -> Tree:
     known = {path.stem: path for path in sorted((presets / "recipes").glob("*.yaml"))}
     if name not in known:
         raise ConfigError(rule("recipe", name, f"be one of {', '.join(known)}", _did_you_mean(name, known)))
-    preset = _read_yaml(known[name])
+    preset = read_yaml(known[name])
     if not isinstance(preset.get("recipe"), dict):
         raise ConfigError(f"{known[name]} must hold a section recipe; write `recipe:` and its settings below")
     return preset

@@ -13,11 +13,14 @@ import torch
 
 from deploy import PRESETS
 from deploy.cli.main import main
+from deploy.demo import demo
+from distill.config import ConfigError
 from distill.config.load import fingerprint, to_yaml
 from distill.run_folder import RunFolder
 from tests.tiny import make_world, save_tiny_llama, tiny_config, tiny_overrides, tiny_tokenizer
 
 Complaint = Callable[..., str]
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,25 @@ def test_a_study_folder_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["study", str(PRESETS / "studies/tiny.yaml"), "--out", f"{tmp_path}/file/x"]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "Not a directory" in line and "file/x" in line
+    assert main(["study", str(PRESETS / "studies/tiny.yaml"), "--out", f"{tmp_path}/file"]) == 2
+    assert "--out=" in (line := capsys.readouterr().err) and "must be a folder" in line
+
+
+def test_the_tables_of_committed_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = ROOT / "docs/results/lead"
+    assert main(["study", str(results / "results.json"), "--report"]) == 0
+    assert capsys.readouterr().out.strip() == (results / "report.md").read_text().strip()
+    (tmp_path / "other.json").write_text("{}")
+    assert main(["study", str(tmp_path / "other.json"), "--report"]) == 2
+    assert "must hold asked" in capsys.readouterr().err
+
+
+def test_the_demo_reads_its_settings_before_it_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.demo.subprocess.run", lambda *_: pytest.fail("fetched"))
+    with pytest.raises(ConfigError, match="sed is not a setting; did you mean seed"):
+        demo(["sed=1"])
+    with pytest.raises(ConfigError, match="must be name=value"):
+        demo(["--help"])
 
 
 def test_an_unknown_logit_transform(complaint: Complaint, tmp_path: Path) -> None:

@@ -188,10 +188,19 @@ def test_summary_and_json(tmp_path):
     with RunFolder(tmp_path) as folder:
         folder.create("a", "abc")
         assert folder.read_summary() is None
-        folder.write_summary(
-            {"tv": float("nan"), "n": np.int64(3), "pairs": (1.5, np.float32(2)), "path": tmp_path}
+        given = {"tv": float("nan"), "n": np.int64(3), "pairs": (1.5, np.float32(2)), "path": tmp_path}
+        whole = dict.fromkeys(
+            ("updates", "recipe", "before", "after", "timing_s", "peak_pss_bytes", "wall_s"), 0
         )
-        assert folder.read_summary() == {"tv": None, "n": 3, "pairs": [1.5, 2.0], "path": str(tmp_path)}
+        folder.write_summary(whole | given)
+        found = {"tv": None, "n": 3, "pairs": [1.5, 2.0], "path": str(tmp_path)}
+        assert folder.read_summary() == whole | found
+        folder.write_summary(given)
+        with pytest.raises(ConfigError, match=r"summary=.* must hold updates, .*; remove it: `distill train"):
+            folder.read_summary()
+        (tmp_path / "run.json").write_text("{")
+        with pytest.raises(ConfigError, match=r"run=.*run.json must be JSON .*; nothing else tells"):
+            _ = folder.run_id
 
 
 def test_the_best_student_is_named_by_the_learner(tmp_path):

@@ -58,8 +58,19 @@ def test_dotted():
         (("seeds: [0, 1]", "seeds: 3"), "seeds=3 must be a list"),
         (("{kd: {}, both: {recipe: jsd, recipe.beta: 0.5}}", "[kd]"), "recipes=.* must be a mapping"),
         (("kd: {}", "kd: 1"), "recipes.kd=1 must be a mapping"),
-        (("[0.1, 0.2]", "[1e-3, 0.2]"), "tuning.grid.learner.learning_rate=1e-3 must be a number"),
-        (("kd: {}", "kd: {tuned_as: gkd}"), "recipes.kd.tuned_as=gkd must be a recipe that is tuned itself"),
+        (
+            ("kd: {}", "kd: {tuned_as: gkd}"),
+            'recipes.kd.tuned_as="gkd" must be another recipe, that is tuned',
+        ),
+        (("kd: {}", "kd: {tuned_as: kd}"), 'recipes.kd.tuned_as="kd" must be another recipe, that is tuned'),
+        (("kd: {}", "kd: {seed: 7}"), "recipes.kd.seed=7 must be left out; list it under seeds"),
+        (("{num_updates: 5}", "{num_updates: 5}, run_dir: x"), 'settings.run_dir="x" must be left out'),
+        (("critic.rank: [1", "seed: [1"), r"tuning.grid.seed=\[1, 2, 3\] must be left out"),
+        (("[0.1, 0.2]", "[0.1, 0.1]"), r"learning_rate=\[0.1, 0.1\] must hold each value once"),
+        (("kd: {}", "../up: {}"), r'recipes="../up" must be named by letters'),
+        (("kd: {}", "1: {}"), "recipes=1 must be named by letters"),
+        (("kd: {}", "kd: {}, kd: {}"), "study.yaml line 5: found duplicate key kd; mend the YAML there"),
+        (("seeds: [9]}", "seeds: [9], metric: tvv}"), "tuning.metric=tvv must be of teacher_text.tv"),
         (("[[both, kd]]", "[[both, jsd]]"), "comparisons=.* must be pairs of kd, both"),
         (
             ("seeds: [9]}", "seeds: [9], metric: length}"),
@@ -79,14 +90,25 @@ def test_dotted():
         (("[0.1, 0.2]", "[]"), r"tuning.grid.learner.learning_rate=\[\] must hold a value"),
         (("name: s", "name: s\nbaseline: [kd]"), r"baseline=\['kd'\] must be one of kd, both"),
         (("[[both, kd]]", "[[[both], kd]]"), "comparisons=.* must be pairs of kd, both"),
-        (("kd: {}", "kd: {tuned_as: [kd]}"), "recipes.kd.tuned_as=.* must be a recipe that is tuned itself"),
-        ((GOOD, "a: ["), "must be YAML"),
+        (("kd: {}", "kd: {tuned_as: [kd]}"), "recipes.kd.tuned_as=.* must be another recipe, that is tuned"),
+        ((GOOD, "a: ["), "study.yaml line 2: .*; mend the YAML there"),
     ],
 )
 def test_messages(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, GOOD.replace(*change))
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
-    for name, why in (("nowhere.yaml", "No such file"), ("latin.yaml", "byte 9 is not UTF-8")):
-        with pytest.raises(ConfigError, match=f"must be a readable study file .{why}"):
+    for name, why in (
+        ("nowhere.yaml", "must be a study file; there is no such file"),
+        ("latin.yaml", "must be a readable study file; byte 9 is not UTF-8"),
+    ):
+        with pytest.raises(ConfigError, match=why):
             load_study(tmp_path / name)
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    """YAML 1.1 takes 1e-3 for text, and 2001-01-01 for a date."""
+    spec = load(tmp_path, GOOD.replace("[0.1, 0.2]", "[1e-3, 0.2]").replace("5}", "2001-01-01}"))
+    assert spec.tuning is not None
+    assert spec.tuning.grid["learner.learning_rate"] == [0.001, 0.2]
+    assert spec.settings == {"learner.num_updates": "2001-01-01"}
