@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.config import CreditConfig, RecipeConfig
 from distill.credit import advantages, products_before, to_rows
-from distill.objectives import moment_gap
+from distill.objectives import critic_loss, moment_gap
 from learner.positions import Heads, Policies, Positions
 from learner.ranks import ALONE, Ranks
 from learner.vocabulary import ChunkedLogits, chunked_blocks
@@ -56,13 +56,15 @@ def assign_credit(
     config: CreditConfig,
     *,
     chunk: int,
+    variance_penalty: float = 0.0,
     ranks: Ranks = ALONE,
 ) -> Credit:
     """``positions``: of the student's text. ``group``: of every row of the batch, -1 for other text.
 
-    ``witness``: None where nothing is charged with its gaps.
+    ``witness``: None where nothing is charged with its gaps. ``variance_penalty``: λ where the student
+    sees it (``critic.zero_sum``): its distance then has it at every position, the future ones too.
     """
-    here = _at_tokens(positions, heads, witness, chunk)
+    here = _at_tokens(positions, heads, witness, chunk, variance_penalty)
     log_ratio = here.policy_logprob - here.teacher_logprob
     cost = (here.gap if config.cost == "moment_gap" else log_ratio) / config.cost_scale
     if config.cost_max is not None:
@@ -92,7 +94,9 @@ def assign_credit(
     return Credit(advantage, products_before(rows(ratio)) if per_decision else None)
 
 
-def _at_tokens(positions: Positions, heads: Heads, witness: Witness | None, chunk: int) -> _AtTokens:
+def _at_tokens(
+    positions: Positions, heads: Heads, witness: Witness | None, chunk: int, variance_penalty: float
+) -> _AtTokens:
     policy_logits = ChunkedLogits(heads.student, positions.student_hidden, chunk)
     teacher_logits = ChunkedLogits(heads.teacher, positions.teacher_hidden, chunk)
     values = None
@@ -105,7 +109,10 @@ def _at_tokens(positions: Positions, heads: Heads, witness: Witness | None, chun
         both = Policies.from_logits(policy_logits(where), teacher_logits(where))
         if values is not None:
             f = values(where, both, both.log_ratio())
-            found.gap[where] = moment_gap(*both.pair, f, **both.probs)
+            if variance_penalty:
+                found.gap[where] = -critic_loss(*both.pair, f, variance_penalty, **both.probs)
+            else:
+                found.gap[where] = moment_gap(*both.pair, f, **both.probs)
         targets = positions.targets[where, None]
         found.policy_logprob[where] = both.policy_logprobs.gather(1, targets).squeeze(1)
         found.teacher_logprob[where] = both.teacher_logprobs.gather(1, targets).squeeze(1)

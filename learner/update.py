@@ -96,7 +96,7 @@ def update(
     if charges:
         credit = assign_credit(
             positions.of("on"), batch.group, heads, opponents.get("on"), recipe, method.credit, chunk=chunk,
-            ranks=ranks,
+            variance_penalty=method.critic.penalty if method.critic.zero_sum else 0.0, ranks=ranks,
         )  # fmt: skip
     return metrics | student_update(
         student, optimizer, batch, heads, opponents, method, credit, states, ranks=ranks

@@ -92,7 +92,7 @@ class _Row:
             ratio = math.exp(log_p - float(row.behavior[t]))
             self.ratio.append(ratio if credit.ratio_max is None else min(ratio, credit.ratio_max))
             if credit.cost == "moment_gap":
-                cost = float(((q[t] - p[t]) * self.f[t]).sum()) if hasattr(self, "f") else 0.0
+                cost = float(self.gap(p[t], q[t], self.f[t])) if hasattr(self, "f") else 0.0
             else:
                 cost = log_p - log_q
             cost /= credit.cost_scale
@@ -100,15 +100,18 @@ class _Row:
             self.cost.append(max(-limit, min(limit, cost)))
 
     def main(self, t: int) -> Tensor:
-        recipe, critic = self.method.recipe, self.method.critic
-        p, q = self.p[t], self.q[t]
+        recipe = self.method.recipe
         loss = recipe.student_text_loss if self.row.on_policy and recipe.student_text_loss else recipe.loss
         if loss != "moment_gap":
             return self.divergence(loss, t)
-        gap = ((q - p) * self.f[t]).sum()
+        return self.gap(self.p[t], self.q[t], self.f[t])
+
+    def gap(self, p: Tensor, q: Tensor, f: Tensor) -> Tensor:
+        gap = ((q - p) * f).sum()
+        critic = self.method.critic
         if critic.zero_sum:
             m = (p + q) / 2
-            gap = gap - critic.penalty / 2 * ((m * self.f[t] ** 2).sum() - (m * self.f[t]).sum() ** 2)
+            gap = gap - critic.penalty / 2 * ((m * f**2).sum() - (m * f).sum() ** 2)
         return gap
 
     def divergence(self, loss: str, t: int) -> Tensor:

@@ -44,6 +44,22 @@ def game(name: str) -> Callable[[], None]:
     return partial(on_trees.test_the_gradient_of_a_game_with_the_long_horizon, name=name)
 
 
+class Patches:
+    """What pytest's monkeypatch is asked for here: the objects are made anew for each test."""
+
+    setattr = staticmethod(setattr)
+
+
+def critic(name: str) -> Callable[[], None]:
+    """A critic's gradient against its loss written out, with γ^t."""
+    return partial(
+        on_update.test_the_critics_gradient_is_that_of_their_loss_written_out,
+        Patches,
+        name=name,
+        discount=0.5,
+    )
+
+
 @dataclass(frozen=True)
 class Break:
     name: str
@@ -113,7 +129,25 @@ BREAKS = [
     Break("the newest critic in the place of the running mean", witness.witnesses, "critics.opponent(source)",
           "critics[source]", step("ema")),
     Break("critics on another distance than the student's", update_module.update, "recipe.gamma if", "1.0 if",
-          on_update.test_discounted_critics_maximise_the_discounted_distance),
+          on_update.test_exact_critics_weigh_positions_as_the_student_does),
+    Break("a critic without its penalty", critic_step._critic_gradient, "f, config.penalty, **both.probs)",
+          "f, 0.0, **both.probs)", critic("ratio")),
+    Break("a critic of tokens without its penalty", critic_step._critic_gradient, "tokens, f, config.penalty",
+          "tokens, f, 0.0", critic("from_text")),
+    Break("a critic's mean over positions that all weigh the same", critic_step._critic_gradient, "weight @ losses",
+          "losses.sum() / len(share)", critic("dense")),
+    Break("the log-ratio's weight is never learned", critics.Critic.extra_parameters, "[self.ratio_weight]", "[]",
+          critic("ratio")),
+    Break("both critics clipped as one", critics.CriticPair.step,
+          "nn.utils.clip_grad_norm_(critic.parameters(), self._max_grad_norm)",
+          "nn.utils.clip_grad_norm_(self.parameters(), self._max_grad_norm)",
+          on_critics.test_steps_clip_each_critic_and_refuse_what_is_not_finite),
+    Break("future costs without the zero-sum game's penalty", learner_credit._at_tokens, "f, variance_penalty,", "f, 0.0,",
+          step("dense", zero_sum=True)),
+    Break("a student's gradient that is not clipped", student_step.student_update, "method.learner.max_grad_norm", "1e9",
+          on_update.test_the_students_gradient_is_clipped_as_one),
+    Break("cross-entropy without the discount", student_step._StudentObjective._text_loss, "weight[where] * losses",
+          "losses", step("sft_exact")),
     Break("tightness against itself", critic_step._tightness, "gap / best if best > 0 else 1.0", "1.0",
           partial(on_update.test_critics_learn_the_difference, "teacher")),
     Break("a running mean that runs backwards", critics.CriticPair._update_means, "1 - self._ema", "self._ema",

@@ -168,9 +168,20 @@ def test_steps_clip_each_critic_and_refuse_what_is_not_finite():
     grad = critics.off.teacher.constant.grad
     torch.testing.assert_close(grad.norm(), torch.tensor(0.5), atol=1e-4, rtol=0)
     assert all(torch.equal(a, b) for a, b in zip(before, critics.on.parameters(), strict=True))
+    critics.zero_grad()
+    (1e3 * critics.off.teacher.constant.sum() + 1e-2 * critics.on.teacher.constant.sum()).backward()
+    small = critics.on.teacher.constant.grad.clone()
+    critics.step()
+    torch.testing.assert_close(critics.off.teacher.constant.grad.norm(), torch.tensor(0.5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(critics.on.teacher.constant.grad, small)  # a quiet one keeps its step
     off = [p.clone() for p in critics.off.parameters()]
     critics.zero_grad()
     (critics.off.teacher.constant.sum() * torch.inf).backward()
     with pytest.raises(FloatingPointError, match="not finite"):
         critics.step()
     assert all(torch.equal(a, b) for a, b in zip(off, critics.off.parameters(), strict=True))
+
+
+def test_adam_without_momentum():
+    """Adam(0, 0.9), the method's: a critic follows the student of now."""
+    assert pair().optimizer.defaults["betas"] == (0.0, 0.9)

@@ -24,6 +24,7 @@ from learner.update import update
 from learner.vocabulary import Head, LogitTransform
 from learner.witness import witnesses
 from tests.unit.maths.batches import (
+    SIZES,
     VOCABULARY,
     Row,
     TinyStudent,
@@ -56,6 +57,10 @@ METHODS = {
         RecipeConfig(student_text="none", loss="forward_kl", loss_weight=0.5, anchor_weight=0, lm_weight=0.5)
     ),
     "sft": method(RecipeConfig(student_text="none", loss_weight=0, anchor_weight=0, lm_weight=1)),
+    "sft_exact": method(
+        RecipeConfig(student_text="none", loss_weight=0, anchor_weight=0, lm_weight=1, gamma=0.8),
+        credit=CreditConfig(form="exact"),
+    ),
     "anchor_only": method(RecipeConfig(loss_weight=0)),
     "jsd_and_critic": method(RecipeConfig(anchor="generalized_jsd", anchor_weight=1.0, loss_weight=0.3)),
     "two_skews": method(
@@ -226,6 +231,9 @@ def test_critics_learn_the_difference(features):
         else:
             assert tightness[0] == 0.0
         assert tightness[-1] > (0.9 if features == "ratio" else 0.6)
+        if features == "ratio":
+            assert tightness[-1] == pytest.approx(1.0, abs=0.05)
+            assert float(critics[source].ratio_weight.detach()) == pytest.approx(0.5, abs=0.05)
 
 
 def test_critics_learn_from_tokens_alone():
@@ -259,30 +267,114 @@ def test_a_teacher_of_text_alone_teaches_the_critics_by_its_tokens():
     assert not any("tightness" in name for name in metrics)
 
 
-def test_discounted_critics_maximise_the_discounted_distance():
-    """``credit.form=exact``: a position weighs γ^t in its critic's mean."""
-    student, rows = TinyStudent(), random_rows()
-    positions, _ = collect_positions(student, batch_of(rows))
+CRITICS = {
+    "ratio": replace(CRITIC, bound=1.5, variance_penalty=1.3),
+    "both": replace(CRITIC, features="both", bound=1.5, variance_penalty=1.3),
+    "dense": replace(CRITIC, features="teacher", rank=None, variance_penalty=0.7),
+    "from_text": replace(CRITIC, features="teacher", variance_penalty=1.3),
+    "ratio_from_text": replace(CRITIC, variance_penalty=1.3),
+}
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.5])
+@pytest.mark.parametrize("name", CRITICS)
+def test_the_critics_gradient_is_that_of_their_loss_written_out(monkeypatch, name, discount):
+    """-(g_f - λ/2 Var_m f), or from tokens -(f(y) - E_p f) + λ/4 (E_p f² + f(y)²), a mean over positions in
+    which each weighs γ^t with ``credit.form=exact``: what the critics maximise is the distance that the
+    student minimises."""
+    config, from_text = replace(CRITICS[name], num_steps=1), name.endswith("from_text")
+    student = TinyStudent()
+    positions, _ = collect_positions(student, batch_of(random_rows()))
     heads = Heads.of(student, teacher_head())
-    config = replace(CRITIC, num_steps=1)
+    trained, reference = (critic_pair(config, shake=0.1) for _ in range(2))
+    monkeypatch.setattr(trained, "step", lambda: torch.zeros(()))
     metrics = critic_update(
-        positions, heads, critic_pair(config, shake=0.1), config, chunk=7, seed=0, discount=0.5
+        positions, heads, trained, config, chunk=7, seed=0, discount=discount, from_text=from_text
     )
-    critics = critic_pair(config, shake=0.1)
     for source in ("off", "on"):
-        part = positions.of(source)
-        both = Policies.from_logits(
-            heads.student.logits(part.student_hidden), heads.teacher.logits(part.teacher_hidden)
-        )
-        f = witnesses(config, critics, heads)[source].at(part.teacher_hidden, part.student_hidden, 99)(
-            slice(0, len(part)), both, both.log_ratio()
-        )
-        weight = 0.5 ** part.step.double()
-        expected = (weight * moment_gap(*both.pair, f, **both.probs)).sum() / weight.sum()
-        assert metrics[f"critic/d_mm_{source}"] == pytest.approx(float(expected))
+        part, critic = positions.of(source), reference[source]
+        log_p = heads.student.logits(part.student_hidden).log_softmax(-1)
+        log_q = heads.teacher.logits(part.teacher_hidden).log_softmax(-1)
+        p, q = log_p.exp().detach(), log_q.exp()
+        coefficients = critic.coefficients(part.teacher_hidden, part.student_hidden)
+        value = coefficients @ critic.table(heads.teacher, heads.student).T
+        if critic.ratio_weight is not None:
+            value = value + critic.ratio_weight * (log_q - log_p).detach()
+        f = config.bound * torch.tanh(value)
+        if from_text:
+            at_token = f[torch.arange(len(part)), part.targets]
+            gap = at_token - (p * f).sum(-1)
+            penalty = config.penalty / 4 * ((p * f**2).sum(-1) + at_token**2)
+        else:
+            m = (p + q) / 2
+            gap = ((q - p) * f).sum(-1)
+            penalty = config.penalty / 2 * ((m * f**2).sum(-1) - (m * f).sum(-1) ** 2)
+        weight = discount ** part.step.double()
+        loss = (weight * (penalty - gap)).sum() / weight.sum()
+        loss.backward()
+        assert metrics[f"critic/loss_{source}"] == pytest.approx(float(loss.detach()), abs=1e-12)
+        d_mm = (weight * gap).sum() / weight.sum()
+        assert metrics[f"critic/d_mm_{source}"] == pytest.approx(float(d_mm.detach()), abs=1e-12)
+        for (which, ours), theirs in zip(
+            trained[source].named_parameters(), critic.parameters(), strict=True
+        ):
+            assert ours.grad is not None and ours.grad.abs().max() > 0, which
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-12, rtol=1e-9)
+
+
+def test_exact_critics_weigh_positions_as_the_student_does():
+    rows = random_rows()
     seen = run(METHODS["exact"], rows)[0]["critic/d_mm_on"]
     plain = replace(METHODS["exact"], credit=replace(METHODS["exact"].credit, form="practical"))
     assert seen != pytest.approx(run(plain, rows)[0]["critic/d_mm_on"])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name not in ("dense", "blackbox", "sft", "sft_exact")]
+)
+def test_a_student_that_is_the_teacher_rests(name):
+    """Loss and gradient through a whole update, with the long horizon, MiniLLM's and OPD's advantages: no
+    term but cross-entropy pulls, and a critic of the log-ratio at its start sees nothing."""
+    settings = METHODS[name]
+    settings = replace(settings, recipe=replace(settings.recipe, lm_weight=0.0))
+    student = TinyStudent()
+    rows = [
+        replace(row, hidden=_states(student, row), behavior=_own_logprobs(student, row))
+        for row in rows_for(settings.recipe)
+    ]
+    critics = critic_pair(settings.critic, sizes=(SIZES[1], SIZES[1]))
+    teacher = Head(student.head_weight.detach().clone(), LogitTransform())
+    learned = critics if settings.critic.form == "learned" else None
+    before = [parameter.detach().clone() for parameter in student.parameters()]
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    metrics = update(student, optimizer, batch_of(rows), teacher, learned, settings, seed=1)
+    assert metrics["policy/loss"] == pytest.approx(0.0, abs=1e-12)
+    for ours, was in zip(student.parameters(), before, strict=True):
+        torch.testing.assert_close(ours.detach(), was, atol=1e-12, rtol=0)
+
+
+def _states(student: TinyStudent, row: Row) -> Tensor:
+    tokens = torch.tensor(row.prompt + row.response[:-1])
+    states = torch.tanh(student.embedding[tokens] + student.position[: len(tokens)])
+    return states[len(row.prompt) - 1 :].detach()
+
+
+def _own_logprobs(student: TinyStudent, row: Row) -> Tensor:
+    logprobs = (_states(student, row) @ student.head_weight.detach().T).log_softmax(-1)
+    return logprobs[torch.arange(len(row.response)), torch.tensor(row.response)]
+
+
+def test_the_students_gradient_is_clipped_as_one():
+    settings = METHODS["ammd"]
+    rows = rows_for(settings.recipe)
+    whole_metrics, whole, _ = run(settings, rows)
+    clipped = replace(settings, learner=replace(settings.learner, max_grad_norm=1e-3))
+    metrics, grads, _ = run(clipped, rows)
+    norm = torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in whole.values()]))
+    assert metrics["policy/grad_norm"] == pytest.approx(float(norm))
+    assert whole_metrics["policy/grad_norm"] == pytest.approx(float(norm))
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, whole[name] * 1e-3 / norm, atol=1e-9, rtol=1e-4)
 
 
 def test_slices_are_never_empty():

@@ -1,0 +1,177 @@
+"""Every preset, setting by setting: what makes it the method that it is called after.
+
+Each line is what the preset changes of the defaults, which are ``ammd``'s. A test of gradients takes a
+preset as it is; this one says what it has to be.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from deploy import PRESETS
+from distill.config.load import flat_settings, load_config
+
+STUDENT = ["student.init.from=teacher", "student.init.num_layers=1"]
+DEFAULTS = {
+    "recipe.off_policy_text": "teacher",
+    "recipe.student_text": "every_update",
+    "recipe.teacher": "probabilities",
+    "recipe.beta": 0.25,
+    "recipe.loss": "moment_gap",
+    "recipe.loss_weight": 1.0,
+    "recipe.anchor": "forward_kl",
+    "recipe.anchor_weight": 0.5,
+    "recipe.lm_weight": 0.0,
+    "recipe.long_weight": 0.0,
+    "recipe.gamma": 0.95,
+    "recipe.skew": 0.1,
+    "recipe.jsd_beta": 0.5,
+    "recipe.student_fraction": 0.5,
+    "recipe.fraction_tolerance": 0.1,
+    "critic.form": "learned",
+    "critic.features": "ratio",
+    "critic.rank": 64,
+    "critic.bound": 1.0,
+    "critic.variance_penalty": None,
+    "critic.zero_sum": False,
+    "critic.num_steps": 3,
+    "critic.learning_rate": 0.001,
+    "critic.ratio_start": 0.5,
+    "credit.form": "practical",
+    "credit.ratio": "token",
+    "credit.ratio_max": 2.0,
+    "credit.baseline": "leave_one_out",
+    "credit.cost": "moment_gap",
+    "credit.span": "future",
+    "credit.normalize": "discount",
+    "rollout.samples_per_prompt": 2,
+    "replay.max_policy_age": 0,
+    "replay.samples_per_insert": 1.0,
+}
+PRESETS_SAY = {
+    "ammd": {},
+    "ammd_blackbox": {
+        "recipe.teacher": "text",
+        "recipe.student_text": "none",
+        "recipe.loss_weight": 5.0,
+        "recipe.anchor_weight": 0.0,
+        "recipe.lm_weight": 1.0,
+    },
+    "ammd_paper": {
+        "recipe.beta": 0.5,
+        "recipe.anchor_weight": 0.1,
+        "recipe.long_weight": 1.0,
+        "critic.features": "teacher",
+    },
+    "anchor_only": {"recipe.student_text": "none", "recipe.loss_weight": 0.0},
+    "distillm": {
+        "recipe.off_policy_text": "reference",
+        "recipe.student_text": "mixed",
+        "recipe.student_fraction": 0.0,
+        "recipe.fraction_step": 0.1,
+        "recipe.loss": "skew_forward_kl",
+        "recipe.anchor_weight": 0.0,
+        "replay.samples_per_insert": 4.0,
+        "replay.max_times_sampled": 8,
+        "replay.max_policy_age": 8,
+    },
+    "distillm2": {
+        "recipe.beta": 0.5,
+        "recipe.loss": "skew_forward_kl",
+        "recipe.student_text_loss": "skew_reverse_kl",
+        "recipe.anchor_weight": 0.0,
+    },
+    "fkl": {"recipe.student_text": "none", "recipe.loss": "forward_kl", "recipe.anchor_weight": 0.0},
+    "gkd": {
+        "recipe.off_policy_text": "reference",
+        "recipe.student_text": "mixed",
+        "recipe.loss": "generalized_jsd",
+        "recipe.anchor_weight": 0.0,
+    },
+    "imitkd": {
+        "recipe.off_policy_text": "none",
+        "recipe.beta": 1.0,
+        "recipe.loss": "forward_kl",
+        "recipe.anchor_weight": 0.0,
+        "replay.samples_per_insert": 4.0,
+        "replay.max_times_sampled": 8,
+        "replay.max_policy_age": 8,
+    },
+    "jsd": {"recipe.student_text": "none", "recipe.loss": "generalized_jsd", "recipe.anchor_weight": 0.0},
+    "kd": {
+        "recipe.off_policy_text": "reference",
+        "recipe.student_text": "none",
+        "recipe.loss": "forward_kl",
+        "recipe.loss_weight": 0.5,
+        "recipe.anchor_weight": 0.0,
+        "recipe.lm_weight": 0.5,
+    },
+    "minillm": {
+        "recipe.off_policy_text": "none",
+        "recipe.beta": 1.0,
+        "recipe.loss": "reverse_kl",
+        "recipe.anchor_weight": 0.0,
+        "recipe.long_weight": 1.0,
+        "credit.cost": "log_ratio",
+        "credit.span": "all",
+        "credit.cost_scale": 0.5,
+        "credit.cost_max": 100.0,
+        "credit.normalize": "length",
+        "credit.baseline": "whiten",
+        "credit.ppo_clip": 0.2,
+    },
+    "opd": {
+        "recipe.off_policy_text": "none",
+        "recipe.loss_weight": 0.0,
+        "recipe.anchor_weight": 0.0,
+        "recipe.long_weight": 1.0,
+        "credit.cost": "log_ratio",
+        "credit.span": "own",
+        "credit.normalize": "none",
+        "credit.baseline": "none",
+        "credit.ratio_max": None,
+    },
+    "oracle_skl": {"critic.form": "closed_form"},
+    "oracle_tv": {"critic.form": "sign"},
+    "random_critic": {
+        "critic.features": "teacher",
+        "critic.start": "random",
+        "critic.num_steps": 1,
+        "critic.learning_rate": 0.0,
+    },
+    "seqkd": {
+        "recipe.student_text": "none",
+        "recipe.loss_weight": 0.0,
+        "recipe.anchor_weight": 0.0,
+        "recipe.lm_weight": 1.0,
+    },
+    "sft": {
+        "recipe.off_policy_text": "reference",
+        "recipe.student_text": "none",
+        "recipe.loss_weight": 0.0,
+        "recipe.anchor_weight": 0.0,
+        "recipe.lm_weight": 1.0,
+    },
+    "triangular": {"critic.form": "closed_form", "critic.zero_sum": True},
+}
+
+
+def settings(recipe: str) -> dict[str, object]:
+    return flat_settings(load_config(None, [*STUDENT, f"recipe={recipe}"], PRESETS))
+
+
+def test_the_defaults_are_those_of_ammd() -> None:
+    ammd = settings("ammd")
+    assert {name: ammd[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_every_preset_is_here() -> None:
+    assert sorted(PRESETS_SAY) == sorted(path.stem for path in (PRESETS / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", PRESETS_SAY)
+def test_a_preset(recipe: str) -> None:
+    ammd, found = settings("ammd"), settings(recipe)
+    changed = {name: value for name, value in found.items() if value != ammd[name]}
+    assert changed.pop("recipe.name", "ammd") == recipe
+    assert changed == PRESETS_SAY[recipe]
