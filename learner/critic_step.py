@@ -46,7 +46,7 @@ def critic_update(
     ``warm_up``: as many steps as it takes for none to see more than 512 positions. ``from_text``:
     the gap is taken between the text's tokens and the policy, ``heads.teacher`` being a proxy's.
     ``discount``: a position weighs discount^t in its critic's mean (γ with ``credit.form=exact``, so that
-    the critics maximise the very distance that the student minimises).
+    on fresh text the critics maximise the very distance that the student minimises).
 
     A slice is every M-th token of every row, starting at ``seed``, M the number of slices (no more than
     the longest row has tokens, so that none is empty): it depends on nothing but a token's place in its
