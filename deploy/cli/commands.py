@@ -116,6 +116,9 @@ def study(options: argparse.Namespace) -> int:
     from distill.run_folder import write_bytes
 
     if options.report and Path(options.study).suffix == ".json":
+        if options.out:
+            must = "be left out: results are printed, and nothing is written"
+            raise ConfigError(rule("--out", options.out, must, "name a study file to write its report"))
         print(report(load_results(Path(options.study))))
         return DONE
     spec = load_study(options.study)

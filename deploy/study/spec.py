@@ -123,7 +123,9 @@ def load_study(path: str | Path) -> StudySpec:
         raise ConfigError(rule("baseline", baseline, f"be one of {', '.join(recipes)}", "choose one of them"))
     metrics = tuple(tree.get("metrics") or EVALUATION_METRICS)
     tuning = _tuning(tree["tuning"]) if tree.get("tuning") else None
-    asked = [("metrics", metric) for metric in metrics] + [("tuning.metric", t.metric) for t in [tuning] if t]
+    asked = [("metrics", metric) for metric in metrics]
+    if tuning:
+        asked.append(("tuning.metric", tuning.metric))
     for key, metric in asked:
         if metric not in _METRICS:
             raise ConfigError(rule(key, metric, f"be of {', '.join(_METRICS)}", "choose among them"))

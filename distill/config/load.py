@@ -48,7 +48,8 @@ def load_config(
 ) -> RunConfig:
     """The configuration of a file with dotted overrides (``learner.num_updates=40``) on top.
 
-    ``path``: None for the overrides alone. ``presets``: the folder whose ``recipes/NAME.yaml`` a recipe given by name refers to.
+    ``path``: None for the overrides alone. ``presets``: the folder whose ``recipes/NAME.yaml`` a
+    recipe given by name refers to.
 
     Raises: ConfigError for whatever is wrong with the file, an override or a value.
     """

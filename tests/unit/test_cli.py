@@ -158,6 +158,8 @@ def test_the_tables_of_committed_results(tmp_path: Path, capsys: pytest.CaptureF
     results = ROOT / "docs/results/lead"
     assert main(["study", str(results / "results.json"), "--report"]) == 0
     assert capsys.readouterr().out.strip() == (results / "report.md").read_text().strip()
+    assert main(["study", str(results / "results.json"), "--report", "--out", str(tmp_path)]) == 2
+    assert "--out" in capsys.readouterr().err
     (tmp_path / "other.json").write_text("{}")
     assert main(["study", str(tmp_path / "other.json"), "--report"]) == 2
     assert "must hold asked" in capsys.readouterr().err

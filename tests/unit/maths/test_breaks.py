@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,3 +184,8 @@ def test_whole_code_is_put_back():
         with broken(each):
             pass
         each.caught_by()
+
+
+def test_the_docs_count_them():
+    method = Path(__file__).parents[3] / "docs" / "method.md"
+    assert f"Named breaks: {len(BREAKS)} changes" in method.read_text()
