@@ -10,7 +10,7 @@ Shapes: B sequences of a batch, L tokens so far (left-padded), V vocabulary, D f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,9 +27,6 @@ from distill.hardware import ONE_LOAD_AT_A_TIME, resolve_dtype, usable_cores
 from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
 from distill.vector_math import settle_vector_math
 from distill.weights import verify
-
-_SCORING_TOKENS = 2048
-"""Padded tokens of one scoring batch."""
 
 
 @dataclass
@@ -280,7 +277,11 @@ def _load_push(model: Any, manifest: WeightManifest) -> None:
 
 
 class TransformersTeacher:
-    """Scores with the model's body, without its head; built by :meth:`start`."""
+    """Scores with the model's body, without its head; built by :meth:`start`.
+
+    Each text has a forward pass of its own: in a batch the last bits of a state hang on the texts
+    beside it, and which corpus rows are scored together differs between a run and its resumption.
+    """
 
     def __init__(self, model: Any, thread: ThreadPoolExecutor) -> None:
         self._model: Any = model
@@ -319,34 +320,15 @@ class TransformersTeacher:
     ) -> list[torch.Tensor]:
         # The state before response token t has seen the prompt and t tokens, so the last
         # token is never fed, and T rows begin at the prompt's last token.
-        texts = [
-            [*map(int, prompt), *map(int, response[:-1])]
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        states: list[Any] = [None] * len(texts)
-        for batch in _similar_lengths(texts):
-            width = max(len(texts[index]) for index in batch)
-            # Padded on the right: under a causal mask padding changes nothing before it.
-            tokens = torch.tensor([texts[index] + [0] * (width - len(texts[index])) for index in batch])
+        states = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            tokens = torch.tensor([[*map(int, prompt), *map(int, response[:-1])]])
             hidden = self._model(input_ids=tokens, use_cache=False).last_hidden_state
-            for row, index in enumerate(batch):
-                states[index] = hidden[row, len(prompts[index]) - 1 : len(texts[index])]
+            states.append(hidden[0, len(prompt) - 1 :])
         return states
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-
-def _similar_lengths(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each within the token budget when padded."""
-    batch: list[int] = []
-    for index in sorted(range(len(texts)), key=lambda index: len(texts[index])):
-        if batch and len(texts[index]) * (len(batch) + 1) > _SCORING_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _load(auto_class: Any, model_dir: str, settings: RolloutConfig | ScoringConfig) -> Any:

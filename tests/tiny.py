@@ -69,8 +69,11 @@ def save_tiny_llama(
 
 
 def write_rows(path: Path, num_rows: int = 24) -> Path:
-    """Prompts and completions as JSONL."""
-    rows = [{"prompt": f"say {i}", "completion": f"it is {i * 7 % 13}"} for i in range(num_rows)]
+    """Prompts of different lengths, and completions, as JSONL."""
+    rows = [
+        {"prompt": "say " + "so " * (i % 4) + str(i), "completion": f"it is {i * 7 % 13}"}
+        for i in range(num_rows)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
