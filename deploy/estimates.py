@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from deploy.model_facts import ModelFacts
 from distill.config import RunConfig
-from distill.hardware import resolve_dtype
+from distill.hardware import resolve_dtype, resolve_micro_batch_tokens
 from distill.replay.draws import BatchPlan
 
 _PROCESS_BYTES = 450 << 20
@@ -42,7 +42,7 @@ class Estimates:
         # Weights, gradient and two moments in float32; about twelve full-vocabulary tensors of a
         # chunk; activations of a micro-batch at about forty numbers of width D per layer.
         layers = config.student.init.num_layers or self.student.config.get("num_hidden_layers", 0)
-        tokens = config.learner.micro_batch_tokens
+        tokens = resolve_micro_batch_tokens(config.learner.micro_batch_tokens, "cpu")
         if config.learner.keep_activations:
             tokens = max(tokens, self._update_tokens())
         activations = tokens * self.student.hidden_size * 40 * layers * 4

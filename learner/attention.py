@@ -1,13 +1,15 @@
-"""Attention over packed sequences, one sequence at a time.
+"""Attention over packed sequences: each sees itself alone.
 
 Registered with transformers under :data:`PACKED`. Its own ``sdpa`` given a pack builds a
 block-diagonal mask and computes the whole square of it: attention over a pack of 20 sequences
 costs 20 times what it must. Here each sequence is a causal call of its own, which also takes the
-kernels that want no mask.
+kernels that want no mask; on a GPU in half precision one call of PyTorch's flash attention for
+sequences of different lengths does them all, since there the number of calls is what takes the time.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -36,6 +38,8 @@ def packed_attention(
     ``sequence_lengths``: their lengths, which add up to L. Returns [1, L, heads, d].
     """
     window = sliding_window or getattr(module, "sliding_window", None)  # Qwen2-MoE passes none
+    if _takes_flash(query):
+        return _all_at_once(query, key, value, sequence_lengths, scaling, window), None
     outputs = []
     parts = (tensor.split(sequence_lengths, dim=2) for tensor in (query, key, value))
     for q, k, v in zip(*parts, strict=True):
@@ -45,6 +49,44 @@ def packed_attention(
         output, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=mask is None)
         outputs.append(output)
     return torch.cat(outputs, dim=1), None
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _takes_flash(query: Tensor) -> bool:
+    """Half precision, here or by autocast (rotated queries are float32 before it), on a GPU."""
+    size = query.shape[-1]
+    return query.is_cuda and _dtype_on_gpu(query) in _HALF and size <= 256 and size % 8 == 0
+
+
+def _dtype_on_gpu(query: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+
+
+def _all_at_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequence_lengths: tuple[int, ...],
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.tensor((0, *itertools.accumulate(sequence_lengths)), dtype=torch.int32)
+    ends = ends.to(query.device, non_blocking=True)
+    longest = max(sequence_lengths)
+    dtype = _dtype_on_gpu(query)
+    q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    shared = q.shape[1] // k.shape[1]  # query heads of a key's head, repeated as sdpa's own path does
+    output = varlen_attn(
+        q.contiguous(), k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1),
+        ends, ends, longest, longest,
+        scale=scaling, window_size=(window - 1 if window else -1, 0),
+    )  # fmt: skip
+    assert isinstance(output, Tensor)
+    return output[None]
 
 
 def _window(length: int, window: int, device: torch.device) -> Tensor:

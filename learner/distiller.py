@@ -15,6 +15,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from distill.config import RunConfig
+from distill.hardware import resolve_micro_batch_tokens
 from learner.batch import token_batch
 from learner.critics import CriticPair, ModelSize
 from learner.optimizer import adamw, load_optimizer_tensors, optimizer_tensors, set_learning_rate
@@ -50,7 +51,10 @@ class Distiller:
         start = time.monotonic()
         config = self.config
         learner = config.learner
-        batch = token_batch(batches, learner.micro_batch_tokens).to(self.student.device)
+        device = self.student.device
+        batch = token_batch(batches, resolve_micro_batch_tokens(learner.micro_batch_tokens, device.type)).to(
+            device
+        )
         # The student's own updates come after the critics', where there are any.
         warmup = config.critic.warmup_updates if self.critics is not None else 0
         rate = learning_rate(

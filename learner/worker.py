@@ -22,6 +22,7 @@ from distill.algorithm import train_loop
 from distill.config import RunConfig, SftConfig
 from distill.data import TextCorpus, read_table
 from distill.evaluation import load_evaluation
+from distill.hardware import resolve_micro_batch_tokens
 from distill.metrics import EventLog, read_metrics
 from distill.replay.draws import DrawOrder
 from distill.replay.segments import SegmentStore
@@ -93,7 +94,7 @@ class LearnerWorker:
             DrawOrder("text", corpus.num_rows, config.seed),
             training,
             first_update=done,
-            micro_batch_tokens=learner.micro_batch_tokens,
+            micro_batch_tokens=resolve_micro_batch_tokens(learner.micro_batch_tokens, student.device.type),
             vocabulary_chunk=learner.vocabulary_chunk,
             max_grad_norm=learner.max_grad_norm,
             after_update=after_update,
@@ -185,7 +186,7 @@ class LearnerWorker:
         score = Scorer(
             student,
             self.teacher,
-            config.learner.micro_batch_tokens,
+            resolve_micro_batch_tokens(config.learner.micro_batch_tokens, student.device.type),
             config.learner.vocabulary_chunk,
         )
         evaluator = Evaluator(

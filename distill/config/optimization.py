@@ -94,8 +94,8 @@ class LearnerConfig:
     """Second moment of AdamW."""
     max_grad_norm: float = 1.0
     """Clipping of the student's gradient."""
-    micro_batch_tokens: int = 1024
-    """Tokens packed into one forward pass."""
+    micro_batch_tokens: int | None = None
+    """Tokens packed into one forward pass; null: 1,024 on a CPU, 4,096 on a GPU."""
     keep_activations: bool = False
     """Keep the activations that the critics' pass computed for the student's step: one backbone
     pass in four is saved, and memory holds a whole update's activations instead of one pack's."""

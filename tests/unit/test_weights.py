@@ -151,6 +151,12 @@ def test_bfloat16_is_chosen_where_the_processor_computes_in_it(
     assert hardware.resolve_dtype("bfloat16") == "bfloat16"
 
 
+def test_a_gpu_gets_longer_packs_unless_told_otherwise() -> None:
+    assert hardware.resolve_micro_batch_tokens(None, "cpu") == 1024
+    assert hardware.resolve_micro_batch_tokens(None, "cuda") == 4096
+    assert hardware.resolve_micro_batch_tokens(300, "cuda") == 300
+
+
 @pytest.mark.parametrize(
     ("quota", "cores"), [("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1), ("", 8)]
 )

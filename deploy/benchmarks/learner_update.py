@@ -1,0 +1,216 @@
+"""How long one update of the learner takes, on random weights of a real shape and random text.
+
+    python -m deploy.benchmarks.learner_update --student qwen2.5-0.5b --teacher-width 3584
+
+No model is fetched: weights do not matter to time or memory. Prints the tokens per second, the peak of
+the device's memory, and the share of the time that the arithmetic would take at ``--peak-tflops``.
+Recipes are compared within one call, since their ratio is what holds on another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from deploy import PRESETS
+from distill.config import RunConfig
+from distill.config.load import load_config
+from distill.schema import Trajectory, trajectory_batch, with_teacher_hidden
+from learner.distiller import Distiller
+from learner.student import Student
+
+
+class Shape(NamedTuple):
+    """What of a student decides its time."""
+
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    tied: bool
+
+
+SHAPES = {
+    "tiny": Shape(64, 2, 128, 2, 1, 1024, True),
+    "smollm2-135m": Shape(576, 30, 1536, 9, 3, 49_152, True),
+    "qwen2.5-0.5b": Shape(896, 24, 4864, 14, 2, 151_936, True),
+    "qwen2.5-1.5b": Shape(1536, 28, 8960, 12, 2, 151_936, True),
+    "qwen2.5-3b": Shape(2048, 36, 11_008, 16, 2, 151_936, True),
+}
+PROMPT_TOKENS = 128
+
+
+def save_student(shape: Shape, folder: Path, device: str) -> Path:
+    """A checkpoint of random weights in bf16."""
+    config = Qwen2Config(
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        intermediate_size=shape.intermediate_size,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        vocab_size=shape.vocab_size,
+        tie_word_embeddings=shape.tied,
+    )
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_teacher_head(vocab_size: int, width: int, folder: Path) -> Path:
+    """What the learner reads of a teacher: its config and its unembedding."""
+    folder.mkdir()
+    Qwen2Config(hidden_size=width, vocab_size=vocab_size, tie_word_embeddings=False).save_pretrained(folder)
+    head = torch.randn(vocab_size, width, dtype=torch.bfloat16) / width**0.5
+    save_file({"lm_head.weight": head}, folder / "model.safetensors")
+    return folder
+
+
+def random_group(source: str, number: int, length: int, vocab_size: int, width: int) -> pa.RecordBatch:
+    """One text of ``length`` response tokens, scored."""
+    random = np.random.default_rng(number)
+    student = source == "student"
+    row = Trajectory(
+        draw_id=f"{source}/{number}",
+        source=source,
+        prompt_index=number,
+        sample_index=0,
+        prompt_tokens=random.integers(0, vocab_size, PROMPT_TOKENS).tolist(),
+        response_tokens=random.integers(0, vocab_size, length).tolist(),
+        behavior_logprobs=[-10.0] * length if student else None,
+        policy_versions=[(0, 1)] if student else None,
+        finish_reason="length" if student else None,
+        generated_at=datetime.now(UTC) if student else None,
+    )
+    states = torch.from_numpy(random.normal(size=(length, width)).astype(np.float32)).bfloat16()
+    return with_teacher_hidden(trajectory_batch([row]), [states.view(torch.int16).numpy().view(np.uint16)])
+
+
+def update_flops(
+    shape: Shape, teacher_width: int, num_inputs: int, num_positions: int, learned: bool
+) -> float:
+    """Floating-point operations that an update cannot do without, attention left out.
+
+    Backbone: 6 per weight and token. Heads: the student's logits forward and twice back, the teacher's
+    forward. With learned critics the backbone runs forward once more and both heads are formed once more.
+    """
+    per_layer = shape.hidden_size**2 * (2 + 2 * shape.num_kv_heads / shape.num_heads)
+    per_layer += 3 * shape.hidden_size * shape.intermediate_size
+    backbone = shape.num_layers * per_layer * num_inputs
+    heads = shape.vocab_size * num_positions
+    total = 6 * backbone + heads * (6 * shape.hidden_size + 2 * teacher_width)
+    if learned:
+        total += 2 * backbone + heads * (2 * shape.hidden_size + 2 * teacher_width)
+    return total
+
+
+def measure(
+    config: RunConfig, student_dir: Path, teacher_dir: Path, batches: list[pa.RecordBatch], repeats: int
+) -> tuple[list[float], float]:
+    """Seconds of each update after two that are not counted, and the peak of memory in GiB."""
+    student = Student(student_dir, precision=config.learner.precision, device=config.learner.device)
+    learner = Distiller(config, student, teacher_dir)
+    on_gpu = student.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(2 + repeats):
+        start = time.perf_counter()
+        learner.update(batches)  # its metrics are read back, so the device has finished
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
+    return seconds[2:], peak
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.benchmarks.learner_update",
+        description="Time one update of the learner on random weights of a real shape.",
+    )
+    parser.add_argument("--student", choices=SHAPES, default="tiny")
+    parser.add_argument("--teacher-width", type=int, default=3584, help="hidden size of the teacher")
+    parser.add_argument("--recipes", nargs="+", default=["sft", "gkd", "ammd"])
+    parser.add_argument("--texts", type=int, default=16, help="texts of either kind in an update")
+    parser.add_argument("--length", type=int, default=256, help="response tokens of a text")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peak-tflops", type=float, help="what the device computes at best, in bf16")
+    parser.add_argument("--profile", action="store_true", help="also print what the last update spent")
+    parser.add_argument(
+        "--settings",
+        action="append",
+        help='"KEY=VALUE ..." on top, such as "learner.vocabulary_chunk=512"; given several times, each is measured',
+    )
+    options = parser.parse_args(arguments)
+    shape, width = SHAPES[options.student], options.teacher_width
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(
+        f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__}, {options}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        student_dir = save_student(shape, Path(folder) / "student", device)
+        teacher_dir = save_teacher_head(shape.vocab_size, width, Path(folder) / "teacher")
+        texts = {
+            source: [
+                random_group(source, number, options.length, shape.vocab_size, width)
+                for number in range(options.texts)
+            ]
+            for source in ("student", "teacher")
+        }
+        for name, extra in itertools.product(options.recipes, options.settings or [""]):
+            settings = ["teacher.model=none", "student.model=none", "data.path=none", f"recipe={name}"]
+            config = load_config(None, [*settings, *extra.split()], PRESETS)
+            recipe = config.recipe
+            batches = [
+                *(texts["student"] if recipe.uses_student_text else []),
+                *(texts["teacher"] if recipe.off_policy_text != "none" else []),
+            ]
+            seconds, peak = measure(config, student_dir, teacher_dir, batches, options.repeats)
+            positions = len(batches) * options.length
+            inputs = positions + len(batches) * (PROMPT_TOKENS - 1)
+            median = float(np.median(seconds))
+            learned = recipe.uses_critics and config.critic.form == "learned"
+            flops = update_flops(shape, width, inputs, positions, learned)
+            share = ""
+            if options.peak_tflops:
+                share = f", {flops / median / options.peak_tflops / 1e10:.0f} % of the peak"
+            print(
+                f"{name} {extra}: {median * 1e3:.0f} ms an update ({min(seconds) * 1e3:.0f} to "
+                f"{max(seconds) * 1e3:.0f}), {inputs / median:.0f} input tokens/s, peak {peak:.1f} GiB{share}",
+                flush=True,
+            )
+            if options.profile:
+                _print_profile(config, student_dir, teacher_dir, batches)
+    return 0
+
+
+def _print_profile(
+    config: RunConfig, student_dir: Path, teacher_dir: Path, batches: list[pa.RecordBatch]
+) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    student = Student(student_dir, precision=config.learner.precision, device=config.learner.device)
+    learner = Distiller(config, student, teacher_dir)
+    learner.update(batches)
+    on_gpu = student.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as found:
+        learner.update(batches)
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=70), flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
