@@ -23,6 +23,7 @@ from learner import credit_step as learner_credit
 from learner import critic_step, critics, losses, student_step, witness
 from learner import update as update_module
 from tests.unit.maths import test_credit as on_credit
+from tests.unit.maths import test_critic_step as on_critic_step
 from tests.unit.maths import test_critics as on_critics
 from tests.unit.maths import test_objectives as on_objectives
 from tests.unit.maths import test_tree as on_trees
@@ -54,7 +55,7 @@ class Patches:
 def critic(name: str) -> Callable[[], None]:
     """A critic's gradient against its loss written out, with γ^t."""
     return partial(
-        on_update.test_the_critics_gradient_is_that_of_their_loss_written_out,
+        on_critic_step.test_the_critics_gradient_is_that_of_their_loss_written_out,
         Patches,
         name=name,
         discount=0.5,
@@ -126,11 +127,11 @@ BREAKS = [
     Break("an oracle with the wrong bound", witness._sign, "config.bound", "1.0", step("sign")),
     Break("the proxy's probabilities in the place of the teacher's tokens", update_module.update,
           'from_text=recipe.teacher == "text"', "from_text=False",
-          on_update.test_a_teacher_of_text_alone_teaches_the_critics_by_its_tokens),
+          on_critic_step.test_a_teacher_of_text_alone_teaches_the_critics_by_its_tokens),
     Break("the newest critic in the place of the running mean", witness.witnesses, "critics.opponent(source)",
           "critics[source]", step("ema")),
     Break("critics on another distance than the student's", update_module.update, "recipe.gamma if", "1.0 if",
-          on_update.test_exact_critics_weigh_positions_as_the_student_does),
+          on_critic_step.test_exact_critics_weigh_positions_as_the_student_does),
     Break("a critic without its penalty", critic_step._critic_gradient, "f, config.penalty, **both.probs)",
           "f, 0.0, **both.probs)", critic("ratio")),
     Break("a critic of tokens without its penalty", critic_step._critic_gradient, "tokens, f, config.penalty",
@@ -150,7 +151,7 @@ BREAKS = [
     Break("cross-entropy without the discount", student_step._StudentObjective._text_loss, "weight[where] * losses",
           "losses", step("sft_exact")),
     Break("tightness against itself", critic_step._tightness, "gap / best if best > 0 else 1.0", "1.0",
-          partial(on_update.test_critics_learn_the_difference, "teacher")),
+          partial(on_critic_step.test_critics_learn_the_difference, "teacher")),
     Break("a running mean that runs backwards", critics.CriticPair._update_means, "1 - self._ema", "self._ema",
           on_critics.test_the_running_mean_of_the_critics),
 ]  # fmt: skip

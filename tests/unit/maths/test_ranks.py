@@ -16,39 +16,39 @@ import torch.multiprocessing as mp
 from distill.config import MethodConfig
 from learner.ranks import ALONE, Ranks
 from learner.update import update
-from tests.unit.maths import test_update as on_update
+from tests.unit.maths import methods
 from tests.unit.maths.batches import TinyStudent, batch_of, critic_pair, teacher_head
 
 NUM_RANKS = 2
 EVEN = ({0, -1}, {1, -2})
 LOPSIDED = ({0, 1, -1}, {-2})
 """Groups of each rank; −1 and −2 are halves of the other text. One rank without student text."""
-LEARNER = on_update.LEARNER
-SHORT_STEPS = replace(on_update.METHODS["ammd"], critic=replace(on_update.CRITIC, positions_per_step=1))
+LEARNER = methods.LEARNER
+SHORT_STEPS = replace(methods.METHODS["ammd"], critic=replace(methods.CRITIC, positions_per_step=1))
 CLIPPED = replace(
-    on_update.METHODS["ammd_paper"],
+    methods.METHODS["ammd_paper"],
     learner=replace(LEARNER, max_grad_norm=1e-3, keep_activations=True),
-    critic=replace(on_update.CRITIC, max_grad_norm=1e-3),
+    critic=replace(methods.CRITIC, max_grad_norm=1e-3),
 )
 CASES = {
     "clipped, kept activations": (CLIPPED, EVEN, False),
     "slices that one rank has no token of": (SHORT_STEPS, EVEN, False),
-    "running mean of the critics": (on_update.METHODS["ema"], EVEN, False),
+    "running mean of the critics": (methods.METHODS["ema"], EVEN, False),
     **{
-        f"{name}, even": (on_update.METHODS[name], EVEN, False)
+        f"{name}, even": (methods.METHODS[name], EVEN, False)
         for name in ("ammd", "gkd", "sft", "exact", "minillm", "blackbox")
     },
     **{
-        f"{name}, lopsided": (on_update.METHODS[name], LOPSIDED, False)
+        f"{name}, lopsided": (methods.METHODS[name], LOPSIDED, False)
         for name in ("ammd_paper", "dense", "exact")
     },
-    "warm-up": (on_update.METHODS["ammd"], EVEN, True),
+    "warm-up": (methods.METHODS["ammd"], EVEN, True),
 }
 
 
 def rows_of(settings: MethodConfig, groups: set[int]) -> list[Any]:
     rows, other = [], 0
-    for row in on_update.rows_for(settings.recipe):
+    for row in methods.rows_for(settings.recipe):
         group = row.group if row.on_policy else -1 - other % 2
         other += not row.on_policy
         if group in groups:
