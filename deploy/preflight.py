@@ -252,7 +252,7 @@ class Preflight:
 
     def _critics(self) -> Iterator[Check]:
         critic = self.config.critic
-        if not self.config.recipe.uses_critics or critic.form != "learned":
+        if not self.config.method.learns_critics:
             yield Check("critics", "pass", "none are learned")
             return
         models = [self.scored, *([self.student] if critic.features == "both" else [])]

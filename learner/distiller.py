@@ -38,7 +38,7 @@ class Distiller:
             student.parameters(), beta1=learner.beta1, beta2=learner.beta2, weight_decay=learner.weight_decay
         )
         self.critics: CriticPair | None = None
-        if config.recipe.uses_critics and config.critic.form == "learned":
+        if config.method.learns_critics:
             heads = Heads.of(student, self.teacher)
             sizes = (ModelSize(head.hidden_size, head.num_tokens) for head in (heads.teacher, heads.student))
             self.critics = CriticPair(config.critic, *sizes, seed=config.seed, device=student.device)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.config import CreditConfig, Loss, RecipeConfig
+from distill.config import Loss, RecipeConfig
 from distill.objectives import (
     clipped_policy_gradient,
     critic_loss,
@@ -94,9 +94,3 @@ def _main_loss(
     if variance_penalty > 0:
         return -critic_loss(*both.pair, f.detach(), variance_penalty, **both.probs)
     return moment_gap(*both.pair, f.detach(), **both.probs)
-
-
-def needs_witness(recipe: RecipeConfig, credit: CreditConfig) -> bool:
-    """False also where the main loss is switched off (an anchor alone, cross-entropy alone)."""
-    charged = recipe.long_weight > 0 and credit.cost == "moment_gap"
-    return recipe.uses_critics and (recipe.loss_weight > 0 or charged)

@@ -40,7 +40,6 @@ from learner.batch import TokenBatch
 from learner.credit_step import Credit, assign_credit, needs_credit
 from learner.critic_step import critic_update
 from learner.critics import CriticPair
-from learner.losses import needs_witness
 from learner.positions import Heads, Student, collect_positions
 from learner.ranks import ALONE, Ranks
 from learner.student_step import student_update
@@ -76,15 +75,14 @@ def update(
     if teacher is None:
         raise ValueError(f"recipe {recipe.name} needs the teacher's head")
     heads = Heads.of(student, teacher)
-    plays = needs_witness(recipe, method.credit)
     charges = needs_credit(recipe, method.credit) and batch.num_on_policy > 0 and not critics_only
     metrics: dict[str, float] = {}
     states: list[Tensor] | None = None
     credit: Credit | None = None
-    if charges or (plays and critics is not None):
+    if charges or (method.plays and critics is not None):
         keep_graph = method.learner.keep_activations and not critics_only
         positions, states = collect_positions(student, batch, keep_graph=keep_graph)
-        if plays and critics is not None:
+        if method.plays and critics is not None:
             metrics |= critic_update(
                 positions, heads, critics, method.critic, chunk=chunk, seed=seed, warm_up=critics_only,
                 from_text=recipe.teacher == "text", ranks=ranks,
@@ -92,7 +90,7 @@ def update(
             )  # fmt: skip
         if critics_only:
             return metrics
-    opponents = witnesses(method.critic, critics, heads) if plays else {}
+    opponents = witnesses(method.critic, critics, heads) if method.plays else {}
     if charges:
         credit = assign_credit(
             positions.of("on"), batch.group, heads, opponents.get("on"), recipe, method.credit, chunk=chunk,

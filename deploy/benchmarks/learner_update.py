@@ -107,6 +107,7 @@ def update_flops(
 
     Backbone: 6 per weight and token. Heads: the student's logits forward and twice back, the teacher's
     forward. With learned critics the backbone runs forward once more and both heads are formed once more.
+    ``teacher_width``: 0 for a recipe that does not ask the teacher.
     """
     per_layer = shape.hidden_size**2 * (2 + 2 * shape.num_kv_heads / shape.num_heads)
     per_layer += 3 * shape.hidden_size * shape.intermediate_size
@@ -182,8 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             positions = len(batches) * options.length
             inputs = positions + len(batches) * (PROMPT_TOKENS - 1)
             median = float(np.median(seconds))
-            learned = recipe.uses_critics and config.critic.form == "learned"
-            flops = update_flops(shape, width, inputs, positions, learned)
+            head_width = 0 if recipe.payload == "text" else width
+            flops = update_flops(shape, head_width, inputs, positions, config.method.learns_critics)
             share = ""
             if options.peak_tflops:
                 share = f", {flops / median / options.peak_tflops / 1e10:.0f} % of the peak"

@@ -32,6 +32,17 @@ class MethodConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     """The optimisation."""
 
+    @property
+    def plays(self) -> bool:
+        """Whether a critic's gaps weigh anything: not in an anchor alone, or in cross-entropy alone."""
+        charged = self.recipe.long_weight > 0 and self.credit.cost == "moment_gap"
+        return self.recipe.uses_critics and (self.recipe.loss_weight > 0 or charged)
+
+    @property
+    def learns_critics(self) -> bool:
+        """Whether there are critics to train: where none is known in closed form."""
+        return self.plays and self.critic.form == "learned"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -95,9 +106,7 @@ class RunConfig:
                 yield from part.violations()  # type: ignore[attr-defined]
         batch = self.learner.prompts_per_update
         bound = batch * (self.replay.max_policy_age + 1)
-        warmup = (
-            self.critic.warmup_updates if self.recipe.uses_critics and self.critic.form == "learned" else 0
-        )
+        warmup = self.critic.warmup_updates if self.method.learns_critics else 0
         if warmup >= self.learner.num_updates:
             yield rule("critic.warmup_updates", warmup, f"be < learner.num_updates ({self.learner.num_updates})",
                        "the student moves after them; lower it or train for longer")  # fmt: skip

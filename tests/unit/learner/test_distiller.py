@@ -12,7 +12,7 @@ from distill.config.load import load_config
 from learner import distiller
 from learner.distiller import Distiller
 from learner.student import Student
-from tests.tiny import make_world, tiny_overrides
+from tests.tiny import make_world, tiny_config, tiny_overrides
 from tests.unit.maths.batches import batch_of, random_rows
 
 
@@ -53,7 +53,19 @@ def test_the_students_rate_starts_after_the_critics_warm_up(world, monkeypatch):
     assert rates[-1] == pytest.approx(0.0)
 
 
-def test_without_learned_critics_nobody_warms_up(world, monkeypatch):
-    plain = turns(world, monkeypatch, "recipe=fkl")
-    assert turns(world, monkeypatch, "recipe=fkl", "critic.warmup_updates=4") == plain
+@pytest.mark.parametrize("recipe", ["fkl", "sft", "anchor_only", "oracle_tv"])
+def test_without_learned_critics_nobody_warms_up(world, monkeypatch, recipe):
+    plain = turns(world, monkeypatch, f"recipe={recipe}")
+    assert turns(world, monkeypatch, f"recipe={recipe}", "critic.warmup_updates=4") == plain
     assert not any(critics_only for critics_only, _ in plain)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "learned"),
+    [("ammd", True), ("ammd_paper", True), ("ammd_blackbox", True), ("random_critic", True),
+     ("sft", False), ("anchor_only", False), ("opd", False), ("minillm", False), ("jsd", False), ("oracle_skl", False)],
+)  # fmt: skip
+def test_critics_are_made_where_their_gaps_weigh_something(world, recipe, learned):
+    config = tiny_config(world, f"recipe={recipe}", "rollout.samples_per_prompt=2")
+    learner = Distiller(config, Student(config.teacher.model), config.teacher.model)
+    assert (learner.critics is not None) is learned
