@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from deploy import PRESETS
-from distill.config import RunConfig
+from distill.config import ConfigError, RunConfig
 from distill.config.load import load_config
 from distill.schema import Trajectory, trajectory_batch, with_teacher_hidden
 from learner.distiller import Distiller
@@ -41,15 +42,14 @@ class Shape(NamedTuple):
     num_heads: int
     num_kv_heads: int
     vocab_size: int
-    tied: bool
 
 
 SHAPES = {
-    "tiny": Shape(64, 2, 128, 2, 1, 1024, True),
-    "smollm2-135m": Shape(576, 30, 1536, 9, 3, 49_152, True),
-    "qwen2.5-0.5b": Shape(896, 24, 4864, 14, 2, 151_936, True),
-    "qwen2.5-1.5b": Shape(1536, 28, 8960, 12, 2, 151_936, True),
-    "qwen2.5-3b": Shape(2048, 36, 11_008, 16, 2, 151_936, True),
+    "tiny": Shape(64, 2, 128, 2, 1, 1024),
+    "smollm2-135m": Shape(576, 30, 1536, 9, 3, 49_152),
+    "qwen2.5-0.5b": Shape(896, 24, 4864, 14, 2, 151_936),
+    "qwen2.5-1.5b": Shape(1536, 28, 8960, 12, 2, 151_936),
+    "qwen2.5-3b": Shape(2048, 36, 11_008, 16, 2, 151_936),
 }
 PROMPT_TOKENS = 128
 
@@ -63,7 +63,7 @@ def save_student(shape: Shape, folder: Path, device: str) -> Path:
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads,
         vocab_size=shape.vocab_size,
-        tie_word_embeddings=shape.tied,
+        tie_word_embeddings=True,
     )
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -137,7 +137,24 @@ def measure(
     return seconds[2:], peak
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def line(
+    config: RunConfig, shape: Shape, teacher_width: int, num_inputs: int, num_positions: int,
+    seconds: list[float], peak_gib: float, peak_tflops: float | None,
+) -> str:  # fmt: skip
+    """What was measured, in words."""
+    median = float(np.median(seconds))
+    said = (
+        f"{median * 1e3:.0f} ms an update ({min(seconds) * 1e3:.0f} to {max(seconds) * 1e3:.0f}), "
+        f"{num_inputs / median:.0f} input tokens/s, peak {peak_gib:.1f} GiB"
+    )
+    if peak_tflops is None:
+        return said
+    width = 0 if config.recipe.payload == "text" else teacher_width
+    flops = update_flops(shape, width, num_inputs, num_positions, config.method.learns_critics)
+    return f"{said}, {100 * flops / (median * peak_tflops * 1e12):.0f} % of the peak"
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m deploy.benchmarks.learner_update",
         description="Time one update of the learner on random weights of a real shape.",
@@ -155,12 +172,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         help='"KEY=VALUE ..." on top, such as "learner.vocabulary_chunk=512"; given several times, each is measured',
     )
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def _configurations(recipes: Sequence[str], settings: Sequence[str]) -> Iterator[tuple[str, RunConfig]]:
+    """Each recipe under each of the settings, with its name. Raises: ConfigError."""
+    nothing_is_loaded = ["teacher.model=none", "student.model=none", "data.path=none"]
+    for recipe, extra in itertools.product(recipes, settings):
+        overrides = [*nothing_is_loaded, f"recipe={recipe}", *extra.split()]
+        yield f"{recipe} {extra}".strip(), load_config(None, overrides, PRESETS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options(arguments)
+    try:
+        configurations = list(_configurations(options.recipes, options.settings or [""]))
+    except ConfigError as error:
+        print(f"distill: {error}", file=sys.stderr)
+        return 2
     shape, width = SHAPES[options.student], options.teacher_width
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(
-        f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__}, {options}"
-    )
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, {options}")
     with tempfile.TemporaryDirectory() as folder:
         student_dir = save_student(shape, Path(folder) / "student", device)
         teacher_dir = save_teacher_head(shape.vocab_size, width, Path(folder) / "teacher")
@@ -171,28 +204,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
             for source in ("student", "teacher")
         }
-        for name, extra in itertools.product(options.recipes, options.settings or [""]):
-            settings = ["teacher.model=none", "student.model=none", "data.path=none", f"recipe={name}"]
-            config = load_config(None, [*settings, *extra.split()], PRESETS)
-            recipe = config.recipe
+        for label, config in configurations:
             batches = [
-                *(texts["student"] if recipe.uses_student_text else []),
-                *(texts["teacher"] if recipe.off_policy_text != "none" else []),
+                *(texts["student"] if config.recipe.uses_student_text else []),
+                *(texts["teacher"] if config.recipe.off_policy_text != "none" else []),
             ]
             seconds, peak = measure(config, student_dir, teacher_dir, batches, options.repeats)
             positions = len(batches) * options.length
             inputs = positions + len(batches) * (PROMPT_TOKENS - 1)
-            median = float(np.median(seconds))
-            head_width = 0 if recipe.payload == "text" else width
-            flops = update_flops(shape, head_width, inputs, positions, config.method.learns_critics)
-            share = ""
-            if options.peak_tflops:
-                share = f", {flops / median / options.peak_tflops / 1e10:.0f} % of the peak"
-            print(
-                f"{name} {extra}: {median * 1e3:.0f} ms an update ({min(seconds) * 1e3:.0f} to "
-                f"{max(seconds) * 1e3:.0f}), {inputs / median:.0f} input tokens/s, peak {peak:.1f} GiB{share}",
-                flush=True,
-            )
+            found = line(config, shape, width, inputs, positions, seconds, peak, options.peak_tflops)
+            print(f"{label}: {found}", flush=True)
             if options.profile:
                 _print_profile(config, student_dir, teacher_dir, batches)
     return 0
