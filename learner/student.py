@@ -42,8 +42,8 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 def _set_matmul_precision(device: torch.device, precision: torch.dtype) -> None:
     """On a GPU, float32 products beside a bf16 backbone (heads, critics) are made of TF32 numbers.
 
-    They hold three bits more than bf16 and are summed in float32, at several times float32's speed; states
-    and head of a teacher are bf16, so that their products lose nothing.
+    They hold three bits more than bf16 and are summed in float32, at several times float32's speed. A
+    teacher's states are bf16, as its head is in most checkpoints: products of the two lose nothing.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == torch.float32 else "high")

@@ -264,7 +264,7 @@ def test_full_rows_of_the_vocabulary_exist_for_one_chunk() -> None:
 
 
 def test_a_run_in_one_process(world: Path) -> None:
-    """Engines on the CPU, the learner on the GPU in bfloat16, evaluations and a resumption."""
+    """Engines on the CPU, the learner on the GPU in bfloat16, from fine-tuning to the last evaluation."""
     overrides = [
         *tiny_overrides(world), f"run_dir={world}/on-gpu", "cluster.backend=in_process",
         "rollout.engine=transformers", "scoring.engine=transformers", "learner.device=cuda",
