@@ -52,9 +52,8 @@ class Distiller:
         config = self.config
         learner = config.learner
         device = self.student.device
-        batch = token_batch(batches, resolve_micro_batch_tokens(learner.micro_batch_tokens, device.type)).to(
-            device
-        )
+        pack_tokens = resolve_micro_batch_tokens(learner.micro_batch_tokens, device.type)
+        batch = token_batch(batches, pack_tokens).to(device)
         # The student's own updates come after the critics', where there are any.
         warmup = config.critic.warmup_updates if self.critics is not None else 0
         rate = learning_rate(

@@ -59,7 +59,8 @@ class RecipeConfig:
     """Discount per token of the long-horizon term, in (0, 1]."""
 
     @property
-    def uses_critics(self) -> bool:
+    def loss_is_game(self) -> bool:
+        """Whether the main loss is a critic's gap; whether it weighs anything: :attr:`MethodConfig.plays`."""
         return self.loss == "moment_gap"
 
     @property
@@ -94,7 +95,7 @@ class RecipeConfig:
             if self.off_policy_text != "teacher":
                 yield rule("recipe.off_policy_text", self.off_policy_text, "be teacher when recipe.teacher=text",
                            "its text is all there is to learn from")  # fmt: skip
-            if self.uses_critics and self.uses_student_text:
+            if self.loss_is_game and self.uses_student_text:
                 yield rule("recipe.student_text", self.student_text,
                            "be none when recipe.teacher=text and recipe.loss=moment_gap",
                            "no teacher says what it would have written after the student's text")  # fmt: skip

@@ -36,7 +36,7 @@ class MethodConfig:
     def plays(self) -> bool:
         """Whether a critic's gaps weigh anything: not in an anchor alone, or in cross-entropy alone."""
         charged = self.recipe.long_weight > 0 and self.credit.cost == "moment_gap"
-        return self.recipe.uses_critics and (self.recipe.loss_weight > 0 or charged)
+        return self.recipe.loss_is_game and (self.recipe.loss_weight > 0 or charged)
 
     @property
     def learns_critics(self) -> bool:
@@ -125,7 +125,7 @@ class RunConfig:
                     "be >= 2 when recipe.long_weight > 0 and credit.baseline=leave_one_out",
                     "the baseline needs another member of the group",
                 )
-            if self.credit.cost == "moment_gap" and not self.recipe.uses_critics:
+            if self.credit.cost == "moment_gap" and not self.recipe.loss_is_game:
                 yield rule(
                     "credit.cost",
                     "moment_gap",

@@ -77,7 +77,7 @@ def test_kept_activations_spare_the_second_pass_and_change_nothing(name):
         for student, keep in zip(students, (False, True), strict=True)
     ]
     assert_same(*results)
-    critics_pass = len(rows) if settings.recipe.uses_critics else 0
+    critics_pass = len(rows) if settings.recipe.loss_is_game else 0
     assert [student.passes for student in students] == [len(rows) + critics_pass, len(rows)]
 
 
