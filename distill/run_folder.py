@@ -79,7 +79,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-class PolicyVersions:
+class PolicyVersionCounter:
     """The counter of weight pushes, ``policy_version.json`` in a run folder.
 
     Any process of the run may ask (the learner is not the holder of the folder), also while

@@ -19,7 +19,7 @@ from learner.vocabulary import Head, LogitTransform
 
 
 @runtime_checkable
-class Student(Protocol):
+class TrainedModel(Protocol):
     """What an update needs of the model in training."""
 
     @property
@@ -99,7 +99,7 @@ class Heads:
     teacher: Head
 
     @classmethod
-    def of(cls, student: Student, teacher: Head) -> Heads:
+    def of(cls, student: TrainedModel, teacher: Head) -> Heads:
         head = Head(student.head_weight.detach(), student.transform)
         num_tokens = min(head.num_tokens, teacher.num_tokens)
         return cls(head.prefix(num_tokens), teacher.prefix(num_tokens))
@@ -110,7 +110,7 @@ class Heads:
 
 
 def collect_positions(
-    student: Student, batch: TokenBatch, *, keep_graph: bool = False
+    student: TrainedModel, batch: TokenBatch, *, keep_graph: bool = False
 ) -> tuple[Positions, list[Tensor] | None]:
     """One pass over the packs; the positions are constants.
 

@@ -19,14 +19,14 @@ from learner.batch import Pack, TokenBatch
 from learner.credit_step import Credit
 from learner.critics import Source
 from learner.losses import position_losses
-from learner.positions import Heads, Policies, Student, teacher_hidden, to_floats
+from learner.positions import Heads, Policies, TrainedModel, teacher_hidden, to_floats
 from learner.ranks import ALONE, Ranks
 from learner.vocabulary import ChunkedLogits, LossOfChunk, chunked_loss
 from learner.witness import Witness
 
 
 def student_update(
-    student: Student,
+    student: TrainedModel,
     optimizer: torch.optim.Optimizer,
     batch: TokenBatch,
     heads: Heads | None,
@@ -73,7 +73,7 @@ class _StudentObjective:
 
     def __init__(
         self,
-        student: Student,
+        student: TrainedModel,
         batch: TokenBatch,
         heads: Heads | None,
         witnesses: Mapping[Source, Witness] | None,

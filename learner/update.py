@@ -40,7 +40,7 @@ from learner.batch import TokenBatch
 from learner.credit_step import Credit, assign_credit, needs_credit
 from learner.critic_step import critic_update
 from learner.critics import CriticPair
-from learner.positions import Heads, Student, collect_positions
+from learner.positions import Heads, TrainedModel, collect_positions
 from learner.ranks import ALONE, Ranks
 from learner.student_step import student_update
 from learner.vocabulary import Head
@@ -48,7 +48,7 @@ from learner.witness import witnesses
 
 
 def update(
-    student: Student,
+    student: TrainedModel,
     optimizer: torch.optim.Optimizer,
     batch: TokenBatch,
     teacher: Head | None,

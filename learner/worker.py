@@ -26,7 +26,7 @@ from distill.hardware import resolve_micro_batch_tokens
 from distill.metrics import EventLog, read_metrics
 from distill.replay.draws import DrawOrder
 from distill.replay.segments import SegmentStore
-from distill.run_folder import PolicyVersions, RunFolder
+from distill.run_folder import PolicyVersionCounter, RunFolder
 from distill.run_inputs import RunInputs
 from learner.adaptive_share import AdaptiveShare
 from learner.checkpoint import Checkpoints
@@ -141,7 +141,7 @@ class LearnerWorker:
         publisher = SharedMemoryPublisher(
             weights=self.distiller.student.named_weights,
             receivers=receivers,
-            next_version=PolicyVersions(folder.path).next,
+            next_version=PolicyVersionCounter(folder.path).next,
             folder=inputs.weights,
             deadline_s=config.weights.deadline_s,
         )
@@ -162,7 +162,7 @@ class LearnerWorker:
         await asyncio.to_thread(_save_whole, self.distiller.student, folder.student)
         return {
             "updates": self.distiller.updates_done,
-            "policy_version": PolicyVersions(folder.path).last,
+            "policy_version": PolicyVersionCounter(folder.path).last,
             "num_tokens": self.distiller.num_tokens,
             "timing_s": {
                 "training": time.monotonic() - start - milestones.evaluation_s - milestones.checkpoint_s,

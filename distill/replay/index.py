@@ -13,7 +13,7 @@ from typing import Any
 from distill.config import ReplayConfig
 from distill.interfaces import Draw, GroupRef, Lease, ScoringJob
 from distill.replay.draws import BatchPlan, DrawOrder
-from distill.replay.ledger import DrawState, Item, PolicyVersions, ReplayError, Stage, TrainedDraws
+from distill.replay.ledger import DrawState, Item, ReplayError, Stage, TrainedDraws, VersionHistory
 from distill.replay.limiter import RateLimiter
 from distill.replay.payload_cache import PayloadCache, SegmentLedger
 from distill.replay.student_table import StudentTable
@@ -44,9 +44,9 @@ class ReplayIndex:
         self._student_order = student_order
         self._text_order = text_order
         self.num_updates = num_updates
-        self._start(0, TrainedDraws(), PolicyVersions())
+        self._start(0, TrainedDraws(), VersionHistory())
 
-    def _start(self, updates_done: int, trained: TrainedDraws, versions: PolicyVersions) -> None:
+    def _start(self, updates_done: int, trained: TrainedDraws, versions: VersionHistory) -> None:
         self.updates_done = updates_done
         self.updates_committed = updates_done
         self.updates_acknowledged = updates_done
@@ -270,7 +270,7 @@ class ReplayIndex:
                 f"student_trained={trained.prefix}+{len(trained.extra)} must be the {planned} draws of "
                 f"{updates_done} updates: the checkpoint was made with other settings; resume with its config"
             )
-        versions = PolicyVersions((int(version), int(updates)) for version, updates in state["versions"])
+        versions = VersionHistory((int(version), int(updates)) for version, updates in state["versions"])
         self._start(updates_done, trained, versions)
 
     # Observation

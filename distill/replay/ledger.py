@@ -98,7 +98,7 @@ class TrainedDraws:
         return TrainedDraws(int(value["prefix"]), (int(number) for number in value["extra"]))
 
 
-class PolicyVersions:
+class VersionHistory:
     """Which update each policy version was made at.
 
     A version that is not known (its push failed, or is live in one engine but not yet in

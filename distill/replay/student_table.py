@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from distill.config import ReplayConfig
 from distill.interfaces import Draw, GroupRef
 from distill.replay.draws import BatchPlan, DrawOrder, Purpose, seeded_generator
-from distill.replay.ledger import DrawState, Item, PolicyVersions, ReplayError, Stage, TrainedDraws
+from distill.replay.ledger import DrawState, Item, ReplayError, Stage, TrainedDraws, VersionHistory
 from distill.replay.limiter import RateLimiter
 from distill.replay.payload_cache import SegmentLedger
 
@@ -33,7 +33,7 @@ class StudentTable:
         order: DrawOrder | None,
         segments: SegmentLedger,
         trained: TrainedDraws,
-        versions: PolicyVersions,
+        versions: VersionHistory,
     ) -> None:
         if order is None and plan.may_use_student:
             raise ReplayError("student_order=None must be a DrawOrder: the recipe uses student text")

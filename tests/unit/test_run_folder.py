@@ -15,7 +15,7 @@ import pytest
 
 from deploy.memory import MemorySampler, pss_bytes
 from distill.config import ConfigError
-from distill.run_folder import PolicyVersions, RunFolder, put_folder, write_bytes, write_json
+from distill.run_folder import PolicyVersionCounter, RunFolder, put_folder, write_bytes, write_json
 
 PYTHON = [sys.executable, "-u", "-c"]
 
@@ -129,15 +129,15 @@ def test_the_lock_holds_within_a_process_and_ends_with_close(tmp_path):
 
 COUNT = """
 import sys
-from distill.run_folder import PolicyVersions
-versions = PolicyVersions(sys.argv[1])
+from distill.run_folder import PolicyVersionCounter
+versions = PolicyVersionCounter(sys.argv[1])
 while True:
     print(versions.next(), flush=True)
 """
 
 
 def test_a_version_is_never_used_again_after_a_kill(tmp_path):
-    versions = PolicyVersions(tmp_path)
+    versions = PolicyVersionCounter(tmp_path)
     assert versions.last == 0
     seen = [versions.next()]
     for delay_s in (0.0, 0.01, 0.03):
@@ -147,7 +147,7 @@ def test_a_version_is_never_used_again_after_a_kill(tmp_path):
             counter.send_signal(signal.SIGKILL)
             rest = counter.stdout.read().splitlines(keepends=True)
             seen += [int(line) for line in rest if line.endswith("\n")]
-    seen.append(PolicyVersions(tmp_path).next())
+    seen.append(PolicyVersionCounter(tmp_path).next())
     assert seen[0] == 1
     assert len(seen) > 4
     assert all(a < b for a, b in itertools.pairwise(seen))
@@ -155,7 +155,7 @@ def test_a_version_is_never_used_again_after_a_kill(tmp_path):
 
 
 def test_the_version_is_on_disk_before_it_is_returned(tmp_path, monkeypatch):
-    versions = PolicyVersions(tmp_path)
+    versions = PolicyVersionCounter(tmp_path)
 
     def power_cut(*_: object) -> None:
         raise OSError("power cut")
@@ -173,7 +173,7 @@ def test_processes_that_ask_together_get_different_versions(tmp_path):
     with start(code, str(tmp_path)) as one, start(code, str(tmp_path)) as two:
         seen = [int(line) for other in (one, two) for line in other.stdout]
     assert sorted(seen) == list(range(1, 81))
-    assert PolicyVersions(tmp_path).last == 80
+    assert PolicyVersionCounter(tmp_path).last == 80
 
 
 def test_only_the_holder_writes_the_summary(tmp_path):

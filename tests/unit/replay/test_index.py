@@ -7,7 +7,7 @@ import json
 import pytest
 
 from distill.interfaces import Draw
-from distill.replay.ledger import PolicyVersions, ReplayError, TrainedDraws
+from distill.replay.ledger import ReplayError, TrainedDraws, VersionHistory
 from distill.replay.payload_cache import PayloadCache, SegmentLedger
 from tests.unit.replay.builders import (
     Settings,
@@ -97,7 +97,7 @@ def test_ages_count_updates_between_the_oldest_token_and_the_use():
 
 
 def test_an_unannounced_version_counts_as_the_newest_known():
-    versions = PolicyVersions([(0, 0), (3, 1), (5, 2)])
+    versions = VersionHistory([(0, 0), (3, 1), (5, 2)])
     assert [versions.made_at(version) for version in range(7)] == [0, 0, 0, 1, 1, 2, 2]
 
 
