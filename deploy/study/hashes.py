@@ -1,50 +1,158 @@
-"""What results hang on: the code of the method, and the code that turns runs into results."""
+"""Which code a result belongs to: hashes of the method, and of the code that turns runs into results.
+
+    python -m deploy.study.hashes            # of the working tree
+    python -m deploy.study.hashes 6003633    # of a commit
+
+A hash is taken over syntax trees, definition by definition, whatever file a definition is in. So
+comments, docstrings, formatting, the order of definitions, and files that are moved, renamed or
+split leave it unchanged; a changed sign, default or message changes it. Imports of our own modules
+count only where they rename what they import: the imported definition is in the hash itself, and
+names of classes are unique in the project. Results written before this scheme carry hashes over
+bytes and paths; they have no ``hash_format`` and are never pooled with others.
+"""
 
 from __future__ import annotations
 
+import ast
 import functools
-from collections.abc import Sequence
-from pathlib import Path
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 
 import xxhash
 
 import distill
 
-METHOD_CODE = (
-    "distill/objectives.py", "distill/credit.py", "distill/algorithm.py", "distill/evaluation.py",
-    "distill/config/method.py", "distill/schema.py", "distill/vector_math.py",
-    "distill/data/*.py", "distill/replay/*.py", "actors/*.py", "learner/*.py", "deploy/prepare.py",
-)  # fmt: skip
-"""Whose change makes older runs another method's."""
+HASH_FORMAT = 2
+"""Written beside every hash. 1, which old results lack: over the bytes and the paths of files."""
+METHOD_CODE = ("distill/**/*.py", "actors/**/*.py", "learner/**/*.py", "deploy/prepare.py")
+"""Code whose change makes older runs those of another method."""
 MEASURING_CODE = tuple(f"deploy/study/{name}.py" for name in ("measure_run", "measures", "two_sample"))
-"""Whose change makes the measures of older runs be taken again."""
+"""Code whose change makes the measures of older runs stale."""
 RESULTS_CODE = (
     *MEASURING_CODE,
     *(f"deploy/study/{name}.py" for name in ("results", "statistics", "differences")),
 )
-"""Whose change makes older results differently measured; runs stay."""
+"""Code whose change makes older results incomparable; the runs stay valid."""
+_OUR_PACKAGES = frozenset({"distill", "actors", "learner", "deploy"})
+_ROOT = Path(distill.__file__).parent.parent
 
 
 def method_hash() -> str:
-    """Over the source of the method, 16 hexadecimal digits."""
-    return _hash(METHOD_CODE)
+    """Over the code of the method, 16 hexadecimal digits."""
+    return code_hash(_working_tree(METHOD_CODE))
 
 
 @functools.cache
 def measuring_hash() -> str:
-    """Over the source of what measures a run's texts, 16 hexadecimal digits."""
-    return _hash(MEASURING_CODE)
+    """Over the code that measures a run's texts, 16 hexadecimal digits."""
+    return code_hash(_working_tree(MEASURING_CODE))
 
 
 def results_hash() -> str:
-    """Over the source of what turns runs into results, 16 hexadecimal digits."""
-    return _hash(RESULTS_CODE)
+    """Over the code that turns runs into results, 16 hexadecimal digits."""
+    return code_hash(_working_tree(RESULTS_CODE))
 
 
-def _hash(patterns: Sequence[str], root: Path = Path(distill.__file__).parent.parent) -> str:
-    state = xxhash.xxh3_64()
-    for pattern in patterns:
-        for path in sorted(root.glob(pattern)):
-            state.update(f"{path.relative_to(root)}\n".encode())
-            state.update(path.read_bytes())
-    return state.hexdigest()
+def code_hash(sources: Iterable[str]) -> str:
+    """Over Python source texts, in any order and under any names.
+
+    Raises: SyntaxError.
+    """
+    definitions = {
+        xxhash.xxh3_64_hexdigest(repr(_canonical(part)).encode())
+        for source in sources
+        for statement in ast.parse(source).body
+        for part in _counted(statement)
+    }
+    return xxhash.xxh3_64_hexdigest("\n".join(sorted(definitions)).encode())
+
+
+def _counted(statement: ast.stmt) -> list[ast.AST]:
+    """The parts of a top-level statement that can change a number: no text, no `__all__`."""
+    if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
+        return []
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        # Name by name, so that a file can be split without a change.
+        module = statement.module or "" if isinstance(statement, ast.ImportFrom) else None
+        return [
+            ast.ImportFrom(module, [name], 0) if module is not None else ast.Import([name])
+            for name in statement.names
+            if not _is_ours(module or name.name) or name.asname not in (None, name.name)
+        ]
+    return [] if _is_text(statement) else [statement]
+
+
+def _canonical(node: object) -> object:
+    """A syntax tree as nested tuples: without positions, texts that document, and empty fields.
+
+    Empty fields are dropped because newer Python versions add some.
+    """
+    if isinstance(node, list):
+        return [_canonical(item) for item in node if not (_is_text(item) or _is_plain_import(item))]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = [
+        (name, _canonical(value))
+        for name, value in ast.iter_fields(node)
+        if value is not None and value != []
+    ]
+    if isinstance(node, ast.ImportFrom) and _is_ours(node.module or ""):
+        fields = [(name, value) for name, value in fields if name != "module"]
+    return (type(node).__name__, *fields)
+
+
+def _is_text(node: object) -> bool:
+    """A docstring, or the documentation of a field."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _is_plain_import(node: object) -> bool:
+    """An import of our own definitions under their own names."""
+    return (
+        isinstance(node, ast.ImportFrom)
+        and _is_ours(node.module or "")
+        and all(name.asname in (None, name.name) for name in node.names)
+    )
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] in _OUR_PACKAGES
+
+
+def _working_tree(patterns: Sequence[str], root: Path = _ROOT) -> Iterator[str]:
+    for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
+        yield path.read_text(encoding="utf-8")
+
+
+def method_hash_of_commit(commit: str) -> str:
+    """The method's hash as of a commit.
+
+    Raises: subprocess.CalledProcessError when git knows no such commit.
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(_ROOT), *arguments], check=True, capture_output=True, text=True
+        ).stdout
+
+    names = [PurePosixPath(name) for name in git("ls-tree", "-r", "--name-only", commit).splitlines()]
+    ours = [name for name in names if name.suffix == ".py" and _is_method(name)]
+    return code_hash(git("show", f"{commit}:{name}") for name in ours)
+
+
+def _is_method(name: PurePosixPath) -> bool:
+    """Whether a path belongs to the method, in the layout of today or of earlier commits."""
+    if name.parts[0] in ("distill", "actors", "learner"):
+        return True
+    return name.parts[0] == "deploy" and name.name == "prepare.py"
+
+
+def stamps() -> dict[str, int | str]:
+    """What a result is stamped with."""
+    return {"hash_format": HASH_FORMAT, "method_hash": method_hash(), "results_hash": results_hash()}
+
+
+if __name__ == "__main__":
+    print(method_hash_of_commit(sys.argv[1]) if len(sys.argv) > 1 else method_hash())

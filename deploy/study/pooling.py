@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deploy.study.hashes import method_hash, results_hash
+from deploy.study.hashes import stamps
 from deploy.study.spec import StudySpec, dotted
 from distill.config import ConfigError, rule
 
@@ -43,9 +43,8 @@ def load_earlier(path: Path, spec: StudySpec) -> dict[str, Any]:
     Raises: ConfigError when they are not there or of something else.
     """
     earlier = load_results(path)
-    hashes = {"method_hash": method_hash(), "results_hash": results_hash()}
-    there = dotted({**{name: earlier[name] for name in hashes}, "asked": earlier["asked"]})
-    here = dotted({**hashes, "asked": spec.asked()})
+    there = dotted({**{name: earlier.get(name, 1) for name in stamps()}, "asked": earlier["asked"]})
+    here = dotted({**stamps(), "asked": spec.asked()})
     for name in [*here, *(name for name in there if name not in here)]:
         values = [settings.get(name, "absent") for settings in (there, here)]
         if values[0] != values[1]:

@@ -20,7 +20,7 @@ from typing import Any
 from deploy.preflight import Preflight
 from deploy.study import tasks
 from deploy.study.differences import differences
-from deploy.study.hashes import method_hash, results_hash
+from deploy.study.hashes import method_hash, stamps
 from deploy.study.jobs import Job, Jobs, of_recipe
 from deploy.study.measures import Measures, are_measured, measures_path, teacher_measures_path
 from deploy.study.pooling import pooled
@@ -261,8 +261,7 @@ class Study:
         return {
             "study": self.spec.name,
             "task": self.spec.task,
-            "method_hash": self.code,
-            "results_hash": results_hash(),
+            **stamps(),
             "asked": self.spec.asked(),
             "metrics": list(self.spec.metrics),
             "baseline": self.spec.baseline,

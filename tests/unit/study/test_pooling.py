@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.study.hashes import method_hash, results_hash
+from deploy.study.hashes import stamps
 from deploy.study.pooling import load_earlier, only_seeds, pooled, without_seeds_of
 from deploy.study.runner import Study
 from deploy.study.spec import StudySpec, Tuning
@@ -16,7 +16,7 @@ from distill.config import ConfigError
 TUNING = Tuning({"learner.learning_rate": [1.0, 0.1]}, (100,), {}, "teacher_text.tv")
 SPEC = StudySpec("s", "tiny-wiki", {"kd": {}}, (0, 1), "kd", ("teacher_text.tv",), tuning=TUNING)
 EARLIER = {
-    "study": "s", "method_hash": method_hash(), "results_hash": results_hash(), "asked": SPEC.asked(),
+    "study": "s", **stamps(), "asked": SPEC.asked(),
     "chosen": {"kd": {"learner.learning_rate": 0.1}}, "tuning": ["t"],
     "runs": [{"seed": 0}], "diverged": [], "differences": [], "teacher": [],
 }  # fmt: skip
@@ -45,6 +45,7 @@ def test_the_rest_is_run_as_tuned_there_and_pooled(tmp_path: Path):
     "changes",
     [
         {"method_hash": "other"},
+        {"hash_format": 1},
         {"results_hash": "other"},
         {"chosen": {}},
         *({"asked": SPEC.asked() | {name: "other"}} for name in ("task", "baseline", "settings", "recipes")),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy import PRESETS
-from deploy.study import hashes, runner
+from deploy.study import runner
 from deploy.study.jobs import Job
 from deploy.study.spec import StudySpec, Tuning
 from deploy.study.tasks import identity
@@ -17,18 +17,6 @@ from distill.config.load import load_config
 
 TUNING = Tuning({"learner.learning_rate": [1.0, 0.1]}, (100,), {}, "teacher_text.tv")
 SPEC = StudySpec("s", "tiny-wiki", {"kd": {}}, (0,), "kd", ("teacher_text.tv",), tuning=TUNING)
-
-
-def test_a_hash_sees_every_file_of_its_code(tmp_path: Path):
-    (tmp_path / "learner").mkdir()
-    seen = set()
-    for name, text in (("a", "1"), ("b", "1"), ("b", "2")):
-        (tmp_path / "learner" / f"{name}.py").write_text(text)
-        seen.add(hashes._hash(hashes.METHOD_CODE, tmp_path))
-    assert len(seen) == 3
-    root = Path(hashes.distill.__file__).parent.parent
-    for pattern in (*hashes.METHOD_CODE, *hashes.RESULTS_CODE):
-        assert list(root.glob(pattern)), f"{pattern} names no file"
 
 
 def test_changed_code_stops_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
