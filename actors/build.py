@@ -12,7 +12,7 @@ from distill.config import RolloutConfig, RunConfig
 from distill.data import PromptTable, TextCorpus
 from distill.interfaces import Generator, Teacher
 from distill.replay.segments import SegmentStore
-from distill.run_inputs import RunInputs
+from distill.run.inputs import RunInputs
 
 
 async def build_generator(

@@ -26,8 +26,8 @@ import numpy as np
 import psutil
 
 from distill.config import RolloutConfig, ScoringConfig
-from distill.hardware import resolve_dtype, usable_cores
 from distill.interfaces import Completion, EngineDied, SampleRequest, WeightManifest, WeightPushError
+from distill.machine.hardware import resolve_dtype, usable_cores
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput

@@ -1,6 +1,6 @@
 """Shells of the actors: construct, forward, report. The work is in the workers.
 
-:mod:`deploy.cluster` makes Ray actors of these classes, :mod:`deploy.in_process` objects of this
+:mod:`deploy.cluster.ray_cluster` makes Ray actors of these classes, :mod:`deploy.cluster.in_process` objects of this
 process. Other actors come in as handles, whose methods are called as Ray's are.
 """
 
@@ -18,11 +18,11 @@ from actors.teacher import TeacherScorer
 from distill.config import RunConfig
 from distill.data import PromptTable, write_table
 from distill.interfaces import GroupRef, WeightManifest
-from distill.remote import Remote
+from distill.machine.remote import Remote
 from distill.replay.draws import BatchPlan, DrawOrder
 from distill.replay.index import ReplayIndex
 from distill.replay.service import ReplayService
-from distill.run_inputs import RunInputs
+from distill.run.inputs import RunInputs
 
 
 class ReplayActor(ReplayService):

@@ -23,9 +23,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from distill.config import RolloutConfig, ScoringConfig
-from distill.hardware import ONE_LOAD_AT_A_TIME, resolve_dtype, usable_cores
 from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
-from distill.vector_math import settle_vector_math
+from distill.machine.hardware import ONE_LOAD_AT_A_TIME, resolve_dtype, usable_cores
+from distill.machine.vector_math import settle_vector_math
 from distill.weights import verify
 
 

@@ -35,7 +35,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from distill.interfaces import WeightManifest, WeightPushError
-from distill.vector_math import settle_vector_math
+from distill.machine.vector_math import settle_vector_math
 from distill.weights import verify
 
 BACKEND = "shared_memory"

@@ -1,6 +1,6 @@
 """Credit of a token for the costs that follow it: returns, baseline, advantage, ratios.
 
-Called by ``learner.credit_step`` between the critic steps and the student step, without gradients.
+Called by ``learner.update.credit_step`` between the critic steps and the student step, without gradients.
 One convention: costs lie padded as ``[B, T]``, row i holding the cost at response token t (the
 moment gap before it, or what the token itself costs), with a mask that is true where the row has
 a token; :func:`to_rows` brings flat positions there. What is not masked counts 0: after a row's

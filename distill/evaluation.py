@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.config import EVALUATION_METRICS
-from distill.run_folder import write_bytes
+from distill.run.folder import write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,6 +1,6 @@
 """Divergences, moment gaps and critic losses, one value per state.
 
-Called by ``learner.losses`` (with gradients) and by the evaluation (without). Nothing here
+Called by ``learner.update.losses`` (with gradients) and by the evaluation (without). Nothing here
 knows of configs, modules or processes: tensors and plain numbers in, ``[N]`` out, so that
 mask and denominator stay with the caller and a sum over micro-batches is the full batch.
 

@@ -15,15 +15,20 @@ import pyarrow as pa
 from torch import Tensor
 
 from distill.config import RunConfig
-from distill.hardware import resolve_micro_batch_tokens
+from distill.machine.hardware import resolve_micro_batch_tokens
 from learner.batch import token_batch
-from learner.critics import CriticPair, ModelSize
-from learner.optimizer import adamw, load_optimizer_tensors, optimizer_tensors, set_learning_rate
-from learner.positions import Heads
-from learner.schedule import learning_rate
-from learner.student import Student
-from learner.update import update
-from learner.vocabulary import Head
+from learner.model.head import Head
+from learner.model.student import Student
+from learner.optimizer import (
+    adamw,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from learner.update.critics import CriticPair, ModelSize
+from learner.update.positions import Heads
+from learner.update.update import update
 
 
 class Distiller:

@@ -1,7 +1,8 @@
-"""AdamW over the student, and its state as named tensors (no pickle)."""
+"""AdamW over the student, its learning rate, and its state as named tensors (no pickle)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -41,3 +42,17 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
                 name: value.clone() if name == "step" else value.to(parameter.device)
                 for name, value in state.items()
             }
+
+
+def learning_rate(
+    update: int, num_updates: int, peak: float, warmup_fraction: float, final_fraction: float
+) -> float:
+    """Rate of update ``update`` (from 0): linear to ``peak``, then a cosine to ``final_fraction * peak``.
+
+    The first update already has a rate above 0, and the last one has about the final rate.
+    """
+    warmup = max(1, math.ceil(warmup_fraction * num_updates))
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    progress = (update - warmup + 1) / max(1, num_updates - warmup)
+    return peak * (final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -17,10 +17,9 @@ from distill.interfaces import Draw
 from distill.objectives import cross_entropy
 from distill.replay.draws import DrawOrder
 from learner.batch import token_batch
-from learner.optimizer import set_learning_rate
-from learner.schedule import learning_rate
-from learner.student import Student
-from learner.vocabulary import chunked_loss
+from learner.model.chunked import chunked_loss
+from learner.model.student import Student
+from learner.optimizer import learning_rate, set_learning_rate
 
 
 def run_sft(

@@ -30,7 +30,7 @@ from distill.config import ConfigError, RunConfig
 from distill.config.load import load_config
 from distill.schema import Trajectory, trajectory_batch, with_teacher_hidden
 from learner.distiller import Distiller
-from learner.student import Student
+from learner.model.student import Student
 
 
 class Shape(NamedTuple):

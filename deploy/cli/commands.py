@@ -37,11 +37,11 @@ def guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespac
 
 
 def train(options: argparse.Namespace) -> int:
-    from deploy.cluster import ActorFailed
-    from deploy.progress import Progress
-    from deploy.report import print_report
-    from deploy.train import resume
-    from deploy.train import train as run_train
+    from deploy.cluster.ray_cluster import ActorFailed
+    from deploy.report.report import print_report
+    from deploy.run.progress import Progress
+    from deploy.run.stages import resume
+    from deploy.run.stages import train as run_train
 
     if (options.config is None) == (options.resume is None):
         raise ConfigError(
@@ -73,7 +73,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    from deploy.preflight import Check, Preflight
+    from deploy.run.preflight import Check, Preflight
 
     try:
         preflight = Preflight(_load(options))
@@ -91,8 +91,8 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    from deploy.report import print_report
-    from distill.run_folder import RunFolder
+    from deploy.report.report import print_report
+    from distill.run.folder import RunFolder
 
     folder = RunFolder(options.run_dir)
     folder.require()
@@ -107,13 +107,13 @@ def report(options: argparse.Namespace) -> int:
 
 
 def study(options: argparse.Namespace) -> int:
-    from deploy.study.plots import draw
     from deploy.study.pooling import load_earlier, load_results, only_seeds, without_seeds_of
     from deploy.study.processes import ProcessFailed
-    from deploy.study.report import report
     from deploy.study.runner import Study, StudyUnfinished
     from deploy.study.spec import load_study
-    from distill.run_folder import write_bytes
+    from deploy.study.tables.plots import draw
+    from deploy.study.tables.report import report
+    from distill.run.folder import write_bytes
 
     if options.report and Path(options.study).suffix == ".json":
         if options.out:
@@ -145,7 +145,7 @@ def study(options: argparse.Namespace) -> int:
 
 
 def chat(options: argparse.Namespace) -> int:
-    from deploy.chat import run_chat
+    from deploy.cli.chat import run_chat
 
     return run_chat(options.model, options.prompt, options.max_new_tokens)
 
@@ -166,7 +166,7 @@ def fetch_data(options: argparse.Namespace) -> int:
 
 def _keep_traceback(run_dir: str, error: Exception) -> str:
     """Write the driver's and, below it, the actor's; says where. A full disk is no second failure."""
-    from distill.run_folder import write_bytes
+    from distill.run.folder import write_bytes
 
     path = Path(run_dir) / "failure.txt"
     try:

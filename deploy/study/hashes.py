@@ -26,13 +26,13 @@ import distill
 
 HASH_FORMAT = 2
 """Written beside every hash. 1, which old results lack: over the bytes and the paths of files."""
-METHOD_CODE = ("distill/**/*.py", "actors/**/*.py", "learner/**/*.py", "deploy/prepare.py")
+METHOD_CODE = ("distill/**/*.py", "actors/**/*.py", "learner/**/*.py", "deploy/run/prepare.py")
 """Code whose change makes older runs those of another method."""
-MEASURING_CODE = tuple(f"deploy/study/{name}.py" for name in ("measure_run", "measures", "two_sample"))
+MEASURING_CODE = ("deploy/study/measure/*.py",)
 """Code whose change makes the measures of older runs stale."""
 RESULTS_CODE = (
     *MEASURING_CODE,
-    *(f"deploy/study/{name}.py" for name in ("results", "statistics", "differences")),
+    *(f"deploy/study/tables/{name}.py" for name in ("results", "statistics", "differences")),
 )
 """Code whose change makes older results incomparable; the runs stay valid."""
 _OUR_PACKAGES = frozenset({"distill", "actors", "learner", "deploy"})

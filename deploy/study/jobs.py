@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deploy import PRESETS
 from deploy.study.spec import Settings, StudySpec
-from deploy.study.tasks import Task
+from deploy.study.tasks.registry import Task
 from distill.config import ConfigError, RunConfig
 from distill.config.load import fingerprint, load_config
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.run_scope import SigtermAsCtrlC
+from deploy.cluster.scope import SigtermAsCtrlC
 
 _END_AFTER_S = 15.0
 """How long an interrupted process may take to end by itself."""

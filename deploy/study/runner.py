@@ -17,19 +17,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from deploy.preflight import Preflight
-from deploy.study import tasks
-from deploy.study.differences import differences
+from deploy.run.preflight import Preflight
 from deploy.study.hashes import method_hash, stamps
 from deploy.study.jobs import Job, Jobs, of_recipe
-from deploy.study.measures import Measures, are_measured, measures_path, teacher_measures_path
+from deploy.study.measure.measures import Measures, are_measured, measures_path, teacher_measures_path
 from deploy.study.pooling import pooled
 from deploy.study.processes import Command, run_all
-from deploy.study.results import critics, curve, final, finals, texts
 from deploy.study.spec import Settings, StudySpec
+from deploy.study.tables.differences import differences
+from deploy.study.tables.results import critics, curve, final, finals, texts
+from deploy.study.tasks import registry as tasks
 from distill.config import ConfigError, rule
 from distill.evaluation import direction
-from distill.run_folder import write_bytes, write_json
+from distill.run.folder import write_bytes, write_json
 
 
 class Study:
@@ -190,7 +190,7 @@ class Study:
 
     def _measuring(self, job: Job, *options: str) -> Command:
         what = "teacher" if options else job.recipe
-        module = (sys.executable, "-m", "deploy.study.measure_run")
+        module = (sys.executable, "-m", "deploy.study.measure.measure_run")
         return Command(
             f"{what} seed {job.seed}: measures",
             (*module, str(job.run_dir), str(self._teacher_texts), *options),

@@ -1,7 +1,7 @@
 """What a study compares, read from a YAML file.
 
 name: tiny
-task: tiny-wiki                  # models and prompts, see deploy/study/tasks.py
+task: tiny-wiki                  # models and prompts, see deploy/study/tasks/registry.py
 seeds: [0, 1, 2]
 baseline: kd                     # differences are taken from it
 metrics: [teacher_text.tv, student_text.tv]

@@ -160,7 +160,7 @@ class WeightsConfig:
     def violations(self) -> Iterator[str]:
         if self.backend in ("nccl", "ipc"):
             yield rule("weights.backend", self.backend, "be auto or shared_memory",
-                       "no run takes the GPU trainers of learner/publish.py yet")  # fmt: skip
+                       "no run takes the GPU trainers of learner/process/publish.py yet")  # fmt: skip
         yield from bounded("weights", self, "> 0", "deadline_s")
 
 

@@ -24,15 +24,16 @@ from safetensors.torch import load_file
 
 from distill.interfaces import WeightManifest
 from distill.schema import Trajectory, trajectory_batch, with_teacher_hidden
-from learner.attention import packed_attention
 from learner.batch import token_batch
-from learner.checkpoint import Checkpoints
 from learner.distiller import Distiller
-from learner.publish import SharedMemoryPublisher
+from learner.model.attention import packed_attention
+from learner.model.chunked import chunked_loss
+from learner.model.head import LogitTransform
+from learner.model.student import Student
+from learner.process.checkpoint import Checkpoints
+from learner.process.publish import SharedMemoryPublisher
 from learner.ranks import Ranks
-from learner.student import Student
-from learner.update import update
-from learner.vocabulary import LogitTransform, chunked_loss
+from learner.update.update import update
 from tests.tiny import make_world, tiny_config, tiny_overrides
 
 pytestmark = [

@@ -529,7 +529,7 @@ def test_ids_beyond_the_common_vocabulary_are_never_sampled(kind: str, students:
 def test_a_worker_of_vllm_settles_its_vector_math() -> None:
     """vLLM imports this module in every worker before the model, and its rotary table, is made."""
     code = (
-        "from distill.vector_math import settle_vector_math\n"
+        "from distill.machine.vector_math import settle_vector_math\n"
         "assert settle_vector_math.cache_info().currsize == 0\n"
         "import actors.weight_transfer\n"
         "assert settle_vector_math.cache_info().currsize == 1"

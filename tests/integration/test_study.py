@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.study import tasks
-from deploy.study.plots import draw
 from deploy.study.processes import ProcessFailed
-from deploy.study.report import report
 from deploy.study.runner import Study, StudyUnfinished
 from deploy.study.spec import StudySpec, Tuning
+from deploy.study.tables.plots import draw
+from deploy.study.tables.report import report
+from deploy.study.tasks import registry as tasks
 from distill.config import ConfigError
 from tests.tiny import make_world, tiny_overrides
 

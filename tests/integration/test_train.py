@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from distill.evaluation import load_evaluation
-from distill.metrics import read_metrics, reproducible
-from learner.checkpoint import Checkpoints
+from distill.run.metrics import read_metrics, reproducible
+from learner.process.checkpoint import Checkpoints
 from tests.tiny import make_world, save_tiny_llama, tiny_overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -110,7 +110,7 @@ def test_behaviour_and_learner_logprobs_agree(vllm_run: Path) -> None:
 
 def test_the_parity_report_of_a_run(vllm_run: Path) -> None:
     exact = ["--dtype", "float32", "--learner-dtype", "float32"]
-    command = [sys.executable, "-m", "deploy.parity", str(vllm_run), *exact, "--prompts", "2"]
+    command = [sys.executable, "-m", "deploy.benchmarks.parity", str(vllm_run), *exact, "--prompts", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     figures = dict(re.findall(r"(mean|largest) ([0-9.e+-]+)", done.stdout.splitlines()[-1]))
     assert 0 < float(figures["mean"]) <= float(figures["largest"]) < 1e-4

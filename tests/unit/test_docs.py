@@ -10,7 +10,7 @@ import pytest
 
 from deploy.cli.main import parser
 from deploy.config_docs import config_docs
-from deploy.study.report import report
+from deploy.study.tables.report import report
 
 ROOT = Path(__file__).parents[2]
 

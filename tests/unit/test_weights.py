@@ -10,8 +10,8 @@ import pytest
 import xxhash
 from safetensors.numpy import load_file, save_file
 
-from distill import hardware
 from distill.interfaces import WeightManifest, WeightPushError
+from distill.machine import hardware
 from distill.weights import (
     checksum_file,
     manifest_path,

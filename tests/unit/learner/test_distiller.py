@@ -11,7 +11,7 @@ from distill.config import RunConfig
 from distill.config.load import load_config
 from learner import distiller
 from learner.distiller import Distiller
-from learner.student import Student
+from learner.model.student import Student
 from tests.tiny import make_world, tiny_config, tiny_overrides
 from tests.unit.maths.batches import batch_of, random_rows
 

@@ -1,6 +1,6 @@
 """The student's states and head against the model as transformers runs it, one row at a time.
 
-Every architecture that :mod:`learner.vocabulary` claims to know is built small and compared: a
+Every architecture that :mod:`learner.model.head` claims to know is built small and compared: a
 pack must change nothing, and head and transform must give the model's own logits.
 """
 
@@ -18,8 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from distill.schema import Trajectory, trajectory_batch
 from learner.batch import TokenBatch, token_batch
-from learner.student import Student
-from learner.vocabulary import Head, known_architectures
+from learner.model.head import Head, known_architectures
+from learner.model.student import Student
 
 SMALL = {
     "vocab_size": 97,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from distill.config import CriticConfig
 from learner.batch import Pack, TokenBatch
-from learner.critics import SOURCES, CriticPair, ModelSize
-from learner.vocabulary import Head, LogitTransform
+from learner.model.head import Head, LogitTransform
+from learner.update.critics import SOURCES, CriticPair, ModelSize
 
 VOCABULARY = 11
 STUDENT_SIZE = 6

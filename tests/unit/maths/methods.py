@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from distill.config import CreditConfig, CriticConfig, LearnerConfig, MethodConfig, RecipeConfig
-from learner.critics import CriticPair
-from learner.update import update
-from learner.vocabulary import Head
+from learner.model.head import Head
+from learner.update.critics import CriticPair
+from learner.update.update import update
 from tests.unit.maths.batches import (
     Row,
     TinyStudent,

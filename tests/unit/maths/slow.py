@@ -14,9 +14,9 @@ from torch import Tensor
 
 from distill.config import MethodConfig
 from distill.objectives import DEAD_ZONE, closed_form_critic
-from learner.critics import CriticPair
-from learner.positions import Heads
-from learner.vocabulary import Head
+from learner.model.head import Head
+from learner.update.critics import CriticPair
+from learner.update.positions import Heads
 from tests.unit.maths.batches import Row, TinyStudent
 
 

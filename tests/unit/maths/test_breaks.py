@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from distill import credit, objectives
-from learner import credit_step as learner_credit
-from learner import critic_step, critics, losses, student_step, witness
-from learner import update as update_module
+from learner.update import credit_step as learner_credit
+from learner.update import critic_step, critics, losses, student_step, witness
+from learner.update import update as update_module
 from tests.unit.maths import test_credit as on_credit
 from tests.unit.maths import test_critic_step as on_critic_step
 from tests.unit.maths import test_critics as on_critics

@@ -10,12 +10,12 @@ import torch
 
 from distill.config import CriticConfig
 from distill.objectives import closed_form_critic
-from learner import critic_step
-from learner.critic_step import critic_update
-from learner.critics import ModelSize
-from learner.positions import Heads, Positions, collect_positions
-from learner.update import update
-from learner.vocabulary import Head, LogitTransform
+from learner.model.head import Head, LogitTransform
+from learner.update import critic_step
+from learner.update.critic_step import critic_update
+from learner.update.critics import ModelSize
+from learner.update.positions import Heads, Positions, collect_positions
+from learner.update.update import update
 from tests.unit.maths.batches import (
     VOCABULARY,
     TinyStudent,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from distill.config import CriticConfig
 from distill.objectives import closed_form_critic
-from learner.critics import CriticPair
-from learner.vocabulary import Head, LogitTransform
+from learner.model.head import Head, LogitTransform
+from learner.update.critics import CriticPair
 from tests.unit.maths.batches import SIZES, STUDENT_SIZE, TEACHER_SIZE, TinyStudent, critic_pair, teacher_head
 
 N = 6

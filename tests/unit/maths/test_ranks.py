@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from distill.config import MethodConfig
 from learner.ranks import ALONE, Ranks
-from learner.update import update
+from learner.update.update import update
 from tests.unit.maths import methods
 from tests.unit.maths.batches import TinyStudent, batch_of, critic_pair, teacher_head
 

@@ -16,9 +16,9 @@ from distill.config import MethodConfig, RecipeConfig
 from distill.config.load import load_config
 from distill.credit import advantages
 from distill.objectives import closed_form_critic, critic_loss, moment_gap, sign_critic, total_variation
-from learner.critics import Source
-from learner.losses import DIVERGENCES, position_losses
-from learner.positions import Policies
+from learner.update.critics import Source
+from learner.update.losses import DIVERGENCES, position_losses
+from learner.update.positions import Policies
 from tests.unit.maths import tree
 
 CONFIGS = Path(deploy.__file__).parent / "configs"

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from distill.config import CreditConfig, RecipeConfig
-from distill.metrics import name_violations
 from distill.objectives import moment_gap, policy_gradient
-from learner import vocabulary
-from learner.credit_step import assign_credit
-from learner.losses import position_losses
-from learner.positions import Heads, Policies, collect_positions
-from learner.student_step import _gradient_squares, student_update
-from learner.update import update
-from learner.vocabulary import Head, LogitTransform
-from learner.witness import witnesses
+from distill.run.metrics import name_violations
+from learner.model import chunked
+from learner.model.head import Head, LogitTransform
+from learner.update.credit_step import assign_credit
+from learner.update.losses import position_losses
+from learner.update.positions import Heads, Policies, collect_positions
+from learner.update.student_step import _gradient_squares, student_update
+from learner.update.update import update
+from learner.update.witness import witnesses
 from tests.unit.maths.batches import (
     SIZES,
     VOCABULARY,
@@ -55,10 +55,10 @@ def test_packing_micro_batches_and_chunks_do_not_matter(monkeypatch, name):
     one_each = run(settings, rows)
     assert_same(one_each, run(settings, rows, [list(range(n))]))
     assert_same(one_each, run(settings, rows, [list(range(n // 2, n))[::-1], list(range(n // 2))]))
-    monkeypatch.setattr(vocabulary, "_BLOCK_BYTES", 3 * 4 * VOCABULARY)
+    monkeypatch.setattr(chunked, "_BLOCK_BYTES", 3 * 4 * VOCABULARY)
     for chunk in (1, 5, 1000):
-        chunked = replace(settings, learner=replace(LEARNER, vocabulary_chunk=chunk))
-        assert_same(one_each, run(chunked, rows, [list(range(n))]))
+        small = replace(settings, learner=replace(LEARNER, vocabulary_chunk=chunk))
+        assert_same(one_each, run(small, rows, [list(range(n))]))
 
 
 @pytest.mark.parametrize("name", ["ammd", "ammd_paper", "gkd"])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deploy.study.measures import TEMPERATURES, Measures, frontier_difference, measures_table
-from deploy.study.statistics import Comparison, compare
-from deploy.study.two_sample import correct_guesses
+from deploy.study.measure.measures import TEMPERATURES, Measures, frontier_difference, measures_table
+from deploy.study.measure.two_sample import correct_guesses
+from deploy.study.tables.statistics import Comparison, compare
 
 
 def gain_of(pairs: list[tuple[Measures, Measures]], score: str, *, num_draws: int) -> Comparison:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from deploy.study.plots import draw
-from deploy.study.report import _drift_table, _equal_time_table, report
+from deploy.study.tables.plots import draw
+from deploy.study.tables.report import _drift_table, _equal_time_table, report
 
 
 def run(recipe: str, seed: int, seconds: list[float], values: list[float]) -> dict:

@@ -11,7 +11,7 @@ from deploy import PRESETS
 from deploy.study import runner
 from deploy.study.jobs import Job
 from deploy.study.spec import StudySpec, Tuning
-from deploy.study.tasks import identity
+from deploy.study.tasks.registry import identity
 from distill.config import ConfigError
 from distill.config.load import load_config
 

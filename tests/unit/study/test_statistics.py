@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deploy.study import statistics
-from deploy.study.statistics import Comparison, PairedPrompts, holm, seed_difference
+from deploy.study.tables import statistics
+from deploy.study.tables.statistics import Comparison, PairedPrompts, holm, seed_difference
 
 
 def seeds(effect: float, *, num_seeds: int = 5, num_prompts: int = 60, seed: int = 0) -> list[PairedPrompts]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deploy import PRESETS
-from deploy.study.tasks import TASKS, identity
+from deploy.study.tasks.registry import TASKS, identity
 from distill.config.load import load_config
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deploy.fetch import FetchError
-from deploy.study import tiny_translation as task
+from deploy.study.tasks import tiny_translation as task
 
 LINES = """# Version :: 1
 Er kommt {v} heute nicht [ugs.]; er bleibt weg | Sie kommt aber doch :: He will not come today; he stays | She comes all the same

@@ -1,0 +1,148 @@
+"""How far the rollout engine's log-probabilities are from the learner's, on a run's student.
+
+    python -m deploy.benchmarks.parity runs/demo --dtype bfloat16
+
+Both compute the same function in different kernels and number formats; what is left between
+them is what an on-policy update takes for a policy that is a little stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.config import ConfigError, RolloutConfig
+from distill.config.load import load_config
+from distill.run.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Parity:
+    """|log μ(a) − log π(a)| over sampled tokens, in nats; μ the engine, π the learner."""
+
+    num_tokens: int
+    mean: float
+    p99: float
+    most: float
+
+    @classmethod
+    def of(cls, gaps: Sequence[float]) -> Parity:
+        sizes = np.abs(np.asarray(gaps, np.float64))
+        return cls(len(sizes), float(sizes.mean()), float(np.quantile(sizes, 0.99)), float(sizes.max()))
+
+
+def measure_parity(
+    run_dir: str | Path, *, dtype: str, learner_dtype: str, num_prompts: int, max_new_tokens: int
+) -> Parity:
+    """Sample held-out prompts of a finished run with vLLM and score the tokens as the learner does.
+
+    Raises: ConfigError when the run or its student is not there.
+    """
+    folder = RunFolder(run_dir)
+    folder.require()
+    if not folder.student.is_dir():
+        raise ConfigError(f"run_dir={run_dir} must hold student/, which a run writes at its end; finish it")
+    config = load_config(folder.config)
+    rollout = RolloutConfig(
+        engine="vllm",
+        dtype=dtype,  # pyright: ignore[reportArgumentType]
+        kv_cache_gib=config.rollout.kv_cache_gib,
+    )
+    return asyncio.run(
+        _measure(folder, rollout, config.max_model_tokens, learner_dtype, num_prompts, max_new_tokens)
+    )
+
+
+async def _measure(
+    folder: RunFolder,
+    rollout: RolloutConfig,
+    max_model_tokens: int,
+    learner_dtype: str,
+    num_prompts: int,
+    max_new_tokens: int,
+) -> Parity:
+    # vLLM reads its environment when it is imported: it starts before anything else is loaded.
+    from actors.build import build_generator
+    from distill.data import PromptTable
+    from distill.interfaces import Draw
+
+    generator = await build_generator(
+        str(folder.student),
+        rollout,
+        max_model_tokens=max_model_tokens,
+        stop_token_ids=(),
+        num_tokens=None,
+        on_push="recompute",
+        lock_step=False,
+        seed=0,
+    )
+    prompts = PromptTable.read(
+        str(folder.path / "data" / "heldout.parquet"),
+        samples_per_prompt=1,
+        max_new_tokens=max_new_tokens,
+        seed=0,
+    )
+    draws = [Draw(table="heldout", number=i, epoch=0, index=i) for i in range(num_prompts)]
+    completions = await generator.generate(prompts.requests(draws))
+    batches = prompts.groups(draws, completions)
+    await generator.close()
+    return await asyncio.to_thread(_gaps, folder.student, batches, learner_dtype)
+
+
+def _gaps(student_dir: Path, batches: Sequence[Any], learner_dtype: str) -> Parity:
+    import torch
+
+    from learner.batch import token_batch
+    from learner.model.head import Head
+    from learner.model.student import Student
+
+    student = Student(student_dir, precision=learner_dtype)
+    head = Head(student.head_weight.detach(), student.transform)
+    gaps: list[float] = []
+    for pack in token_batch(batches, 2048).to(student.device).packs:
+        with torch.no_grad():
+            logprobs = head.logits(student.states(pack)).log_softmax(-1)
+        chosen = logprobs.gather(1, pack.targets[:, None])[:, 0]
+        gaps += (pack.behavior_logprobs - chosen).tolist()
+    return Parity.of(gaps)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m deploy.benchmarks.parity", description=__doc__)
+    parser.add_argument("run_dir", metavar="RUN")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--learner-dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    options = parser.parse_args()
+    # Read by the libraries when they are imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        found = measure_parity(
+            options.run_dir,
+            dtype=options.dtype,
+            learner_dtype=options.learner_dtype,
+            num_prompts=options.prompts,
+            max_new_tokens=options.max_new_tokens,
+        )
+    except ConfigError as error:
+        print(f"distill: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"engine {options.dtype}, learner {options.learner_dtype}, {found.num_tokens} tokens: "
+        f"mean {found.mean:.2e}, 99 % {found.p99:.2e}, largest {found.most:.2e} nats"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,376 @@
+"""What is checked before any engine starts: by `distill train`, and alone by `distill doctor`.
+
+Each check finds one thing that would end a run later, when devices are already held. A check
+that cannot be made since an earlier one failed is left out. What the checks load on their way
+(tokenizers, rows, model facts) is what :mod:`deploy.run.prepare` goes on with.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import pyarrow as pa
+
+from deploy.fetch import cache_dir, local_checkpoint
+from deploy.run.estimates import Estimates
+from deploy.run.model_facts import ModelFacts, tokenizer_fingerprint
+from distill.config import ConfigError, RunConfig, rule
+from distill.config.load import flat_settings
+from distill.data import build_prompts, load_rows, num_skipped_prompts
+from distill.run.folder import RunFolder
+from distill.run.inputs import shared_memory_root
+
+Status = Literal["pass", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one check."""
+
+    name: str
+    status: Status
+    message: str
+    remedy: str = ""
+
+
+class Preflight:
+    """The checks of one configuration, in the order of their cost."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.teacher: ModelFacts
+        self.student: ModelFacts
+        """Of the checkpoint given; for a student that is cut, the teacher's."""
+        self.tokenizer: Any
+        self.prompts: pa.Table
+        self.num_references = 0
+        """Prompts that have a reference."""
+        self.proxy: ModelFacts | None = None
+        """What stands in for a teacher of text alone, if it is not the student."""
+        self.checks: list[Check] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Vocabulary that both models have."""
+        models = [self.teacher, self.student, *([self.proxy] if self.proxy is not None else [])]
+        return min(model.vocab_size for model in models)
+
+    @property
+    def scored(self) -> ModelFacts:
+        """The model whose states are the payload: the teacher, or what stands in for it."""
+        if self.config.recipe.teacher == "probabilities":
+            return self.teacher
+        return self.proxy or self.student
+
+    @property
+    def estimates(self) -> Estimates:
+        return Estimates(self.config, self.teacher, self.student, self.proxy, self.scored, self.prompts)
+
+    def run(self) -> list[Check]:
+        """Make all checks; a failed one ends those that need it."""
+        stages: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+            ("configuration", self._configuration),
+            ("engines", self._engines),
+            ("teacher", self._teacher),
+            ("student", self._student),
+            ("proxy", self._proxy),
+            ("tokenizers", self._tokenizers),
+            ("vocabulary", self._vocabulary),
+            ("critics", self._critics),
+            ("data", self._data),
+            ("buffer", self._buffer),
+            ("memory", self._memory),
+            ("disk", self._disk),
+            ("ports", self._ports),
+        ]
+        for name, check in stages:
+            try:
+                self.checks += list(check())
+            except ConfigError as error:
+                message, _, remedy = str(error).partition("; ")
+                self.checks.append(Check(name, "fail", message, remedy))
+                break
+        return self.checks
+
+    def require(self) -> None:
+        """Raises: ConfigError with the first failure, as the one line the user sees."""
+        for check in self.checks:
+            if check.status == "fail":
+                raise ConfigError(f"{check.message}; {check.remedy}" if check.remedy else check.message)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"checks": [asdict(check) for check in self.checks]}
+
+    def _configuration(self) -> Iterator[Check]:
+        self.config.validate()
+        yield Check("configuration", "pass", "every rule holds")
+        recipe = self.config.recipe
+        needs = "token probabilities" if recipe.payload == "hidden" else "text alone"
+        giver = "teacher" if recipe.teacher == "probabilities" else "proxy"
+        yield Check(
+            "payload",
+            "pass",
+            f"recipe {recipe.name} needs {needs}; the {giver} gives its hidden states",
+        )
+
+    def _engines(self) -> Iterator[Check]:
+        for section in ("rollout", "scoring"):
+            engine = getattr(self.config, section).engine
+            if engine == "vllm" and importlib.util.find_spec("vllm") is None:
+                raise ConfigError(
+                    rule(f"{section}.engine", "vllm", "be installed",
+                         "install the cpu or gpu extra, or set engine=transformers")
+                )  # fmt: skip
+        if self.config.learner.device == "cuda" and self.config.cluster.address is None:
+            from torch.cuda import is_available
+
+            if not is_available():
+                raise ConfigError(
+                    rule(
+                        "learner.device",
+                        "cuda",
+                        "be there (torch sees no GPU)",
+                        "leave it at auto, or take a GPU",
+                    )
+                )
+        yield Check(
+            "engines",
+            "pass",
+            f"rollout by {self.config.rollout.engine}, scoring by {self.config.scoring.engine}",
+        )
+
+    def _teacher(self) -> Iterator[Check]:
+        teacher = self.config.teacher
+        folder = local_checkpoint(teacher.model, teacher.revision, "teacher.model")
+        self.teacher = ModelFacts.read(folder, "teacher.model")
+        yield self._model("teacher", self.teacher)
+        if not self.teacher.stop_token_ids:
+            raise ConfigError(
+                rule("teacher.model", folder, "name an eos_token_id in its generation_config.json",
+                     "without one no text ever ends; add it")
+            )  # fmt: skip
+        yield self._transform("teacher", self.teacher)
+
+    def _student(self) -> Iterator[Check]:
+        student = self.config.student
+        if student.model is None:
+            layers = self.teacher.config.get("num_hidden_layers", 0)
+            wanted = student.init.num_layers or 0
+            if wanted > layers:
+                raise ConfigError(
+                    rule(
+                        "student.init.num_layers",
+                        wanted,
+                        f"be <= the teacher's {layers}",
+                        "keep fewer layers",
+                    )
+                )
+            self.student = self.teacher
+            yield Check("student", "pass", f"{wanted} of the teacher's {layers} layers, evenly spaced")
+            return
+        folder = local_checkpoint(student.model, student.revision, "student.model")
+        self.student = ModelFacts.read(folder, "student.model")
+        yield self._model("student", self.student)
+        yield self._transform("student", self.student)
+
+    def _proxy(self) -> Iterator[Check]:
+        proxy = self.config.proxy
+        if self.config.recipe.teacher == "probabilities":
+            return
+        if proxy.model is None:
+            yield Check("proxy", "pass", "the student's start, trained on the teacher's text")
+            return
+        self.proxy = ModelFacts.read(
+            local_checkpoint(proxy.model, proxy.revision, "proxy.model"), "proxy.model"
+        )
+        yield self._model("proxy", self.proxy)
+        yield self._transform("proxy", self.proxy)
+
+    def _model(self, role: str, facts: ModelFacts) -> Check:
+        if "auto_map" in facts.config:
+            raise ConfigError(
+                rule(f"{role}.model", facts.folder, "need no code of its own (it has auto_map)",
+                     "use a built-in architecture")
+            )  # fmt: skip
+        wanted = self.config.max_model_tokens
+        if facts.context_tokens < wanted:
+            limits = ("rollout.max_new_tokens", "corpus.max_new_tokens", "data.max_reference_tokens")
+            longest = max(limits, key=flat_settings(self.config).__getitem__)
+            raise ConfigError(
+                rule(f"{role} context", facts.context_tokens, f"be >= the longest sequence, {wanted} tokens",
+                     f"lower data.max_prompt_tokens or {longest}")
+            )  # fmt: skip
+        millions = facts.num_parameters / 1e6
+        return Check(
+            role, "pass", f"{facts.model_type}, {millions:.0f} M parameters, context {facts.context_tokens}"
+        )
+
+    def _transform(self, role: str, facts: ModelFacts) -> Check:
+        from learner.model.head import LogitTransform
+
+        LogitTransform.from_config(facts.config)
+        return Check(f"{role} logits", "pass", f"the logit transform of {facts.model_type} is known")
+
+    def _tokenizers(self) -> Iterator[Check]:
+        self.tokenizer = _load_tokenizer(self.teacher.folder, "teacher.model")
+        fingerprint = tokenizer_fingerprint(self.tokenizer)
+        for role, model in (("student", self.student), ("proxy", self.proxy)):
+            if model is None or model is self.teacher:
+                continue
+            other = tokenizer_fingerprint(_load_tokenizer(model.folder, f"{role}.model"))
+            if other != fingerprint:
+                raise ConfigError(
+                    rule(f"{role} tokenizer", other, f"be the teacher's ({fingerprint})",
+                         f"token probabilities are compared id by id; choose a {role} of the teacher's family")
+                )  # fmt: skip
+        yield Check("tokenizers", "pass", f"one vocabulary, fingerprint {fingerprint}")
+
+    def _vocabulary(self) -> Iterator[Check]:
+        teacher, student, used = self.teacher.vocab_size, self.student.vocab_size, len(self.tokenizer)
+        if self.num_tokens < used:
+            raise ConfigError(
+                rule("vocabulary", self.num_tokens, f"be >= the tokenizer's {used} ids",
+                     "the model cannot name every token; choose a matching one")
+            )  # fmt: skip
+        if teacher != student:
+            yield Check(
+                "vocabulary",
+                "warn",
+                f"padded to {teacher} (teacher) and {student} (student) rows: the first "
+                f"{self.num_tokens} are compared and sampled, the tail is masked",
+            )
+        else:
+            yield Check("vocabulary", "pass", f"{teacher} rows, {used} of them used")
+
+    def _critics(self) -> Iterator[Check]:
+        critic = self.config.critic
+        if not self.config.method.learns_critics:
+            yield Check("critics", "pass", "none are learned")
+            return
+        models = [self.scored, *([self.student] if critic.features == "both" else [])]
+        size = min(model.hidden_size for model in models)
+        if critic.rank is not None and critic.rank > size:
+            raise ConfigError(
+                rule("critic.rank", critic.rank, f"be <= the hidden size of the states it sees, {size}",
+                     "a higher rank adds nothing; null is a dense head")
+            )  # fmt: skip
+        shape = f"rank {critic.rank}" if critic.rank else f"dense, {self.num_tokens} rows of {size}"
+        count = "two" if self.config.recipe.uses_student_text else "one"
+        yield Check("critics", "pass", f"{count}, {shape}, features {critic.features}")
+
+    def _data(self) -> Iterator[Check]:
+        data = self.config.data
+        rows = load_rows(data, cache_dir())
+        self.prompts = build_prompts(
+            rows, self.tokenizer, data, self.teacher.stop_token_ids, self.config.seed
+        )
+        heldout = data.num_heldout
+        train = self.prompts.num_rows - heldout
+        references = self.prompts["reference_tokens"]
+        self.num_references = len(references) - references.null_count
+        recipe = self.config.recipe
+        if self.num_references == 0 and (self.config.sft.enabled or recipe.off_policy_text == "reference"):
+            raise ConfigError(
+                rule("data", data.path, "have references (completions) for the warm start and this recipe",
+                     "set sft.enabled=false and a recipe on teacher text, or give completions")
+            )  # fmt: skip
+        num_skipped = num_skipped_prompts(self.prompts)
+        skipped = f", {num_skipped} too long and left out" if num_skipped else ""
+        template = "the teacher's chat template" if data.chat_template else "no template"
+        yield Check("data", "pass", f"{train} prompts to train on, {heldout} held out{skipped}; {template}")
+
+    def _buffer(self) -> Iterator[Check]:
+        config = self.config
+        need = self.estimates.window()
+        if need > config.replay.max_bytes:
+            raise ConfigError(
+                rule("replay.max_bytes", config.replay.max_bytes,
+                     f"be >= the groups of {config.replay.max_policy_age + 2} updates, {need} bytes",
+                     "otherwise the learner waits for rows that do not fit; raise it or use smaller batches")
+            )  # fmt: skip
+        yield Check(
+            "buffer", "pass", f"{need >> 20} MiB of at most {config.replay.max_bytes >> 20} MiB in use"
+        )
+
+    def _memory(self) -> Iterator[Check]:
+        need = sum(self.estimates.memory().values())
+        available = psutil.virtual_memory().available
+        parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in self.estimates.memory().items())
+        message = f"about {need / 2**30:.1f} GiB of {available / 2**30:.1f} GiB available ({parts})"
+        if need > available:
+            yield Check("memory", "warn", message,
+                        "lower kv_cache_gib or learner.micro_batch_tokens, or set learner.keep_activations=false")  # fmt: skip
+        else:
+            yield Check("memory", "pass", message)
+
+    def _disk(self) -> Iterator[Check]:
+        config = self.config
+        run_dir = Path(config.run_dir).absolute()
+        place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+        if not place.is_dir():
+            raise ConfigError(rule("run_dir", run_dir, f"be a folder ({place} is none)", "choose another"))
+        RunFolder(run_dir).refuse_foreign_files()
+        if not os.access(place, os.W_OK):
+            raise ConfigError(
+                rule("run_dir", run_dir, f"be writable ({place} is not)", "choose another run_dir")
+            )
+        student = self.estimates.student_parameters()
+        # A checkpoint is weights and two moments; one more is written before the oldest goes.
+        need = student * 12 * (config.checkpoint.keep + 1) + student * 4 * 4
+        free = shutil.disk_usage(place).free
+        if free < need:
+            raise ConfigError(
+                rule("free disk", f"{free >> 20} MiB", f"be >= {need >> 20} MiB at {place}",
+                     "lower checkpoint.keep or choose another run_dir")
+            )  # fmt: skip
+        shm = shared_memory_root()
+        wanted = min(config.replay.memory_bytes, self.estimates.window()) + 2 * 4 * student
+        if (left := shutil.disk_usage(shm).free) < wanted:
+            raise ConfigError(
+                rule("free shared memory", f"{left >> 20} MiB", f"be >= {wanted >> 20} MiB at {shm}",
+                     "lower replay.memory_bytes, or give the container a larger /dev/shm")
+            )  # fmt: skip
+        yield Check(
+            "disk", "pass", f"{need >> 20} MiB of {free >> 20} MiB free; {wanted >> 20} MiB of shared memory"
+        )
+
+    def _ports(self) -> Iterator[Check]:
+        if self.config.cluster.backend == "in_process":
+            yield Check("ports", "pass", "none needed: all actors in one process")
+            return
+        if self.config.cluster.address is not None:
+            yield Check("ports", "pass", f"Ray at {self.config.cluster.address}")
+            return
+        try:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+        except OSError as error:
+            raise ConfigError(
+                rule(
+                    "loopback",
+                    "127.0.0.1",
+                    f"have a free port ({error})",
+                    "local Ray listens on loopback only",
+                )
+            ) from error
+        yield Check("ports", "pass", "a local Ray on free loopback ports")
+
+
+def _load_tokenizer(folder: Path, setting: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            rule(setting, folder, f"hold a tokenizer ({first})", "save one beside the model")
+        ) from error

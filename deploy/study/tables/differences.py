@@ -1,0 +1,79 @@
+"""What one recipe has over another in one seed, from their run folders: all that a table needs of them.
+
+A difference comes with its standard error over prompts, so that results.json alone says what the
+tables say: per-prompt sums stay with the runs, which are large and on the machine that made them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.study.measure.measures import (
+    FRONTIER_SCORES,
+    TEXT_MEASURES,
+    Measures,
+    frontier_difference,
+    measures_path,
+)
+from deploy.study.tables.statistics import PairedPrompts, SeedDifference, seed_difference
+from distill.evaluation import Evaluation, load_evaluation
+from distill.run.folder import RunFolder
+
+FRONTIER = "frontier "
+"""Before the score's name, in the metric of a frontier's gain."""
+
+
+def differences(
+    run_dirs: Mapping[int, Mapping[str, Path]],
+    pairs: Sequence[tuple[str, str]],
+    metrics: Sequence[str],
+    *,
+    texts: bool,
+) -> list[dict[str, Any]]:
+    """One row for each seed, pair and metric. ``run_dirs``: seed -> recipe -> its run; pairs that a seed
+    lacks are left out. ``texts``: also of what the students write.
+
+    Raises: ValueError when two recipes of a seed were not evaluated on the same prompts.
+    """
+    rows = []
+    for seed, by_recipe in run_dirs.items():
+        for ours, theirs in pairs:
+            if ours in by_recipe and theirs in by_recipe:
+                both = by_recipe[ours], by_recipe[theirs]
+                found = dict(_of_evaluations(*both, metrics)) | (dict(_of_texts(*both)) if texts else {})
+                rows += [
+                    {"seed": seed, "recipe": ours, "from": theirs, "metric": metric,
+                     "difference": _rounded(each.difference), "error": _rounded(each.error)}
+                    for metric, each in found.items()
+                ]  # fmt: skip
+    return rows
+
+
+def _of_evaluations(ours: Path, theirs: Path, metrics: Sequence[str]) -> Iterator[tuple[str, SeedDifference]]:
+    both = [load_evaluation(RunFolder(path).evaluation("after")) for path in (ours, theirs)]
+    for metric in metrics:
+        yield metric, seed_difference(_paired(both[0], both[1], metric))
+
+
+def _paired(ours: Evaluation, theirs: Evaluation, metric: str) -> PairedPrompts:
+    if not np.array_equal(ours.prompt_indices, theirs.prompt_indices):
+        raise ValueError("two recipes of a seed must be evaluated on the same prompts")
+    return PairedPrompts.of(ours.per_prompt(metric), theirs.per_prompt(metric))
+
+
+def _of_texts(ours: Path, theirs: Path) -> Iterator[tuple[str, SeedDifference]]:
+    both = Measures.load(measures_path(ours)), Measures.load(measures_path(theirs))
+    for name in TEXT_MEASURES:
+        yield name, seed_difference(PairedPrompts.of(*(measures.per_prompt(name) for measures in both)))
+    for score in FRONTIER_SCORES:
+        yield FRONTIER + score, frontier_difference(both, score)
+
+
+def _rounded(value: float) -> float | None:
+    """None: not a number, which JSON cannot say."""
+    return round(value, 8) if math.isfinite(value) else None

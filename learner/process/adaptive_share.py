@@ -1,0 +1,44 @@
+"""DistiLLM's share of student text, which grows when the student gets worse on held-out text.
+
+Ko et al., 2024, "adaptive SGO scheduler": the share starts low, and when the validation loss lies
+``fraction_tolerance`` above the one at which the share was set last, it grows by ``fraction_step``.
+The validation loss here is forward KL on the teacher's held-out text, which differs from
+cross-entropy on it by a constant. Called by :mod:`learner.process.milestones`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill.config import RecipeConfig
+from distill.evaluation import Evaluation, load_evaluation, paired_difference
+from distill.run.folder import RunFolder
+
+_LOSS = "teacher_text.forward_kl"
+
+
+class AdaptiveShare:
+    """The share, and the evaluation it was set at (its file is the memory of that one)."""
+
+    def __init__(self, recipe: RecipeConfig, folder: RunFolder, state: dict[str, Any] | None = None) -> None:
+        """``state``: of a checkpoint, see :meth:`state`."""
+        self._recipe = recipe
+        self._folder = folder
+        self.share = state["share"] if state else recipe.student_fraction
+        self._set_at = state["set_at"] if state else "before"
+
+    def after_evaluation(self, evaluation: Evaluation) -> float | None:
+        """The new share where it grows, else None."""
+        if not self._recipe.adapts_fraction or self.share >= 1:
+            return None
+        before = load_evaluation(self._folder.evaluation(self._set_at))
+        rise = paired_difference(before, evaluation)[_LOSS].value
+        if rise < self._recipe.fraction_tolerance:
+            return None
+        self.share = min(1.0, round(self.share + self._recipe.fraction_step, 9))
+        self._set_at = evaluation.label
+        return self.share
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON."""
+        return {"share": self.share, "set_at": self._set_at}

@@ -1,0 +1,172 @@
+"""The critics' part of an update: K steps on slices of the positions.
+
+Legend: N positions (response tokens), D features, V vocabulary (the common prefix of both models').
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distill.config import CriticConfig
+from distill.objectives import (
+    closed_form_critic,
+    critic_loss,
+    moment_gap,
+    sampled_critic_loss,
+)
+from learner.model.chunked import ChunkedLogits, chunked_loss
+from learner.model.head import LogitTransform
+from learner.ranks import ALONE, Ranks
+from learner.update.critics import SOURCES, Critic, CriticPair
+from learner.update.positions import Heads, Policies, Positions, to_floats
+
+WARM_UP_POSITIONS = 512
+"""Positions of one step of a warm-up, about: young critics learn more from many short steps."""
+SATURATION = 0.95
+"""An action value beyond this share of the bound counts as saturated."""
+
+
+def critic_update(
+    positions: Positions,
+    heads: Heads,
+    critics: CriticPair,
+    config: CriticConfig,
+    *,
+    chunk: int,
+    seed: int,
+    warm_up: bool = False,
+    from_text: bool = False,
+    discount: float = 1.0,
+    ranks: Ranks = ALONE,
+) -> dict[str, float]:
+    """K steps of both critics, on K disjoint slices of the positions (together all of them, unless
+    ``positions_per_step`` makes the slices smaller).
+
+    ``warm_up``: as many steps as it takes for none to see more than 512 positions. ``from_text``:
+    the gap is taken between the text's tokens and the policy, ``heads.teacher`` being a proxy's.
+    ``discount``: a position weighs discount^t in its critic's mean (γ with ``credit.form=exact``, so that
+    on fresh text the critics maximise the very distance that the student minimises).
+
+    A slice is every M-th token of every row, starting at ``seed``, M the number of slices (no more than
+    the longest row has tokens, so that none is empty): it depends on nothing but a token's place in its
+    row, so neither packing nor the order of rows changes it.
+    """
+    device = positions.step.device
+    num_positions = ranks.sum_count(len(positions), device)
+    num_steps = config.num_steps
+    if warm_up:
+        num_steps = max(num_steps, -(-num_positions // WARM_UP_POSITIONS))
+    num_slices = num_steps
+    if config.positions_per_step is not None:
+        num_slices = max(num_steps, -(-num_positions // config.positions_per_step))
+    longest = int(positions.step.max()) + 1 if len(positions) else 1
+    num_slices = min(num_slices, ranks.max_count(longest, device))
+    num_steps = min(num_steps, num_slices)
+    slice_of = (positions.step + seed) % num_slices
+    norms: list[Tensor] = []
+    totals: dict[str, Tensor] = {}
+    steps_of = dict.fromkeys(SOURCES, 0)
+    for number in range(num_steps):
+        critics.zero_grad()
+        for source in SOURCES:
+            part = positions.select(slice_of == number).of(source)
+            weight = discount ** part.step.double()
+            total = ranks.sum(weight.sum())
+            if len(part):
+                measure = steps_of[source] == 0
+                means = _critic_gradient(
+                    part, weight / total, heads, critics[source], config, chunk, measure, from_text
+                )
+                for name, value in means.items():
+                    key = f"critic/{name}_{source}"
+                    totals[key] = totals[key] + value if key in totals else value
+            steps_of[source] += int(total > 0)
+        ranks.sum_gradients(critics.parameters())
+        norms.append(critics.step())
+    totals = ranks.sum_by_name(totals, device)
+    for source, steps in steps_of.items():
+        if steps:
+            totals[f"critic/loss_{source}"] /= steps
+    return _tightness(to_floats(totals | {"critic/grad_norm": torch.stack(norms).mean()}))
+
+
+def _critic_gradient(
+    positions: Positions,
+    share: Float[Tensor, " N"],
+    heads: Heads,
+    critic: Critic,
+    config: CriticConfig,
+    chunk: int,
+    measure: bool,
+    from_text: bool,
+) -> dict[str, Tensor]:
+    """Add the gradient of the critic's loss, a sum with weights ``share``, which add up to 1 over all
+    ranks; returns this rank's part of the means."""
+    policy_logits = ChunkedLogits(heads.student, positions.student_hidden, chunk)
+    teacher_logits = ChunkedLogits(heads.teacher, positions.teacher_hidden, chunk)
+
+    def loss_of_chunk(where: slice, bilinear: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            both = Policies.from_logits(policy_logits(where), teacher_logits(where))
+            log_ratio = both.log_ratio()
+        f = critic.activate(bilinear, log_ratio)
+        if from_text:
+            tokens = positions.targets[where]
+            losses = sampled_critic_loss(
+                both.policy_logprobs, tokens, f, config.penalty, policy_probs=both.policy_probs
+            )
+            metrics = _metrics_from_text(both, f.detach(), tokens, config) if measure else {}
+        else:
+            losses = critic_loss(*both.pair, f, config.penalty, **both.probs)
+            metrics = _critic_metrics(both, f.detach(), config) if measure else {}
+        weight = share[where].to(losses.dtype)
+        return weight @ losses, {name: weight @ values for name, values in metrics.items()}
+
+    loss, metrics = chunked_loss(
+        critic.coefficients(positions.teacher_hidden, positions.student_hidden),
+        critic.table(heads.teacher, heads.student),
+        LogitTransform(),
+        loss_of_chunk,
+        chunk,
+        parameters=critic.extra_parameters(),
+    )
+    loss.backward()
+    return {"loss": loss.detach()} | metrics
+
+
+@torch.no_grad()
+def _critic_metrics(both: Policies, f: Tensor, config: CriticConfig) -> dict[str, Float[Tensor, " N"]]:
+    """The gap, the gap of the best critic, and the mass that has saturated values."""
+    best = closed_form_critic(*both.pair, config.bound, config.penalty, **both.probs)
+    saturated = (f.abs() > SATURATION * config.bound).to(f.dtype)
+    mean_probs = (both.policy_probs + both.teacher_probs) / 2
+    return {
+        "d_mm": moment_gap(*both.pair, f, **both.probs),
+        "best": moment_gap(*both.pair, best, **both.probs),
+        "saturation": torch.linalg.vecdot(mean_probs, saturated),
+    }
+
+
+@torch.no_grad()
+def _metrics_from_text(
+    both: Policies, f: Tensor, tokens: Tensor, config: CriticConfig
+) -> dict[str, Float[Tensor, " N"]]:
+    """The gap between tokens and policy; the best critic's is not known without probabilities."""
+    saturated = (f.abs() > SATURATION * config.bound).to(f.dtype)
+    at_token = f.gather(1, tokens[:, None]).squeeze(1)
+    return {
+        "d_mm": at_token - torch.linalg.vecdot(both.policy_probs, f),
+        "saturation": torch.linalg.vecdot(both.policy_probs, saturated),
+    }
+
+
+def _tightness(metrics: dict[str, float]) -> dict[str, float]:
+    """Replace the best critic's gap by the share of it that the critic reaches (1 if it is 0)."""
+    for source in SOURCES:
+        best = metrics.pop(f"critic/best_{source}", None)
+        if best is not None:
+            gap = metrics[f"critic/d_mm_{source}"]
+            metrics[f"critic/tightness_{source}"] = gap / best if best > 0 else 1.0
+    return metrics

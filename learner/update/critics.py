@@ -1,0 +1,252 @@
+"""The two critics: bounded action-value functions over the whole vocabulary.
+
+    f(s, a) = B · tanh( u(h)·(P e_a)/√r + c·(P e_a)  [+ the same from the student]  [+ s · log ρ(s, a)] )
+    u(h) = W2 gelu(W1 norm(h))
+
+or, dense (``rank`` null), with a row w_a and a constant b_a for every token instead of the product:
+
+    f(s, a) = B · tanh( norm(h)·w_a/√D + b_a  [+ ...] )
+
+h is a model's state before the token, e_a the row of that model's unembedding for token a,
+normalised, ρ = π*/π. ``features`` says which terms there are: ``teacher`` the first, ``both``
+the first from either model, ``ratio`` the first from the teacher and the log-ratio. W2 and c (w
+and b) start at 0, so a critic starts at f = 0, and a ratio-aware one (s = ½) at
+tanh(½ log ρ) = (π* − π)/(π* + π), the optimum of the regularised game at λ = 2/B.
+
+The argument of the tanh is a head of rank r: (u/√r + c) · (P e_a); the dense one is a head over
+the features. So it is computed, and differentiated, as logits are (:func:`learner.model.chunked.chunked_loss`), from *coefficients*
+[N, R] and a *table* [V, R] that is made once per critic step. Everything is float32. No
+gradient reaches a backbone or an unembedding.
+
+Legend: N states, D features, V vocabulary, R coefficients (r, or D + 1 dense; with both of either).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distill.config import CriticConfig
+from learner.model.head import Head
+from learner.optimizer import load_optimizer_tensors, optimizer_tensors
+
+Source = Literal["off", "on"]
+SOURCES: tuple[Source, Source] = ("off", "on")
+"""Off-policy text (teacher samples or references), on-policy text (the student's)."""
+
+_MIN_WIDTH = 128
+
+
+class ModelSize(NamedTuple):
+    """What a critic has to know of a model."""
+
+    hidden_size: int
+    num_tokens: int
+
+
+class _Bilinear(nn.Module):
+    """u(h)·(P e_a)/√r + c·(P e_a) for the states and the unembedding of one model."""
+
+    def __init__(self, hidden_size: int, rank: int, generator: torch.Generator, *, random: bool) -> None:
+        super().__init__()
+        width = max(_MIN_WIDTH, 2 * rank)
+        self.w1 = nn.Parameter(torch.randn(width, hidden_size, generator=generator) / math.sqrt(hidden_size))
+        self.b1 = nn.Parameter(torch.zeros(width))
+        self.w2 = nn.Parameter(torch.zeros(rank, width))
+        self.constant = nn.Parameter(torch.zeros(rank))
+        self.projection = nn.Parameter(torch.randn(rank, hidden_size, generator=generator))
+        if random:
+            self.w2.data = torch.randn(rank, width, generator=generator) / math.sqrt(width)
+
+    def coefficients(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N r"]:
+        hidden = hidden.detach().to(self.w1.dtype)
+        normalised = F.layer_norm(hidden, hidden.shape[-1:])
+        u = F.gelu(normalised @ self.w1.T + self.b1) @ self.w2.T
+        return u / math.sqrt(len(self.constant)) + self.constant
+
+    def table(self, head: Head) -> Float[Tensor, "V r"]:
+        weight = head.weight.detach()
+        projected = weight @ self.projection.to(weight.dtype).T
+        return projected.to(self.projection.dtype) / head.row_norms[:, None]
+
+
+class _Dense(nn.Module):
+    """norm(h)·w_a/√D + b_a: a row of its own for every token, the unembedding is not used."""
+
+    def __init__(
+        self, hidden_size: int, num_tokens: int, generator: torch.Generator, *, random: bool
+    ) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.zeros(num_tokens, hidden_size + 1))
+        if random:
+            self.rows.data = torch.randn(num_tokens, hidden_size + 1, generator=generator)
+
+    def coefficients(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N R"]:
+        hidden = hidden.detach().to(self.rows.dtype)
+        normalised = F.layer_norm(hidden, hidden.shape[-1:]) / math.sqrt(hidden.shape[1])
+        return F.pad(normalised, (0, 1), value=1.0)
+
+    def table(self, head: Head) -> Float[Tensor, "V R"]:
+        return self.rows[: head.num_tokens]
+
+
+class Critic(nn.Module):
+    """One critic. Start values come from the generator alone."""
+
+    def __init__(
+        self, config: CriticConfig, teacher: ModelSize, student: ModelSize, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+
+        def part(size: ModelSize) -> _Bilinear | _Dense:
+            random = config.start == "random"
+            if config.rank is None:
+                return _Dense(size.hidden_size, size.num_tokens, generator, random=random)
+            return _Bilinear(size.hidden_size, config.rank, generator, random=random)
+
+        self.bound = config.bound
+        self.teacher = part(teacher)
+        self.student = part(student) if config.features == "both" else None
+        start = torch.tensor(float(config.ratio_start))
+        self.ratio_weight = nn.Parameter(start) if config.features == "ratio" else None
+
+    def coefficients(
+        self, teacher_hidden: Float[Tensor, "N Dt"], student_hidden: Float[Tensor, "N Ds"]
+    ) -> Float[Tensor, "N R"]:
+        """u/√r + c of each state; both hidden states are taken as constants."""
+        parts = [self.teacher.coefficients(teacher_hidden)]
+        if self.student is not None:
+            parts.append(self.student.coefficients(student_hidden))
+        return torch.cat(parts, dim=1)
+
+    def table(self, teacher: Head, student: Head) -> Float[Tensor, "V R"]:
+        """P e_a of each token; both unembeddings are taken as constants."""
+        parts = [self.teacher.table(teacher)]
+        if self.student is not None:
+            parts.append(self.student.table(student))
+        return torch.cat(parts, dim=1)
+
+    def activate(
+        self, bilinear: Float[Tensor, "N V"], log_ratio: Float[Tensor, "N V"]
+    ) -> Float[Tensor, "N V"]:
+        """f from the bilinear part (coefficients @ table.T) and log ρ (finite)."""
+        if self.ratio_weight is not None:
+            bilinear = torch.addcmul(bilinear, log_ratio, self.ratio_weight)
+        return _BoundedTanh.apply(bilinear, self.bound)
+
+    def extra_parameters(self) -> list[Tensor]:
+        """What :meth:`activate` adds to coefficients and table."""
+        return [] if self.ratio_weight is None else [self.ratio_weight]
+
+
+class _BoundedTanh(torch.autograd.Function):
+    """B · tanh(x) as B (2σ(2x) − 1): on a CPU the sigmoid costs a quarter of the tanh."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        y = torch.mul(x, 2.0).sigmoid_().mul_(2 * bound).sub_(bound)
+        ctx.save_for_backward(y)
+        ctx.bound = bound
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (y,) = ctx.saved_tensors
+        return y.square().mul_(-1 / ctx.bound).add_(ctx.bound).mul_(grad_outputs[0]), None
+
+
+class CriticPair:
+    """The critics of off-policy and of on-policy text, and their optimiser."""
+
+    def __init__(
+        self,
+        config: CriticConfig,
+        teacher: ModelSize,
+        student: ModelSize,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._critics: dict[Source, Critic] = {
+            source: Critic(config, teacher, student, generator).to(device) for source in SOURCES
+        }
+        self._ema = config.ema
+        self._means = copy.deepcopy(self._critics) if config.ema else self._critics
+        self._max_grad_norm = config.max_grad_norm
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=config.learning_rate, betas=(0.0, 0.9))
+
+    @property
+    def off(self) -> Critic:
+        return self._critics["off"]
+
+    @property
+    def on(self) -> Critic:
+        return self._critics["on"]
+
+    def __getitem__(self, source: Source) -> Critic:
+        return self._critics[source]
+
+    def opponent(self, source: Source) -> Critic:
+        """What the student is optimised against: the newest critic, or the running mean (``ema``)."""
+        return self._means[source]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for critic in self._critics.values() for parameter in critic.parameters()]
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> Tensor:
+        """Clip each critic's gradient by itself, then Adam. A critic without gradient stays.
+
+        Returns the norm of both gradients before clipping.
+
+        Raises: FloatingPointError when it is not finite; no parameter has moved then.
+        """
+        norms = [
+            nn.utils.clip_grad_norm_(critic.parameters(), self._max_grad_norm)
+            for critic in self._critics.values()
+        ]
+        device = self.parameters()[0].device  # torch gives a critic without gradient a norm on the CPU
+        norm = torch.linalg.vector_norm(torch.stack([value.to(device, torch.float32) for value in norms]))
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"the critics' gradient has norm {norm.item()}: a state, logit or critic is not finite"
+            )
+        self.optimizer.step()
+        if self._ema:
+            self._update_means()
+        return norm
+
+    @torch.no_grad()
+    def _update_means(self) -> None:
+        for source, critic in self._critics.items():
+            for mean, value in zip(self._means[source].parameters(), critic.parameters(), strict=True):
+                mean.lerp_(value, 1 - self._ema)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters and Adam's state by flat names: what a checkpoint keeps, no pickle."""
+        return {name: value.detach() for name, value in self._named()} | optimizer_tensors(
+            self.optimizer, "critic_optimizer"
+        )
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state_dict`; other names are left alone."""
+        with torch.no_grad():
+            for name, value in self._named():
+                value.copy_(tensors[name])
+        load_optimizer_tensors(self.optimizer, dict(tensors), "critic_optimizer")
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        kinds = {"critic": self._critics} | ({"critic_mean": self._means} if self._ema else {})
+        for kind, critics in kinds.items():
+            for source, critic in critics.items():
+                for name, value in critic.named_parameters():
+                    yield f"{kind}.{source}.{name}", value

@@ -1,0 +1,147 @@
+"""What both steps of an update see: the policies, and the positions they are compared at.
+
+Legend: N positions (response tokens), D features, V vocabulary (the common prefix of both models').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from learner.batch import Pack, TokenBatch
+from learner.model.head import Head, LogitTransform
+from learner.update.critics import Source
+
+
+@runtime_checkable
+class TrainedModel(Protocol):
+    """What an update needs of the model in training."""
+
+    @property
+    def head_weight(self) -> nn.Parameter: ...
+
+    @property
+    def transform(self) -> LogitTransform: ...
+
+    def states(self, pack: Pack) -> Tensor:
+        """[N, D]: final-norm hidden states before the pack's response tokens."""
+        ...
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+
+
+class Policies(NamedTuple):
+    """Both policies at some positions, each exponential taken once. The teacher is a constant."""
+
+    policy_logprobs: Float[Tensor, "N V"]
+    teacher_logprobs: Float[Tensor, "N V"]
+    policy_probs: Float[Tensor, "N V"]
+    teacher_probs: Float[Tensor, "N V"]
+
+    @classmethod
+    def from_logits(cls, policy_logits: Tensor, teacher_logits: Tensor) -> Policies:
+        policy_logprobs = policy_logits.log_softmax(-1)
+        with torch.no_grad():
+            teacher_logprobs = teacher_logits.log_softmax(-1)
+            teacher_probs = teacher_logprobs.exp()
+        return cls(policy_logprobs, teacher_logprobs, policy_logprobs.exp(), teacher_probs)
+
+    def detach(self) -> Policies:
+        return Policies(*(value.detach() for value in self))
+
+    def log_ratio(self) -> Tensor:
+        """log ρ = log π*/π."""
+        return self.teacher_logprobs - self.policy_logprobs
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """First two arguments of an objective."""
+        return self.policy_logprobs, self.teacher_logprobs
+
+    @property
+    def probs(self) -> dict[str, Tensor]:
+        """What spares an objective the exponentials."""
+        return {"policy_probs": self.policy_probs, "teacher_probs": self.teacher_probs}
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The counted response positions of a batch, flat, as critics and credit see them: constants."""
+
+    student_hidden: Float[Tensor, "N Ds"]
+    teacher_hidden: Float[Tensor, "N Dt"]
+    on_policy: Bool[Tensor, " N"]
+    row: Int[Tensor, " N"]
+    step: Int[Tensor, " N"]
+    targets: Int[Tensor, " N"]
+    behavior_logprobs: Float[Tensor, " N"]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def select(self, mask: Bool[Tensor, " N"]) -> Positions:
+        return Positions(**{name: value[mask] for name, value in vars(self).items()})
+
+    def of(self, source: Source) -> Positions:
+        return self.select(self.on_policy if source == "on" else ~self.on_policy)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The unembeddings of both models over their common vocabulary, as constants."""
+
+    student: Head
+    teacher: Head
+
+    @classmethod
+    def of(cls, student: TrainedModel, teacher: Head) -> Heads:
+        head = Head(student.head_weight.detach(), student.transform)
+        num_tokens = min(head.num_tokens, teacher.num_tokens)
+        return cls(head.prefix(num_tokens), teacher.prefix(num_tokens))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.teacher.num_tokens
+
+
+def collect_positions(
+    student: TrainedModel, batch: TokenBatch, *, keep_graph: bool = False
+) -> tuple[Positions, list[Tensor] | None]:
+    """One pass over the packs; the positions are constants.
+
+    ``keep_graph``: also return each pack's states [N, Ds] with the graph behind them, so that the
+    student's step need not run the backbone again; the activations of all packs are kept then.
+    """
+    parts: list[Positions] = []
+    kept: list[Tensor] = []
+    for pack in batch.packs:
+        with torch.set_grad_enabled(keep_graph):
+            states = student.states(pack)
+        if keep_graph:
+            kept.append(states)
+        part = Positions(
+            states.detach(), teacher_hidden(pack), pack.on_policy, pack.row, pack.step, pack.targets,
+            pack.behavior_logprobs,
+        )  # fmt: skip
+        parts.append(part.select(pack.counted))
+    together = Positions(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+    return together, kept or None
+
+
+def teacher_hidden(pack: Pack) -> Tensor:
+    if pack.teacher_hidden is None:
+        raise ValueError("a pack without teacher states, in a recipe whose losses need the teacher's policy")
+    return pack.teacher_hidden
+
+
+def to_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """All at once: one wait for the device."""
+    if not metrics:
+        return {}
+    values = torch.stack([value.detach().double().reshape(()) for value in metrics.values()])
+    return dict(zip(metrics, values.tolist(), strict=True))

@@ -1,0 +1,322 @@
+"""The student's part of an update: one optimiser step over all packs, the critics held fixed.
+
+Legend: N positions (response tokens), B rows, T longest response, V vocabulary (the common prefix
+of both models').
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from distill.config import MethodConfig
+from distill.objectives import cross_entropy, entropy, moment_gap, total_variation
+from learner.batch import Pack, TokenBatch
+from learner.model.chunked import ChunkedLogits, LossOfChunk, chunked_loss
+from learner.ranks import ALONE, Ranks
+from learner.update.credit_step import Credit
+from learner.update.critics import Source
+from learner.update.losses import position_losses
+from learner.update.positions import Heads, Policies, TrainedModel, teacher_hidden, to_floats
+from learner.update.witness import Witness
+
+
+def student_update(
+    student: TrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batch: TokenBatch,
+    heads: Heads | None,
+    witnesses: Mapping[Source, Witness] | None,
+    method: MethodConfig,
+    credit: Credit | None = None,
+    states: list[Tensor] | None = None,
+    ranks: Ranks = ALONE,
+) -> dict[str, float]:
+    """One optimiser step of the student over all packs, the critics held fixed.
+
+    ``heads``: None for a recipe that compares no distributions. ``witnesses``: what plays against
+    the student on either text, if anything does. ``states``: the student's states of each pack
+    with their graphs, if the pass before kept them; the list is emptied, so that each pack's
+    activations are freed when it is done.
+
+    Raises: FloatingPointError when loss or gradient is not finite; nothing has moved then.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    objective = _StudentObjective(student, batch, heads, witnesses, method, credit)
+    sums: dict[str, Tensor] = {}
+    for pack in batch.packs:
+        hidden = states.pop(0) if states else student.states(pack)
+        loss, metrics = objective.of_pack(pack, hidden)
+        loss.backward()
+        for name, value in ({"loss": loss.detach()} | metrics).items():
+            sums[name] = sums[name] + value if name in sums else value
+    ranks.sum_gradients(student.parameters())
+    grad_norm = nn.utils.clip_grad_norm_(student.parameters(), method.learner.max_grad_norm)
+    metrics = to_floats(
+        objective.means(ranks.sum_by_name(sums, batch.group.device)) | {"policy/grad_norm": grad_norm}
+    )
+    if not (math.isfinite(metrics["policy/loss"]) and math.isfinite(metrics["policy/grad_norm"])):
+        raise FloatingPointError(
+            f"the student's loss is {metrics['policy/loss']} and its gradient's norm "
+            f"{metrics['policy/grad_norm']}: the student was not changed"
+        )
+    optimizer.step()
+    return metrics
+
+
+class _StudentObjective:
+    """The loss of one update: what all its packs share."""
+
+    def __init__(
+        self,
+        student: TrainedModel,
+        batch: TokenBatch,
+        heads: Heads | None,
+        witnesses: Mapping[Source, Witness] | None,
+        method: MethodConfig,
+        credit: Credit | None,
+    ) -> None:
+        self._student = student
+        self._heads = heads
+        self._witnesses = witnesses or {}
+        self._method = method
+        self._recipe = method.recipe
+        self._penalty = method.critic.penalty if method.critic.zero_sum else 0.0
+        self._chunk = method.learner.vocabulary_chunk
+        self._credit = credit
+        self._num_tokens: dict[Source, int] = {"off": batch.num_off_policy, "on": batch.num_on_policy}
+        num_rows: dict[Source, int] = {"off": batch.num_off_policy_rows, "on": batch.num_on_policy_rows}
+        self._denominator = num_rows if method.credit.form == "exact" else self._num_tokens
+        self._lengths = _row_lengths(batch)
+
+    def of_pack(self, pack: Pack, hidden: Float[Tensor, "N D"]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The pack's share of the loss, and its sums of the metrics, from the student's states.
+
+        Positions are sorted by source, and no block holds both, so a block has one critic.
+        """
+        order, num_off = _sorted_by_source(pack)
+        hidden = hidden.index_select(0, order)
+        if self._heads is None:
+            loss_of_chunk = self._text_loss(pack, order, num_off, hidden.dtype)
+            num_tokens = None
+        else:
+            loss_of_chunk = self._policies_loss(pack, order, num_off, hidden.detach(), self._heads)
+            num_tokens = self._heads.num_tokens
+        return chunked_loss(
+            hidden,
+            self._student.head_weight,
+            self._student.transform,
+            loss_of_chunk,
+            self._chunk,
+            num_tokens=num_tokens,
+            boundary=num_off,
+        )
+
+    def _text_loss(self, pack: Pack, order: Tensor, num_off: int, dtype: torch.dtype) -> LossOfChunk:
+        """Cross-entropy alone: the recipes of a teacher that only wrote the text."""
+        targets = pack.targets[order]
+        weight = self._weights(pack, order, dtype)
+
+        def loss_of_chunk(where: slice, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs = logits.log_softmax(-1)
+            source = _source(where, num_off)
+            metrics = {f"entropy_{source}": entropy(logprobs.detach()).sum()}
+            if source == "on":
+                return torch.zeros_like(metrics["entropy_on"]), metrics
+            losses = self._recipe.lm_weight * cross_entropy(logprobs, targets[where])
+            return (weight[where] * losses).sum() / self._denominator["off"], metrics
+
+        return loss_of_chunk
+
+    def _policies_loss(
+        self, pack: Pack, order: Tensor, num_off: int, hidden: Tensor, heads: Heads
+    ) -> LossOfChunk:
+        """All terms, from both policies' full distributions."""
+        features = teacher_hidden(pack)[order]
+        teacher_logits = ChunkedLogits(heads.teacher, features, self._chunk)
+        values = {
+            source: witness.at(features, hidden, self._chunk) for source, witness in self._witnesses.items()
+        }
+        targets, row, step = pack.targets[order], pack.row[order], pack.step[order]
+        behavior = pack.behavior_logprobs[order]
+        weight = self._weights(pack, order, hidden.dtype)
+        advantage = None if self._credit is None else _look_up(self._credit.advantage, row, step)
+
+        def loss_of_chunk(where: slice, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            source = _source(where, num_off)
+            both = Policies.from_logits(logits, teacher_logits(where))
+            with torch.no_grad():
+                log_ratio = both.log_ratio()
+                f = values[source](where, both, log_ratio) if values else None
+            losses = position_losses(
+                self._recipe,
+                source,
+                both,
+                targets[where],
+                f=f,
+                variance_penalty=self._penalty,
+                advantage=None if advantage is None else advantage[where],
+                behavior_logprobs=behavior[where],
+                ppo_clip=self._method.credit.ppo_clip,
+            )
+            metrics = _policy_metrics(both.detach(), log_ratio, f)
+            if source == "on":
+                metrics |= _drift(metrics["tv"], step[where], self._lengths[row[where]])
+                policy = -cross_entropy(both.policy_logprobs.detach(), targets[where])
+                metrics |= _staleness(behavior[where] - policy)
+                if advantage is not None and f is not None and self._recipe.loss_weight > 0:
+                    scale = self._recipe.long_weight / self._recipe.loss_weight
+                    metrics |= _gradient_squares(both.detach(), f, targets[where], scale * advantage[where])
+            sums = {_metric_name(name, source): value.sum() for name, value in metrics.items()}
+            return (weight[where] * losses).sum() / self._denominator[source], sums
+
+        return loss_of_chunk
+
+    def _weights(self, pack: Pack, order: Tensor, dtype: torch.dtype) -> Float[Tensor, " N"]:
+        """Of each position's losses: 1, or γ^t (``credit.form=exact``), times the ratios before it."""
+        row, step = pack.row[order], pack.step[order]
+        wide = torch.promote_types(dtype, torch.float32)
+        weight = torch.ones(len(order), dtype=wide, device=order.device)
+        if self._method.credit.form == "exact":
+            weight = self._recipe.gamma ** step.to(wide)
+        if self._credit is not None and self._credit.weight is not None:
+            before = _look_up(self._credit.weight, row, step)
+            weight = torch.where(pack.on_policy[order], weight * before, weight)
+        return weight
+
+    def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all packs to means over the tokens they count."""
+        means = {}
+        for name, value in sums.items():
+            if name.startswith("num_"):
+                continue
+            if name == "loss":
+                count = 1
+            elif name.endswith("_third"):
+                count = sums[f"num_{name}"].clamp_min(1)
+            else:
+                count = self._num_tokens["off" if name.endswith("_off") else "on"]
+            means[f"policy/{name}"] = value / count
+        return _ratios(means)
+
+
+def _source(where: slice, num_off: int) -> Source:
+    return "off" if where.stop <= num_off else "on"
+
+
+def _sorted_by_source(pack: Pack) -> tuple[Int[Tensor, " N"], int]:
+    """The counted positions, off-policy text first, and how many of them are off-policy."""
+    off = (pack.counted & ~pack.on_policy).nonzero().squeeze(1)
+    on = (pack.counted & pack.on_policy).nonzero().squeeze(1)
+    return torch.cat([off, on]), len(off)
+
+
+def _row_lengths(batch: TokenBatch) -> Int[Tensor, " B"]:
+    """Response tokens of each row."""
+    lengths = torch.zeros_like(batch.group)
+    for pack in batch.packs:
+        lengths.scatter_reduce_(0, pack.row, pack.step + 1, "amax")
+    return lengths
+
+
+def _look_up(
+    rows: Float[Tensor, "B T"], row: Int[Tensor, " N"], step: Int[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """Values of some positions; rows longer than the longest on-policy one have none."""
+    if rows.shape[1] == 0:
+        return rows.new_zeros(len(row))
+    return torch.where(step < rows.shape[1], rows[row, step.clamp_max(rows.shape[1] - 1)], 0.0)
+
+
+@torch.no_grad()
+def _policy_metrics(both: Policies, log_ratio: Tensor, f: Tensor | None) -> dict[str, Tensor]:
+    """Exact divergences of the policies at each position, and the gap that the critic sees.
+
+    Both divergences from the one log-ratio: the logits of a batch are finite, and every pass over
+    the vocabulary is felt.
+    """
+    metrics = {
+        "tv": total_variation(*both.pair, **both.probs),
+        "forward_kl": torch.linalg.vecdot(both.teacher_probs, log_ratio),
+        "reverse_kl": -torch.linalg.vecdot(both.policy_probs, log_ratio),
+        "entropy": entropy(both.policy_logprobs, policy_probs=both.policy_probs),
+    }
+    if f is not None:
+        metrics["moment_gap"] = moment_gap(*both.pair, f, **both.probs)
+    return metrics
+
+
+def _drift(tv: Tensor, step: Tensor, length: Tensor) -> dict[str, Tensor]:
+    """TV in the first and last ⌊T/3⌋ tokens of responses of T tokens."""
+    third = length // 3
+    first, last = (step < third).to(tv.dtype), (step >= length - third).to(tv.dtype)
+    return {
+        "tv_on_first_third": tv * first,
+        "tv_on_last_third": tv * last,
+        "num_tv_on_first_third": first,
+        "num_tv_on_last_third": last,
+    }
+
+
+def _staleness(behavior_gap: Tensor) -> dict[str, Tensor]:
+    """What the policy in training thinks of tokens that an older one (or the engine) sampled.
+
+    ``behavior_gap``: log μ(a) − log π(a), μ the policy that sampled.
+    """
+    ratio = (-behavior_gap).exp()
+    return {
+        "behavior_gap": behavior_gap,
+        "importance_ratio": ratio,
+        "importance_ratio_square": ratio.square(),
+    }
+
+
+@torch.no_grad()
+def _gradient_squares(
+    both: Policies, f: Tensor, targets: Tensor, advantage: Float[Tensor, " N"]
+) -> dict[str, Tensor]:
+    """Squared norms of the two gradients in the logits z of each position.
+
+    Direct: ∂g_f/∂z = −p ∘ (f − E_p f). Long horizon: ∂(A log p(a))/∂z = A (1_a − p).
+    """
+    p = both.policy_probs
+    direct = p * (f - torch.linalg.vecdot(p, f)[:, None])
+    chosen = p.gather(1, targets[:, None]).squeeze(1)
+    return {
+        "direct_gradient_square": torch.linalg.vecdot(direct, direct),
+        "long_gradient_square": advantage.square() * (torch.linalg.vecdot(p, p) - 2 * chosen + 1),
+    }
+
+
+def _ratios(means: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace means of squares by what they are wanted for.
+
+    ``importance_ess``: effective share of the samples, (mean ρ)² / mean ρ², 1 on fresh text.
+    ``long_over_direct``: norm of the long-horizon gradient over the direct one's, in the logits.
+    """
+    square = means.pop("policy/importance_ratio_square", None)
+    if square is not None:
+        means["policy/importance_ess"] = means["policy/importance_ratio"].square() / square
+    direct = means.pop("policy/direct_gradient_square", None)
+    if direct is not None:
+        ratio = means.pop("policy/long_gradient_square") / direct.clamp_min(1e-30)
+        means["policy/long_over_direct"] = ratio.sqrt()
+    return means
+
+
+_OF_STUDENT_TEXT = (
+    "behavior_gap",
+    "importance_ratio",
+    "importance_ratio_square",
+    "direct_gradient_square",
+    "long_gradient_square",
+)
+"""Metrics of the student's text alone, whose names need no source."""
+
+
+def _metric_name(name: str, source: Source) -> str:
+    return name if name in _OF_STUDENT_TEXT or name.endswith("_third") else f"{name}_{source}"

@@ -1,0 +1,260 @@
+"""Bad input: exit code 2 and one line with the remedy, before any engine starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploy import PRESETS
+from deploy.cli.main import main
+from deploy.demo import demo
+from distill.config import ConfigError
+from distill.config.load import fingerprint, to_yaml
+from distill.run.folder import RunFolder
+from tests.tiny import make_world, save_tiny_llama, tiny_config, tiny_overrides, tiny_tokenizer
+
+Complaint = Callable[..., str]
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    return folder
+
+
+@pytest.fixture
+def complaint(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Complaint:
+    """Runs `distill train` with overrides and returns its one line on stderr."""
+
+    def no_engine(*_: object) -> None:
+        raise AssertionError("an engine was about to start")
+
+    monkeypatch.setattr("deploy.run.stages.Cluster", no_engine)
+
+    def run(*overrides: str, arguments: list[str] | None = None) -> str:
+        every = [*tiny_overrides(world), f"run_dir={tmp_path}/run", *overrides]
+        code = main(arguments or ["train", str(world / "tiny.yaml"), *every])
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert code == 2, lines
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run
+
+
+def test_a_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
+    line = complaint(arguments=["train", str(tmp_path / "none.yaml")])
+    assert "none.yaml" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("lerner.num_updates=3", ["lerner", "learner"]),
+        ("learner.num_update=3", ["learner.num_update", "learner.num_updates"]),
+        ("learner.num_updates=many", ["learner.num_updates", "many"]),
+        ("critic.features=ratios", ["critic.features", "ratio"]),
+        ("recipe=amd", ["amd", "ammd"]),
+        ("recipe.beta=1.5", ["recipe.beta=1.5", "[0, 1]"]),
+        ("rollout.temperature=0.7", ["rollout.temperature=0.7"]),
+        ("replay.min_size_to_sample=100", ["replay.min_size_to_sample=100", "max_policy_age"]),
+        ("teacher.model=/no/such/folder", ["teacher.model=/no/such/folder"]),
+        ("teacher.model=smollm2-135", ["smollm2-135m"]),
+        ("data.path=/no/rows.jsonl", ["/no/rows.jsonl"]),
+        ("data.max_prompt_tokens=5", ["prompt", "data.max_prompt_tokens"]),
+        ("data.max_prompt_tokens=4096", ["context", "512"]),
+        ("data.num_heldout=1000", ["heldout"]),
+        ("student.init.num_layers=9", ["student.init.num_layers=9", "2"]),
+        ("replay.max_bytes=2000000", ["replay.m"]),
+        ("critic.rank=65", ["critic.rank=65", "hidden size", "64"]),
+        ("cluster.backend=in_process", ["rollout.engine=vllm", "transformers"]),
+        (
+            "data.max_reference_tokens=600",
+            ["context", "512", "lower data.max_prompt_tokens or data.max_reference_tokens"],
+        ),
+        pytest.param(
+            "learner.device=cuda",
+            ["learner.device=cuda must be there", "auto"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"),
+        ),
+        ("learner.max_grad_norm=-1", ["learner.max_grad_norm=-1.0 must be > 0; 1.0 is the default"]),
+    ],
+)
+def test_a_wrong_setting(complaint: Complaint, override: str, parts: list[str]) -> None:
+    line = complaint(override)
+    assert all(part in line for part in parts), line
+
+
+def test_a_broken_line_is_named(complaint: Complaint, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": f"p{i}", "completion": "c"}) for i in range(30)]
+    rows[16] = '{"prompt": "p16", "completion": '
+    path = tmp_path / "broken.jsonl"
+    path.write_text("\n".join(rows))
+    line = complaint(f"data.path={path}")
+    assert f"{path} line 17" in line
+
+
+def test_an_empty_data_set(complaint: Complaint, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "at least one row" in complaint(f"data.path={tmp_path}/empty.jsonl")
+
+
+def test_two_tokenizers(complaint: Complaint, tmp_path: Path) -> None:
+    other = save_tiny_llama(tmp_path / "other")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(other)
+    line = complaint(f"student.model={other}", "student.init.from=null", "student.init.num_layers=null")
+    assert "tokenizer" in line
+
+
+def test_a_rank_above_the_smaller_of_both_models(complaint: Complaint, tmp_path: Path) -> None:
+    narrow = save_tiny_llama(tmp_path / "narrow", hidden_size=32)
+    student = [f"student.model={narrow}", "student.init.from=null", "student.init.num_layers=null"]
+    assert "32; " in complaint(*student, "critic.features=both", "critic.rank=33")
+
+
+def test_half_a_checkpoint(complaint: Complaint, tmp_path: Path) -> None:
+    half = save_tiny_llama(tmp_path / "half")
+    (file,) = half.glob("*.safetensors")
+    whole = file.read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    for broken in (whole[:4], whole[:100], whole[:-1], pointer):
+        file.write_bytes(broken)
+        line = complaint(f"teacher.model={half}")
+        assert "must hold whole safetensors files" in line and "again" in line
+
+
+def test_a_run_folder_that_cannot_be(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The doctor finds it too, not only the run."""
+    (tmp_path / "file").write_text("precious")
+    for run_dir, said in (("file/run", "be a folder"), (".", "it holds file")):
+        doctor = ["doctor", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/{run_dir}"]
+        assert main([*doctor, "--json"]) == 2
+        last = json.loads(capsys.readouterr().out)["checks"][-1]
+        assert last["status"] == "fail" and said in last["message"]
+
+
+def test_a_study_folder_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["study", str(PRESETS / "studies/tiny.yaml"), "--out", f"{tmp_path}/file/x"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "Not a directory" in line and "file/x" in line
+    assert main(["study", str(PRESETS / "studies/tiny.yaml"), "--out", f"{tmp_path}/file"]) == 2
+    assert "--out=" in (line := capsys.readouterr().err) and "must be a folder" in line
+
+
+def test_the_tables_of_committed_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = ROOT / "docs/results/lead"
+    assert main(["study", str(results / "results.json"), "--report"]) == 0
+    assert capsys.readouterr().out.strip() == (results / "report.md").read_text().strip()
+    assert main(["study", str(results / "results.json"), "--report", "--out", str(tmp_path)]) == 2
+    assert "--out" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text("{}")
+    assert main(["study", str(tmp_path / "other.json"), "--report"]) == 2
+    assert "must hold asked" in capsys.readouterr().err
+
+
+def test_the_demo_reads_its_settings_before_it_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.demo.subprocess.run", lambda *_: pytest.fail("fetched"))
+    with pytest.raises(ConfigError, match="sed is not a setting; did you mean seed"):
+        demo(["sed=1"])
+    with pytest.raises(ConfigError, match="must be name=value"):
+        demo(["--help"])
+
+
+def test_an_unknown_logit_transform(complaint: Complaint, tmp_path: Path) -> None:
+    other = save_tiny_llama(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "frobnicator"}))
+    line = complaint(f"teacher.model={other}")
+    assert "frobnicator" in line
+
+
+def test_padded_vocabularies_are_said(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    padded = save_tiny_llama(tmp_path / "padded", vocab_size=320)
+    overrides = [f"student.model={padded}", "student.init.from=null", "student.init.num_layers=null"]
+    arguments = ["doctor", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]
+    assert main([*arguments, *overrides, "--json"]) == 0
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["vocabulary"]["status"] == "warn"
+    assert "first 258" in checks["vocabulary"]["message"]
+
+
+def test_the_doctor_says_what_is_wrong_and_how_to_mend_it(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["doctor", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]
+    assert main([*arguments, "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    names = [check["name"] for check in checks]
+    assert {"tokenizers", "vocabulary", "payload", "memory", "buffer", "ports", "disk"} <= set(names)
+    assert all(check["status"] in ("pass", "warn") for check in checks)
+    assert main([*arguments, "data.path=/no/rows.jsonl", "--json"]) == 2
+    last = json.loads(capsys.readouterr().out)["checks"][-1]
+    assert last["status"] == "fail" and last["remedy"]
+
+
+def test_a_folder_of_another_config(complaint: Complaint, world: Path, tmp_path: Path) -> None:
+    config = tiny_config(world, f"run_dir={tmp_path}/run", "seed=5")
+    with RunFolder(config.run_dir) as folder:
+        folder.create(to_yaml(config), fingerprint(config))
+    line = complaint()
+    assert "run_dir" in line and "seed" in line
+
+
+def test_resume_and_report_of_what_is_not_there(complaint: Complaint, tmp_path: Path) -> None:
+    for arguments in (["train", "--resume", f"{tmp_path}/none"], ["report", f"{tmp_path}/none"]):
+        line = complaint(arguments=arguments)
+        assert "none" in line and "run" in line
+
+
+def test_half_a_summary(complaint: Complaint, world: Path, tmp_path: Path) -> None:
+    config = tiny_config(world, f"run_dir={tmp_path}/run")
+    with RunFolder(config.run_dir) as folder:
+        folder.create(to_yaml(config), fingerprint(config))
+    folder.summary.write_text('{"updates": ')
+    line = complaint(arguments=["report", f"{tmp_path}/run"])
+    assert "summary.json must be JSON" in line and "--resume" in line
+
+
+def test_a_configuration_or_a_run_to_resume(complaint: Complaint) -> None:
+    assert "--resume" in complaint(arguments=["train"])
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from deploy.cli.main import parser; parser().format_help();"
+        "print(sorted({'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_a_failure_of_the_driver_is_one_line_and_a_file(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def full(*_: object) -> None:
+        run.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("deploy.run.stages.train", full)
+    assert main(["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={run}"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "No space left on device" in lines[0]
+    assert len(lines) == 2
+    assert "Traceback" in (run / "failure.txt").read_text()

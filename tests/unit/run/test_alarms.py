@@ -1,0 +1,103 @@
+"""What is said, when, and only once."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from distill.evaluation import EXTRA_METRICS, METRICS, Evaluation
+from distill.run.alarms import WINDOW, Alarms
+
+SOUND = {"critic/tightness_off": 0.9, "critic/tightness_on": 0.9, "critic/d_mm_off": 0.5,
+         "policy/tv_on_first_third": 0.3, "policy/tv_on_last_third": 0.31}  # fmt: skip
+
+
+def at(tv: float, spread: float = 0.001) -> Evaluation:
+    """Eight prompts of ten tokens; ``spread``: of what does not fall out in pairs."""
+    noise = spread * np.random.default_rng(int(1e6 * tv)).normal(size=8)
+    columns = {"prompt_index": np.arange(8)}
+    for name in (*METRICS, *EXTRA_METRICS):
+        columns[f"{name}.sum"] = 10 * (tv + noise - noise.mean())
+        columns[f"{name}.weight"] = np.full(8, 10.0)
+    return Evaluation("step-1", pa.table(columns))
+
+
+def said(alarms: Alarms, count: int = WINDOW, **changes: float) -> list[str]:
+    row = SOUND | {name.replace("__", "/"): value for name, value in changes.items()}
+    return [message for _ in range(count) for message in alarms.after_update(row)]
+
+
+def test_a_sound_run_says_nothing():
+    alarms = Alarms()
+    assert said(alarms, 3 * WINDOW) == []
+    assert alarms.after_evaluation(at(0.5)) == alarms.after_evaluation(at(0.4)) == []
+    assert said(Alarms(), 3 * WINDOW, critic__tightness_off=0.61) == []
+
+
+def test_a_weak_critic():
+    alarms = Alarms()
+    assert said(alarms, WINDOW - 1, critic__tightness_on=0.3) == []  # it may be young
+    assert "critic/tightness_on is 0.30" in said(alarms, 1, critic__tightness_on=0.3)[0]
+    assert said(alarms, WINDOW, critic__tightness_on=0.3) == []  # once
+
+
+def test_drift():
+    assert "TV grows along" in said(Alarms(), policy__tv_on_last_third=0.34)[0]
+    assert said(Alarms(), policy__tv_on_last_third=0.32) == []
+
+
+def test_a_gamed_critic():
+    alarms = Alarms()
+    said(alarms)
+    assert alarms.after_evaluation(at(0.40)) == []
+    said(alarms, critic__d_mm_off=0.4)
+    assert "held-out TV rose from 0.400 to 0.410" in alarms.after_evaluation(at(0.41))[0]
+    by_chance = Alarms()
+    said(by_chance)
+    by_chance.after_evaluation(at(0.40, spread=0.1))
+    said(by_chance, critic__d_mm_off=0.4)
+    assert by_chance.after_evaluation(at(0.41, spread=0.1)) == []
+    falling_both = Alarms()
+    said(falling_both)
+    falling_both.after_evaluation(at(0.40))
+    said(falling_both, critic__d_mm_off=0.4)
+    assert falling_both.after_evaluation(at(0.39)) == []
+
+
+def test_recipes_without_critics_have_none_of_their_numbers():
+    alarms = Alarms()
+    for _ in range(2 * WINDOW):
+        assert alarms.after_update({"policy/tv_off": 0.5}) == []
+    assert alarms.after_evaluation(at(0.5)) == alarms.after_evaluation(at(0.6)) == []
+
+
+@pytest.mark.parametrize("interrupted_after", range(0, 3 * WINDOW, 7))
+def test_a_resumed_run_says_what_the_whole_one_would(interrupted_after: int):
+    rows = [
+        SOUND
+        | {"critic/d_mm_off": 0.5 - 0.002 * update, "critic/tightness_on": 0.9 if update < WINDOW else 0.1}
+        for update in range(3 * WINDOW)
+    ]
+    evaluations = {10: at(0.40), 40: at(0.41)}
+
+    def run(alarms: Alarms, updates: range) -> list[str]:
+        messages = []
+        for update in updates:
+            messages += alarms.after_update(rows[update])
+            if update in evaluations:
+                messages += alarms.after_evaluation(evaluations[update])
+        return messages
+
+    whole = run(Alarms(), range(3 * WINDOW))
+    assert len(whole) == 2  # a weak critic, and a gamed one
+    alarms = Alarms()
+    before = run(alarms, range(interrupted_after))
+    state = json.loads(json.dumps(alarms.state()))
+    last = max((update for update in evaluations if update < interrupted_after), default=None)
+    assert (state["evaluation"] is None) == (last is None)
+    resumed = Alarms.resume(state, rows[:interrupted_after], None if last is None else evaluations[last])
+    assert before + run(resumed, range(interrupted_after, 3 * WINDOW)) == whole
+    assert list(resumed.raised.values()) == whole
