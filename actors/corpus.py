@@ -30,7 +30,7 @@ async def write_corpus(
     prompts_per_call = max(1, rows_per_call // samples)
     for first in range(0, num_prompts, prompts_per_call):
         indices = range(first, min(first + prompts_per_call, num_prompts))
-        draws = [Draw(table="text", number=i, epoch=0, index=i) for i in indices]
+        draws = [Draw(table="teacher_text", number=i, epoch=0, index=i) for i in indices]
         batch = trajectory_batch(await _answers(prompts, draws, generator))
         num_tokens += len(batch.column("response_tokens").flatten())
         batches.append(batch)

@@ -28,13 +28,15 @@ from distill.run.inputs import RunInputs
 class ReplayActor(ReplayService):
     """The index of the replay buffer: ids, states and locations, no rows."""
 
-    def __init__(self, config: RunConfig, num_prompts: int, num_text_rows: int) -> None:
+    def __init__(self, config: RunConfig, num_prompts: int, num_teacher_rows: int) -> None:
         super().__init__(
             ReplayIndex(
                 replay=config.replay,
                 plan=BatchPlan.of(config),
-                student_order=DrawOrder("student", num_prompts, config.seed),
-                text_order=DrawOrder("text", num_text_rows, config.seed) if num_text_rows else None,
+                student_order=DrawOrder("student_text", num_prompts, config.seed),
+                teacher_order=DrawOrder("teacher_text", num_teacher_rows, config.seed)
+                if num_teacher_rows
+                else None,
                 num_updates=config.learner.num_updates,
             )
         )

@@ -76,7 +76,7 @@ class TeacherScorer:
     async def score_heldout(self, num_rows: int) -> list[GroupRef]:
         """The teacher's own text on the first held-out prompts, scored."""
         draws = tuple(Draw(table="heldout", number=i, epoch=0, index=i) for i in range(num_rows))
-        return await self._score_heldout(ScoringJob(text_draws=draws))
+        return await self._score_heldout(ScoringJob(teacher_draws=draws))
 
     async def _score_heldout(self, job: ScoringJob) -> list[GroupRef]:
         groups = await score(job, self.heldout_corpus, self.teacher, self.store)

@@ -97,8 +97,8 @@ async def score_loop(
 
 async def score(job: ScoringJob, corpus: Corpus, teacher: Teacher, store: Store) -> list[GroupRef]:
     """Score a job in one call of the teacher and store the groups with their payload."""
-    draws = [group.draw for group in job.groups] + list(job.text_draws)
-    batches = [store.read(group) for group in job.groups] + corpus.rows(job.text_draws)
+    draws = [group.draw for group in job.groups] + list(job.teacher_draws)
+    batches = [store.read(group) for group in job.groups] + corpus.rows(job.teacher_draws)
     prompts = [tokens for batch in batches for tokens in batch.column("prompt_tokens").to_pylist()]
     responses = [tokens for batch in batches for tokens in batch.column("response_tokens").to_pylist()]
     hidden = await teacher.hidden_states(prompts, responses)

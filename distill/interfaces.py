@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
-Table = Literal["student", "text", "heldout"]
+Table = Literal["student_text", "teacher_text", "heldout"]
 """``student``: prompts to roll out; ``text``: rows of the corpus (teacher samples or references);
 ``heldout``: evaluation, never in the replay index."""
 
@@ -65,10 +65,10 @@ class ScoringJob:
     """What the teacher is to do next: rolled-out groups to read, corpus draws to look up."""
 
     groups: tuple[GroupRef, ...] = ()
-    text_draws: tuple[Draw, ...] = ()
+    teacher_draws: tuple[Draw, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.groups or self.text_draws)
+        return bool(self.groups or self.teacher_draws)
 
 
 @dataclass(frozen=True, kw_only=True)

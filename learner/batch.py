@@ -38,7 +38,7 @@ class Pack:
     """[N, D] bfloat16: the teacher's state before each response token; None without payload."""
     counted: Tensor
     """[N] bool: the loss mask."""
-    on_policy: Tensor
+    is_student_text: Tensor
     """[N] bool: the student wrote it."""
     row: Tensor
     """[N] int64: row number in the batch."""
@@ -66,12 +66,12 @@ class TokenBatch:
     packs: tuple[Pack, ...]
     group: Tensor
     """[B] int64: number of each row's group; -1 for corpus rows."""
-    num_off_policy: int
+    num_teacher_tokens: int
     """Counted response tokens of text that the student did not write."""
-    num_on_policy: int
+    num_student_tokens: int
     """Counted response tokens of student text."""
-    num_off_policy_rows: int
-    num_on_policy_rows: int
+    num_teacher_rows: int
+    num_student_rows: int
     num_input_tokens: int
     """Inputs of all packs: what the backbone computes."""
 
@@ -82,7 +82,7 @@ class TokenBatch:
         """With the counts of all ranks; their packs and groups stay where they are."""
         if ranks.alone:
             return self
-        names = ("num_off_policy", "num_on_policy", "num_off_policy_rows", "num_on_policy_rows")
+        names = ("num_teacher_tokens", "num_student_tokens", "num_teacher_rows", "num_student_rows")
         counts = ranks.sum(torch.tensor([getattr(self, name) for name in names], device=self.group.device))
         return replace(self, **dict(zip(names, counts.tolist(), strict=True)))
 
@@ -97,7 +97,7 @@ class _Row:
     counted: np.ndarray
     behavior_logprobs: np.ndarray
     hidden: np.ndarray | None
-    on_policy: bool
+    is_student_text: bool
 
     @property
     def num_inputs(self) -> int:
@@ -116,7 +116,7 @@ def token_batch(batches: Sequence[pa.RecordBatch], micro_batch_tokens: int) -> T
     for number, batch in enumerate(batches):
         found = _rows(batch, len(rows))
         rows += found
-        group += [number if row.on_policy else -1 for row in found]
+        group += [number if row.is_student_text else -1 for row in found]
     bins: list[list[_Row]] = []
     room: list[int] = []
     for row in sorted(rows, key=lambda row: (-row.num_inputs, row.number)):
@@ -130,10 +130,10 @@ def token_batch(batches: Sequence[pa.RecordBatch], micro_batch_tokens: int) -> T
     return TokenBatch(
         packs=tuple(_pack(members) for members in bins),
         group=torch.tensor(group, dtype=torch.int64),
-        num_off_policy=sum(int(row.counted.sum()) for row in rows if not row.on_policy),
-        num_on_policy=sum(int(row.counted.sum()) for row in rows if row.on_policy),
-        num_off_policy_rows=sum(not row.on_policy for row in rows),
-        num_on_policy_rows=sum(row.on_policy for row in rows),
+        num_teacher_tokens=sum(int(row.counted.sum()) for row in rows if not row.is_student_text),
+        num_student_tokens=sum(int(row.counted.sum()) for row in rows if row.is_student_text),
+        num_teacher_rows=sum(not row.is_student_text for row in rows),
+        num_student_rows=sum(row.is_student_text for row in rows),
         num_input_tokens=sum(row.num_inputs for row in rows),
     )
 
@@ -156,7 +156,7 @@ def _rows(batch: pa.RecordBatch, first: int) -> list[_Row]:
                 counted=np.ones(len(response), bool) if counted is None else counted.astype(bool),
                 behavior_logprobs=np.zeros(len(response), np.float32) if behavior is None else behavior,
                 hidden=hidden[i],
-                on_policy=batch.column("source")[i].as_py() == "student",
+                is_student_text=batch.column("source")[i].as_py() == "student",
             )
         )
     return rows
@@ -187,7 +187,7 @@ def _pack(rows: Sequence[_Row]) -> Pack:
         targets=_int64(np.concatenate([row.response for row in rows])),
         teacher_hidden=hidden,
         counted=torch.from_numpy(np.concatenate([row.counted for row in rows])),
-        on_policy=torch.from_numpy(np.repeat([row.on_policy for row in rows], lengths)),
+        is_student_text=torch.from_numpy(np.repeat([row.is_student_text for row in rows], lengths)),
         row=_int64(np.repeat([row.number for row in rows], lengths)),
         step=_int64(np.concatenate([np.arange(length) for length in lengths])),
         behavior_logprobs=torch.from_numpy(

@@ -86,8 +86,8 @@ class Distiller:
             | _text_metrics(batches)
             | {
                 "policy/learning_rate": rate,
-                "policy/num_tokens_off": float(batch.num_off_policy),
-                "policy/num_tokens_on": float(batch.num_on_policy),
+                "policy/teacher_text.num_tokens": float(batch.num_teacher_tokens),
+                "policy/student_text.num_tokens": float(batch.num_student_tokens),
                 "timing/learner_busy_s": time.monotonic() - start,
             }
         )

@@ -49,7 +49,7 @@ def run_sft(
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for pack in batch.packs:
-            weight = pack.counted.float() / batch.num_off_policy
+            weight = pack.counted.float() / batch.num_teacher_tokens
 
             def loss_of_chunk(
                 where: slice, logits: Tensor, targets: Tensor = pack.targets, weight: Tensor = weight
@@ -67,6 +67,6 @@ def run_sft(
         metrics = {
             "sft/loss": total,
             "sft/learning_rate": rate,
-            "sft/num_tokens": float(batch.num_off_policy),
+            "sft/num_tokens": float(batch.num_teacher_tokens),
         }
         after_update(update + 1, metrics)

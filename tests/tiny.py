@@ -103,7 +103,7 @@ def tiny_overrides(folder: Path) -> list[str]:
         "scoring.kv_cache_gib=0.1",
         "learner.num_updates=2",
         "learner.prompts_per_update=4",
-        "learner.text_rows_per_update=4",
+        "learner.teacher_rows_per_update=4",
         "learner.precision=float32",
         "learner.micro_batch_tokens=128",
         "learner.vocabulary_chunk=16",

@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for label, config in configurations:
             batches = [
                 *(texts["student"] if config.recipe.uses_student_text else []),
-                *(texts["teacher"] if config.recipe.off_policy_text != "none" else []),
+                *(texts["teacher"] if config.recipe.teacher_text != "none" else []),
             ]
             seconds, peak = measure(config, student_dir, teacher_dir, batches, options.repeats)
             positions = len(batches) * options.length

@@ -58,7 +58,7 @@ class Estimates:
             "learner": learner + _PROCESS_BYTES,
             "ray": _RAY_BYTES,
         }
-        if config.recipe.teacher == "text":
+        if config.recipe.teacher_gives == "text":
             # Beside the teacher, which evaluates; its head beside the teacher's in the learner.
             size = self.proxy.num_parameters if self.proxy is not None else student
             cache = int(config.scoring.kv_cache_gib * 2**30)
@@ -80,9 +80,9 @@ class Estimates:
         prompt = len(self.prompts["prompt_tokens"].combine_chunks().flatten()) / len(self.prompts)
         samples = config.learner.prompts_per_update * config.rollout.samples_per_prompt
         student_rows = samples if config.recipe.uses_student_text else 0
-        text_rows = config.learner.text_rows_per_update if config.recipe.off_policy_text != "none" else 0
-        response = student_rows * config.rollout.max_new_tokens + text_rows * config.corpus.max_new_tokens
-        return int((student_rows + text_rows) * prompt) + response
+        teacher_rows = config.learner.teacher_rows_per_update if config.recipe.teacher_text != "none" else 0
+        response = student_rows * config.rollout.max_new_tokens + teacher_rows * config.corpus.max_new_tokens
+        return int((student_rows + teacher_rows) * prompt) + response
 
     def student_parameters(self) -> int:
         if self.config.student.model is not None:
@@ -102,7 +102,7 @@ class Estimates:
         response = max(config.rollout.max_new_tokens, config.corpus.max_new_tokens)
         row = response * (2 * self.scored.hidden_size + 16) + 4 * config.data.max_prompt_tokens + 512
         students = plan.prompts_per_update * config.rollout.samples_per_prompt if plan.may_use_student else 0
-        texts = plan.text_rows_per_update
+        texts = plan.teacher_rows_per_update
         # Where an update has one or the other, a coin or a growing share may give either every time.
-        each = students + texts if plan.text_beside_student else max(students, texts)
+        each = students + texts if plan.both_texts else max(students, texts)
         return updates * each * row

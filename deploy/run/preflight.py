@@ -66,7 +66,7 @@ class Preflight:
     @property
     def scored(self) -> ModelFacts:
         """The model whose states are the payload: the teacher, or what stands in for it."""
-        if self.config.recipe.teacher == "probabilities":
+        if self.config.recipe.teacher_gives == "probabilities":
             return self.teacher
         return self.proxy or self.student
 
@@ -114,7 +114,7 @@ class Preflight:
         yield Check("configuration", "pass", "every rule holds")
         recipe = self.config.recipe
         needs = "token probabilities" if recipe.payload == "hidden" else "text alone"
-        giver = "teacher" if recipe.teacher == "probabilities" else "proxy"
+        giver = "teacher" if recipe.teacher_gives == "probabilities" else "proxy"
         yield Check(
             "payload",
             "pass",
@@ -183,7 +183,7 @@ class Preflight:
 
     def _proxy(self) -> Iterator[Check]:
         proxy = self.config.proxy
-        if self.config.recipe.teacher == "probabilities":
+        if self.config.recipe.teacher_gives == "probabilities":
             return
         if proxy.model is None:
             yield Check("proxy", "pass", "the student's start, trained on the teacher's text")
@@ -277,7 +277,7 @@ class Preflight:
         references = self.prompts["reference_tokens"]
         self.num_references = len(references) - references.null_count
         recipe = self.config.recipe
-        if self.num_references == 0 and (self.config.sft.enabled or recipe.off_policy_text == "reference"):
+        if self.num_references == 0 and (self.config.sft.enabled or recipe.teacher_text == "reference"):
             raise ConfigError(
                 rule("data", data.path, "have references (completions) for the warm start and this recipe",
                      "set sft.enabled=false and a recipe on teacher text, or give completions")

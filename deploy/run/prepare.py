@@ -65,7 +65,7 @@ def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Prepa
             write_table(corpus_table(reference_corpus(table)), paths["references"])
     teacher_dir = preflight.teacher.folder
     num_corpus = 0
-    if config.recipe.off_policy_text == "teacher":
+    if config.recipe.teacher_text == "sampled":
         num_corpus = min(config.corpus.num_prompts or train.num_rows, train.num_rows)
     identity = {
         "teacher": _fingerprint_of(teacher_dir),

@@ -34,7 +34,8 @@ class Rates:
             if len(counts) >= 2 and seconds > 0:
                 rates[stage] = (counts[-1] - counts[0]) / seconds
         tokens = sum(
-            row.get("policy/num_tokens_off", 0) + row.get("policy/num_tokens_on", 0) for row in self._recent()
+            row.get("policy/teacher_text.num_tokens", 0) + row.get("policy/student_text.num_tokens", 0)
+            for row in self._recent()
         )
         if seconds > 0:
             rates["learner"] = tokens / seconds

@@ -143,7 +143,7 @@ class Run:
 
     def _train_proxy(self, learner: Any, student_dir: Path) -> Path:
         """The model whose states are scored: the teacher, or what stands in for its probabilities."""
-        if self.config.recipe.teacher == "probabilities":
+        if self.config.recipe.teacher_gives == "probabilities":
             return self.prepared.teacher_dir
         start, corpus = self.prepared.proxy_init or student_dir, self.prepared.teacher_corpus
         if self.config.proxy.num_updates == 0:
@@ -221,8 +221,8 @@ class Run:
 
     def _inputs(self, student_dir: Path, scoring_dir: Path) -> RunInputs:
         prepared = self.prepared
-        text = {"teacher": prepared.teacher_corpus, "reference": prepared.references, "none": None}[
-            self.config.recipe.off_policy_text
+        text = {"sampled": prepared.teacher_corpus, "reference": prepared.references, "none": None}[
+            self.config.recipe.teacher_text
         ]
         if text is None:
             text = self.folder.path / "data" / "no-text.parquet"
@@ -248,8 +248,10 @@ class Run:
         config = self.config
         with self._timed("start_engines"):
             self.progress.show("starting engines", force=True)
-            num_text_rows = read_table(inputs.text_corpus).num_rows
-            replay = self._actor("replay", ReplayActor, 1, config, self.prepared.num_prompts, num_text_rows)
+            num_teacher_rows = read_table(inputs.text_corpus).num_rows
+            replay = self._actor(
+                "replay", ReplayActor, 1, config, self.prepared.num_prompts, num_teacher_rows
+            )
             rollout = self._actor(_sampler_name(config), RolloutActor, config.rollout.num_threads)
             scorer = teacher = self._actor("teacher", TeacherActor, config.scoring.num_threads)
             starting = {

@@ -18,9 +18,9 @@ class RecipeConfig:
 
     name: str = "ammd"
     """What results are called."""
-    off_policy_text: Literal["teacher", "reference", "none"] = "teacher"
+    teacher_text: Literal["sampled", "reference", "none"] = "sampled"
     """Text the student did not write: the teacher's samples, the data set's references, or none."""
-    teacher: Literal["probabilities", "text"] = "probabilities"
+    teacher_gives: Literal["probabilities", "text"] = "probabilities"
     """``text``: the teacher gives text and no probabilities; a proxy language model, trained on that
     text first (``proxy``), stands in for them in every loss, and the critics learn from the text's
     tokens."""
@@ -60,7 +60,7 @@ class RecipeConfig:
 
     @property
     def loss_is_game(self) -> bool:
-        """Whether the main loss is a critic's gap; whether it weighs anything: :attr:`MethodConfig.plays`."""
+        """Whether the main loss is a critic's gap; whether it weighs anything: :attr:`MethodConfig.uses_moment_gap`."""
         return self.loss == "moment_gap"
 
     @property
@@ -79,25 +79,25 @@ class RecipeConfig:
         weights = self.loss_weight, self.anchor_weight, self.long_weight
         return "hidden" if max(weights) > 0 else "text"
 
-    def loss_on(self, source: Literal["off", "on"]) -> Loss:
+    def loss_on(self, source: Literal["teacher_text", "student_text"]) -> Loss:
         """Main loss on other text or on the student's own."""
-        return self.student_text_loss or self.loss if source == "on" else self.loss
+        return self.student_text_loss or self.loss if source == "student_text" else self.loss
 
     def violations(self) -> Iterator[str]:
-        if self.off_policy_text == "none" and self.student_text == "none":
+        if self.teacher_text == "none" and self.student_text == "none":
             yield rule(
                 "recipe.student_text",
                 "none",
-                "not be none when recipe.off_policy_text is none",
+                "not be none when recipe.teacher_text is none",
                 "choose a text to learn from",
             )
-        if self.teacher == "text":
-            if self.off_policy_text != "teacher":
-                yield rule("recipe.off_policy_text", self.off_policy_text, "be teacher when recipe.teacher=text",
+        if self.teacher_gives == "text":
+            if self.teacher_text != "sampled":
+                yield rule("recipe.teacher_text", self.teacher_text, "be sampled when recipe.teacher_gives=text",
                            "its text is all there is to learn from")  # fmt: skip
             if self.loss_is_game and self.uses_student_text:
                 yield rule("recipe.student_text", self.student_text,
-                           "be none when recipe.teacher=text and recipe.loss=moment_gap",
+                           "be none when recipe.teacher_gives=text and recipe.loss=moment_gap",
                            "no teacher says what it would have written after the student's text")  # fmt: skip
         yield from bounded("recipe", self, "[0, 1]", "beta")
         yield from bounded("recipe", self, "(0, 1]", "gamma")
@@ -137,9 +137,9 @@ class RecipeConfig:
             yield rule("recipe.loss_weight", self.loss_weight, "be > 0 when no other term weighs anything",
                        "the student would learn nothing")  # fmt: skip
         for name in ("anchor_weight", "lm_weight"):
-            if self.off_policy_text == "none" and getattr(self, name) > 0:
-                yield rule(f"recipe.{name}", getattr(self, name), "be 0 when recipe.off_policy_text=none",
-                           "the term is on that text; set it to 0, or choose off_policy_text=teacher")  # fmt: skip
+            if self.teacher_text == "none" and getattr(self, name) > 0:
+                yield rule(f"recipe.{name}", getattr(self, name), "be 0 when recipe.teacher_text=none",
+                           "the term is on that text; set it to 0, or choose teacher_text=sampled")  # fmt: skip
         if self.long_weight > 0 and not self.uses_student_text:
             yield rule(
                 "recipe.long_weight",

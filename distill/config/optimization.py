@@ -36,7 +36,7 @@ class SftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyConfig:
-    """The language model that stands in for a teacher without probabilities (``recipe.teacher=text``)."""
+    """The language model that stands in for a teacher without probabilities (``recipe.teacher_gives=text``)."""
 
     model: str | None = None
     """Folder of a Hugging Face checkpoint, a name known to `distill models`, or a hub id, of the
@@ -78,7 +78,7 @@ class LearnerConfig:
     """Student updates in all."""
     prompts_per_update: int = 16
     """Student groups per update."""
-    text_rows_per_update: int = 16
+    teacher_rows_per_update: int = 16
     """Corpus rows per update."""
     learning_rate: float = 1e-4
     """Peak rate of AdamW."""
@@ -109,7 +109,7 @@ class LearnerConfig:
     """CPU threads; null: all cores of the machine."""
 
     def violations(self) -> Iterator[str]:
-        counts = ("num_updates", "prompts_per_update", "text_rows_per_update", "micro_batch_tokens")
+        counts = ("num_updates", "prompts_per_update", "teacher_rows_per_update", "micro_batch_tokens")
         yield from bounded("learner", self, ">= 1", *counts, "vocabulary_chunk", "num_threads")
         yield from bounded("learner", self, "> 0", "learning_rate", "max_grad_norm")
         yield from bounded("learner", self, ">= 0", "weight_decay")

@@ -33,7 +33,7 @@ class MethodConfig:
     """The optimisation."""
 
     @property
-    def plays(self) -> bool:
+    def uses_moment_gap(self) -> bool:
         """Whether a critic's gaps weigh anything: not in an anchor alone, or in cross-entropy alone."""
         charged = self.recipe.long_weight > 0 and self.credit.cost == "moment_gap"
         return self.recipe.loss_is_game and (self.recipe.loss_weight > 0 or charged)
@@ -41,7 +41,7 @@ class MethodConfig:
     @property
     def learns_critics(self) -> bool:
         """Whether there are critics to train: where none is known in closed form."""
-        return self.plays and self.critic.form == "learned"
+        return self.uses_moment_gap and self.critic.form == "learned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +141,8 @@ class RunConfig:
                 yield rule("credit.ratio_max", self.credit.ratio_max,
                            "be null when credit.form=exact and replay.max_policy_age > 0",
                            "cut ratios are biased")  # fmt: skip
-        if self.recipe.teacher == "text" and self.critic.zero_sum:
-            yield rule("critic.zero_sum", True, "be false when recipe.teacher=text",
+        if self.recipe.teacher_gives == "text" and self.critic.zero_sum:
+            yield rule("critic.zero_sum", True, "be false when recipe.teacher_gives=text",
                        "the penalty's centre is the teacher's, which is not known")  # fmt: skip
         if self.cluster.backend == "in_process":
             for name in ("rollout", "scoring"):
@@ -163,8 +163,8 @@ class RunConfig:
         if self.recipe.uses_student_text and self.replay.samples_per_insert < 1:
             yield rule("replay.samples_per_insert", self.replay.samples_per_insert, "be >= 1",
                        "a group that is never used only grows old; 1 uses each once")  # fmt: skip
-        if self.recipe.student_text == "mixed" and self.recipe.off_policy_text == "none":
-            yield rule("recipe.off_policy_text", "none", "be teacher or reference when recipe.student_text=mixed",
+        if self.recipe.student_text == "mixed" and self.recipe.teacher_text == "none":
+            yield rule("recipe.teacher_text", "none", "be sampled or reference when recipe.student_text=mixed",
                        "the updates without student text need another")  # fmt: skip
         if self.recipe.adapts_fraction and self.evaluation.every == 0:
             yield rule("evaluation.every", 0, "be >= 1 when recipe.fraction_step > 0",

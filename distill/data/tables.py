@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,7 @@ import xxhash
 
 from distill.config import ConfigError
 from distill.data.prompts import training_rows
-from distill.interfaces import Completion, Draw, SampleRequest
+from distill.interfaces import Completion, Draw, SampleRequest, Table
 from distill.schema import SchemaError, Trajectory, trajectory_batch, trajectory_schema, validate
 
 
@@ -44,7 +44,7 @@ class PromptTable:
             SampleRequest(
                 prompt_tokens=prompt_tokens,
                 max_new_tokens=self._max_new_tokens,
-                seed=sample_seed(self._seed, draw.draw_id, sample),
+                seed=sample_seed(self._seed, draw, sample),
             )
             for draw in draws
             for prompt_tokens in [self._prompts[draw.index].as_py()]
@@ -84,9 +84,14 @@ class PromptTable:
         ]
 
 
-def sample_seed(run_seed: int, draw_id: str, sample: int) -> int:
-    """The seed of one response: the same on every machine, in 31 bits as engines want it."""
-    return xxhash.xxh3_64_intdigest(f"{run_seed}/{draw_id}/{sample}".encode()) & 0x7FFFFFFF
+_NAME_IN_SEED: Mapping[Table, str] = {"student_text": "student", "teacher_text": "text", "heldout": "heldout"}
+"""Part of every seed, so these names never change: with others, no committed result could be repeated."""
+
+
+def sample_seed(run_seed: int, draw: Draw, sample: int) -> int:
+    """The seed of one response: the same on every machine, in the 31 bits that engines accept."""
+    name = f"{run_seed}/{_NAME_IN_SEED[draw.table]}-{draw.epoch}-{draw.number}/{sample}"
+    return xxhash.xxh3_64_intdigest(name.encode()) & 0x7FFFFFFF
 
 
 class TextCorpus:
@@ -144,7 +149,7 @@ def reference_corpus(table: pa.Table) -> list[Trajectory]:
     if not rows:
         raise ConfigError(
             "data.path must have references for this recipe or for sft.enabled=true, has none; "
-            "add completions, or choose recipe.off_policy_text=teacher and sft.enabled=false"
+            "add completions, or choose recipe.teacher_text=sampled and sft.enabled=false"
         )
     return rows
 

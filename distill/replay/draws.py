@@ -20,7 +20,7 @@ class Purpose(IntEnum):
     """What a random number is for: tells the generators of one seed apart."""
 
     STUDENT_ORDER = 0
-    TEXT_ORDER = 1
+    TEACHER_ORDER = 1
     MIXED_COIN = 2
     SAMPLER = 3
 
@@ -56,7 +56,7 @@ class DrawOrder:
             # Draws move forward; two epochs are enough for the ones around a boundary.
             while len(self._permutations) >= 2:
                 del self._permutations[next(iter(self._permutations))]
-            purpose = Purpose.STUDENT_ORDER if self.table == "student" else Purpose.TEXT_ORDER
+            purpose = Purpose.STUDENT_ORDER if self.table == "student_text" else Purpose.TEACHER_ORDER
             generator = seeded_generator(self.seed, purpose, epoch)
             self._permutations[epoch] = generator.permutation(self.num_rows)
         return self._permutations[epoch]
@@ -70,10 +70,10 @@ class BatchPlan:
     """From which update on which probability that an update uses student groups; 0 and 1 are certain."""
     may_use_student: bool
     """Whether there is, or may come to be, an update with student groups."""
-    text_beside_student: bool
+    both_texts: bool
     """Whether an update with student groups uses text as well."""
     prompts_per_update: int
-    text_rows_per_update: int
+    teacher_rows_per_update: int
     """0 without off-policy text."""
     seed: int
     _student_updates: list[int] = field(default_factory=lambda: [0], init=False, repr=False)
@@ -86,9 +86,9 @@ class BatchPlan:
         Raises: ConfigError for ``student_text=mixed`` without text, whose updates could be empty.
         """
         recipe, learner = config.recipe, config.learner
-        if recipe.student_text == "mixed" and recipe.off_policy_text == "none":
+        if recipe.student_text == "mixed" and recipe.teacher_text == "none":
             raise ConfigError(
-                rule("recipe.off_policy_text", "none", "not be none when recipe.student_text=mixed",
+                rule("recipe.teacher_text", "none", "not be none when recipe.student_text=mixed",
                      "an update without student text needs another text; use student_text=every_update")
             )  # fmt: skip
         shares = {"none": 0.0, "every_update": 1.0, "mixed": recipe.student_fraction}
@@ -96,9 +96,9 @@ class BatchPlan:
         return BatchPlan(
             shares=[(0, share)],
             may_use_student=share > 0 or recipe.adapts_fraction,
-            text_beside_student=recipe.student_text == "every_update",
+            both_texts=recipe.student_text == "every_update",
             prompts_per_update=learner.prompts_per_update,
-            text_rows_per_update=0 if recipe.off_policy_text == "none" else learner.text_rows_per_update,
+            teacher_rows_per_update=0 if recipe.teacher_text == "none" else learner.teacher_rows_per_update,
             seed=config.seed,
         )
 
@@ -106,18 +106,18 @@ class BatchPlan:
         """Student groups that ``update`` uses."""
         return self.student_through(update + 1) - self.student_through(update)
 
-    def text_rows(self, update: int) -> int:
+    def teacher_rows(self, update: int) -> int:
         """Corpus rows that ``update`` uses."""
-        return self.text_through(update + 1) - self.text_through(update)
+        return self.teacher_through(update + 1) - self.teacher_through(update)
 
     def student_through(self, updates: int) -> int:
         """Student groups that the first ``updates`` updates use."""
         return self._student_updates_before(updates) * self.prompts_per_update
 
-    def text_through(self, updates: int) -> int:
+    def teacher_through(self, updates: int) -> int:
         """Corpus rows that the first ``updates`` updates use."""
-        with_text = updates if self.text_beside_student else updates - self._student_updates_before(updates)
-        return with_text * self.text_rows_per_update
+        with_text = updates if self.both_texts else updates - self._student_updates_before(updates)
+        return with_text * self.teacher_rows_per_update
 
     def set_share(self, from_update: int, share: float) -> None:
         """Another share from this update on; nothing of it or a later one may be in flight."""

@@ -17,7 +17,7 @@ from distill.replay.ledger import DrawState, Item, ReplayError, Stage, TrainedDr
 from distill.replay.limiter import RateLimiter
 from distill.replay.payload_cache import PayloadCache, SegmentLedger
 from distill.replay.student_table import StudentTable
-from distill.replay.text_table import TextTable
+from distill.replay.teacher_table import TeacherTable
 
 
 class ReplayIndex:
@@ -35,14 +35,14 @@ class ReplayIndex:
         replay: ReplayConfig,
         plan: BatchPlan,
         student_order: DrawOrder | None,
-        text_order: DrawOrder | None,
+        teacher_order: DrawOrder | None,
         num_updates: int,
     ) -> None:
         self._replay = replay
         self._plan = plan
         self._limiter = RateLimiter(replay, plan, num_updates)
         self._student_order = student_order
-        self._text_order = text_order
+        self._text_order = teacher_order
         self.num_updates = num_updates
         self._start(0, TrainedDraws(), VersionHistory())
 
@@ -58,10 +58,10 @@ class ReplayIndex:
         self._student = StudentTable(
             self._replay, self._plan, self._limiter, self._student_order, self._segments, trained, versions
         )
-        self._text = TextTable(
+        self._teacher = TeacherTable(
             self._plan, self._text_order, self._cache, self._replay.lock_step, updates_done
         )
-        self._text.admit_through(self._limiter.text_updates(updates_done))
+        self._teacher.admit_through(self._limiter.teacher_updates(updates_done))
 
     @property
     def next_update(self) -> int:
@@ -94,7 +94,7 @@ class ReplayIndex:
         ``stage``: what the actor did. Say it when its list may hold draws that it had
         finished: those may be with a live actor of the other kind by now.
         """
-        tables = {"student": self._student, "text": self._text}
+        tables = {"student_text": self._student, "teacher_text": self._teacher}
         held = 0
         for draw_id in draw_ids:
             table, _, rest = draw_id.partition("-")
@@ -107,21 +107,21 @@ class ReplayIndex:
         """Student groups first, since they age, then text; in lock-step one update's of one kind."""
         if self._replay.lock_step:
             groups = self._student.take_for_scoring(max_groups)
-            draws = [] if groups else self._text.take_for_scoring(max_groups)
+            draws = [] if groups else self._teacher.take_for_scoring(max_groups)
         else:
             groups = self._student.take_for_scoring(max_groups)
-            draws = self._text.take_for_scoring(max_groups - len(groups))
-        return ScoringJob(groups=tuple(groups), text_draws=tuple(draws))
+            draws = self._teacher.take_for_scoring(max_groups - len(groups))
+        return ScoringJob(groups=tuple(groups), teacher_draws=tuple(draws))
 
     def insert_scored(self, groups: Sequence[GroupRef]) -> None:
         """Groups with their payload, all or none.
 
         Raises: ReplayError as :meth:`insert`.
         """
-        rows = [group for group in groups if group.draw.table == "text"]
-        self._text.check_expected(rows)
-        self._student.insert_scored([group for group in groups if group.draw.table == "student"])
-        self._text.insert_scored(rows)
+        rows = [group for group in groups if group.draw.table == "teacher_text"]
+        self._teacher.check_expected(rows)
+        self._student.insert_scored([group for group in groups if group.draw.table == "student_text"])
+        self._teacher.insert_scored(rows)
         self._cache.evict()
 
     # Learner
@@ -148,7 +148,7 @@ class ReplayIndex:
         return self._leases[update]
 
     def _new_lease(self, update: int) -> Lease | None:
-        text = self._text.select(update)
+        text = self._teacher.select(update)
         students = self._student.select(update, self.updates_done)
         if text is None or students is None:
             return None
@@ -190,7 +190,7 @@ class ReplayIndex:
         self.updates_done = updates_done
         self._open = True
         self._student.versions.forget_before(updates_done - self._replay.max_policy_age - 1)
-        self._text.admit_through(self._limiter.text_updates(updates_done))
+        self._teacher.admit_through(self._limiter.teacher_updates(updates_done))
 
     def set_student_share(self, share: float) -> None:
         """Of the updates to come, from the first one on of which no draw is admitted yet.
@@ -198,7 +198,7 @@ class ReplayIndex:
         Text is admitted furthest (see RateLimiter). The share is absolute, so a learner that went
         back to its checkpoint may say it again.
         """
-        self._plan.set_share(self._text.updates_admitted, share)
+        self._plan.set_share(self._teacher.updates_admitted, share)
 
     def _rewind(self, update: int) -> None:
         """Acknowledgements from ``update`` on are void: those updates are done again."""
@@ -213,7 +213,7 @@ class ReplayIndex:
             item.state = DrawState.TRAINED if done else DrawState.LEASED
 
     def _leased_items(self) -> list[Item]:
-        items = [*self._student.items.values(), *self._text.items.values()]
+        items = [*self._student.items.values(), *self._teacher.items.values()]
         return [item for item in items if item.state >= DrawState.LEASED]
 
     # Checkpoints
@@ -230,14 +230,17 @@ class ReplayIndex:
             del self._leases[update]
         self.updates_committed = max(self.updates_committed, updates_done)
         self._student.commit(numbers, self.updates_committed, self.next_update)
-        self._text.commit(self.updates_committed)
+        self._teacher.commit(self.updates_committed)
         self._cache.evict()
 
     def _student_numbers(self, updates_done: int) -> list[int]:
         """Student draws of the leases below ``updates_done``."""
         leases = [lease for update, lease in self._leases.items() if update < updates_done]
         return [
-            group.draw.number for lease in leases for group in lease.groups if group.draw.table == "student"
+            group.draw.number
+            for lease in leases
+            for group in lease.groups
+            if group.draw.table == "student_text"
         ]
 
     def state(self) -> dict[str, Any]:
@@ -284,13 +287,13 @@ class ReplayIndex:
 
     def stats(self) -> dict[str, float]:
         stats = {
-            f"replay/{table}_{state.name.lower()}": 0.0
-            for table in ("student", "text")
+            f"replay/{table}.{state.name.lower()}": 0.0
+            for table in ("student_text", "teacher_text")
             for state in DrawState
-            if (table, state) != ("text", DrawState.GENERATED)
+            if (table, state) != ("teacher_text", DrawState.GENERATED)
         }
-        for item in [*self._student.items.values(), *self._text.items.values()]:
-            stats[f"replay/{item.draw.table}_{item.state.name.lower()}"] += 1
+        for item in [*self._student.items.values(), *self._teacher.items.values()]:
+            stats[f"replay/{item.draw.table}.{item.state.name.lower()}"] += 1
         inserted = self._student.num_inserted
         return stats | {
             "replay/bytes": float(self._segments.live_bytes),

@@ -39,7 +39,7 @@ class RateLimiter:
         inserts = -int(-needed // self._replay.samples_per_insert)
         return max(inserts, min(self._replay.min_size_to_sample, needed))
 
-    def text_updates(self, updates_done: int) -> int:
+    def teacher_updates(self, updates_done: int) -> int:
         """Number of updates whose text draws are admitted."""
         return self._horizon(updates_done, 2)
 

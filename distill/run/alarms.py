@@ -56,27 +56,27 @@ class Alarms:
         if len(self._rows) < WINDOW:
             return []
         said: list[str] = []
-        for source in ("off", "on"):
-            tightness = self._mean(f"critic/tightness_{source}")
+        for source in ("teacher_text", "student_text"):
+            tightness = self._mean(f"critic/{source}.tightness")
             if tightness is not None and tightness < WEAK:
                 said += self._once(
                     f"weak_{source}",
-                    f"critic/tightness_{source} is {tightness:.2f} over {WINDOW} updates and should be at least "
+                    f"critic/{source}.tightness is {tightness:.2f} over {WINDOW} updates and should be at least "
                     f"{WEAK}: the critic is too weak to be believed; use critic.features=ratio, or raise "
                     "critic.rank, critic.learning_rate or recipe.anchor_weight",
                 )
-        first, last = (self._mean(f"policy/tv_on_{third}_third") for third in ("first", "last"))
-        if first is not None and last is not None and last > DRIFT * first > 0:
+        early, late = (self._mean(f"policy/student_text.tv_{part}") for part in ("early", "late"))
+        if early is not None and late is not None and late > DRIFT * early > 0:
             said += self._once(
                 "drift",
-                f"TV grows along the student's answers, {first:.3f} in the first third and {last:.3f} in the "
+                f"TV grows along the student's answers, {early:.3f} in the first third and {late:.3f} in the "
                 "last: its own text leads it astray; more weight on it (recipe.beta) may pay",
             )
         return said
 
     def after_evaluation(self, evaluation: Evaluation) -> list[str]:
         """What is to be said after an evaluation during training."""
-        gap = self._mean("critic/d_mm_off")
+        gap = self._mean("critic/teacher_text.d_mm")
         before, self._last = self._last, (evaluation, gap)
         if before is None or before[1] is None or gap is None or gap >= before[1]:
             return []

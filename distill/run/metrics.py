@@ -35,7 +35,7 @@ def name_violations(names: Iterable[str]) -> list[str]:
 
 
 _AHEAD = re.compile(
-    r"replay/(text_[a-z]+|bytes|num_cache_hits|num_cached_rows|num_evicted_rows)|teacher/num_tokens"
+    r"replay/(teacher_text\.[a-z]+|bytes|num_cache_hits|num_cached_rows|num_evicted_rows)|teacher/num_tokens"
 )
 """How far the teacher is ahead: text of the next update is scored, or not yet, when a row is written."""
 

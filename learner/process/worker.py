@@ -91,7 +91,7 @@ class LearnerWorker:
             student,
             optimizer,
             corpus.rows,
-            DrawOrder("text", corpus.num_rows, config.seed),
+            DrawOrder("teacher_text", corpus.num_rows, config.seed),
             training,
             first_update=done,
             micro_batch_tokens=resolve_micro_batch_tokens(learner.micro_batch_tokens, student.device.type),

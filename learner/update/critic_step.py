@@ -28,7 +28,7 @@ SATURATION = 0.95
 """An action value beyond this share of the bound counts as saturated."""
 
 
-def critic_update(
+def critic_step(
     positions: Positions,
     heads: Heads,
     critics: CriticPair,
@@ -80,7 +80,7 @@ def critic_update(
                     part, weight / total, heads, critics[source], config, chunk, measure, from_text
                 )
                 for name, value in means.items():
-                    key = f"critic/{name}_{source}"
+                    key = f"critic/{source}.{name}"
                     totals[key] = totals[key] + value if key in totals else value
             steps_of[source] += int(total > 0)
         ranks.sum_gradients(critics.parameters())
@@ -88,7 +88,7 @@ def critic_update(
     totals = ranks.sum_by_name(totals, device)
     for source, steps in steps_of.items():
         if steps:
-            totals[f"critic/loss_{source}"] /= steps
+            totals[f"critic/{source}.loss"] /= steps
     return _tightness(to_floats(totals | {"critic/grad_norm": torch.stack(norms).mean()}))
 
 
@@ -165,8 +165,8 @@ def _metrics_from_text(
 def _tightness(metrics: dict[str, float]) -> dict[str, float]:
     """Replace the best critic's gap by the share of it that the critic reaches (1 if it is 0)."""
     for source in SOURCES:
-        best = metrics.pop(f"critic/best_{source}", None)
+        best = metrics.pop(f"critic/{source}.best", None)
         if best is not None:
-            gap = metrics[f"critic/d_mm_{source}"]
-            metrics[f"critic/tightness_{source}"] = gap / best if best > 0 else 1.0
+            gap = metrics[f"critic/{source}.d_mm"]
+            metrics[f"critic/{source}.tightness"] = gap / best if best > 0 else 1.0
     return metrics

@@ -37,8 +37,8 @@ from distill.config import CriticConfig
 from learner.model.head import Head
 from learner.optimizer import load_optimizer_tensors, optimizer_tensors
 
-Source = Literal["off", "on"]
-SOURCES: tuple[Source, Source] = ("off", "on")
+Source = Literal["teacher_text", "student_text"]
+SOURCES: tuple[Source, Source] = ("teacher_text", "student_text")
 """Off-policy text (teacher samples or references), on-policy text (the student's)."""
 
 _MIN_WIDTH = 128
@@ -183,12 +183,12 @@ class CriticPair:
         self.optimizer = torch.optim.Adam(self.parameters(), lr=config.learning_rate, betas=(0.0, 0.9))
 
     @property
-    def off(self) -> Critic:
-        return self._critics["off"]
+    def teacher_text(self) -> Critic:
+        return self._critics["teacher_text"]
 
     @property
-    def on(self) -> Critic:
-        return self._critics["on"]
+    def student_text(self) -> Critic:
+        return self._critics["student_text"]
 
     def __getitem__(self, source: Source) -> Critic:
         return self._critics[source]

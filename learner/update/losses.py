@@ -30,9 +30,9 @@ from learner.update.positions import Policies
 
 def text_weights(recipe: RecipeConfig) -> dict[Source, float]:
     """Weight of the main loss on either text: 1 − β and β when every update holds both."""
-    if recipe.student_text == "every_update" and recipe.off_policy_text != "none":
-        return {"off": 1 - recipe.beta, "on": recipe.beta}
-    return {"off": 1.0, "on": 1.0}
+    if recipe.student_text == "every_update" and recipe.teacher_text != "none":
+        return {"teacher_text": 1 - recipe.beta, "student_text": recipe.beta}
+    return {"teacher_text": 1.0, "student_text": 1.0}
 
 
 DIVERGENCES: Mapping[str, Callable[[Policies, RecipeConfig], Tensor]] = {
@@ -68,7 +68,7 @@ def position_losses(
     if weight * recipe.loss_weight > 0:
         main = _main_loss(recipe.loss_on(source), recipe, both, f, variance_penalty)
         loss = loss + weight * recipe.loss_weight * main
-    if source == "on" and advantage is not None and weight * recipe.long_weight > 0:
+    if source == "student_text" and advantage is not None and weight * recipe.long_weight > 0:
         if ppo_clip is None:
             score = policy_gradient(both.policy_logprobs, targets, advantage)
         else:
@@ -77,9 +77,9 @@ def position_losses(
                 both.policy_logprobs, targets, advantage, behavior_logprobs, ppo_clip
             )
         loss = loss + weight * recipe.long_weight * score
-    if source == "off" and recipe.anchor_weight > 0:
+    if source == "teacher_text" and recipe.anchor_weight > 0:
         loss = loss + recipe.anchor_weight * DIVERGENCES[recipe.anchor](both, recipe)
-    if source == "off" and recipe.lm_weight > 0:
+    if source == "teacher_text" and recipe.lm_weight > 0:
         loss = loss + recipe.lm_weight * cross_entropy(both.policy_logprobs, targets)
     return loss
 

@@ -75,7 +75,7 @@ class Positions:
 
     student_hidden: Float[Tensor, "N Ds"]
     teacher_hidden: Float[Tensor, "N Dt"]
-    on_policy: Bool[Tensor, " N"]
+    is_student_text: Bool[Tensor, " N"]
     row: Int[Tensor, " N"]
     step: Int[Tensor, " N"]
     targets: Int[Tensor, " N"]
@@ -88,7 +88,7 @@ class Positions:
         return Positions(**{name: value[mask] for name, value in vars(self).items()})
 
     def of(self, source: Source) -> Positions:
-        return self.select(self.on_policy if source == "on" else ~self.on_policy)
+        return self.select(self.is_student_text if source == "student_text" else ~self.is_student_text)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def collect_positions(
         if keep_graph:
             kept.append(states)
         part = Positions(
-            states.detach(), teacher_hidden(pack), pack.on_policy, pack.row, pack.step, pack.targets,
+            states.detach(), teacher_hidden(pack), pack.is_student_text, pack.row, pack.step, pack.targets,
             pack.behavior_logprobs,
         )  # fmt: skip
         parts.append(part.select(pack.counted))

@@ -25,7 +25,7 @@ from learner.update.positions import Heads, Policies, TrainedModel, teacher_hidd
 from learner.update.witness import Witness
 
 
-def student_update(
+def student_step(
     student: TrainedModel,
     optimizer: torch.optim.Optimizer,
     batch: TokenBatch,
@@ -88,8 +88,14 @@ class _StudentObjective:
         self._penalty = method.critic.penalty if method.critic.zero_sum else 0.0
         self._chunk = method.learner.vocabulary_chunk
         self._credit = credit
-        self._num_tokens: dict[Source, int] = {"off": batch.num_off_policy, "on": batch.num_on_policy}
-        num_rows: dict[Source, int] = {"off": batch.num_off_policy_rows, "on": batch.num_on_policy_rows}
+        self._num_tokens: dict[Source, int] = {
+            "teacher_text": batch.num_teacher_tokens,
+            "student_text": batch.num_student_tokens,
+        }
+        num_rows: dict[Source, int] = {
+            "teacher_text": batch.num_teacher_rows,
+            "student_text": batch.num_student_rows,
+        }
         self._denominator = num_rows if method.credit.form == "exact" else self._num_tokens
         self._lengths = _row_lengths(batch)
 
@@ -98,13 +104,13 @@ class _StudentObjective:
 
         Positions are sorted by source, and no block holds both, so a block has one critic.
         """
-        order, num_off = _sorted_by_source(pack)
+        order, num_teacher = _sorted_by_source(pack)
         hidden = hidden.index_select(0, order)
         if self._heads is None:
-            loss_of_chunk = self._text_loss(pack, order, num_off, hidden.dtype)
+            loss_of_chunk = self._text_loss(pack, order, num_teacher, hidden.dtype)
             num_tokens = None
         else:
-            loss_of_chunk = self._policies_loss(pack, order, num_off, hidden.detach(), self._heads)
+            loss_of_chunk = self._policies_loss(pack, order, num_teacher, hidden.detach(), self._heads)
             num_tokens = self._heads.num_tokens
         return chunked_loss(
             hidden,
@@ -113,27 +119,27 @@ class _StudentObjective:
             loss_of_chunk,
             self._chunk,
             num_tokens=num_tokens,
-            boundary=num_off,
+            boundary=num_teacher,
         )
 
-    def _text_loss(self, pack: Pack, order: Tensor, num_off: int, dtype: torch.dtype) -> LossOfChunk:
+    def _text_loss(self, pack: Pack, order: Tensor, num_teacher: int, dtype: torch.dtype) -> LossOfChunk:
         """Cross-entropy alone: the recipes of a teacher that only wrote the text."""
         targets = pack.targets[order]
         weight = self._weights(pack, order, dtype)
 
         def loss_of_chunk(where: slice, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             logprobs = logits.log_softmax(-1)
-            source = _source(where, num_off)
-            metrics = {f"entropy_{source}": entropy(logprobs.detach()).sum()}
-            if source == "on":
-                return torch.zeros_like(metrics["entropy_on"]), metrics
+            source = _source(where, num_teacher)
+            metrics = {f"{source}.entropy": entropy(logprobs.detach()).sum()}
+            if source == "student_text":
+                return torch.zeros_like(metrics["student_text.entropy"]), metrics
             losses = self._recipe.lm_weight * cross_entropy(logprobs, targets[where])
-            return (weight[where] * losses).sum() / self._denominator["off"], metrics
+            return (weight[where] * losses).sum() / self._denominator["teacher_text"], metrics
 
         return loss_of_chunk
 
     def _policies_loss(
-        self, pack: Pack, order: Tensor, num_off: int, hidden: Tensor, heads: Heads
+        self, pack: Pack, order: Tensor, num_teacher: int, hidden: Tensor, heads: Heads
     ) -> LossOfChunk:
         """All terms, from both policies' full distributions."""
         features = teacher_hidden(pack)[order]
@@ -147,7 +153,7 @@ class _StudentObjective:
         advantage = None if self._credit is None else _look_up(self._credit.advantage, row, step)
 
         def loss_of_chunk(where: slice, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            source = _source(where, num_off)
+            source = _source(where, num_teacher)
             both = Policies.from_logits(logits, teacher_logits(where))
             with torch.no_grad():
                 log_ratio = both.log_ratio()
@@ -164,7 +170,7 @@ class _StudentObjective:
                 ppo_clip=self._method.credit.ppo_clip,
             )
             metrics = _policy_metrics(both.detach(), log_ratio, f)
-            if source == "on":
+            if source == "student_text":
                 metrics |= _drift(metrics["tv"], step[where], self._lengths[row[where]])
                 policy = -cross_entropy(both.policy_logprobs.detach(), targets[where])
                 metrics |= _staleness(behavior[where] - policy)
@@ -185,7 +191,7 @@ class _StudentObjective:
             weight = self._recipe.gamma ** step.to(wide)
         if self._credit is not None and self._credit.weight is not None:
             before = _look_up(self._credit.weight, row, step)
-            weight = torch.where(pack.on_policy[order], weight * before, weight)
+            weight = torch.where(pack.is_student_text[order], weight * before, weight)
         return weight
 
     def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -196,23 +202,25 @@ class _StudentObjective:
                 continue
             if name == "loss":
                 count = 1
-            elif name.endswith("_third"):
+            elif name.endswith(("_early", "_late")):
                 count = sums[f"num_{name}"].clamp_min(1)
             else:
-                count = self._num_tokens["off" if name.endswith("_off") else "on"]
+                count = self._num_tokens[
+                    "teacher_text" if name.startswith("teacher_text.") else "student_text"
+                ]
             means[f"policy/{name}"] = value / count
         return _ratios(means)
 
 
-def _source(where: slice, num_off: int) -> Source:
-    return "off" if where.stop <= num_off else "on"
+def _source(where: slice, num_teacher: int) -> Source:
+    return "teacher_text" if where.stop <= num_teacher else "student_text"
 
 
 def _sorted_by_source(pack: Pack) -> tuple[Int[Tensor, " N"], int]:
     """The counted positions, off-policy text first, and how many of them are off-policy."""
-    off = (pack.counted & ~pack.on_policy).nonzero().squeeze(1)
-    on = (pack.counted & pack.on_policy).nonzero().squeeze(1)
-    return torch.cat([off, on]), len(off)
+    teacher = (pack.counted & ~pack.is_student_text).nonzero().squeeze(1)
+    student = (pack.counted & pack.is_student_text).nonzero().squeeze(1)
+    return torch.cat([teacher, student]), len(teacher)
 
 
 def _row_lengths(batch: TokenBatch) -> Int[Tensor, " B"]:
@@ -253,12 +261,12 @@ def _policy_metrics(both: Policies, log_ratio: Tensor, f: Tensor | None) -> dict
 def _drift(tv: Tensor, step: Tensor, length: Tensor) -> dict[str, Tensor]:
     """TV in the first and last ⌊T/3⌋ tokens of responses of T tokens."""
     third = length // 3
-    first, last = (step < third).to(tv.dtype), (step >= length - third).to(tv.dtype)
+    early, late = (step < third).to(tv.dtype), (step >= length - third).to(tv.dtype)
     return {
-        "tv_on_first_third": tv * first,
-        "tv_on_last_third": tv * last,
-        "num_tv_on_first_third": first,
-        "num_tv_on_last_third": last,
+        "student_text.tv_early": tv * early,
+        "student_text.tv_late": tv * late,
+        "num_student_text.tv_early": early,
+        "num_student_text.tv_late": late,
     }
 
 
@@ -319,4 +327,4 @@ _OF_STUDENT_TEXT = (
 
 
 def _metric_name(name: str, source: Source) -> str:
-    return name if name in _OF_STUDENT_TEXT or name.endswith("_third") else f"{name}_{source}"
+    return name if name in _OF_STUDENT_TEXT or "." in name else f"{source}.{name}"

@@ -1,7 +1,7 @@
 """One update: first the critics, then the student against them.
 
-Read :func:`update` first, then :func:`critic_update`, :func:`assign_credit` and
-:func:`student_update`. Why this order:
+Read :func:`update` first, then :func:`critic_step`, :func:`assign_credit` and
+:func:`student_step`. Why this order:
 
 1. The student's states at all response positions are kept from one pass. The critics read them
    as constants, so no critic step runs the backbone again; nor does step 4 where the pass could
@@ -40,10 +40,10 @@ from learner.batch import TokenBatch
 from learner.model.head import Head
 from learner.ranks import ALONE, Ranks
 from learner.update.credit_step import Credit, assign_credit, needs_credit
-from learner.update.critic_step import critic_update
+from learner.update.critic_step import critic_step
 from learner.update.critics import CriticPair
 from learner.update.positions import Heads, TrainedModel, collect_positions
-from learner.update.student_step import student_update
+from learner.update.student_step import student_step
 from learner.update.witness import witnesses
 
 
@@ -71,31 +71,31 @@ def update(
     batch = batch.over(ranks)
     recipe, chunk = method.recipe, method.learner.vocabulary_chunk
     if recipe.payload == "text":
-        return student_update(student, optimizer, batch, None, None, method, ranks=ranks)
+        return student_step(student, optimizer, batch, None, None, method, ranks=ranks)
     if teacher is None:
         raise ValueError(f"recipe {recipe.name} needs the teacher's head")
     heads = Heads.of(student, teacher)
-    charges = needs_credit(recipe, method.credit) and batch.num_on_policy > 0 and not critics_only
+    charges = needs_credit(recipe, method.credit) and batch.num_student_tokens > 0 and not critics_only
     metrics: dict[str, float] = {}
     states: list[Tensor] | None = None
     credit: Credit | None = None
-    if charges or (method.plays and critics is not None):
+    if charges or (method.uses_moment_gap and critics is not None):
         keep_graph = method.learner.keep_activations and not critics_only
         positions, states = collect_positions(student, batch, keep_graph=keep_graph)
-        if method.plays and critics is not None:
-            metrics |= critic_update(
+        if method.uses_moment_gap and critics is not None:
+            metrics |= critic_step(
                 positions, heads, critics, method.critic, chunk=chunk, seed=seed, warm_up=critics_only,
-                from_text=recipe.teacher == "text", ranks=ranks,
+                from_text=recipe.teacher_gives == "text", ranks=ranks,
                 discount=recipe.gamma if method.credit.form == "exact" else 1.0,
             )  # fmt: skip
         if critics_only:
             return metrics
-    opponents = witnesses(method.critic, critics, heads) if method.plays else {}
+    opponents = witnesses(method.critic, critics, heads) if method.uses_moment_gap else {}
     if charges:
         credit = assign_credit(
-            positions.of("on"), batch.group, heads, opponents.get("on"), recipe, method.credit, chunk=chunk,
+            positions.of("student_text"), batch.group, heads, opponents.get("student_text"), recipe, method.credit, chunk=chunk,
             variance_penalty=method.critic.penalty if method.critic.zero_sum else 0.0, ranks=ranks,
         )  # fmt: skip
-    return metrics | student_update(
+    return metrics | student_step(
         student, optimizer, batch, heads, opponents, method, credit, states, ranks=ranks
     )

@@ -103,7 +103,7 @@ def groups(source: str, number: int, rows: int, seed: int) -> list[pa.RecordBatc
 def batches_of(distiller: Distiller, seed: int) -> list[pa.RecordBatch]:
     recipe = distiller.config.recipe
     student = groups("student", 2, 3, seed) if recipe.uses_student_text else []
-    text = groups("teacher", 5, 1, 100 + seed) if recipe.off_policy_text != "none" else []
+    text = groups("teacher", 5, 1, 100 + seed) if recipe.teacher_text != "none" else []
     return student + text
 
 
@@ -154,10 +154,10 @@ def test_bfloat16_is_near_float32(world: Path) -> None:
         side = distiller(world, "cuda", "recipe=ammd", f"learner.precision={precision}")
         found.append(side.update(batches_of(side, 0)))
     for name in (
-        "policy/tv_off",
-        "policy/tv_on",
-        "policy/forward_kl_on",
-        "policy/entropy_off",
+        "policy/teacher_text.tv",
+        "policy/student_text.tv",
+        "policy/student_text.forward_kl",
+        "policy/teacher_text.entropy",
         "policy/loss",
     ):
         assert found[1][name] == pytest.approx(found[0][name], rel=0.02), name
@@ -184,7 +184,9 @@ def test_a_checkpoint_goes_from_device_to_device(world: Path, tmp_path: Path) ->
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[name].cpu(), got[name].cpu()) for name in expected)
         after = [side.update(batches_of(side, 1)) for side in (distiller_like(on_gpu, world), other)]
-        assert after[1]["policy/tv_off"] == pytest.approx(after[0]["policy/tv_off"], rel=1e-3)
+        assert after[1]["policy/teacher_text.tv"] == pytest.approx(
+            after[0]["policy/teacher_text.tv"], rel=1e-3
+        )
 
 
 def distiller_like(side: Distiller, world: Path) -> Distiller:

@@ -121,7 +121,7 @@ def test_the_checkpoint_is_whole_and_names_the_ledger(vllm_run: Path) -> None:
     assert newest is not None and newest.name == "step-2"
     tensors, state = Checkpoints.load(newest)
     assert state["updates_done"] == 2
-    assert any(name.startswith("critic.off") for name in tensors)
+    assert any(name.startswith("critic.teacher_text") for name in tensors)
 
 
 def test_the_student_loads_in_transformers_and_in_vllm(vllm_run: Path) -> None:
@@ -179,13 +179,13 @@ def test_other_recipes(world: Path, recipe: str) -> None:
     metrics = read_metrics(run)
     assert metrics.num_rows == 4
     peaks = json.loads((run / "summary.json").read_text())["peak_pss_bytes"]
-    on_policy = metrics["policy/num_tokens_on"].to_pylist()
+    is_student_text = metrics["policy/student_text.num_tokens"].to_pylist()
     if recipe == "kd":
         assert "rollout" not in peaks  # no rollout engine
-        assert not any(on_policy)
+        assert not any(is_student_text)
     if recipe == "gkd":
-        off_policy = metrics["policy/num_tokens_off"].to_pylist()
-        assert all((on == 0) != (off == 0) for on, off in zip(on_policy, off_policy, strict=True))
+        off_policy = metrics["policy/teacher_text.num_tokens"].to_pylist()
+        assert all((on == 0) != (off == 0) for on, off in zip(is_student_text, off_policy, strict=True))
 
 
 def test_distillms_share_of_student_text_follows_the_evaluations(world: Path) -> None:
@@ -193,7 +193,7 @@ def test_distillms_share_of_student_text_follows_the_evaluations(world: Path) ->
                 "replay.max_policy_age=1", "replay.samples_per_insert=1", "evaluation.every=2",
                 "cluster.backend=in_process"]  # fmt: skip
     run = train(world, "distillm", *PLAIN, *settings)
-    with_student = [tokens > 0 for tokens in read_metrics(run)["policy/num_tokens_on"].to_pylist()]
+    with_student = [tokens > 0 for tokens in read_metrics(run)["policy/student_text.num_tokens"].to_pylist()]
     # The evaluation after update 2 raises it; text is admitted through update 4 by then.
     assert with_student == [False] * 4 + [True] * 5
     assert "student_share" in events(run)
@@ -213,7 +213,7 @@ def test_a_teacher_of_text_alone(world: Path) -> None:
     there = json.loads((other / "summary.json").read_text())
     assert there["proxy_training_s"] == summary["proxy_training_s"] > 0
     metrics = read_metrics(run)
-    assert all(gap != 0 for gap in metrics["critic/d_mm_off"].to_pylist())
+    assert all(gap != 0 for gap in metrics["critic/teacher_text.d_mm"].to_pylist())
     before = load_evaluation(run / "evaluations" / "before.parquet")
     plain = load_evaluation(train(world, "plain-before", *PLAIN, "recipe=fkl") / "evaluations/before.parquet")
     assert before.value("teacher_text.tv") == plain.value(

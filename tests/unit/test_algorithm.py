@@ -31,7 +31,7 @@ def make_config(*, max_policy_age: int = 0, num_updates: int = 4, **recipe: obje
         recipe=replace(config.recipe, **recipe),
         replay=replace(config.replay, max_policy_age=max_policy_age),
         learner=replace(
-            config.learner, num_updates=num_updates, prompts_per_update=3, text_rows_per_update=2
+            config.learner, num_updates=num_updates, prompts_per_update=3, teacher_rows_per_update=2
         ),
         rollout=replace(config.rollout, max_new_tokens=5),
     )
@@ -78,8 +78,8 @@ class World:
         return ReplayIndex(
             replay=config.replay,
             plan=BatchPlan.of(config),
-            student_order=DrawOrder("student", NUM_PROMPTS, config.seed),
-            text_order=DrawOrder("text", NUM_TEXTS, config.seed),
+            student_order=DrawOrder("student_text", NUM_PROMPTS, config.seed),
+            teacher_order=DrawOrder("teacher_text", NUM_TEXTS, config.seed),
             num_updates=config.learner.num_updates,
         )
 
@@ -163,7 +163,7 @@ async def test_age_stays_within_its_bound(tmp_path: Path, max_policy_age: int) -
 
 
 async def test_a_recipe_on_text_alone_samples_nothing(tmp_path: Path) -> None:
-    config = make_config(student_text="none", loss="forward_kl", off_policy_text="reference")
+    config = make_config(student_text="none", loss="forward_kl", teacher_text="reference")
     world = World(config, tmp_path)
     await world.run()
     assert world.generator.num_calls == 0

@@ -382,7 +382,7 @@ def table(tokenizer) -> pa.Table:
 
 
 def draw(number: int, index: int, epoch: int = 0) -> Draw:
-    return Draw(table="student", number=number, epoch=epoch, index=index)
+    return Draw(table="student_text", number=number, epoch=epoch, index=index)
 
 
 def answer(*tokens: int) -> Completion:
@@ -409,7 +409,7 @@ def test_requests_are_seeded_by_run_draw_and_sample(table):
 
 
 def test_seeds_are_the_same_on_every_machine():
-    assert sample_seed(0, "student-0-0", 0) == 1207311565
+    assert sample_seed(0, Draw(table="student_text", number=0, epoch=0, index=5), 0) == 1207311565
 
 
 def test_groups_are_one_batch_per_draw(table):
@@ -417,8 +417,8 @@ def test_groups_are_one_batch_per_draw(table):
     draws = [draw(4, 2), draw(5, 0)]
     first, second = prompts.groups(draws, [answer(1), answer(2, 3), answer(4), answer(5, 6, 7)])
     validate(first)
-    assert first["trajectory_id"].to_pylist() == ["student-0-4/0", "student-0-4/1"]
-    assert set(second["group_id"].to_pylist()) == {"student-0-5"}
+    assert first["trajectory_id"].to_pylist() == ["student_text-0-4/0", "student_text-0-4/1"]
+    assert set(second["group_id"].to_pylist()) == {"student_text-0-5"}
     assert second["response_tokens"].to_pylist() == [[4], [5, 6, 7]]
     assert first["prompt_tokens"].to_pylist() == [table["prompt_tokens"][2].as_py()] * 2
     assert first["prompt_index"].to_pylist() == [2, 2]
@@ -430,11 +430,11 @@ def test_groups_are_one_batch_per_draw(table):
 def test_the_corpus_rewrites_the_draw_and_nothing_else(table):
     corpus = TextCorpus(corpus_table(reference_corpus(table)))
     source = corpus_table(reference_corpus(table))
-    (row,) = corpus.rows([Draw(table="text", number=9, epoch=1, index=3)])
+    (row,) = corpus.rows([Draw(table="teacher_text", number=9, epoch=1, index=3)])
     validate(row)
     assert row.num_rows == 1
-    assert row["trajectory_id"][0].as_py() == "text-1-9/0"
-    assert row["draw_id"][0].as_py() == row["group_id"][0].as_py() == "text-1-9"
+    assert row["trajectory_id"][0].as_py() == "teacher_text-1-9/0"
+    assert row["draw_id"][0].as_py() == row["group_id"][0].as_py() == "teacher_text-1-9"
     for name in ("source", "prompt_index", "prompt_tokens", "response_tokens", "loss_mask"):
         assert row[name][0] == source[name][3]
     assert row.get_total_buffer_size() < source.get_total_buffer_size() / 2  # no slice of the whole

@@ -18,6 +18,15 @@ from deploy.study.tables.results import LAST_UPDATES
 from deploy.study.tables.statistics import Comparison, SeedDifference, compare, holm
 from distill.evaluation import direction
 
+_CRITIC_METRICS: Mapping[int, Sequence[str]] = {
+    1: ("critic/d_mm_off", "critic/d_mm_on", "critic/tightness_off", "critic/tightness_on"),
+    2: (
+        "critic/teacher_text.d_mm", "critic/student_text.d_mm",
+        "critic/teacher_text.tightness", "critic/student_text.tightness",
+    ),
+}  # fmt: skip
+"""By the results' hash format: the metrics were renamed together with it."""
+
 BySeed = dict[str, dict[int, Any]]
 """recipe -> seed -> what was found."""
 
@@ -152,7 +161,7 @@ def _at_time(evaluations: Sequence[Mapping[str, Any]], seconds: float, metrics: 
 
 def _critics_table(results: Mapping[str, Any]) -> str:
     """d_MM and tightness on batches that a critic has not been trained on."""
-    names = ("critic/d_mm_off", "critic/d_mm_on", "critic/tightness_off", "critic/tightness_on")
+    names = _CRITIC_METRICS[results.get("hash_format", 1)]
     by_seed = _of_runs(results, lambda run: run["critics"])
     rows = [
         [f"`{recipe}`"]
@@ -170,9 +179,7 @@ def _critics_table(results: Mapping[str, Any]) -> str:
         "critic's step on them: d_MM is the moment gap that the critic finds, tightness its share of what the "
         "regularised game's optimum finds there."
     )
-    return (
-        heading + "\n\n" + _table(["recipe", *(name.split("/")[1].replace("_", " ") for name in names)], rows)
-    )
+    return heading + "\n\n" + _table(["recipe", *(_words(name.split("/")[1]) for name in names)], rows)
 
 
 def _texts_table(results: Mapping[str, Any]) -> str:
@@ -249,7 +256,11 @@ def _chosen(settings: Mapping[str, Any]) -> str:
 
 def _heading(metric: str) -> str:
     arrow = {1: " ↑", -1: " ↓"}.get(direction(metric), "")
-    return metric.replace("_text.", " text: ").replace("_", " ") + arrow
+    return _words(metric) + arrow
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_text.", " text: ").replace("_", " ")
 
 
 def _cost(results: Mapping[str, Any]) -> dict[str, float]:

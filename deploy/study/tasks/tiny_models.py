@@ -124,7 +124,7 @@ def _train(model: TinyModel, texts: Sequence[Text], folder: Path, say: Callable[
         student,
         adamw(student.parameters(), beta1=0.9, beta2=0.95, weight_decay=0.1),
         corpus.rows,
-        DrawOrder("text", corpus.num_rows, 0),
+        DrawOrder("teacher_text", corpus.num_rows, 0),
         SftConfig(
             num_updates=model.num_updates,
             rows_per_update=model.rows_per_update,

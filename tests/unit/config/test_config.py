@@ -125,10 +125,10 @@ def test_recipe_rows(load):
     assert paper.recipe == RecipeConfig(name="ammd_paper", beta=0.5, anchor_weight=0.1, long_weight=1.0)
     assert (ammd.critic.features, paper.critic.features) == ("ratio", "teacher")
     kd, gkd = load(STUDENT + "recipe: kd").recipe, load(STUDENT + "recipe: gkd").recipe
-    assert (kd.off_policy_text, kd.student_text, kd.loss, kd.loss_weight, kd.lm_weight, kd.anchor_weight) == (
+    assert (kd.teacher_text, kd.student_text, kd.loss, kd.loss_weight, kd.lm_weight, kd.anchor_weight) == (
         "reference", "none", "forward_kl", 0.5, 0.5, 0.0,
     )  # fmt: skip
-    assert (gkd.off_policy_text, gkd.student_text, gkd.student_fraction, gkd.loss, gkd.jsd_beta) == (
+    assert (gkd.teacher_text, gkd.student_text, gkd.student_fraction, gkd.loss, gkd.jsd_beta) == (
         "reference", "mixed", 0.5, "generalized_jsd", 0.5,
     )  # fmt: skip
     assert gkd.anchor_weight == 0.0
@@ -137,7 +137,7 @@ def test_recipe_rows(load):
 def test_demo_needs_no_more_than_it_makes():
     config = load_config(PRESETS / "demo.yaml", (), PRESETS)
     assert config.run_dir == "runs/demo"
-    drawn = config.learner.num_updates * config.learner.text_rows_per_update
+    drawn = config.learner.num_updates * config.learner.teacher_rows_per_update
     assert config.corpus.num_prompts and drawn % config.corpus.num_prompts == 0  # whole epochs
     assert (config.learner.prompts_per_update, config.rollout.samples_per_prompt) == (16, 2)
 
@@ -313,14 +313,14 @@ def test_fingerprint_does_not_depend_on_int_or_float(load):
 # Rules and documentation of the sections
 
 BROKEN = [
-    "recipe.student_text=none recipe.off_policy_text=none", "recipe.beta=-1", "recipe.gamma=0",
+    "recipe.student_text=none recipe.teacher_text=none", "recipe.beta=-1", "recipe.gamma=0",
     "recipe.student_fraction=2", "recipe.fraction_step=2", "recipe.fraction_step=0.1",
     "evaluation.every=0 recipe=distillm", "recipe.jsd_beta=1", "recipe.lm_weight=-1", "recipe.skew=1",
     "recipe.student_text_loss=forward_kl", "recipe.long_weight=1 recipe.loss=reverse_kl",
     "critic.learning_rate=-1", "critic.ema=1", "critic.positions_per_step=0", "credit.cost_scale=0", "credit.cost_max=0",
     "credit.ratio_max=0", "credit.ppo_clip=-1", "credit.ppo_clip=0.2 credit.ratio=per_decision",
-    "cluster.backend=in_process", "recipe.teacher=text",
-    "recipe.teacher=text recipe.off_policy_text=reference", "proxy.num_updates=-1",
+    "cluster.backend=in_process", "recipe.teacher_gives=text",
+    "recipe.teacher_gives=text recipe.teacher_text=reference", "proxy.num_updates=-1",
     "proxy.rows_per_update=0",
     "recipe.long_weight=1 recipe.student_text=none", "student.model=x", "student.init.from=other",
     "student.init.num_layers=0", "data.num_heldout=0", "sft.num_updates=0", "sft.rows_per_update=0",
@@ -337,7 +337,7 @@ BROKEN = [
     "replay.min_size_to_sample=17", "recipe.long_weight=1 rollout.samples_per_prompt=1",
     "data.num_heldout=100", "recipe.student_text=mixed",
     "replay.samples_per_insert=0.5 replay.max_policy_age=1",
-    "recipe.off_policy_text=none recipe.student_text=mixed recipe.loss=forward_kl recipe.anchor_weight=0",
+    "recipe.teacher_text=none recipe.student_text=mixed recipe.loss=forward_kl recipe.anchor_weight=0",
     "critic.variance_penalty=0", "critic.max_grad_norm=0", "credit.cost_max=1 credit.form=exact",
     "credit.baseline=whiten credit.form=exact",
     "credit.ratio=token credit.form=exact replay.max_policy_age=1 credit.ratio_max=null",

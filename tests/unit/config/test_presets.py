@@ -13,9 +13,9 @@ from distill.config.load import flat_settings, load_config
 
 STUDENT = ["student.init.from=teacher", "student.init.num_layers=1"]
 DEFAULTS = {
-    "recipe.off_policy_text": "teacher",
+    "recipe.teacher_text": "sampled",
     "recipe.student_text": "every_update",
-    "recipe.teacher": "probabilities",
+    "recipe.teacher_gives": "probabilities",
     "recipe.beta": 0.25,
     "recipe.loss": "moment_gap",
     "recipe.loss_weight": 1.0,
@@ -51,7 +51,7 @@ DEFAULTS = {
 PRESETS_SAY = {
     "ammd": {},
     "ammd_blackbox": {
-        "recipe.teacher": "text",
+        "recipe.teacher_gives": "text",
         "recipe.student_text": "none",
         "recipe.loss_weight": 5.0,
         "recipe.anchor_weight": 0.0,
@@ -65,7 +65,7 @@ PRESETS_SAY = {
     },
     "anchor_only": {"recipe.student_text": "none", "recipe.loss_weight": 0.0},
     "distillm": {
-        "recipe.off_policy_text": "reference",
+        "recipe.teacher_text": "reference",
         "recipe.student_text": "mixed",
         "recipe.student_fraction": 0.0,
         "recipe.fraction_step": 0.1,
@@ -83,13 +83,13 @@ PRESETS_SAY = {
     },
     "fkl": {"recipe.student_text": "none", "recipe.loss": "forward_kl", "recipe.anchor_weight": 0.0},
     "gkd": {
-        "recipe.off_policy_text": "reference",
+        "recipe.teacher_text": "reference",
         "recipe.student_text": "mixed",
         "recipe.loss": "generalized_jsd",
         "recipe.anchor_weight": 0.0,
     },
     "imitkd": {
-        "recipe.off_policy_text": "none",
+        "recipe.teacher_text": "none",
         "recipe.beta": 1.0,
         "recipe.loss": "forward_kl",
         "recipe.anchor_weight": 0.0,
@@ -99,7 +99,7 @@ PRESETS_SAY = {
     },
     "jsd": {"recipe.student_text": "none", "recipe.loss": "generalized_jsd", "recipe.anchor_weight": 0.0},
     "kd": {
-        "recipe.off_policy_text": "reference",
+        "recipe.teacher_text": "reference",
         "recipe.student_text": "none",
         "recipe.loss": "forward_kl",
         "recipe.loss_weight": 0.5,
@@ -107,7 +107,7 @@ PRESETS_SAY = {
         "recipe.lm_weight": 0.5,
     },
     "minillm": {
-        "recipe.off_policy_text": "none",
+        "recipe.teacher_text": "none",
         "recipe.beta": 1.0,
         "recipe.loss": "reverse_kl",
         "recipe.anchor_weight": 0.0,
@@ -121,7 +121,7 @@ PRESETS_SAY = {
         "credit.ppo_clip": 0.2,
     },
     "opd": {
-        "recipe.off_policy_text": "none",
+        "recipe.teacher_text": "none",
         "recipe.loss_weight": 0.0,
         "recipe.anchor_weight": 0.0,
         "recipe.long_weight": 1.0,
@@ -146,7 +146,7 @@ PRESETS_SAY = {
         "recipe.lm_weight": 1.0,
     },
     "sft": {
-        "recipe.off_policy_text": "reference",
+        "recipe.teacher_text": "reference",
         "recipe.student_text": "none",
         "recipe.loss_weight": 0.0,
         "recipe.anchor_weight": 0.0,

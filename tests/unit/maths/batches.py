@@ -65,7 +65,7 @@ class Row:
     prompt: list[int]
     response: list[int]
     counted: list[bool]
-    on_policy: bool
+    is_student_text: bool
     group: int
     hidden: Tensor
     behavior: Tensor
@@ -89,7 +89,7 @@ def random_rows(seed: int = 0) -> list[Row]:
                 prompt=integers(0, VOCABULARY, integers(1, 6, 1)[0]),
                 response=integers(0, VOCABULARY, length),
                 counted=counted,
-                on_policy=group >= 0,
+                is_student_text=group >= 0,
                 group=group,
                 hidden=torch.randn(length, TEACHER_SIZE, generator=generator).bfloat16(),
                 behavior=-3 * torch.rand(length, generator=generator) if group >= 0 else torch.zeros(length),
@@ -101,14 +101,14 @@ def random_rows(seed: int = 0) -> list[Row]:
 def batch_of(rows: Sequence[Row], packs: Sequence[Sequence[int]] | None = None) -> TokenBatch:
     """``packs``: numbers of the rows in each forward pass; None: a pass for each row."""
     packs = [[number] for number in range(len(rows))] if packs is None else packs
-    counts = {on: sum(sum(row.counted) for row in rows if row.on_policy == on) for on in (False, True)}
+    counts = {on: sum(sum(row.counted) for row in rows if row.is_student_text == on) for on in (False, True)}
     return TokenBatch(
         packs=tuple(_pack(rows, members) for members in packs),
         group=torch.tensor([row.group for row in rows]),
-        num_off_policy=counts[False],
-        num_on_policy=counts[True],
-        num_off_policy_rows=sum(not row.on_policy for row in rows),
-        num_on_policy_rows=sum(row.on_policy for row in rows),
+        num_teacher_tokens=counts[False],
+        num_student_tokens=counts[True],
+        num_teacher_rows=sum(not row.is_student_text for row in rows),
+        num_student_rows=sum(row.is_student_text for row in rows),
         num_input_tokens=sum(len(row.prompt) + len(row.response) - 1 for row in rows),
     )
 
@@ -135,7 +135,7 @@ def _pack(rows: Sequence[Row], members: Sequence[int]) -> Pack:
         targets=torch.tensor([token for row in picked for token in row.response]),
         teacher_hidden=torch.cat([row.hidden for row in picked]),
         counted=torch.tensor([value for row in picked for value in row.counted]),
-        on_policy=torch.tensor([row.on_policy for row in picked]).repeat_interleave(lengths),
+        is_student_text=torch.tensor([row.is_student_text for row in picked]).repeat_interleave(lengths),
         row=torch.tensor(list(members)).repeat_interleave(lengths),
         step=torch.cat([torch.arange(len(row.response)) for row in picked]),
         behavior_logprobs=torch.cat([row.behavior for row in picked]),

@@ -37,7 +37,7 @@ METHODS = {
     "ammd": method(RecipeConfig(lm_weight=0.1, loss_weight=0.8)),
     "ammd_paper": method(RecipeConfig(beta=0.5, anchor_weight=0.1, long_weight=0.7)),
     "off_policy": method(RecipeConfig(student_text="none", beta=0.5)),
-    "on_policy": method(RecipeConfig(off_policy_text="none", loss="reverse_kl")),
+    "on_policy": method(RecipeConfig(teacher_text="none", loss="reverse_kl")),
     "gkd": method(RecipeConfig(student_text="mixed", loss="generalized_jsd", jsd_beta=0.2, anchor_weight=0)),
     "kd": method(
         RecipeConfig(student_text="none", loss="forward_kl", loss_weight=0.5, anchor_weight=0, lm_weight=0.5)
@@ -57,7 +57,7 @@ METHODS = {
     "dense": method(RecipeConfig(long_weight=0.3), replace(CRITIC, rank=None, features="both")),
     "ema": method(RecipeConfig(long_weight=0.3), replace(CRITIC, ema=0.9)),
     "blackbox": method(
-        RecipeConfig(teacher="text", student_text="none", loss_weight=5, lm_weight=1, anchor_weight=0)
+        RecipeConfig(teacher_gives="text", student_text="none", loss_weight=5, lm_weight=1, anchor_weight=0)
     ),
     "exact": method(
         RecipeConfig(beta=0.4, long_weight=0.7, lm_weight=0.1, gamma=0.8),
@@ -71,7 +71,7 @@ METHODS = {
         RecipeConfig(long_weight=0.7), credit=CreditConfig(ratio="none", baseline="none", normalize="none")
     ),
     "minillm": method(
-        RecipeConfig(off_policy_text="none", loss="reverse_kl", long_weight=1.0, anchor_weight=0),
+        RecipeConfig(teacher_text="none", loss="reverse_kl", long_weight=1.0, anchor_weight=0),
         credit=CreditConfig(
             cost="log_ratio",
             cost_scale=0.5,
@@ -83,7 +83,7 @@ METHODS = {
         ),
     ),
     "opd": method(
-        RecipeConfig(off_policy_text="none", loss_weight=0, anchor_weight=0, long_weight=1.0),
+        RecipeConfig(teacher_text="none", loss_weight=0, anchor_weight=0, long_weight=1.0),
         credit=CreditConfig(cost="log_ratio", span="own", normalize="none", baseline="none"),
     ),
 }
@@ -94,8 +94,8 @@ def rows_for(recipe: RecipeConfig) -> list[Row]:
     return [
         row
         for row in random_rows()
-        if (row.on_policy and recipe.student_text != "none")
-        or (not row.on_policy and recipe.off_policy_text != "none")
+        if (row.is_student_text and recipe.student_text != "none")
+        or (not row.is_student_text and recipe.teacher_text != "none")
     ]
 
 

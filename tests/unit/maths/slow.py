@@ -24,9 +24,9 @@ def slow_loss(
     method: MethodConfig, rows: Sequence[Row], student: TinyStudent, teacher: Head, critics: CriticPair | None
 ) -> Tensor:
     recipe, exact = method.recipe, method.credit.form == "exact"
-    both_texts = recipe.student_text == "every_update" and recipe.off_policy_text != "none"
+    both_texts = recipe.student_text == "every_update" and recipe.teacher_text != "none"
     text_weight = {False: 1 - recipe.beta, True: recipe.beta} if both_texts else {False: 1.0, True: 1.0}
-    of_source = {on: [row for row in rows if row.on_policy == on] for on in (False, True)}
+    of_source = {on: [row for row in rows if row.is_student_text == on] for on in (False, True)}
     counts = {
         on: len(members) if exact else sum(sum(row.counted) for row in members)
         for on, members in of_source.items()
@@ -39,18 +39,18 @@ def slow_loss(
                 continue
             loss = torch.zeros((), dtype=torch.float64)
             if recipe.loss_weight:
-                loss = loss + text_weight[row.on_policy] * recipe.loss_weight * values.main(t)
-            if row.on_policy and recipe.long_weight:
+                loss = loss + text_weight[row.is_student_text] * recipe.loss_weight * values.main(t)
+            if row.is_student_text and recipe.long_weight:
                 advantage = _advantage(method, rows, each, number, t)
                 weight = text_weight[True] * recipe.long_weight
                 loss = loss + weight * values.score(t, advantage)
-            if not row.on_policy:
+            if not row.is_student_text:
                 loss = loss + recipe.anchor_weight * values.divergence(recipe.anchor, t)
                 loss = loss - recipe.lm_weight * values.log_p[t, row.response[t]]
             weight = recipe.gamma**t if exact else 1.0
-            if row.on_policy and method.credit.ratio == "per_decision":
+            if row.is_student_text and method.credit.ratio == "per_decision":
                 weight *= math.prod(values.ratio[:t])
-            total = total + weight * loss / counts[row.on_policy]
+            total = total + weight * loss / counts[row.is_student_text]
     return total
 
 
@@ -79,7 +79,7 @@ class _Row:
         elif config.form == "closed_form":
             self.f = closed_form_critic(self.log_p.detach(), self.log_q, config.bound, config.penalty)
         elif critics is not None:
-            critic = critics.opponent("on" if row.on_policy else "off")
+            critic = critics.opponent("student_text" if row.is_student_text else "teacher_text")
             with torch.no_grad():
                 heads = Heads.of(student, teacher)
                 table = critic.table(heads.teacher, heads.student)
@@ -101,7 +101,9 @@ class _Row:
 
     def main(self, t: int) -> Tensor:
         recipe = self.method.recipe
-        loss = recipe.student_text_loss if self.row.on_policy and recipe.student_text_loss else recipe.loss
+        loss = (
+            recipe.student_text_loss if self.row.is_student_text and recipe.student_text_loss else recipe.loss
+        )
         if loss != "moment_gap":
             return self.divergence(loss, t)
         return self.gap(self.p[t], self.q[t], self.f[t])
@@ -161,7 +163,7 @@ def _advantage(method: MethodConfig, rows: Sequence[Row], each: Sequence[_Row], 
         everything = [
             values.to_come(k)
             for row, values in zip(rows, each, strict=True)
-            if row.on_policy
+            if row.is_student_text
             for k in range(len(row.response))
         ]
         mean = sum(everything) / len(everything)

@@ -11,8 +11,8 @@ import torch
 from distill.config import CriticConfig
 from distill.objectives import closed_form_critic
 from learner.model.head import Head, LogitTransform
-from learner.update import critic_step
-from learner.update.critic_step import critic_update
+from learner.update import critic_step as critic_step_module
+from learner.update.critic_step import critic_step
 from learner.update.critics import ModelSize
 from learner.update.positions import Heads, Positions, collect_positions
 from learner.update.update import update
@@ -35,9 +35,9 @@ def test_critics_learn_the_difference(features):
     config = CriticConfig(features=features, learning_rate=1e-2, rank=16)
     critics, heads = critic_pair(config), Heads.of(student, teacher_head())
     positions, _ = collect_positions(student, batch_of(rows))
-    seen = [critic_update(positions, heads, critics, config, chunk=1000, seed=n) for n in range(40)]
-    for source in ("off", "on"):
-        tightness = [metrics[f"critic/tightness_{source}"] for metrics in seen]
+    seen = [critic_step(positions, heads, critics, config, chunk=1000, seed=n) for n in range(40)]
+    for source in ("teacher_text", "student_text"):
+        tightness = [metrics[f"critic/{source}.tightness"] for metrics in seen]
         if features == "ratio":  # it starts at the optimum: nothing to gain, and it stays
             assert tightness[0] == pytest.approx(1.0)
         else:
@@ -56,10 +56,9 @@ def test_critics_learn_from_tokens_alone():
     critics, heads = critic_pair(config), Heads.of(student, teacher_head())
     positions, _ = collect_positions(student, batch_of(rows))
     seen = [
-        critic_update(positions, heads, critics, config, chunk=1000, seed=n, from_text=True)
-        for n in range(40)
+        critic_step(positions, heads, critics, config, chunk=1000, seed=n, from_text=True) for n in range(40)
     ]
-    gaps = [metrics["critic/d_mm_off"] for metrics in seen]
+    gaps = [metrics["critic/teacher_text.d_mm"] for metrics in seen]
     assert gaps[0] == 0.0
     assert gaps[-1] > 0.3
     assert not any("tightness" in name for metrics in seen for name in metrics)
@@ -73,7 +72,7 @@ def test_a_teacher_of_text_alone_teaches_the_critics_by_its_tokens():
     student = TinyStudent()
     positions, _ = collect_positions(student, batch_of(rows))
     heads = Heads.of(student, teacher_head())
-    critic_update(positions, heads, by_tokens, settings.critic, chunk=7, seed=1, from_text=True)
+    critic_step(positions, heads, by_tokens, settings.critic, chunk=7, seed=1, from_text=True)
     for ours, theirs in zip(critics.parameters(), by_tokens.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
     assert not any("tightness" in name for name in metrics)
@@ -100,10 +99,10 @@ def test_the_critics_gradient_is_that_of_their_loss_written_out(monkeypatch, nam
     heads = Heads.of(student, teacher_head())
     trained, reference = (critic_pair(config, shake=0.1) for _ in range(2))
     monkeypatch.setattr(trained, "step", lambda: torch.zeros(()))
-    metrics = critic_update(
+    metrics = critic_step(
         positions, heads, trained, config, chunk=7, seed=0, discount=discount, from_text=from_text
     )
-    for source in ("off", "on"):
+    for source in ("teacher_text", "student_text"):
         part, critic = positions.of(source), reference[source]
         log_p = heads.student.logits(part.student_hidden).log_softmax(-1)
         log_q = heads.teacher.logits(part.teacher_hidden).log_softmax(-1)
@@ -124,9 +123,9 @@ def test_the_critics_gradient_is_that_of_their_loss_written_out(monkeypatch, nam
         weight = discount ** part.step.double()
         loss = (weight * (penalty - gap)).sum() / weight.sum()
         loss.backward()
-        assert metrics[f"critic/loss_{source}"] == pytest.approx(float(loss.detach()), abs=1e-12)
+        assert metrics[f"critic/{source}.loss"] == pytest.approx(float(loss.detach()), abs=1e-12)
         d_mm = (weight * gap).sum() / weight.sum()
-        assert metrics[f"critic/d_mm_{source}"] == pytest.approx(float(d_mm.detach()), abs=1e-12)
+        assert metrics[f"critic/{source}.d_mm"] == pytest.approx(float(d_mm.detach()), abs=1e-12)
         for (which, ours), theirs in zip(
             trained[source].named_parameters(), critic.parameters(), strict=True
         ):
@@ -136,9 +135,9 @@ def test_the_critics_gradient_is_that_of_their_loss_written_out(monkeypatch, nam
 
 def test_exact_critics_weigh_positions_as_the_student_does():
     rows = random_rows()
-    seen = run(METHODS["exact"], rows)[0]["critic/d_mm_on"]
+    seen = run(METHODS["exact"], rows)[0]["critic/student_text.d_mm"]
     plain = replace(METHODS["exact"], credit=replace(METHODS["exact"].credit, form="practical"))
-    assert seen != pytest.approx(run(plain, rows)[0]["critic/d_mm_on"])
+    assert seen != pytest.approx(run(plain, rows)[0]["critic/student_text.d_mm"])
 
 
 def test_slices_are_never_empty():
@@ -148,7 +147,7 @@ def test_slices_are_never_empty():
     heads, config = Heads.of(student, teacher_head()), replace(CRITIC, positions_per_step=1)
     for seed in range(20):
         critics = critic_pair(config)
-        critic_update(positions, heads, critics, config, chunk=7, seed=seed)
+        critic_step(positions, heads, critics, config, chunk=7, seed=seed)
         assert any(parameter.grad is not None for parameter in critics.parameters()), seed
 
 
@@ -158,8 +157,8 @@ def test_critic_metrics_are_fresh_and_of_the_closed_form():
     config = CriticConfig(num_steps=2)
     positions, _ = collect_positions(student, batch_of(rows))
     heads = Heads.of(student, teacher_head())
-    metrics = critic_update(positions, heads, critic_pair(config), config, chunk=100, seed=0)
-    for source in ("off", "on"):
+    metrics = critic_step(positions, heads, critic_pair(config), config, chunk=100, seed=0)
+    for source in ("teacher_text", "student_text"):
         part = positions.of(source)
         part = part.select(part.step % 2 == 0)
         log_p, log_q = (
@@ -169,10 +168,10 @@ def test_critic_metrics_are_fresh_and_of_the_closed_form():
         p, q = log_p.exp(), log_q.exp()
         best = closed_form_critic(log_p, log_q, 1.0, 2.0)
         gap = ((q - p) ** 2 / (q + p)).sum(-1).mean()
-        assert metrics[f"critic/d_mm_{source}"] == pytest.approx(float(gap))
-        assert metrics[f"critic/tightness_{source}"] == pytest.approx(1.0)
+        assert metrics[f"critic/{source}.d_mm"] == pytest.approx(float(gap))
+        assert metrics[f"critic/{source}.tightness"] == pytest.approx(1.0)
         saturated = ((p + q) / 2 * (best.abs() > 0.95)).sum(-1).mean()
-        assert metrics[f"critic/saturation_{source}"] == pytest.approx(float(saturated))
+        assert metrics[f"critic/{source}.saturation"] == pytest.approx(float(saturated))
 
 
 @pytest.mark.parametrize("distance", [1e-3, 0.1, 1.0, 10.0])
@@ -186,15 +185,15 @@ def test_the_closed_form_is_tight_at_any_distance(distance):
     heads, size = Heads(identity, identity), ModelSize(VOCABULARY, VOCABULARY)
     zeros = torch.zeros(50, dtype=torch.int64)
     positions = Positions(
-        student_hidden=log_p, teacher_hidden=log_q, on_policy=torch.arange(50) % 2 == 0, row=torch.arange(50),
+        student_hidden=log_p, teacher_hidden=log_q, is_student_text=torch.arange(50) % 2 == 0, row=torch.arange(50),
         step=zeros, targets=zeros, behavior_logprobs=zeros.double(),
     )  # fmt: skip
     for features, expected in (("ratio", 1.0), ("teacher", 0.0)):
         config = CriticConfig(features=features, rank=8, num_steps=1)
         critics = critic_pair(config, sizes=(size, size))
-        metrics = critic_update(positions, heads, critics, config, chunk=100, seed=0)
-        for source in ("off", "on"):
-            assert metrics[f"critic/tightness_{source}"] == pytest.approx(expected, abs=1e-4)
+        metrics = critic_step(positions, heads, critics, config, chunk=100, seed=0)
+        for source in ("teacher_text", "student_text"):
+            assert metrics[f"critic/{source}.tightness"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_warm_up_update_makes_short_steps(monkeypatch):
@@ -202,11 +201,11 @@ def test_a_warm_up_update_makes_short_steps(monkeypatch):
     positions, _ = collect_positions(student, batch_of(random_rows()))
     heads = Heads.of(student, teacher_head())
     steps = []
-    monkeypatch.setattr(critic_step, "WARM_UP_POSITIONS", 5)
+    monkeypatch.setattr(critic_step_module, "WARM_UP_POSITIONS", 5)
     monkeypatch.setattr(critics, "step", lambda: steps.append(1) or torch.zeros(()))
-    critic_update(positions, heads, critics, CRITIC, chunk=7, seed=0)
+    critic_step(positions, heads, critics, CRITIC, chunk=7, seed=0)
     assert len(steps) == CRITIC.num_steps
-    critic_update(positions, heads, critics, CRITIC, chunk=7, seed=0, warm_up=True)
+    critic_step(positions, heads, critics, CRITIC, chunk=7, seed=0, warm_up=True)
     longest = int(positions.step.max()) + 1  # a slice is a place in the row
     assert len(steps) == CRITIC.num_steps + min(math.ceil(len(positions) / 5), longest) > 2 * CRITIC.num_steps
 
@@ -217,19 +216,19 @@ def test_smaller_slices(monkeypatch):
     positions, _ = collect_positions(student, batch_of(random_rows()))
     heads = Heads.of(student, teacher_head())
     seen = []
-    gradient = critic_step._critic_gradient
+    gradient = critic_step_module._critic_gradient
 
     def recording(part, *rest):
         seen.append(part)
         return gradient(part, *rest)
 
-    monkeypatch.setattr(critic_step, "_critic_gradient", recording)
+    monkeypatch.setattr(critic_step_module, "_critic_gradient", recording)
     config = replace(CRITIC, positions_per_step=12)
-    critic_update(positions, heads, critics, config, chunk=7, seed=2)
+    critic_step(positions, heads, critics, config, chunk=7, seed=2)
     num_slices = math.ceil(len(positions) / 12)
     assert num_slices > CRITIC.num_steps
-    for source in ("off", "on"):
-        parts = [part for part in seen if bool(part.on_policy[0]) == (source == "on")]
+    for source in ("teacher_text", "student_text"):
+        parts = [part for part in seen if bool(part.is_student_text[0]) == (source == "student_text")]
         assert len(parts) == CRITIC.num_steps
         assert {int(s) for part in parts for s in (part.step + 2) % num_slices} == set(
             range(CRITIC.num_steps)

@@ -49,8 +49,8 @@ CASES = {
 def rows_of(settings: MethodConfig, groups: set[int]) -> list[Any]:
     rows, other = [], 0
     for row in methods.rows_for(settings.recipe):
-        group = row.group if row.on_policy else -1 - other % 2
-        other += not row.on_policy
+        group = row.group if row.is_student_text else -1 - other % 2
+        other += not row.is_student_text
         if group in groups:
             rows.append(row)
     return rows

@@ -146,7 +146,7 @@ class Game:
 
     @property
     def off_text(self) -> Tensor:
-        return self.reference if self.method.recipe.off_policy_text == "reference" else self.teacher
+        return self.reference if self.method.recipe.teacher_text == "reference" else self.teacher
 
     @property
     def cost(self) -> Tensor:
@@ -192,10 +192,10 @@ def main_loss(game: Game, name: str, p: Tensor) -> Tensor:
 def objective(game: Game, p: Tensor) -> Tensor:
     """[R]: the recipe's objective; every term but those of the long horizon on text that stays."""
     recipe, credit = game.method.recipe, game.method.credit
-    both_texts = recipe.student_text == "every_update" and recipe.off_policy_text != "none"
+    both_texts = recipe.student_text == "every_update" and recipe.teacher_text != "none"
     w_off, w_on = (1 - recipe.beta, recipe.beta) if both_texts else (1.0, 1.0)
     total = torch.zeros(len(p), dtype=torch.float64)
-    if recipe.off_policy_text != "none":
+    if recipe.teacher_text != "none":
         text = tree.occupancy(game.off_text, GAMMA)
         values = recipe.anchor_weight * main_loss(game, recipe.anchor, p)
         values = values - recipe.lm_weight * (game.off_text.exp() * p).sum(-1)
@@ -216,7 +216,7 @@ def objective(game: Game, p: Tensor) -> Tensor:
 
 def direct_losses(game: Game, source: Source, p: Tensor) -> Tensor:
     """[R]: the code's losses without credit, over the states and next tokens of the source's text."""
-    text = game.policy if source == "on" else game.off_text
+    text = game.policy if source == "student_text" else game.off_text
 
     def repeated(values: Tensor) -> Tensor:
         return values.flatten(0, 1).repeat_interleave(tree.NUM_TOKENS, dim=0)
@@ -254,7 +254,7 @@ def score_losses(game: Game, p: Tensor, members: int) -> Tensor:
     both = Policies.from_logits(flat(p), flat(game.teacher))
     score_only = replace(method.recipe, loss_weight=0.0)
     losses = position_losses(
-        score_only, "on", both, tokens.expand(cost.shape).flatten(), advantage=advantage.flatten()
+        score_only, "student_text", both, tokens.expand(cost.shape).flatten(), advantage=advantage.flatten()
     )
     weight = probability[:, :, None, None] * mask * GAMMA ** torch.arange(tree.DEPTH) / members
     return (losses.view(cost.shape) * weight).sum((1, 2, 3))
@@ -280,10 +280,10 @@ def check_recipe(game: Game, members: int) -> None:
 
     def surrogate(p: Tensor) -> Tensor:
         total = torch.zeros(len(p), dtype=torch.float64)
-        if recipe.off_policy_text != "none":
-            total = total + direct_losses(game, "off", p)
+        if recipe.teacher_text != "none":
+            total = total + direct_losses(game, "teacher_text", p)
         if recipe.student_text != "none":
-            total = total + direct_losses(game, "on", p)
+            total = total + direct_losses(game, "student_text", p)
             if recipe.long_weight:
                 total = total + score_losses(game, p, members)
         return total
@@ -309,7 +309,7 @@ def test_the_gradient_of_a_game_with_the_long_horizon(name):
         return 0.4 * over(tree.occupancy(p, GAMMA), main_loss(game, "moment_gap", p))
 
     def on_policy_part(game: Game, p: Tensor) -> Tensor:
-        return direct_losses(game, "on", p) + score_losses(game, p, members=1)
+        return direct_losses(game, "student_text", p) + score_losses(game, p, members=1)
 
     game = Game.of(method)
     check_gradient(lambda p: on_policy_part(game, p), lambda p: distance(game, p), game.policy)
@@ -324,7 +324,7 @@ def test_at_the_teacher_every_value_is_zero_and_so_is_every_gradient_that_should
     def at_teacher(f: Tensor, **recipe: Any) -> tuple[Tensor, Tensor]:
         logits = teacher.clone().requires_grad_()
         both = Policies.from_logits(logits, teacher)
-        losses = position_losses(RecipeConfig(**recipe), "off", both, targets, f=f)
+        losses = position_losses(RecipeConfig(**recipe), "teacher_text", both, targets, f=f)
         return losses.detach(), torch.autograd.grad(losses.sum(), logits)[0]
 
     for loss in ("moment_gap", *DIVERGENCES):
@@ -349,7 +349,7 @@ def test_the_oracles_rest_at_the_teacher(method):
     logits = teacher.clone().requires_grad_()
     both = Policies.from_logits(logits, teacher)
     losses = position_losses(
-        RecipeConfig(beta=0.0, anchor_weight=0.0), "off", both, torch.zeros(len(f), dtype=torch.int64), f=f,
+        RecipeConfig(beta=0.0, anchor_weight=0.0), "teacher_text", both, torch.zeros(len(f), dtype=torch.int64), f=f,
         variance_penalty=penalty if method == "triangular" else 0.0,
     )  # fmt: skip
     (grad,) = torch.autograd.grad(losses.sum(), logits)
@@ -366,7 +366,7 @@ def test_the_zero_sum_student_follows_the_triangular_witness():
     both = Policies.from_logits(logits, teacher)
     recipe = RecipeConfig(beta=0.0, anchor_weight=0.0)
     targets = torch.zeros(len(f), dtype=torch.int64)
-    losses = position_losses(recipe, "off", both, targets, f=f, variance_penalty=penalty)
+    losses = position_losses(recipe, "teacher_text", both, targets, f=f, variance_penalty=penalty)
     (grad,) = torch.autograd.grad(losses.sum(), logits)
     witness = f + penalty / 4 * f**2
     p = policy.exp()

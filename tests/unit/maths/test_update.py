@@ -17,7 +17,7 @@ from learner.model.head import Head, LogitTransform
 from learner.update.credit_step import assign_credit
 from learner.update.losses import position_losses
 from learner.update.positions import Heads, Policies, collect_positions
-from learner.update.student_step import _gradient_squares, student_update
+from learner.update.student_step import _gradient_squares, student_step
 from learner.update.update import update
 from learner.update.witness import witnesses
 from tests.unit.maths.batches import (
@@ -160,7 +160,7 @@ def test_policy_metrics():
     student, teacher = TinyStudent(), teacher_head()
     metrics, _, _ = run(METHODS["ammd"], rows, student=student)
     student = TinyStudent()
-    tv: dict[str, list[float]] = {"off": [], "on": [], "first": [], "last": []}
+    tv: dict[str, list[float]] = {"teacher_text": [], "student_text": [], "first": [], "last": []}
     forward: dict[bool, list[float]] = {False: [], True: []}
     reverse: dict[bool, list[float]] = {False: [], True: []}
     behavior: list[float] = []
@@ -174,20 +174,22 @@ def test_policy_metrics():
         q = teacher.logits(row.hidden).softmax(-1)
         distance = ((log_p.exp() - q).abs().sum(-1) / 2).tolist()
         third = len(distance) // 3
-        if row.on_policy:
+        if row.is_student_text:
             tv["first"] += distance[:third]
             tv["last"] += distance[len(distance) - third :]
             behavior += [float(row.behavior[t] - log_p[t, y]) for t, y in enumerate(row.response)]
             entropies += (-(log_p.exp() * log_p).sum(-1)).tolist()
-        tv["on" if row.on_policy else "off"] += [d for d, c in zip(distance, row.counted, strict=True) if c]
+        tv["student_text" if row.is_student_text else "teacher_text"] += [
+            d for d, c in zip(distance, row.counted, strict=True) if c
+        ]
         p, log_q = log_p.exp(), q.log()
         for found, values in ((forward, q * (log_q - log_p)), (reverse, p * (log_p - log_q))):
-            found[row.on_policy] += values.sum(-1)[torch.tensor(row.counted)].tolist()
+            found[row.is_student_text] += values.sum(-1)[torch.tensor(row.counted)].tolist()
     expected = {
-        "policy/tv_off": tv["off"], "policy/tv_on": tv["on"], "policy/tv_on_first_third": tv["first"],
-        "policy/tv_on_last_third": tv["last"], "policy/behavior_gap": behavior, "policy/entropy_on": entropies,
-        "policy/forward_kl_off": forward[False], "policy/forward_kl_on": forward[True],
-        "policy/reverse_kl_off": reverse[False], "policy/reverse_kl_on": reverse[True],
+        "policy/teacher_text.tv": tv["teacher_text"], "policy/student_text.tv": tv["student_text"], "policy/student_text.tv_early": tv["first"],
+        "policy/student_text.tv_late": tv["last"], "policy/behavior_gap": behavior, "policy/student_text.entropy": entropies,
+        "policy/teacher_text.forward_kl": forward[False], "policy/student_text.forward_kl": forward[True],
+        "policy/teacher_text.reverse_kl": reverse[False], "policy/student_text.reverse_kl": reverse[True],
     }  # fmt: skip
     for name, values in expected.items():
         assert metrics[name] == pytest.approx(sum(values) / len(values), abs=1e-7), name
@@ -230,8 +232,8 @@ def test_the_logged_ratio_of_the_gradients_weighs_both_as_the_loss_does():
     settings = method(RecipeConfig(long_weight=0.7), fixed)
     critics, heads = critic_pair(fixed, shake=0.1), Heads.of(student, teacher_head())
     batch = batch_of(random_rows())
-    on = collect_positions(student, batch)[0].of("on")
-    witness = witnesses(fixed, critics, heads)["on"]
+    on = collect_positions(student, batch)[0].of("student_text")
+    witness = witnesses(fixed, critics, heads)["student_text"]
     credit = assign_credit(on, batch.group, heads, witness, settings.recipe, settings.credit, chunk=5)
     direct = long = 0.0
     for n in range(len(on)):
@@ -258,7 +260,7 @@ def test_a_text_recipe_needs_neither_teacher_nor_payload():
     metrics = update(student, optimizer, bare, None, None, METHODS["sft"], seed=0)
     assert metrics["policy/loss"] == pytest.approx(run(METHODS["sft"], rows)[0]["policy/loss"])
     with pytest.raises(ValueError, match="teacher states"):
-        student_update(student, optimizer, bare, Heads.of(student, teacher_head()), None, METHODS["kd"])
+        student_step(student, optimizer, bare, Heads.of(student, teacher_head()), None, METHODS["kd"])
     with pytest.raises(ValueError, match="needs the teacher's head"):
         update(student, optimizer, bare, None, None, METHODS["kd"], seed=0)
 
@@ -271,7 +273,7 @@ def test_what_is_not_finite_stops_before_the_step():
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     with pytest.raises(FloatingPointError, match="the student's loss is nan"):
         heads = Heads.of(student, teacher_head())
-        student_update(student, optimizer, batch_of(random_rows()), heads, None, METHODS["anchor_only"])
+        student_step(student, optimizer, batch_of(random_rows()), heads, None, METHODS["anchor_only"])
     assert torch.equal(before, student.head_weight)
 
 
@@ -282,12 +284,14 @@ def test_costs_before_the_students_step_are_the_gaps_it_minimises():
     batch = batch_of(rows)
     positions, _ = collect_positions(student, batch)
     opponents = witnesses(CRITIC, critics, heads)
-    on = positions.of("on")
-    credit = assign_credit(on, batch.group, heads, opponents["on"], settings.recipe, settings.credit, chunk=5)
+    on = positions.of("student_text")
+    credit = assign_credit(
+        on, batch.group, heads, opponents["student_text"], settings.recipe, settings.credit, chunk=5
+    )
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
-    metrics = student_update(student, optimizer, batch, heads, opponents, settings)
+    metrics = student_step(student, optimizer, batch, heads, opponents, settings)
     gaps = credit.advantage[on.row, on.step]
-    assert metrics["policy/moment_gap_on"] == pytest.approx(float(gaps.mean()))
+    assert metrics["policy/student_text.moment_gap"] == pytest.approx(float(gaps.mean()))
 
 
 def test_what_the_loss_mask_leaves_out_is_seen_by_nobody():
@@ -304,6 +308,8 @@ def test_no_gradient_of_the_students_reaches_a_critic_or_the_teacher(penalty):
     logits, teacher, f = (value.requires_grad_() for value in torch.randn(3, 4, VOCABULARY).double())
     both = Policies.from_logits(logits, teacher)
     targets = torch.zeros(4, dtype=torch.int64)
-    loss = position_losses(RECIPES["ammd"], "off", both, targets, f=f, variance_penalty=penalty).sum()
+    loss = position_losses(
+        RECIPES["ammd"], "teacher_text", both, targets, f=f, variance_penalty=penalty
+    ).sum()
     grads = torch.autograd.grad(loss, [logits, teacher, f], allow_unused=True)
     assert grads[0] is not None and grads[1] is None and grads[2] is None

@@ -16,9 +16,9 @@ class Settings:
 
     num_updates: int = 4
     prompts_per_update: int = 2
-    text_rows_per_update: int = 2
+    teacher_rows_per_update: int = 2
     student_text: str = "every_update"
-    off_policy_text: str = "teacher"
+    teacher_text: str = "sampled"
     student_fraction: float = 0.5
     fraction_step: float = 0.0
     max_policy_age: int = 1
@@ -36,14 +36,14 @@ class Settings:
             seed=self.seed,
             recipe=RecipeConfig(
                 student_text=self.student_text,
-                off_policy_text=self.off_policy_text,
+                teacher_text=self.teacher_text,
                 student_fraction=self.student_fraction,
                 fraction_step=self.fraction_step,
             ),
             learner=LearnerConfig(
                 num_updates=self.num_updates,
                 prompts_per_update=self.prompts_per_update,
-                text_rows_per_update=self.text_rows_per_update,
+                teacher_rows_per_update=self.teacher_rows_per_update,
             ),
             replay=ReplayConfig(
                 max_policy_age=self.max_policy_age,
@@ -62,8 +62,8 @@ class Settings:
         return ReplayIndex(
             replay=self.config.replay,
             plan=self.plan,
-            student_order=DrawOrder("student", self.num_prompts, self.seed),
-            text_order=DrawOrder("text", self.num_corpus_rows, self.seed),
+            student_order=DrawOrder("student_text", self.num_prompts, self.seed),
+            teacher_order=DrawOrder("teacher_text", self.num_corpus_rows, self.seed),
             num_updates=self.num_updates,
         )
 
@@ -91,7 +91,7 @@ def score_everything(index: ReplayIndex) -> None:
     """A teacher that is never late."""
     while job := index.take_for_scoring(64):
         scored = [group(ref.draw, ref.oldest_version, "teacher-0.arrow", 100) for ref in job.groups]
-        index.insert_scored(scored + [text_group(draw) for draw in job.text_draws])
+        index.insert_scored(scored + [text_group(draw) for draw in job.teacher_draws])
 
 
 def fill(index: ReplayIndex, version: int = 1) -> list[Draw]:
@@ -102,7 +102,7 @@ def fill(index: ReplayIndex, version: int = 1) -> list[Draw]:
     return draws
 
 
-def numbers(index: ReplayIndex, update: int, table: str = "student") -> list[int]:
+def numbers(index: ReplayIndex, update: int, table: str = "student_text") -> list[int]:
     """Draw numbers that an update leases."""
     lease = index.lease(update)
     assert lease is not None

@@ -14,15 +14,15 @@ from tests.unit.replay.builders import Settings
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.integers(-5, 5), st.integers(0, 3))
 def test_an_epoch_draws_every_row_once(num_rows, seed, epoch):
-    order = DrawOrder("student", num_rows, seed)
+    order = DrawOrder("student_text", num_rows, seed)
     draws = [order.draw(epoch * num_rows + place) for place in range(num_rows)]
     assert sorted(draw.index for draw in draws) == list(range(num_rows))
     assert {draw.epoch for draw in draws} == {epoch}
 
 
 def test_a_draw_depends_on_nothing_but_its_number():
-    forward = [DrawOrder("text", 9, 1).draw(number) for number in range(40)]
-    order = DrawOrder("text", 9, 1)
+    forward = [DrawOrder("teacher_text", 9, 1).draw(number) for number in range(40)]
+    order = DrawOrder("teacher_text", 9, 1)
     assert [order.draw(number) for number in reversed(range(40))][::-1] == forward
 
 
@@ -31,71 +31,73 @@ def test_orders_differ_by_seed_table_and_epoch():
         return [DrawOrder(table, 50, seed).draw(epoch * 50 + place).index for place in range(50)]
 
     orders = [
-        indices("student", 0, 0),
-        indices("student", 0, 1),
-        indices("student", 1, 0),
-        indices("text", 0, 0),
+        indices("student_text", 0, 0),
+        indices("student_text", 0, 1),
+        indices("student_text", 1, 0),
+        indices("teacher_text", 0, 0),
     ]
     assert len({tuple(order) for order in orders}) == 4
 
 
 def test_an_empty_table_is_refused():
-    with pytest.raises(ConfigError, match="rows of the text table=0 must be >= 1"):
-        DrawOrder("text", 0, 0)
+    with pytest.raises(ConfigError, match="rows of the teacher_text table=0 must be >= 1"):
+        DrawOrder("teacher_text", 0, 0)
 
 
 @pytest.mark.parametrize(
-    ("student_text", "off_policy_text", "expected"),
+    ("student_text", "teacher_text", "expected"),
     [
         ("none", "teacher", (0, 3)),
         ("every_update", "teacher", (2, 3)),
         ("every_update", "none", (2, 0)),
     ],
 )
-def test_plan_of_a_recipe(student_text, off_policy_text, expected):
-    plan = Settings(student_text=student_text, off_policy_text=off_policy_text, text_rows_per_update=3).plan
+def test_plan_of_a_recipe(student_text, teacher_text, expected):
+    plan = Settings(student_text=student_text, teacher_text=teacher_text, teacher_rows_per_update=3).plan
     for update in range(5):
-        assert (plan.student_groups(update), plan.text_rows(update)) == expected
-    assert (plan.student_through(5), plan.text_through(5)) == (5 * expected[0], 5 * expected[1])
+        assert (plan.student_groups(update), plan.teacher_rows(update)) == expected
+    assert (plan.student_through(5), plan.teacher_through(5)) == (5 * expected[0], 5 * expected[1])
 
 
 def test_mixed_flips_one_coin_per_update():
-    plan = Settings(student_text="mixed", text_rows_per_update=3).plan
-    batches = [(plan.student_groups(update), plan.text_rows(update)) for update in range(200)]
+    plan = Settings(student_text="mixed", teacher_rows_per_update=3).plan
+    batches = [(plan.student_groups(update), plan.teacher_rows(update)) for update in range(200)]
     assert set(batches) == {(2, 0), (0, 3)}
     assert 60 < batches.count((2, 0)) < 140
-    other = Settings(student_text="mixed", text_rows_per_update=3).plan
+    other = Settings(student_text="mixed", teacher_rows_per_update=3).plan
     assert other.student_groups(199) == batches[199][0], "a coin depends on what was asked before"
     assert plan.student_through(200) == sum(students for students, _ in batches)
-    assert plan.text_through(200) == sum(rows for _, rows in batches)
+    assert plan.teacher_through(200) == sum(rows for _, rows in batches)
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, (0, 3)), (1.0, (2, 0))])
 def test_mixed_at_its_ends(fraction, expected):
     config = RunConfig(
         recipe=RecipeConfig(student_text="mixed", student_fraction=fraction),
-        learner=LearnerConfig(prompts_per_update=2, text_rows_per_update=3),
+        learner=LearnerConfig(prompts_per_update=2, teacher_rows_per_update=3),
     )
     plan = BatchPlan.of(config)
-    assert {(plan.student_groups(update), plan.text_rows(update)) for update in range(20)} == {expected}
+    assert {(plan.student_groups(update), plan.teacher_rows(update)) for update in range(20)} == {expected}
 
 
 def test_a_share_set_later_changes_only_later_updates():
-    fixed, plan = (Settings(student_text="mixed", text_rows_per_update=3).plan for _ in range(2))
+    fixed, plan = (Settings(student_text="mixed", teacher_rows_per_update=3).plan for _ in range(2))
     before = [fixed.student_groups(update) for update in range(50)]
     assert [plan.student_groups(update) for update in range(50)] == before
     plan.set_share(20, 1.0)
     assert [plan.student_groups(update) for update in range(20)] == before[:20]
     assert {plan.student_groups(update) for update in range(20, 50)} == {2}
     plan.set_share(20, 0.0)
-    assert {plan.text_rows(update) for update in range(20, 50)} == {3}, "said again from the same update on"
+    assert {plan.teacher_rows(update) for update in range(20, 50)} == {3}, (
+        "said again from the same update on"
+    )
     plan.set_share(30, 1.0)
-    loaded = Settings(student_text="mixed", text_rows_per_update=3).plan
-    assert loaded.text_through(40) != plan.text_through(40)
+    loaded = Settings(student_text="mixed", teacher_rows_per_update=3).plan
+    assert loaded.teacher_through(40) != plan.teacher_through(40)
     loaded.load_shares(plan.shares)
-    assert [loaded.text_through(u) for u in range(50)] == [plan.text_through(u) for u in range(50)]
+    assert [loaded.teacher_through(u) for u in range(50)] == [plan.teacher_through(u) for u in range(50)]
 
 
 def test_mixed_without_text_is_refused():
-    with pytest.raises(ConfigError, match=r"recipe\.off_policy_text=none"):
-        _ = Settings(student_text="mixed", off_policy_text="none").plan
+    with pytest.raises(ConfigError, match=r"recipe\.teacher_text=none"):
+        _ = Settings(student_text="mixed", teacher_text="none").plan

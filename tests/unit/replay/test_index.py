@@ -78,7 +78,7 @@ def test_student_groups_are_used_in_draw_order_whatever_is_ready_first():
     index.insert([group(draws[0])])
     score_everything(index)
     assert numbers(index, 0) == [0, 1]
-    assert numbers(index, 0, "text") == [0, 1]
+    assert numbers(index, 0, "teacher_text") == [0, 1]
 
 
 def test_ages_count_updates_between_the_oldest_token_and_the_use():
@@ -119,7 +119,7 @@ def test_a_group_older_than_the_bound_is_an_error():
         fill(index, version=1)  # weights that are long replaced
         if update == 1:
             break
-    with pytest.raises(ReplayError, match=r"age=2 of draw student-0-4 .* replay.max_policy_age \(1\)"):
+    with pytest.raises(ReplayError, match=r"age=2 of draw student_text-0-4 .* replay.max_policy_age \(1\)"):
         index.lease(2)
 
 
@@ -168,10 +168,10 @@ def test_groups_that_nobody_expects_are_refused():
     index = open_index()
     draws = index.admit(2)
     index.insert([group(draws[0])])
-    with pytest.raises(ReplayError, match="student-0-0 is generated and must be dispatched"):
+    with pytest.raises(ReplayError, match="student_text-0-0 is generated and must be dispatched"):
         index.insert([group(draws[1]), group(draws[0])])
-    stranger = Draw(table="student", number=99, epoch=0, index=0)
-    with pytest.raises(ReplayError, match="student-0-99 is unknown"):
+    stranger = Draw(table="student_text", number=99, epoch=0, index=0)
+    with pytest.raises(ReplayError, match="student_text-0-99 is unknown"):
         index.insert([group(stranger)])
     with pytest.raises(ReplayError, match="must be of different draws"):
         index.insert([group(draws[1]), group(draws[1])])
@@ -184,10 +184,10 @@ def test_a_refused_scoring_changes_nothing():
     index = open_index()
     index.insert([group(index.admit(1)[0])])
     job = index.take_for_scoring(8)
-    late = Draw(table="text", number=77, epoch=0, index=0)
-    with pytest.raises(ReplayError, match="text-0-77 is unknown"):
+    late = Draw(table="teacher_text", number=77, epoch=0, index=0)
+    with pytest.raises(ReplayError, match="teacher_text-0-77 is unknown"):
         index.insert_scored([group(job.groups[0].draw), text_group(late)])
-    assert index.stats()["replay/student_scored"] == 0
+    assert index.stats()["replay/student_text.scored"] == 0
     index.insert_scored([group(job.groups[0].draw)])
 
 
@@ -195,7 +195,7 @@ def test_draws_of_a_dead_rollout_actor_come_first():
     index = open_index(max_policy_age=1)
     draws = index.admit(2)
     assert index.requeue([draw.draw_id for draw in draws[:1]]) == 1
-    with pytest.raises(ReplayError, match="student-0-0 is drawn"):
+    with pytest.raises(ReplayError, match="student_text-0-0 is drawn"):
         index.insert([group(draws[0])])
     assert [draw.number for draw in index.admit(8)] == [0, 2, 3]
 
@@ -204,7 +204,7 @@ def test_work_of_a_dead_teacher_is_handed_out_again():
     index = open_index()
     index.insert([group(draw) for draw in index.admit(2)])
     job = index.take_for_scoring(64)
-    held = [ref.draw.draw_id for ref in job.groups] + [draw.draw_id for draw in job.text_draws]
+    held = [ref.draw.draw_id for ref in job.groups] + [draw.draw_id for draw in job.teacher_draws]
     assert not index.take_for_scoring(64)
     assert index.requeue(held, "rollout") == 0, "a rollout actor does not hold what is being scored"
     assert index.requeue(held, "scoring") == len(held)
@@ -216,9 +216,9 @@ def test_work_of_a_dead_teacher_is_handed_out_again():
 def test_a_corpus_row_is_scored_once_and_shared_by_later_draws():
     index = open_index(student_text="none", num_corpus_rows=2, num_updates=6, max_policy_age=1)
     job = index.take_for_scoring(64)
-    assert sorted(draw.index for draw in job.text_draws) == [0, 1], "six draws fall on two rows"
+    assert sorted(draw.index for draw in job.teacher_draws) == [0, 1], "six draws fall on two rows"
     assert not index.take_for_scoring(64)
-    index.insert_scored([text_group(draw) for draw in job.text_draws])
+    index.insert_scored([text_group(draw) for draw in job.teacher_draws])
     for update in range(6):
         refs = index.lease(update).groups
         assert [ref.draw.number for ref in refs] == [2 * update, 2 * update + 1]
@@ -229,7 +229,7 @@ def test_a_corpus_row_is_scored_once_and_shared_by_later_draws():
 
 def test_text_is_prefetched_one_update_beyond_the_age_bound():
     index = open_index(student_text="none", num_corpus_rows=50, max_policy_age=1, num_updates=8)
-    assert [draw.number for draw in index.take_for_scoring(64).text_draws] == [0, 1, 2, 3, 4, 5]
+    assert [draw.number for draw in index.take_for_scoring(64).teacher_draws] == [0, 1, 2, 3, 4, 5]
 
 
 def test_payload_over_the_bound_goes_least_recently_used_first_but_never_from_the_window():
@@ -248,7 +248,7 @@ def test_payload_over_the_bound_goes_least_recently_used_first_but_never_from_th
 def test_the_row_used_last_stays_longest():
     segments = SegmentLedger()
     cache = PayloadCache(segments, max_bytes=250)
-    rows = [Draw(table="text", number=number, epoch=0, index=number) for number in range(3)]
+    rows = [Draw(table="teacher_text", number=number, epoch=0, index=number) for number in range(3)]
     for row in rows[:2]:
         cache.put(row.index, text_group(row))
     cache.pin(0)
@@ -266,7 +266,7 @@ def test_nothing_of_the_window_is_evicted():
 
 
 def test_segments_are_freed_when_their_last_group_is_final():
-    index = open_index(student_text="every_update", off_policy_text="none", num_updates=3)
+    index = open_index(student_text="every_update", teacher_text="none", num_updates=3)
     draws = index.admit(4)
     index.insert([group(draw, segment="rollout-1-0.arrow") for draw in draws])
     assert index.freed_segments("rollout-1") == {}
@@ -285,7 +285,7 @@ def test_segments_are_freed_when_their_last_group_is_final():
 
 
 def test_a_group_that_stays_where_it_is_when_scored_is_counted_once():
-    index = open_index(off_policy_text="none", num_updates=1)
+    index = open_index(teacher_text="none", num_updates=1)
     draws = index.admit(2)
     index.insert([group(draw) for draw in draws])
     index.insert_scored(list(index.take_for_scoring(8).groups))
@@ -309,7 +309,7 @@ def test_state_holds_what_is_acknowledged_and_loads_from_json():
     assert resumed.admit(8) == [], "the engines do not hold the checkpoint's weights yet"
     resumed.advance(1, 7)
     assert [draw.number for draw in resumed.admit(8)] == [2, 3, 4, 5]
-    assert resumed.take_for_scoring(64).text_draws[0].number == 2
+    assert resumed.take_for_scoring(64).teacher_draws[0].number == 2
 
 
 @pytest.mark.parametrize("max_policy_age", [0, 2])

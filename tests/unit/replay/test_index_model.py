@@ -14,17 +14,17 @@ def runs(draw: st.DrawFn, lock_step: bool = False) -> Settings:
     age = 0 if lock_step else draw(st.integers(0, 3))
     batch = draw(st.integers(1, 4))
     times = draw(st.integers(1, 3))
-    student_text, off_policy_text = draw(
+    student_text, teacher_text = draw(
         st.sampled_from(
-            [("every_update", "teacher"), ("every_update", "none"), ("none", "teacher"), ("mixed", "teacher")]
+            [("every_update", "sampled"), ("every_update", "none"), ("none", "sampled"), ("mixed", "sampled")]
         )
     )
     return Settings(
         num_updates=draw(st.integers(1, 7)),
         prompts_per_update=batch,
-        text_rows_per_update=draw(st.integers(1, 4)),
+        teacher_rows_per_update=draw(st.integers(1, 4)),
         student_text=student_text,
-        off_policy_text=off_policy_text,
+        teacher_text=teacher_text,
         max_policy_age=age,
         max_times_sampled=times,
         samples_per_insert=1

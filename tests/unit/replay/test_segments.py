@@ -22,7 +22,7 @@ WIDTH = 32
 
 
 def draw(number: int) -> Draw:
-    return Draw(table="student", number=number, epoch=0, index=number)
+    return Draw(table="student_text", number=number, epoch=0, index=number)
 
 
 def rows(number: int, num_rows: int = 2, num_tokens: int = 20) -> pa.RecordBatch:

@@ -22,7 +22,7 @@ async def still_waits(task: asyncio.Task) -> bool:
 
 
 async def test_calls_wait_for_their_answer_and_no_longer():
-    replay: Replay = make(num_updates=1, text_rows_per_update=1)
+    replay: Replay = make(num_updates=1, teacher_rows_per_update=1)
     admitted = asyncio.create_task(replay.admit(8))
     leased = asyncio.create_task(replay.lease(0))
     assert await still_waits(admitted)
@@ -31,13 +31,13 @@ async def test_calls_wait_for_their_answer_and_no_longer():
     assert [draw.number for draw in draws] == [0, 1]
 
     job = await replay.take_for_scoring(64)
-    assert job.text_draws
+    assert job.teacher_draws
     waiting = asyncio.create_task(replay.take_for_scoring(64))
     assert await still_waits(waiting)
     await replay.insert([group(draw) for draw in draws])
     assert [ref.draw for ref in (await waiting).groups] == draws
 
-    await replay.insert_scored([text_group(draw) for draw in job.text_draws])
+    await replay.insert_scored([text_group(draw) for draw in job.teacher_draws])
     assert await still_waits(leased)
     await replay.insert_scored([group(draw, segment="teacher-0.arrow") for draw in draws])
     lease = await leased
@@ -101,7 +101,7 @@ async def test_a_cancelled_wait_leaves_the_others_alone():
 
 
 async def test_seconds_waited_count_by_caller_while_the_wait_lasts():
-    replay = make(student_text="every_update", off_policy_text="none")
+    replay = make(student_text="every_update", teacher_text="none")
     waits = [asyncio.create_task(replay.admit(1)), asyncio.create_task(replay.lease(0))]
     await asyncio.sleep(0.03)
     stats = await replay.stats()
@@ -114,7 +114,7 @@ async def test_seconds_waited_count_by_caller_while_the_wait_lasts():
 
 
 async def test_requeue_wakes_an_actor_and_a_checkpoint_travels():
-    replay = make(max_policy_age=0, off_policy_text="none")
+    replay = make(max_policy_age=0, teacher_text="none")
     await replay.advance(0, 1)
     draws = await replay.admit(1)
     waiting = asyncio.create_task(replay.admit(1))
@@ -122,7 +122,7 @@ async def test_requeue_wakes_an_actor_and_a_checkpoint_travels():
     assert await replay.requeue([draw.draw_id for draw in draws], "rollout") == 2
     assert await waiting == draws
 
-    resumed = make(max_policy_age=0, off_policy_text="none")
+    resumed = make(max_policy_age=0, teacher_text="none")
     await resumed.load_state(await replay.state())
     await resumed.advance(0, 2)
     assert await resumed.admit(1) == draws

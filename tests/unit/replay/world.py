@@ -99,7 +99,7 @@ class World:
         if job:
             self.scorings.append(job)
             self.jobs.append((tuple(ref.draw.number for ref in job.groups),
-                              tuple(draw.number for draw in job.text_draws)))  # fmt: skip
+                              tuple(draw.number for draw in job.teacher_draws)))  # fmt: skip
         return bool(job)
 
     def score(self) -> bool:
@@ -107,7 +107,7 @@ class World:
             return False
         job = self.scorings.pop(self.random.randrange(len(self.scorings)))
         scored = [self.store(ref.draw, "teacher", ref.oldest_version) for ref in job.groups]
-        self.index.insert_scored(scored + [self.store(draw, "teacher", None) for draw in job.text_draws])
+        self.index.insert_scored(scored + [self.store(draw, "teacher", None) for draw in job.teacher_draws])
         return True
 
     def take_lease(self) -> bool:
@@ -123,9 +123,11 @@ class World:
     def check(self, lease: Lease) -> None:
         settings, plan, update = self.settings, self.settings.plan, lease.update
         used = students(lease)
-        text = [ref.draw.number for ref in lease.groups if ref.draw.table == "text"]
-        assert [ref.draw.table for ref in lease.groups] == ["student"] * len(used) + ["text"] * len(text)
-        assert text == list(range(plan.text_through(update), plan.text_through(update + 1)))
+        text = [ref.draw.number for ref in lease.groups if ref.draw.table == "teacher_text"]
+        assert [ref.draw.table for ref in lease.groups] == ["student_text"] * len(used) + [
+            "teacher_text"
+        ] * len(text)
+        assert text == list(range(plan.teacher_through(update), plan.teacher_through(update + 1)))
         assert len(set(used)) == len(used) == plan.student_groups(update)
         assert used == sorted(used)
         if self.in_order:
@@ -195,7 +197,7 @@ class World:
     def kill_teacher(self) -> bool:
         if self.scorings:
             job = self.scorings.pop()
-            ids = [ref.draw.draw_id for ref in job.groups] + [draw.draw_id for draw in job.text_draws]
+            ids = [ref.draw.draw_id for ref in job.groups] + [draw.draw_id for draw in job.teacher_draws]
             assert self.index.requeue(ids, self.random.choice([None, "scoring"])) == len(ids)
         return False
 
@@ -253,4 +255,4 @@ class World:
 
 
 def students(lease: Lease) -> list[int]:
-    return [ref.draw.number for ref in lease.groups if ref.draw.table == "student"]
+    return [ref.draw.number for ref in lease.groups if ref.draw.table == "student_text"]

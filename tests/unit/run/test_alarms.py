@@ -11,8 +11,8 @@ import pytest
 from distill.evaluation import EXTRA_METRICS, METRICS, Evaluation
 from distill.run.alarms import WINDOW, Alarms
 
-SOUND = {"critic/tightness_off": 0.9, "critic/tightness_on": 0.9, "critic/d_mm_off": 0.5,
-         "policy/tv_on_first_third": 0.3, "policy/tv_on_last_third": 0.31}  # fmt: skip
+SOUND = {"critic/teacher_text.tightness": 0.9, "critic/student_text.tightness": 0.9, "critic/teacher_text.d_mm": 0.5,
+         "policy/student_text.tv_early": 0.3, "policy/student_text.tv_late": 0.31}  # fmt: skip
 
 
 def at(tv: float, spread: float = 0.001) -> Evaluation:
@@ -26,7 +26,7 @@ def at(tv: float, spread: float = 0.001) -> Evaluation:
 
 
 def said(alarms: Alarms, count: int = WINDOW, **changes: float) -> list[str]:
-    row = SOUND | {name.replace("__", "/"): value for name, value in changes.items()}
+    row = SOUND | {name.replace("__", "/", 1).replace("__", "."): value for name, value in changes.items()}
     return [message for _ in range(count) for message in alarms.after_update(row)]
 
 
@@ -34,43 +34,43 @@ def test_a_sound_run_says_nothing():
     alarms = Alarms()
     assert said(alarms, 3 * WINDOW) == []
     assert alarms.after_evaluation(at(0.5)) == alarms.after_evaluation(at(0.4)) == []
-    assert said(Alarms(), 3 * WINDOW, critic__tightness_off=0.61) == []
+    assert said(Alarms(), 3 * WINDOW, critic__teacher_text__tightness=0.61) == []
 
 
 def test_a_weak_critic():
     alarms = Alarms()
-    assert said(alarms, WINDOW - 1, critic__tightness_on=0.3) == []  # it may be young
-    assert "critic/tightness_on is 0.30" in said(alarms, 1, critic__tightness_on=0.3)[0]
-    assert said(alarms, WINDOW, critic__tightness_on=0.3) == []  # once
+    assert said(alarms, WINDOW - 1, critic__student_text__tightness=0.3) == []  # it may be young
+    assert "critic/student_text.tightness is 0.30" in said(alarms, 1, critic__student_text__tightness=0.3)[0]
+    assert said(alarms, WINDOW, critic__student_text__tightness=0.3) == []  # once
 
 
 def test_drift():
-    assert "TV grows along" in said(Alarms(), policy__tv_on_last_third=0.34)[0]
-    assert said(Alarms(), policy__tv_on_last_third=0.32) == []
+    assert "TV grows along" in said(Alarms(), policy__student_text__tv_late=0.34)[0]
+    assert said(Alarms(), policy__student_text__tv_late=0.32) == []
 
 
 def test_a_gamed_critic():
     alarms = Alarms()
     said(alarms)
     assert alarms.after_evaluation(at(0.40)) == []
-    said(alarms, critic__d_mm_off=0.4)
+    said(alarms, critic__teacher_text__d_mm=0.4)
     assert "held-out TV rose from 0.400 to 0.410" in alarms.after_evaluation(at(0.41))[0]
     by_chance = Alarms()
     said(by_chance)
     by_chance.after_evaluation(at(0.40, spread=0.1))
-    said(by_chance, critic__d_mm_off=0.4)
+    said(by_chance, critic__teacher_text__d_mm=0.4)
     assert by_chance.after_evaluation(at(0.41, spread=0.1)) == []
     falling_both = Alarms()
     said(falling_both)
     falling_both.after_evaluation(at(0.40))
-    said(falling_both, critic__d_mm_off=0.4)
+    said(falling_both, critic__teacher_text__d_mm=0.4)
     assert falling_both.after_evaluation(at(0.39)) == []
 
 
 def test_recipes_without_critics_have_none_of_their_numbers():
     alarms = Alarms()
     for _ in range(2 * WINDOW):
-        assert alarms.after_update({"policy/tv_off": 0.5}) == []
+        assert alarms.after_update({"policy/teacher_text.tv": 0.5}) == []
     assert alarms.after_evaluation(at(0.5)) == alarms.after_evaluation(at(0.6)) == []
 
 
@@ -78,7 +78,10 @@ def test_recipes_without_critics_have_none_of_their_numbers():
 def test_a_resumed_run_says_what_the_whole_one_would(interrupted_after: int):
     rows = [
         SOUND
-        | {"critic/d_mm_off": 0.5 - 0.002 * update, "critic/tightness_on": 0.9 if update < WINDOW else 0.1}
+        | {
+            "critic/teacher_text.d_mm": 0.5 - 0.002 * update,
+            "critic/student_text.tightness": 0.9 if update < WINDOW else 0.1,
+        }
         for update in range(3 * WINDOW)
     ]
     evaluations = {10: at(0.40), 40: at(0.41)}

@@ -130,8 +130,14 @@ def test_a_reader_never_meets_half_a_file(tmp_path):
 
 
 def test_reproducible() -> None:
-    numbers = ["update", "policy/tv", "replay/student_trained", "rollout/num_tokens"]
-    speed = ["timing/x_s", "rollout/tokens_per_s", "replay/text_scored", "replay/bytes", "teacher/num_tokens"]
+    numbers = ["update", "policy/tv", "replay/student_text.trained", "rollout/num_tokens"]
+    speed = [
+        "timing/x_s",
+        "rollout/tokens_per_s",
+        "replay/teacher_text.scored",
+        "replay/bytes",
+        "teacher/num_tokens",
+    ]
     table = pa.table({name: [1.0] for name in (*numbers, *speed)})
     assert reproducible(table).column_names == numbers
 

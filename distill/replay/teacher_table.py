@@ -16,7 +16,7 @@ from distill.replay.ledger import DrawState, Item, ReplayError, Stage
 from distill.replay.payload_cache import PayloadCache
 
 
-class TextTable:
+class TeacherTable:
     """The live text draws by number, and who waits for which corpus row."""
 
     def __init__(
@@ -41,13 +41,13 @@ class TextTable:
         """Admit the draws of the first ``updates`` updates; what is in the cache is scored at once."""
         while self.updates_admitted < updates:
             update = self.updates_admitted
-            for number in range(self._plan.text_through(update), self._plan.text_through(update + 1)):
+            for number in range(self._plan.teacher_through(update), self._plan.teacher_through(update + 1)):
                 self._admit(number, update)
             self.updates_admitted += 1
 
     def _admit(self, number: int, update: int) -> None:
         if self._order is None:
-            raise ReplayError("text_order=None must be a DrawOrder: the recipe uses off-policy text")
+            raise ReplayError("teacher_order=None must be a DrawOrder: the recipe uses off-policy text")
         item = Item(draw=self._order.draw(number), state=DrawState.DRAWN, last_update=update)
         self.items[number] = item
         row = self._cache.pin(item.draw.index)
@@ -104,7 +104,7 @@ class TextTable:
 
     def select(self, update: int) -> list[Item] | None:
         """The rows of ``update``, in draw order; None while some are not there."""
-        numbers = range(self._plan.text_through(update), self._plan.text_through(update + 1))
+        numbers = range(self._plan.teacher_through(update), self._plan.teacher_through(update + 1))
         items = [self.items.get(number) for number in numbers]
         scored = [item for item in items if item is not None and item.state >= DrawState.SCORED]
         return scored if len(scored) == len(numbers) else None
