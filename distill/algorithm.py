@@ -27,6 +27,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
+from distill.errors import DistillError
 from distill.interfaces import (
     Corpus,
     Draw,
@@ -44,7 +45,7 @@ from distill.interfaces import (
 from distill.schema import with_teacher_hidden
 
 
-class RunStopped(RuntimeError):
+class RunStopped(DistillError, RuntimeError):
     """The replay was stopped before the last update."""
 
 
@@ -134,7 +135,9 @@ async def train_loop(
     while updates_done < num_updates:
         lease = await replay.lease(updates_done)
         if lease is None:
-            raise RunStopped(f"the replay was stopped after {updates_done} of {num_updates} updates")
+            raise RunStopped(
+                "updates done when the replay stopped", updates_done, f"be {num_updates}", "resume the run"
+            )
         batches = [store.read(group) for group in lease.groups]
         metrics = await asyncio.to_thread(learner.update, batches)
         await replay.acknowledge(updates_done)

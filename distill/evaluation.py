@@ -32,7 +32,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.config import EVALUATION_METRICS
-from distill.run.folder import write_bytes
+from distill.errors import Diverged
+from distill.files import write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -275,7 +276,7 @@ def measure(
     in ``rouge_l.reference``. Several texts of one prompt: ROUGE is the mean over all pairs.
 
     Raises: ValueError when the rows do not fit, or a position was scored twice or never;
-    FloatingPointError when a divergence is not finite.
+    Diverged when a divergence is not finite.
     """
     texts = {
         name: _Text(name, source, rows)
@@ -373,9 +374,11 @@ class _Text:
             wrong = np.flatnonzero(self._counted & ~np.isfinite(values))
             if len(wrong):
                 row, step = self._where(wrong[0])
-                raise FloatingPointError(
-                    f"{self.name}: {name} must be finite, got {values[wrong[0]]} at token {step} of "
-                    f"{self.trajectory_ids[row]} ({len(wrong)} tokens); mask the same tail of both vocabularies"
+                raise Diverged(
+                    f"{self.name}: {name} at token {step} of {self.trajectory_ids[row]}",
+                    values[wrong[0]],
+                    f"be finite ({len(wrong)} tokens are not)",
+                    "mask the same tail of both vocabularies",
                 )
 
     def _where(self, place: int) -> tuple[int, int]:

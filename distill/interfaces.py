@@ -14,6 +14,8 @@ from typing import Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
+from distill.errors import DistillError
+
 Table = Literal["student_text", "teacher_text", "heldout"]
 """``student``: prompts to roll out; ``text``: rows of the corpus (teacher samples or references);
 ``heldout``: evaluation, never in the replay index."""
@@ -242,13 +244,13 @@ class Publisher(Protocol):
         ...
 
 
-class WeightPushError(RuntimeError):
+class WeightPushError(DistillError, RuntimeError):
     """A push that did not arrive whole, in time, or under the right version."""
 
 
-class EngineDied(RuntimeError):
+class EngineDied(DistillError, RuntimeError):
     """A process of an inference engine has ended by itself."""
 
 
-class SegmentMissing(LookupError):
+class SegmentMissing(DistillError, LookupError):
     """A location whose segment file is in neither shared memory nor the spill folder."""

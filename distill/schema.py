@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from distill.errors import NO_VALUE, DistillError
+
 SCHEMA_VERSION = "1"
 """Written in the schema's metadata; a reader refuses another one."""
 
@@ -29,8 +31,10 @@ FINISH_REASONS = ("stop", "length")
 POLICY_SPAN = pa.struct([("start", pa.int32()), ("version", pa.int64())])
 
 
-class SchemaError(ValueError):
-    """A batch that breaks the contract: says column, expected, got and row."""
+class SchemaError(DistillError, ValueError):
+    """A batch that breaks the contract: names the column, what it holds in which row, and what it must hold."""
+
+    code = "schema"
 
 
 def hidden_type(hidden_size: int) -> pa.DataType:
@@ -203,26 +207,28 @@ def validate(batch: pa.RecordBatch) -> None:
 def _check_types(batch: pa.RecordBatch, expected: pa.Schema) -> None:
     got_version = (batch.schema.metadata or {}).get(b"distill.schema_version", b"none").decode()
     if got_version != SCHEMA_VERSION:
-        raise SchemaError(f"schema version: expected {SCHEMA_VERSION}, got {got_version}")
+        raise SchemaError(
+            "schema version", got_version, f"be {SCHEMA_VERSION}", "read it with the version that wrote it"
+        )
     for field in expected:
         if field.name not in batch.schema.names:
-            raise SchemaError(f"column {field.name}: expected {field.type}, got no such column")
+            raise SchemaError(f"column {field.name}", "none", f"be there, as {field.type}")
         got = batch.schema.field(field.name).type
         if got != field.type:
-            raise SchemaError(f"column {field.name}: expected {field.type}, got {got}")
+            raise SchemaError(f"column {field.name}", got, f"be {field.type}")
         column = batch.column(field.name)
         if not field.nullable and column.null_count:
             row = column.is_null().to_pylist().index(True)
-            raise SchemaError(f"column {field.name}: expected no null, got null in row {row}")
+            raise SchemaError(f"column {field.name}", f"null in row {row}", "have a value in every row")
     for name in batch.schema.names:
         if name not in expected.names:
-            raise SchemaError(f"column {name}: expected no such column, got one")
+            raise SchemaError(f"column {name}", NO_VALUE, "be a column of the schema")
 
 
 def _check_values(batch: pa.RecordBatch, name: str, allowed: tuple[str, ...]) -> None:
     for row, value in enumerate(batch.column(name).to_pylist()):
         if value is not None and value not in allowed:
-            raise SchemaError(f"column {name}: expected one of {allowed}, got {value!r} in row {row}")
+            raise SchemaError(f"column {name}", f"{value!r} in row {row}", f"be one of {allowed}")
 
 
 def _lengths(column: pa.Array) -> list[int | None]:
@@ -232,7 +238,7 @@ def _lengths(column: pa.Array) -> list[int | None]:
 def _check_not_empty(batch: pa.RecordBatch, name: str) -> None:
     for row, length in enumerate(_lengths(batch.column(name))):
         if not length:
-            raise SchemaError(f"column {name}: expected at least 1 token, got 0 in row {row}")
+            raise SchemaError(f"column {name}", f"0 tokens in row {row}", "have at least 1 token")
 
 
 def _check_aligned(batch: pa.RecordBatch, name: str) -> None:
@@ -240,7 +246,9 @@ def _check_aligned(batch: pa.RecordBatch, name: str) -> None:
     for row, (length, got) in enumerate(zip(responses, _lengths(batch.column(name)), strict=True)):
         if got is not None and got != length:
             raise SchemaError(
-                f"column {name}: expected {length} values (one per response token), got {got} in row {row}"
+                f"column {name}",
+                f"{got} values in row {row}",
+                f"have {length} values, one per response token",
             )
 
 
@@ -256,8 +264,9 @@ def _check_spans(batch: pa.RecordBatch) -> None:
         length = lengths[row] or 0
         if not spans or starts[0] != 0 or not rising or not ordered or starts[-1] >= length:
             raise SchemaError(
-                "column policy_versions: expected spans from token 0, starts and versions rising, "
-                f"within {length} tokens, got {list(zip(starts, versions, strict=True))} in row {row}"
+                "column policy_versions",
+                f"{list(zip(starts, versions, strict=True))} in row {row}",
+                f"be spans from token 0, with starts and versions rising, within {length} tokens",
             )
 
 
@@ -267,4 +276,4 @@ def _check_student_rows(batch: pa.RecordBatch) -> None:
             continue
         for name in ("behavior_logprobs", "policy_versions", "finish_reason"):
             if not batch.column(name)[row].is_valid:
-                raise SchemaError(f"column {name}: expected a value for a student row, got null in row {row}")
+                raise SchemaError(f"column {name}", f"null in row {row}", "have a value in every student row")

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import xxhash
 
+from distill.errors import NO_VALUE
+from distill.files import replacing_file
 from distill.interfaces import WeightManifest, WeightPushError
 
 _CHUNK_BYTES = 4 << 20
@@ -64,9 +66,7 @@ def write_weights(
     path = segment_path(shm_dir, policy_version)
     if path.exists():
         raise FileExistsError(f"{path}: policy version {policy_version} was already written")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    try:
+    with replacing_file(path, durable=False) as partial:  # in memory: a push does not outlive the run
         write_tensors(partial)
         num_bytes, checksum = checksum_file(partial)
         manifest = WeightManifest(
@@ -77,10 +77,8 @@ def write_weights(
             checksum=checksum,
         )
         # The manifest first: a segment under its final name always has one.
-        _write_whole(manifest_path(path), json.dumps(asdict(manifest)).encode())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with replacing_file(manifest_path(path), durable=False) as file:
+            file.write_text(json.dumps(asdict(manifest)))
     return manifest
 
 
@@ -93,7 +91,7 @@ def read_manifest(path: str | Path) -> WeightManifest:
     try:
         return WeightManifest(**json.loads(beside.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise WeightPushError(f"manifest {beside}: expected a weight manifest, got {error}") from error
+        raise WeightPushError("manifest", beside, f"be a weight manifest ({error})") from error
 
 
 def verify(manifest: WeightManifest) -> None:
@@ -105,12 +103,12 @@ def verify(manifest: WeightManifest) -> None:
     try:
         size = os.stat(manifest.path).st_size
         if size != manifest.num_bytes:
-            raise WeightPushError(f"{name}: expected {manifest.num_bytes} bytes, got {size}")
+            raise WeightPushError(f"{name}: size", f"{size} bytes", f"be {manifest.num_bytes} bytes")
         _, checksum = checksum_file(manifest.path)
     except OSError as error:
-        raise WeightPushError(f"{name}: expected a readable file, got {error}") from error
+        raise WeightPushError(name, NO_VALUE, f"be in a readable file ({error})") from error
     if checksum != manifest.checksum:
-        raise WeightPushError(f"{name}: expected checksum xxh3-64 {manifest.checksum}, got {checksum}")
+        raise WeightPushError(f"{name}: checksum", checksum, f"be {manifest.checksum} (xxh3-64)")
 
 
 def stored_versions(shm_dir: str | Path) -> list[int]:
@@ -131,9 +129,3 @@ def remove_old_segments(shm_dir: str | Path, keep: int = 1) -> list[int]:
         path.unlink(missing_ok=True)
         manifest_path(path).unlink(missing_ok=True)
     return removed
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

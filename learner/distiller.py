@@ -94,16 +94,12 @@ class Distiller:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that an update changes, by flat names."""
-        student = {f"student.{name}": tensor for name, tensor in self.student.named_weights()}
         critics = self.critics.state_dict() if self.critics is not None else {}
-        return student | optimizer_tensors(self.optimizer, "optimizer") | critics
+        return self.student.tensors() | optimizer_tensors(self.optimizer, "optimizer") | critics
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """The inverse of :meth:`tensors`, at ``state["updates_done"]``."""
-        prefix = "student."
-        self.student.load_weights(
-            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        )
+        self.student.load_tensors(tensors)
         load_optimizer_tensors(self.optimizer, tensors, "optimizer")
         if self.critics is not None:
             self.critics.load_state_dict(tensors)

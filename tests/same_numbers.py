@@ -46,6 +46,10 @@ SETTINGS = [
     "learner.num_updates=10",
     "evaluation.every=5",
     "checkpoint.every=5",
+    # One thread each: with two, a busy machine changes the last bits of a product now and then.
+    "learner.num_threads=1",
+    "rollout.num_threads=1",
+    "scoring.num_threads=1",
 ]
 
 

@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from deploy import PRESETS
-from distill.config import ConfigError, RunConfig
+from distill.config import RunConfig
 from distill.config.load import load_config
+from distill.errors import ConfigError
 from distill.schema import Trajectory, trajectory_batch, with_teacher_hidden
 from learner.distiller import Distiller
 from learner.model.student import Student

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from distill.config import ConfigError, RolloutConfig
+from distill.config import RolloutConfig
 from distill.config.load import load_config
+from distill.errors import ConfigError
 from distill.run.folder import RunFolder
 
 
@@ -49,7 +50,7 @@ def measure_parity(
     folder = RunFolder(run_dir)
     folder.require()
     if not folder.student.is_dir():
-        raise ConfigError(f"run_dir={run_dir} must hold student/, which a run writes at its end; finish it")
+        raise ConfigError("run_dir", run_dir, "hold student/, which a run writes at its end", "finish it")
     config = load_config(folder.config)
     rollout = RolloutConfig(
         engine="vllm",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from deploy import PRESETS
-from distill.config import ConfigError, RunConfig, rule
+from distill.config import RunConfig
 from distill.config.load import load_config
+from distill.errors import NO_VALUE, ConfigError, DistillError
 
 DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
 
@@ -20,24 +20,18 @@ def guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespac
     """Run a command; a user's mistake is one line and exit code 2, without traceback."""
     try:
         return run(options)
-    except ConfigError as error:
+    except DistillError as error:
         _complain(str(error))
-        return WRONG_REQUEST
+        return error.exit_code
     except KeyboardInterrupt:
         _complain("interrupted")
         return INTERRUPTED
     except OSError as error:  # a full disk, a path that cannot be made
         _complain(str(error))
         return FAILED
-    except RuntimeError as error:
-        if type(error).__name__ != "FetchError":
-            raise
-        _complain(str(error))
-        return FAILED
 
 
 def train(options: argparse.Namespace) -> int:
-    from deploy.cluster.ray_cluster import ActorFailed
     from deploy.report.report import print_report
     from deploy.run.progress import Progress
     from deploy.run.stages import resume
@@ -45,7 +39,10 @@ def train(options: argparse.Namespace) -> int:
 
     if (options.config is None) == (options.resume is None):
         raise ConfigError(
-            "train must be given a configuration or --resume RUN, one of them; see distill train --help"
+            "train",
+            NO_VALUE,
+            "be given a configuration or --resume RUN, one of them",
+            "see distill train --help",
         )
     run_dir = options.resume
     try:
@@ -57,30 +54,29 @@ def train(options: argparse.Namespace) -> int:
                 run_dir = config.run_dir
                 summary = run_train(config, progress)
     except KeyboardInterrupt:
-        _complain(f"interrupted; go on with: distill train --resume {run_dir}")
+        _complain(f"interrupted; resume with: distill train --resume {run_dir}")
         return INTERRUPTED
     except ConfigError:
         raise
     except Exception as error:
         if run_dir is None or not Path(run_dir).is_dir():
             raise
-        what = str(error) if isinstance(error, ActorFailed) else f"{type(error).__name__}: {error}"
+        what = str(error) if isinstance(error, DistillError) else f"{type(error).__name__}: {error}"
         _complain(f"the run failed: {what}")
-        _complain(f"{_keep_traceback(run_dir, error)}; go on with: distill train --resume {run_dir}")
+        _complain(f"{_keep_failure(run_dir, error)}; resume with: distill train --resume {run_dir}")
         return FAILED
     print_report(Path(run_dir), summary)
     return DONE
 
 
 def doctor(options: argparse.Namespace) -> int:
-    from deploy.run.preflight import Check, Preflight
+    from deploy.run.preflight import Preflight, failed
 
     try:
         preflight = Preflight(_load(options))
         checks = preflight.run()
     except ConfigError as error:
-        message, _, remedy = str(error).partition("; ")
-        checks = [Check("configuration", "fail", message, remedy)]
+        checks = [failed("configuration", error)]
     if options.json:
         print(json.dumps({"checks": [vars(check) for check in checks]}, indent=1))
     else:
@@ -99,8 +95,10 @@ def report(options: argparse.Namespace) -> int:
     summary = folder.read_summary()
     if summary is None:
         raise ConfigError(
-            f"run_dir={folder.path} must hold summary.json, which a run writes at its end; "
-            f"go on with: distill train --resume {folder.path}"
+            "run_dir",
+            folder.path,
+            "hold summary.json, which a run writes at its end",
+            f"finish it with: distill train --resume {folder.path}",
         )
     print_report(folder.path, summary)
     return DONE
@@ -108,34 +106,29 @@ def report(options: argparse.Namespace) -> int:
 
 def study(options: argparse.Namespace) -> int:
     from deploy.study.pooling import load_earlier, load_results, only_seeds, without_seeds_of
-    from deploy.study.processes import ProcessFailed
-    from deploy.study.runner import Study, StudyUnfinished
+    from deploy.study.runner import Study
     from deploy.study.spec import load_study
     from deploy.study.tables.plots import draw
     from deploy.study.tables.report import report
-    from distill.run.folder import write_bytes
+    from distill.files import write_bytes
 
     if options.report and Path(options.study).suffix == ".json":
         if options.out:
             must = "be left out: results are printed, and nothing is written"
-            raise ConfigError(rule("--out", options.out, must, "name a study file to write its report"))
+            raise ConfigError("--out", options.out, must, "name a study file to write its report")
         print(report(load_results(Path(options.study))))
         return DONE
     spec = load_study(options.study)
     folder = Path(options.out or f"runs/studies/{spec.name}").resolve()
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(rule("--out", folder, "be a folder, or not there yet", "name another"))
+        raise ConfigError("--out", folder, "be a folder, or not there yet", "name another")
     if options.seeds:
         spec = only_seeds(spec, options.seeds)
     earlier = load_earlier(Path(options.earlier), spec) if options.earlier else None
     if earlier:
         spec = without_seeds_of(spec, earlier)
     runner = Study(spec, folder, num_jobs=options.jobs, earlier=earlier)
-    try:
-        results = runner.finished() if options.report else runner.run()
-    except (ProcessFailed, StudyUnfinished) as error:
-        _complain(str(error))
-        return FAILED
+    results = runner.finished() if options.report else runner.run()
     text = report(results)
     write_bytes(folder / "report.md", text.encode())
     print(text)
@@ -164,16 +157,19 @@ def fetch_data(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _keep_traceback(run_dir: str, error: Exception) -> str:
-    """Write the driver's and, below it, the actor's; says where. A full disk is no second failure."""
-    from distill.run.folder import write_bytes
+def _keep_failure(run_dir: str, error: Exception) -> str:
+    """Keep the error as data and, below the driver's traceback, the actor's; says where.
 
-    path = Path(run_dir) / "failure.txt"
+    A full disk must not hide the failure behind a second one.
+    """
+    from distill.run.folder import RunFolder
+
+    folder = RunFolder(run_dir)
     try:
-        write_bytes(path, "".join(traceback.format_exception(error)).encode())
+        folder.write_failure(error)
     except OSError as unwritten:
-        return f"its traceback could not be written to {path} ({unwritten})"
-    return f"traceback in {path}"
+        return f"its traceback could not be written to {folder.traceback} ({unwritten})"
+    return f"traceback in {folder.traceback}"
 
 
 def _load(options: argparse.Namespace) -> RunConfig:

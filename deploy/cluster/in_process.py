@@ -98,13 +98,10 @@ class InProcess:
                     results[names[future]] = future.result()
                 except Exception as error:
                     cause = root_cause(error)
-                    raise ActorFailed(f"{names[future]}: {type(cause).__name__}: {cause}") from error
+                    raise ActorFailed.raised(names[future], cause) from error
             tick()
             if timeout_s is not None and pending and time.monotonic() - start > timeout_s:
-                late = ", ".join(sorted(names[future] for future in pending))
-                raise ActorFailed(
-                    f"{late} did not answer within {timeout_s:.0f} s (cluster.start_timeout_s); raise it"
-                )
+                raise ActorFailed.late((names[future] for future in pending), timeout_s)
         return results
 
     def poll(self, call: Call, timeout_s: float = 2.0) -> Any | None:

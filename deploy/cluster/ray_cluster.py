@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +18,7 @@ import psutil
 
 from deploy.cluster.scope import SharedFolder, SigtermAsCtrlC
 from distill.config import ClusterConfig
+from distill.errors import NO_VALUE, DistillError, first_line
 
 _END_AFTER_S = 3.0
 """How long actors and engines may take to end by themselves before Ray kills them."""
@@ -25,8 +26,24 @@ _KILL_AFTER_S = 1.5
 """How long Ray may take to kill an actor before its processes are killed from here."""
 
 
-class ActorFailed(RuntimeError):
-    """An actor raised or died; the message names it and what it said last."""
+class ActorFailed(DistillError, RuntimeError):
+    """An actor raised an error, died, or did not answer in time."""
+
+    code = "actor"
+
+    @classmethod
+    def raised(cls, actor: str, cause: BaseException) -> DistillError:
+        """What an actor raised: its own error where that is one for the user, with the actor's name."""
+        if isinstance(cause, DistillError):
+            return cause.within(actor)
+        return cls(actor, NO_VALUE, f"finish its work; it raised {type(cause).__name__}: {cause}")
+
+    @classmethod
+    def late(cls, actors: Iterable[str], timeout_s: float) -> ActorFailed:
+        return cls(
+            ", ".join(sorted(actors)), NO_VALUE, f"answer within {timeout_s:.0f} s",
+            "raise cluster.start_timeout_s, or look at the actors' logs under /tmp/ray",
+        )  # fmt: skip
 
 
 class Cluster:
@@ -105,7 +122,7 @@ class Cluster:
         """Wait for one call per actor, ticking meanwhile; the first failure ends the wait.
 
         ``work``: actor name -> object reference. Returns the results by name.
-        Raises: ActorFailed naming the actor; TimeoutError.
+        Raises: ActorFailed, or the actor's own DistillError, naming the actor.
         """
         import ray
 
@@ -121,10 +138,7 @@ class Cluster:
                 results[name] = self._get(name, reference, 60.0)
             tick()
             if timeout_s is not None and pending and time.monotonic() - start > timeout_s:
-                raise ActorFailed(
-                    f"{', '.join(sorted(pending.values()))} did not answer within {timeout_s:.0f} s "
-                    "(cluster.start_timeout_s); raise it, or look at the actors' logs under /tmp/ray"
-                )
+                raise ActorFailed.late(pending.values(), timeout_s)
         return results
 
     def poll(self, reference: Any, timeout_s: float = 2.0) -> Any | None:
@@ -185,9 +199,9 @@ class Cluster:
             return ray.get(reference, timeout=timeout_s)
         except RayTaskError as error:
             cause = root_cause(error.cause if isinstance(error.cause, BaseException) else error)
-            raise ActorFailed(f"{name}: {type(cause).__name__}: {cause}") from error
+            raise ActorFailed.raised(name, cause) from error
         except RayActorError as error:
-            raise ActorFailed(f"{name} died: {str(error).splitlines()[0]}") from error
+            raise ActorFailed(name, NO_VALUE, f"live; it died ({first_line(error)})") from error
 
 
 def _loopback(run_id: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from deploy.report.text import before_after_table, strip_control, three_answers
-from distill.config import ConfigError, rule
+from distill.errors import ConfigError
 from distill.evaluation import Evaluation, load_evaluation, paired_difference
 from distill.run.folder import RunFolder
 
@@ -46,7 +46,7 @@ def _evaluation(path: Path) -> Evaluation:
         return load_evaluation(path)
     except (OSError, ValueError) as error:
         remedy = "it is written by the run alone; run it again in another run_dir"
-        raise ConfigError(rule("evaluation", path, f"be readable ({error})", remedy)) from None
+        raise ConfigError("evaluation", path, f"be readable ({error})", remedy) from None
 
 
 def _answers(folder: RunFolder) -> tuple[list[str], list[str], list[str], list[str]] | None:

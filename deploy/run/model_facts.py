@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from distill.config import ConfigError, rule
+from distill.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ class ModelFacts:
         missing = [name for name in ("model_type", "vocab_size", "hidden_size") if name not in config]
         if missing:
             raise ConfigError(
-                rule(setting, folder, f"have {', '.join(missing)} in its config.json",
-                     "use a causal language model saved with save_pretrained")
+                setting, folder, f"have {', '.join(missing)} in its config.json",
+                     "use a causal language model saved with save_pretrained"
             )  # fmt: skip
         return cls(
             folder=folder,
@@ -74,30 +74,26 @@ def _json(path: Path, setting: str) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(
-            rule(setting, path.parent, f"hold {path.name}", "give the folder of a Hugging Face checkpoint")
+            setting, path.parent, f"hold {path.name}", "give the folder of a Hugging Face checkpoint"
         ) from error
     except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            rule(setting, path, f"be readable JSON ({error})", "save the model again")
-        ) from error
+        raise ConfigError(setting, path, f"be readable JSON ({error})", "save the model again") from error
 
 
 def _num_parameters(folder: Path, setting: str) -> int:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(
-            rule(
-                setting,
-                folder,
-                "hold safetensors",
-                "convert it with save_pretrained; pickled weights are not read",
-            )
+            setting,
+            folder,
+            "hold safetensors",
+            "convert it with save_pretrained; pickled weights are not read",
         )
     try:
         return sum(_elements(path) for path in files)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            rule(setting, folder, f"hold whole safetensors files ({error})", "fetch or save the model again")
+            setting, folder, f"hold whole safetensors files ({error})", "fetch or save the model again"
         ) from error
 
 

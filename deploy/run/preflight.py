@@ -22,9 +22,10 @@ import pyarrow as pa
 from deploy.fetch import cache_dir, local_checkpoint
 from deploy.run.estimates import Estimates
 from deploy.run.model_facts import ModelFacts, tokenizer_fingerprint
-from distill.config import ConfigError, RunConfig, rule
-from distill.config.load import flat_settings
+from distill.config import RunConfig
+from distill.config.tree import flat_settings
 from distill.data import build_prompts, load_rows, num_skipped_prompts
+from distill.errors import ConfigError
 from distill.run.folder import RunFolder
 from distill.run.inputs import shared_memory_root
 
@@ -39,6 +40,11 @@ class Check:
     status: Status
     message: str
     remedy: str = ""
+
+
+def failed(name: str, error: ConfigError) -> Check:
+    """The check that an error ended."""
+    return Check(name, "fail", error.statement, error.remedy)
 
 
 class Preflight:
@@ -56,6 +62,8 @@ class Preflight:
         self.proxy: ModelFacts | None = None
         """What stands in for a teacher of text alone, if it is not the student."""
         self.checks: list[Check] = []
+        self.failure: ConfigError | None = None
+        """The error of the check that failed."""
 
     @property
     def num_tokens(self) -> int:
@@ -95,16 +103,15 @@ class Preflight:
             try:
                 self.checks += list(check())
             except ConfigError as error:
-                message, _, remedy = str(error).partition("; ")
-                self.checks.append(Check(name, "fail", message, remedy))
+                self.failure = error
+                self.checks.append(failed(name, error))
                 break
         return self.checks
 
     def require(self) -> None:
         """Raises: ConfigError with the first failure, as the one line the user sees."""
-        for check in self.checks:
-            if check.status == "fail":
-                raise ConfigError(f"{check.message}; {check.remedy}" if check.remedy else check.message)
+        if self.failure is not None:
+            raise self.failure
 
     def to_dict(self) -> dict[str, Any]:
         return {"checks": [asdict(check) for check in self.checks]}
@@ -126,20 +133,18 @@ class Preflight:
             engine = getattr(self.config, section).engine
             if engine == "vllm" and importlib.util.find_spec("vllm") is None:
                 raise ConfigError(
-                    rule(f"{section}.engine", "vllm", "be installed",
-                         "install the cpu or gpu extra, or set engine=transformers")
+                    f"{section}.engine", "vllm", "be installed",
+                         "install the cpu or gpu extra, or set engine=transformers"
                 )  # fmt: skip
         if self.config.learner.device == "cuda" and self.config.cluster.address is None:
             from torch.cuda import is_available
 
             if not is_available():
                 raise ConfigError(
-                    rule(
-                        "learner.device",
-                        "cuda",
-                        "be there (torch sees no GPU)",
-                        "leave it at auto, or take a GPU",
-                    )
+                    "learner.device",
+                    "cuda",
+                    "be there (torch sees no GPU)",
+                    "leave it at auto, or take a GPU",
                 )
         yield Check(
             "engines",
@@ -154,8 +159,8 @@ class Preflight:
         yield self._model("teacher", self.teacher)
         if not self.teacher.stop_token_ids:
             raise ConfigError(
-                rule("teacher.model", folder, "name an eos_token_id in its generation_config.json",
-                     "without one no text ever ends; add it")
+                "teacher.model", folder, "name an eos_token_id in its generation_config.json",
+                     "without one no text ever ends; add it"
             )  # fmt: skip
         yield self._transform("teacher", self.teacher)
 
@@ -166,12 +171,10 @@ class Preflight:
             wanted = student.init.num_layers or 0
             if wanted > layers:
                 raise ConfigError(
-                    rule(
-                        "student.init.num_layers",
-                        wanted,
-                        f"be <= the teacher's {layers}",
-                        "keep fewer layers",
-                    )
+                    "student.init.num_layers",
+                    wanted,
+                    f"be <= the teacher's {layers}",
+                    "keep fewer layers",
                 )
             self.student = self.teacher
             yield Check("student", "pass", f"{wanted} of the teacher's {layers} layers, evenly spaced")
@@ -197,16 +200,16 @@ class Preflight:
     def _model(self, role: str, facts: ModelFacts) -> Check:
         if "auto_map" in facts.config:
             raise ConfigError(
-                rule(f"{role}.model", facts.folder, "need no code of its own (it has auto_map)",
-                     "use a built-in architecture")
+                f"{role}.model", facts.folder, "need no code of its own (it has auto_map)",
+                     "use a built-in architecture"
             )  # fmt: skip
         wanted = self.config.max_model_tokens
         if facts.context_tokens < wanted:
             limits = ("rollout.max_new_tokens", "corpus.max_new_tokens", "data.max_reference_tokens")
             longest = max(limits, key=flat_settings(self.config).__getitem__)
             raise ConfigError(
-                rule(f"{role} context", facts.context_tokens, f"be >= the longest sequence, {wanted} tokens",
-                     f"lower data.max_prompt_tokens or {longest}")
+                f"{role} context", facts.context_tokens, f"be >= the longest sequence, {wanted} tokens",
+                     f"lower data.max_prompt_tokens or {longest}"
             )  # fmt: skip
         millions = facts.num_parameters / 1e6
         return Check(
@@ -228,8 +231,8 @@ class Preflight:
             other = tokenizer_fingerprint(_load_tokenizer(model.folder, f"{role}.model"))
             if other != fingerprint:
                 raise ConfigError(
-                    rule(f"{role} tokenizer", other, f"be the teacher's ({fingerprint})",
-                         f"token probabilities are compared id by id; choose a {role} of the teacher's family")
+                    f"{role} tokenizer", other, f"be the teacher's ({fingerprint})",
+                         f"token probabilities are compared id by id; choose a {role} of the teacher's family"
                 )  # fmt: skip
         yield Check("tokenizers", "pass", f"one vocabulary, fingerprint {fingerprint}")
 
@@ -237,8 +240,8 @@ class Preflight:
         teacher, student, used = self.teacher.vocab_size, self.student.vocab_size, len(self.tokenizer)
         if self.num_tokens < used:
             raise ConfigError(
-                rule("vocabulary", self.num_tokens, f"be >= the tokenizer's {used} ids",
-                     "the model cannot name every token; choose a matching one")
+                "vocabulary", self.num_tokens, f"be >= the tokenizer's {used} ids",
+                     "the model cannot name every token; choose a matching one"
             )  # fmt: skip
         if teacher != student:
             yield Check(
@@ -259,8 +262,8 @@ class Preflight:
         size = min(model.hidden_size for model in models)
         if critic.rank is not None and critic.rank > size:
             raise ConfigError(
-                rule("critic.rank", critic.rank, f"be <= the hidden size of the states it sees, {size}",
-                     "a higher rank adds nothing; null is a dense head")
+                "critic.rank", critic.rank, f"be <= the hidden size of the states it sees, {size}",
+                     "a higher rank adds nothing; null is a dense head"
             )  # fmt: skip
         shape = f"rank {critic.rank}" if critic.rank else f"dense, {self.num_tokens} rows of {size}"
         count = "two" if self.config.recipe.uses_student_text else "one"
@@ -279,8 +282,8 @@ class Preflight:
         recipe = self.config.recipe
         if self.num_references == 0 and (self.config.sft.enabled or recipe.teacher_text == "reference"):
             raise ConfigError(
-                rule("data", data.path, "have references (completions) for the warm start and this recipe",
-                     "set sft.enabled=false and a recipe on teacher text, or give completions")
+                "data", data.path, "have references (completions) for the warm start and this recipe",
+                     "set sft.enabled=false and a recipe on teacher text, or give completions"
             )  # fmt: skip
         num_skipped = num_skipped_prompts(self.prompts)
         skipped = f", {num_skipped} too long and left out" if num_skipped else ""
@@ -292,9 +295,9 @@ class Preflight:
         need = self.estimates.window()
         if need > config.replay.max_bytes:
             raise ConfigError(
-                rule("replay.max_bytes", config.replay.max_bytes,
+                "replay.max_bytes", config.replay.max_bytes,
                      f"be >= the groups of {config.replay.max_policy_age + 2} updates, {need} bytes",
-                     "otherwise the learner waits for rows that do not fit; raise it or use smaller batches")
+                     "otherwise the learner waits for rows that do not fit; raise it or use smaller batches"
             )  # fmt: skip
         yield Check(
             "buffer", "pass", f"{need >> 20} MiB of at most {config.replay.max_bytes >> 20} MiB in use"
@@ -316,27 +319,25 @@ class Preflight:
         run_dir = Path(config.run_dir).absolute()
         place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
         if not place.is_dir():
-            raise ConfigError(rule("run_dir", run_dir, f"be a folder ({place} is none)", "choose another"))
+            raise ConfigError("run_dir", run_dir, f"be a folder ({place} is none)", "choose another")
         RunFolder(run_dir).refuse_foreign_files()
         if not os.access(place, os.W_OK):
-            raise ConfigError(
-                rule("run_dir", run_dir, f"be writable ({place} is not)", "choose another run_dir")
-            )
+            raise ConfigError("run_dir", run_dir, f"be writable ({place} is not)", "choose another run_dir")
         student = self.estimates.student_parameters()
         # A checkpoint is weights and two moments; one more is written before the oldest goes.
         need = student * 12 * (config.checkpoint.keep + 1) + student * 4 * 4
         free = shutil.disk_usage(place).free
         if free < need:
             raise ConfigError(
-                rule("free disk", f"{free >> 20} MiB", f"be >= {need >> 20} MiB at {place}",
-                     "lower checkpoint.keep or choose another run_dir")
+                "free disk", f"{free >> 20} MiB", f"be >= {need >> 20} MiB at {place}",
+                     "lower checkpoint.keep or choose another run_dir"
             )  # fmt: skip
         shm = shared_memory_root()
         wanted = min(config.replay.memory_bytes, self.estimates.window()) + 2 * 4 * student
         if (left := shutil.disk_usage(shm).free) < wanted:
             raise ConfigError(
-                rule("free shared memory", f"{left >> 20} MiB", f"be >= {wanted >> 20} MiB at {shm}",
-                     "lower replay.memory_bytes, or give the container a larger /dev/shm")
+                "free shared memory", f"{left >> 20} MiB", f"be >= {wanted >> 20} MiB at {shm}",
+                     "lower replay.memory_bytes, or give the container a larger /dev/shm"
             )  # fmt: skip
         yield Check(
             "disk", "pass", f"{need >> 20} MiB of {free >> 20} MiB free; {wanted >> 20} MiB of shared memory"
@@ -354,12 +355,10 @@ class Preflight:
                 probe.bind(("127.0.0.1", 0))
         except OSError as error:
             raise ConfigError(
-                rule(
-                    "loopback",
-                    "127.0.0.1",
-                    f"have a free port ({error})",
-                    "local Ray listens on loopback only",
-                )
+                "loopback",
+                "127.0.0.1",
+                f"have a free port ({error})",
+                "local Ray listens on loopback only",
             ) from error
         yield Check("ports", "pass", "a local Ray on free loopback ports")
 
@@ -372,5 +371,5 @@ def _load_tokenizer(folder: Path, setting: str) -> Any:
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(
-            rule(setting, folder, f"hold a tokenizer ({first})", "save one beside the model")
+            setting, folder, f"hold a tokenizer ({first})", "save one beside the model"
         ) from error

@@ -7,7 +7,6 @@ teacher's corpora, proxies and models lie in the cache, by fingerprint.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,8 +18,9 @@ from deploy.fetch import cache_dir
 from deploy.run.preflight import Preflight
 from distill.config import RunConfig
 from distill.data import corpus_table, heldout_rows, reference_corpus, training_rows, write_table
+from distill.files import new_folder, write_json
 from distill.machine.hardware import resolve_dtype
-from distill.run.folder import RunFolder, put_folder, write_json
+from distill.run.folder import RunFolder
 
 _PIECES, _PIECE_BYTES = 64, 1 << 16
 """What is read of a file of weights to know it again."""
@@ -124,11 +124,10 @@ def proxy_in_cache(config: RunConfig, start: Path, corpus: Path) -> Path:
 def keep_proxy(trained: Path, cached: Path, training_s: float) -> None:
     """Move a trained proxy into the cache, by one rename; what another run has put there stays."""
     write_json(trained / _TRAINING_FILE, {"training_s": round(training_s, 2)})
-    arriving = cached.with_name(f".{cached.name}.{os.getpid()}")
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(arriving, ignore_errors=True)
-    shutil.move(trained, arriving)
-    put_folder(arriving, cached)
+    with new_folder(cached, if_exists="keep") as arriving:
+        for file in trained.iterdir():
+            shutil.move(file, arriving)
+    trained.rmdir()
 
 
 def training_seconds(proxy: Path) -> float:

@@ -22,9 +22,11 @@ from deploy.run.preflight import Preflight
 from deploy.run.prepare import Prepared, keep_proxy, prepare, proxy_in_cache, training_seconds
 from deploy.run.progress import Progress, training_line
 from deploy.run.rates import Rates
-from distill.config import ClusterConfig, ConfigError, RunConfig, SftConfig, rule
-from distill.config.load import fingerprint, flat_settings, load_config, to_yaml
+from distill.config import ClusterConfig, RunConfig, SftConfig
+from distill.config.load import load_config
+from distill.config.tree import fingerprint, flat_settings, to_yaml
 from distill.data import read_table, write_table
+from distill.errors import ConfigError
 from distill.evaluation import load_evaluation
 from distill.machine.hardware import usable_cores
 from distill.run.folder import RunFolder
@@ -88,9 +90,7 @@ def _refuse_another_config(folder: RunFolder, config: RunConfig) -> None:
     differing = [name for name in here if name != "run_dir" and here[name] != there.get(name)]
     shown = ", ".join(f"{name}={here[name]} (there {there.get(name)})" for name in differing[:3])
     must = f"hold a run of this configuration (it differs in {shown})"
-    raise ConfigError(
-        rule("run_dir", folder.path, must, "choose another run_dir, or train --resume it as it is")
-    )
+    raise ConfigError("run_dir", folder.path, must, "choose another run_dir, or train --resume it as it is")
 
 
 class Run:

@@ -11,8 +11,11 @@ from pathlib import Path
 from deploy import PRESETS
 from deploy.study.spec import Settings, StudySpec
 from deploy.study.tasks.registry import Task
-from distill.config import ConfigError, RunConfig
-from distill.config.load import fingerprint, load_config
+from distill.config import RunConfig
+from distill.config.load import load_config
+from distill.config.tree import fingerprint
+from distill.errors import ConfigError, Diverged
+from distill.run.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,17 @@ class Job:
     @property
     def has_diverged(self) -> bool:
         """Whether it ended with numbers that are not finite, which says enough of its settings."""
-        failure = self.run_dir / "failure.txt"
-        return failure.exists() and "FloatingPointError" in failure.read_text()
+        failure = RunFolder(self.run_dir).read_failure()
+        return failure is not None and failure["code"] == Diverged.code
 
 
 @contextlib.contextmanager
 def of_recipe(recipe: str) -> Iterator[None]:
-    """What is wrong with its configuration is said as of this recipe."""
+    """Names the recipe in errors of its configuration."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"recipes.{recipe}: {error}") from None
+        raise error.within(f"recipes.{recipe}") from None
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.study.hashes import stamps
-from deploy.study.spec import StudySpec, dotted
-from distill.config import ConfigError, rule
+from deploy.study.spec import StudySpec
+from distill.config.tree import flatten
+from distill.errors import ConfigError
 
 Results = Mapping[str, Any]
 _POOLED = ("runs", "diverged", "differences", "teacher")
@@ -29,11 +30,11 @@ def load_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(rule("results", path, f"be a results.json ({error})", "check the path")) from None
+        raise ConfigError("results", path, f"be a results.json ({error})", "check the path") from None
     keys = results.keys() if isinstance(results, dict) else ()
     if missing := sorted(_KEYS - set(keys)):
         must = f"hold {', '.join(missing)} too"
-        raise ConfigError(rule("results", path, must, "name a results.json of this version"))
+        raise ConfigError("results", path, must, "name a results.json of this version")
     return results
 
 
@@ -43,18 +44,18 @@ def load_earlier(path: Path, spec: StudySpec) -> dict[str, Any]:
     Raises: ConfigError when they are not there or of something else.
     """
     earlier = load_results(path)
-    there = dotted({**{name: earlier.get(name, 1) for name in stamps()}, "asked": earlier["asked"]})
-    here = dotted({**stamps(), "asked": spec.asked()})
+    there = flatten({**{name: earlier.get(name, 1) for name in stamps()}, "asked": earlier["asked"]})
+    here = flatten({**stamps(), "asked": spec.asked()})
     for name in [*here, *(name for name in there if name not in here)]:
         values = [settings.get(name, "absent") for settings in (there, here)]
         if values[0] != values[1]:
             raise ConfigError(
-                rule(f"--with: {name.removeprefix('asked.')}", values[0], f"be {values[1]}",
-                     "pool results of one study and one code (a git worktree of that code runs what is missing)")
+                f"--with: {name.removeprefix('asked.')}", values[0], f"be {values[1]}",
+                     "pool results of one study and one code (a git worktree of that code runs what is missing)"
             )  # fmt: skip
     if missing := [recipe for recipe in spec.recipes if recipe not in earlier["chosen"]]:
         raise ConfigError(
-            rule("--with: chosen", ", ".join(missing), "be tuned there", "run the whole study there first")
+            "--with: chosen", ", ".join(missing), "be tuned there", "run the whole study there first"
         )
     return earlier
 
@@ -63,7 +64,7 @@ def only_seeds(spec: StudySpec, seeds: Sequence[int]) -> StudySpec:
     """Raises: ConfigError when the study has no such seed."""
     for seed in seeds:
         if seed not in spec.seeds:
-            raise ConfigError(rule("--seeds", seed, f"be of {list(spec.seeds)}", "choose one of the study's"))
+            raise ConfigError("--seeds", seed, f"be of {list(spec.seeds)}", "choose one of the study's")
     return replace(spec, seeds=tuple(seed for seed in spec.seeds if seed in seeds))
 
 
@@ -72,7 +73,7 @@ def without_seeds_of(spec: StudySpec, earlier: Results) -> StudySpec:
     done = {run["seed"] for run in earlier["runs"]}
     left = tuple(seed for seed in spec.seeds if seed not in done)
     if not left:
-        raise ConfigError(rule("seeds", list(spec.seeds), "hold one that --with lacks", "add a seed"))
+        raise ConfigError("seeds", list(spec.seeds), "hold one that --with lacks", "add a seed")
     return replace(spec, seeds=left)
 
 

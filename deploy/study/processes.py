@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.cluster.scope import SigtermAsCtrlC
+from distill.errors import DistillError
 
 _END_AFTER_S = 15.0
 """How long an interrupted process may take to end by itself."""
 _POLL_S = 0.2
 
 
-class ProcessFailed(RuntimeError):
+class ProcessFailed(DistillError, RuntimeError):
     """A process ended with a code that it must not; the message names it and where its output is."""
 
 
@@ -94,7 +95,10 @@ def _check(one: _Running) -> None:
         lines = one.command.log.read_text(errors="replace").strip().splitlines()
         last = lines[-1] if lines else "it said nothing"
         raise ProcessFailed(
-            f"{one.command.name} ended with code {code}: {last}; its output is in {one.command.log}"
+            f"exit code of {one.command.name}",
+            code,
+            f"be 0 ({last})",
+            f"read its output in {one.command.log}",
         )
 
 

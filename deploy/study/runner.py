@@ -27,9 +27,9 @@ from deploy.study.spec import Settings, StudySpec
 from deploy.study.tables.differences import differences
 from deploy.study.tables.results import critics, curve, final, finals, texts
 from deploy.study.tasks import registry as tasks
-from distill.config import ConfigError, rule
+from distill.errors import NO_VALUE, ConfigError, DistillError
 from distill.evaluation import direction
-from distill.run.folder import write_bytes, write_json
+from distill.files import write_bytes, write_json
 
 
 class Study:
@@ -114,16 +114,18 @@ class Study:
         identity = tasks.identity(self.task.folder())
         if path.exists() and (before := json.loads(path.read_text())["identity"]) != identity:
             raise ConfigError(
-                rule(f"task {self.spec.task}", identity, f"be what the runs in {self.folder} had, {before}",
-                     "its models were made anew; name another --out")
+                f"task {self.spec.task}", identity, f"be what the runs in {self.folder} had, {before}",
+                     "its models were made anew; name another --out"
             )  # fmt: skip
         write_json(path, {"identity": identity})
 
     def _require_same_code(self) -> None:
         if (now := method_hash()) != self.code:
             raise StudyUnfinished(
-                f"study {self.spec.name}: the method's code is {now} and was {self.code} at the "
-                "start; leave the code alone while a study runs (give it a git worktree), and start it again"
+                f"study {self.spec.name}: method hash",
+                now,
+                f"be {self.code}, as at the start",
+                "leave the code alone while a study runs (give it a git worktree), and start it again",
             )
 
     # Runs
@@ -226,7 +228,12 @@ class Study:
             scores.append((direction(tuning.metric) * sum(values) / len(values), point))
         best_score, best = max(scores, key=lambda score: score[0])
         if best_score == -math.inf:
-            raise StudyUnfinished(f"study {self.spec.name}: {recipe} diverges at every point of the grid")
+            raise StudyUnfinished(
+                f"study {self.spec.name}: {recipe}",
+                NO_VALUE,
+                "end well at one point of the grid at least; it diverges at every point",
+                "lower the learning rates of tuning.grid",
+            )
         for name, values in tuning.grid.items():
             ordered = all(type(value) in (int, float) for value in values)  # text, yes and no have no edge
             if ordered and len(values) > 1 and best[name] in (min(values), max(values)):
@@ -247,8 +254,10 @@ class Study:
             there = {path.name.rpartition("-")[2] for path in (self.folder / "runs").glob("*")} - {self.code}
             older = f" by {self.code}, the code of now (runs there are by {', '.join(sorted(there))})"
             raise StudyUnfinished(
-                f"study {self.spec.name}: no run of {self.spec.baseline} (the baseline) has ended well"
-                f"{older if there else ''}; run the study, or name another baseline"
+                f"study {self.spec.name}: baseline",
+                self.spec.baseline,
+                f"have a run that ended well{older if there else ''}",
+                "run the study, or name another baseline",
             )
         write_json(self.folder / "results.json", results)
         return results
@@ -309,7 +318,7 @@ class Study:
         return self.spec.tuning.metric if self.spec.tuning else self.spec.metrics[0]
 
 
-class StudyUnfinished(RuntimeError):
+class StudyUnfinished(DistillError, RuntimeError):
     """There is no result; the message says why."""
 
 

@@ -22,7 +22,6 @@ tuning:
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import re
@@ -31,8 +30,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.config import EVALUATION_METRICS, ConfigError, rule
+from distill.config import EVALUATION_METRICS
 from distill.config.load import read_yaml
+from distill.config.tree import flatten
+from distill.errors import NO_VALUE, ConfigError, did_you_mean
 from distill.evaluation import EXTRA_METRICS, METRICS, direction
 
 Settings = dict[str, Any]
@@ -85,13 +86,13 @@ _TUNING_KEYS = ("grid", "seeds", "settings", "metric")
 
 def load_study(path: str | Path) -> StudySpec:
     """Raises: ConfigError naming the key, the rule and the remedy."""
-    tree = read_yaml(path, "study", "hold a mapping; see docs/studies.md")
+    tree = read_yaml(path, "study", "hold a mapping", "see docs/studies.md")
     _known(tree, _KEYS, "")
     for key in ("name", "task", "recipes", "seeds"):
         if not tree.get(key):
-            raise ConfigError(rule(key, _shown(tree.get(key)), "be given", "see docs/studies.md"))
+            raise ConfigError(key, _shown(tree.get(key)), "be given", "see docs/studies.md")
     if not _PLAIN_NAME.fullmatch(str(tree["name"])):
-        raise ConfigError(rule("name", tree["name"], "be letters, digits, - and _", "it names a folder"))
+        raise ConfigError("name", tree["name"], "be letters, digits, - and _", "it names a folder")
     _typed(tree, "recipes", dict, "be a mapping from names to settings")
     _typed(tree, "settings", dict, "be a mapping of settings")
     _typed(tree, "tuning", dict, f"be a mapping of {', '.join(_TUNING_KEYS)}")
@@ -101,10 +102,10 @@ def load_study(path: str | Path) -> StudySpec:
     for name, settings in tree["recipes"].items():
         if not (isinstance(name, str) and _RECIPE_NAME.fullmatch(name)):
             raise ConfigError(
-                rule("recipes", _shown(name), "be named by letters, digits, -, _ and .", "it names folders")
+                "recipes", _shown(name), "be named by letters, digits, -, _ and .", "it names folders"
             )
         _typed({f"recipes.{name}": settings}, f"recipes.{name}", dict, "be a mapping of settings")
-    recipes = {name: dotted(settings or {}) for name, settings in tree["recipes"].items()}
+    recipes = {name: flatten(settings or {}) for name, settings in tree["recipes"].items()}
     for name, settings in recipes.items():
         _not_ours(settings, f"recipes.{name}.")
         if "tuned_as" not in settings:
@@ -117,10 +118,10 @@ def load_study(path: str | Path) -> StudySpec:
             or "tuned_as" in recipes[other]
         ):
             must = "be another recipe, that is tuned itself"
-            raise ConfigError(rule(f"recipes.{name}.tuned_as", _shown(other), must, "name one of this study"))
+            raise ConfigError(f"recipes.{name}.tuned_as", _shown(other), must, "name one of this study")
     baseline = tree.get("baseline", next(iter(recipes)))
     if not isinstance(baseline, str) or baseline not in recipes:
-        raise ConfigError(rule("baseline", baseline, f"be one of {', '.join(recipes)}", "choose one of them"))
+        raise ConfigError("baseline", baseline, f"be one of {', '.join(recipes)}", "choose one of them")
     metrics = tuple(tree.get("metrics") or EVALUATION_METRICS)
     tuning = _tuning(tree["tuning"]) if tree.get("tuning") else None
     asked = [("metrics", metric) for metric in metrics]
@@ -128,19 +129,17 @@ def load_study(path: str | Path) -> StudySpec:
         asked.append(("tuning.metric", tuning.metric))
     for key, metric in asked:
         if metric not in _METRICS:
-            raise ConfigError(rule(key, metric, f"be of {', '.join(_METRICS)}", "choose among them"))
+            raise ConfigError(key, metric, f"be of {', '.join(_METRICS)}", "choose among them")
     if tuning and direction(tuning.metric) == 0:
         raise ConfigError(
-            rule("tuning.metric", tuning.metric, "have a better and a worse", "choose a distance or a score")
+            "tuning.metric", tuning.metric, "have a better and a worse", "choose a distance or a score"
         )
     seeds = _seeds("seeds", tree["seeds"])
     if tuning and set(tuning.seeds) & set(seeds):
         raise ConfigError(
-            rule(
-                "tuning.seeds", list(tuning.seeds), "share none with seeds", "reported seeds are not tuned on"
-            )
+            "tuning.seeds", list(tuning.seeds), "share none with seeds", "reported seeds are not tuned on"
         )
-    settings = dotted(tree.get("settings") or {})
+    settings = flatten(tree.get("settings") or {})
     _not_ours(settings, "settings.")
     return StudySpec(
         name=str(tree["name"]),
@@ -164,13 +163,13 @@ def _tuning(tree: dict[str, Any]) -> Tuning:
     for name, values in (tree.get("grid") or {}).items():
         _typed({name: values}, name, list, "be a list of values to try", "tuning.grid.")
         if not values:
-            raise ConfigError(rule(f"tuning.grid.{name}", _shown(values), "hold a value", "or leave it out"))
+            raise ConfigError(f"tuning.grid.{name}", _shown(values), "hold a value", "or leave it out")
         for value in values:
             if values.count(value) > 1:
-                raise ConfigError(rule(f"tuning.grid.{name}", _shown(values), "hold each value once",
-                                       "leave the repeated one out"))  # fmt: skip
+                raise ConfigError(f"tuning.grid.{name}", _shown(values), "hold each value once",
+                                       "leave the repeated one out")  # fmt: skip
     grid = {name: list(values) for name, values in (tree.get("grid") or {}).items()}
-    settings = dotted(tree.get("settings") or {})
+    settings = flatten(tree.get("settings") or {})
     _not_ours(grid, "tuning.grid.")
     _not_ours(settings, "tuning.settings.")
     return Tuning(
@@ -185,7 +184,7 @@ def _pair(pair: Any, recipes: Mapping[str, Settings]) -> tuple[str, str]:
     good = isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
     if not (good and set(pair) <= set(recipes) and pair[0] != pair[1]):
         raise ConfigError(
-            rule("comparisons", pair, f"be pairs of {', '.join(recipes)}", "write [[one, other], ...]")
+            "comparisons", pair, f"be pairs of {', '.join(recipes)}", "write [[one, other], ...]"
         )
     return pair[0], pair[1]
 
@@ -194,7 +193,7 @@ def _seeds(key: str, seeds: Any) -> tuple[int, ...]:
     """Raises: ConfigError unless they are whole numbers >= 0, each once."""
     numbers = [seed for seed in seeds or () if type(seed) is int and seed >= 0]
     if not numbers or len(set(numbers)) != len(seeds):
-        raise ConfigError(rule(key, _shown(seeds), "be whole numbers >= 0, each once", "write [0, 1, 2]"))
+        raise ConfigError(key, _shown(seeds), "be whole numbers >= 0, each once", "write [0, 1, 2]")
     return tuple(numbers)
 
 
@@ -205,9 +204,8 @@ _RECIPE_NAME = re.compile(r"\w[\w.-]*")
 def _known(tree: Mapping[str, Any], keys: Sequence[str], prefix: str) -> None:
     for key in tree:
         if key not in keys:
-            near = difflib.get_close_matches(str(key), keys, 1)
-            remedy = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(keys)}"
-            raise ConfigError(f"{prefix}{key} is not a key of a study; {remedy}")
+            remedy = did_you_mean(str(key), keys, f"there are {', '.join(keys)}", prefix=prefix)
+            raise ConfigError(f"{prefix}{key}", NO_VALUE, "be a key of a study", remedy)
 
 
 def _not_ours(settings: Mapping[str, Any], prefix: str) -> None:
@@ -217,7 +215,7 @@ def _not_ours(settings: Mapping[str, Any], prefix: str) -> None:
         "run_dir": "name the study's folder by --out",
     }.items():
         if name in settings:
-            raise ConfigError(rule(f"{prefix}{name}", _shown(settings[name]), "be left out", remedy))
+            raise ConfigError(f"{prefix}{name}", _shown(settings[name]), "be left out", remedy)
 
 
 def _shown(value: Any) -> str:
@@ -228,15 +226,4 @@ def _typed(tree: Mapping[str, Any], key: str, kind: type, must: str, prefix: str
     """An absent or null entry is no mistake here."""
     value = tree.get(key)
     if value is not None and not isinstance(value, kind):
-        raise ConfigError(rule(f"{prefix}{key}", value, must, "see docs/studies.md"))
-
-
-def dotted(tree: Mapping[str, Any], prefix: str = "") -> Settings:
-    """A tree of settings by dotted names; names that are dotted already stay."""
-    flat: Settings = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= dotted(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+        raise ConfigError(f"{prefix}{key}", value, must, "see docs/studies.md")

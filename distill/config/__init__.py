@@ -17,7 +17,6 @@ from distill.config.inputs import (
 )
 from distill.config.method import CreditConfig, CriticConfig, Loss, RecipeConfig
 from distill.config.optimization import LearnerConfig, ProxyConfig, SftConfig
-from distill.config.rules import ConfigError, rule
 from distill.config.run import MethodConfig, RunConfig
 from distill.config.runtime import (
     CheckpointConfig,
@@ -32,7 +31,6 @@ __all__ = [
     "EVALUATION_METRICS",
     "CheckpointConfig",
     "ClusterConfig",
-    "ConfigError",
     "CorpusConfig",
     "CreditConfig",
     "CriticConfig",
@@ -52,5 +50,4 @@ __all__ = [
     "StudentInitConfig",
     "TeacherConfig",
     "WeightsConfig",
-    "rule",
 ]

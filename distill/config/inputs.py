@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distill.config.rules import bounded, rule
+from distill.config.rules import bounded
+from distill.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +19,11 @@ class TeacherConfig:
     revision: str | None = None
     """Hub revision; only for hub ids."""
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         if not self.model:
-            yield rule("teacher.model", self.model, "name a model", "give a folder, a name or a hub id")
+            yield ConfigError(
+                "teacher.model", self.model, "name a model", "give a folder, a name or a hub id"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,31 +47,31 @@ class StudentConfig:
     init: StudentInitConfig = field(default_factory=StudentInitConfig)
     """How to cut the student from the teacher instead of loading one."""
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         if (self.model is None) == (self.init.source is None):
             value = "null" if self.model is None else self.model
-            yield rule(
+            yield ConfigError(
                 "student.model",
                 value,
                 "be set exactly when student.init.from is not",
                 "give a checkpoint, or student.init: {from: teacher, num_layers: N}",
             )
         if self.init.source not in (None, "teacher"):
-            yield rule(
+            yield ConfigError(
                 "student.init.from",
                 self.init.source,
                 "be teacher",
                 "to start from another checkpoint set student.model",
             )
         if self.init.source is None and self.init.num_layers is not None:
-            yield rule(
+            yield ConfigError(
                 "student.init.num_layers",
                 self.init.num_layers,
                 "be null unless student.init.from is set",
                 "a student of its own keeps its layers; to cut one from the teacher set student.init.from=teacher",
             )
         if self.init.source is not None and (self.init.num_layers or 0) < 1:
-            yield rule(
+            yield ConfigError(
                 "student.init.num_layers",
                 self.init.num_layers,
                 "be >= 1",
@@ -98,7 +101,7 @@ class DataConfig:
     on_long_prompt: Literal["error", "skip"] = "error"
     """A prompt over the limit stops the run, or is left out and counted."""
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         yield from bounded("data", self, ">= 1", "num_heldout", "max_prompt_tokens", "max_reference_tokens")
 
 
@@ -115,7 +118,7 @@ class CorpusConfig:
     seed: int = 0
     """Seed of the sampling; part of the fingerprint."""
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         yield from bounded("corpus", self, ">= 1", "max_new_tokens", "samples_per_prompt", "num_prompts")
         yield from bounded("corpus", self, ">= 0", "seed")
 
@@ -147,23 +150,23 @@ class EvaluationConfig:
     best_metric: str = "teacher_text.tv"
     """Which value of an evaluation during training names the best checkpoint."""
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         if self.every < 0:
-            yield rule("evaluation.every", self.every, "be >= 0", "0 evaluates only before and after")
+            yield ConfigError("evaluation.every", self.every, "be >= 0", "0 evaluates only before and after")
         for name in ("num_prompts", "num_prompts_during"):
             if getattr(self, name) < 2:
-                yield rule(
+                yield ConfigError(
                     f"evaluation.{name}", getattr(self, name), "be >= 2", "a standard error needs two prompts"
                 )
         if self.num_prompts_during > self.num_prompts:
-            yield rule(
+            yield ConfigError(
                 "evaluation.num_prompts_during",
                 self.num_prompts_during,
                 f"be <= evaluation.num_prompts ({self.num_prompts})",
                 "lower it",
             )
         if self.best_metric not in EVALUATION_METRICS:
-            yield rule(
+            yield ConfigError(
                 "evaluation.best_metric",
                 self.best_metric,
                 f"be one of {', '.join(EVALUATION_METRICS)}",

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from distill.config.rules import bounded, rule
+from distill.config.rules import bounded
+from distill.errors import ConfigError
 
 Divergence = Literal["forward_kl", "reverse_kl", "generalized_jsd", "skew_forward_kl", "skew_reverse_kl"]
 Loss = Literal["moment_gap", Divergence]
@@ -83,9 +84,9 @@ class RecipeConfig:
         """Main loss on other text or on the student's own."""
         return self.student_text_loss or self.loss if source == "student_text" else self.loss
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         if self.teacher_text == "none" and self.student_text == "none":
-            yield rule(
+            yield ConfigError(
                 "recipe.student_text",
                 "none",
                 "not be none when recipe.teacher_text is none",
@@ -93,30 +94,36 @@ class RecipeConfig:
             )
         if self.teacher_gives == "text":
             if self.teacher_text != "sampled":
-                yield rule("recipe.teacher_text", self.teacher_text, "be sampled when recipe.teacher_gives=text",
+                yield ConfigError("recipe.teacher_text", self.teacher_text, "be sampled when recipe.teacher_gives=text",
                            "its text is all there is to learn from")  # fmt: skip
             if self.loss_is_game and self.uses_student_text:
-                yield rule("recipe.student_text", self.student_text,
+                yield ConfigError("recipe.student_text", self.student_text,
                            "be none when recipe.teacher_gives=text and recipe.loss=moment_gap",
                            "no teacher says what it would have written after the student's text")  # fmt: skip
         yield from bounded("recipe", self, "[0, 1]", "beta")
         yield from bounded("recipe", self, "(0, 1]", "gamma")
         if not 0 <= self.student_fraction <= 1:
-            yield rule("recipe.student_fraction", self.student_fraction, "lie in [0, 1]", "0.5 is GKD's")
+            yield ConfigError(
+                "recipe.student_fraction", self.student_fraction, "lie in [0, 1]", "0.5 is GKD's"
+            )
         if not 0 <= self.fraction_step <= 1:
-            yield rule("recipe.fraction_step", self.fraction_step, "lie in [0, 1]", "0.1 is DistiLLM's")
+            yield ConfigError(
+                "recipe.fraction_step", self.fraction_step, "lie in [0, 1]", "0.1 is DistiLLM's"
+            )
         if self.fraction_step > 0 and self.student_text != "mixed":
-            yield rule("recipe.fraction_step", self.fraction_step, "be 0 unless recipe.student_text=mixed",
+            yield ConfigError("recipe.fraction_step", self.fraction_step, "be 0 unless recipe.student_text=mixed",
                        "no share is drawn otherwise")  # fmt: skip
         if not 0 < self.jsd_beta < 1:
-            yield rule(
+            yield ConfigError(
                 "recipe.jsd_beta",
                 self.jsd_beta,
                 "lie in (0, 1)",
                 "use loss=forward_kl or reverse_kl for the two limits",
             )
         if not 0 <= self.skew < 1:
-            yield rule("recipe.skew", self.skew, "lie in [0, 1)", "0.1 is DistiLLM's; 0 is the plain KL")
+            yield ConfigError(
+                "recipe.skew", self.skew, "lie in [0, 1)", "0.1 is DistiLLM's; 0 is the plain KL"
+            )
         if "moment_gap" in (
             self.loss,
             self.student_text_loss or self.loss,
@@ -124,7 +131,7 @@ class RecipeConfig:
             None,
             self.loss,
         ):
-            yield rule(
+            yield ConfigError(
                 "recipe.student_text_loss",
                 self.student_text_loss,
                 "be null where one of the losses is moment_gap",
@@ -132,16 +139,16 @@ class RecipeConfig:
             )
         for name in ("loss_weight", "anchor_weight", "lm_weight", "long_weight"):
             if getattr(self, name) < 0:
-                yield rule(f"recipe.{name}", getattr(self, name), "be >= 0", "0 turns the term off")
+                yield ConfigError(f"recipe.{name}", getattr(self, name), "be >= 0", "0 turns the term off")
         if max(self.loss_weight, self.anchor_weight, self.lm_weight, self.long_weight) == 0:
-            yield rule("recipe.loss_weight", self.loss_weight, "be > 0 when no other term weighs anything",
+            yield ConfigError("recipe.loss_weight", self.loss_weight, "be > 0 when no other term weighs anything",
                        "the student would learn nothing")  # fmt: skip
         for name in ("anchor_weight", "lm_weight"):
             if self.teacher_text == "none" and getattr(self, name) > 0:
-                yield rule(f"recipe.{name}", getattr(self, name), "be 0 when recipe.teacher_text=none",
+                yield ConfigError(f"recipe.{name}", getattr(self, name), "be 0 when recipe.teacher_text=none",
                            "the term is on that text; set it to 0, or choose teacher_text=sampled")  # fmt: skip
         if self.long_weight > 0 and not self.uses_student_text:
-            yield rule(
+            yield ConfigError(
                 "recipe.long_weight",
                 self.long_weight,
                 "be 0 unless student text is used",
@@ -192,7 +199,7 @@ class CriticConfig:
     def penalty(self) -> float:
         return 2.0 / self.bound if self.variance_penalty is None else self.variance_penalty
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         yield from bounded("critic", self, ">= 1", "rank", "num_steps", "positions_per_step")
         yield from bounded("critic", self, "> 0", "bound", "variance_penalty", "max_grad_norm")
         yield from bounded("critic", self, ">= 0", "learning_rate", "warmup_updates")
@@ -230,18 +237,18 @@ class CreditConfig:
     ppo_clip: float | None = None
     """Clip of the ratio around 1 as in PPO, instead of ``ratio``; null: none."""
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         yield from bounded("credit", self, "> 0", "cost_scale", "cost_max", "ratio_max", "ppo_clip")
         if self.form == "exact":
             for name in ("cost_max", "ppo_clip"):
                 if getattr(self, name) is not None:
-                    yield rule(f"credit.{name}", getattr(self, name), "be null when credit.form=exact",
+                    yield ConfigError(f"credit.{name}", getattr(self, name), "be null when credit.form=exact",
                                "a clipped cost has another gradient")  # fmt: skip
             if self.baseline == "whiten":
-                yield rule("credit.baseline", self.baseline, "not be whiten when credit.form=exact",
+                yield ConfigError("credit.baseline", self.baseline, "not be whiten when credit.form=exact",
                            "choose leave_one_out, which adds no bias")  # fmt: skip
         if self.ppo_clip is not None and self.ratio == "per_decision":
-            yield rule(
+            yield ConfigError(
                 "credit.ppo_clip", self.ppo_clip, "be null when credit.ratio=per_decision",
                 "choose one correction for stale text",
             )  # fmt: skip

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from distill.config.rules import bounded, rule
+from distill.config.rules import bounded
+from distill.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +25,9 @@ class SftConfig:
     warmup_fraction: float = 0.05
     """Share of the steps with a rising rate."""
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         if self.enabled and self.num_updates < 1:
-            yield rule(
+            yield ConfigError(
                 "sft.num_updates", self.num_updates, "be >= 1", "to skip the stage set sft.enabled=false"
             )
         yield from bounded("sft", self, ">= 1", "rows_per_update")
@@ -62,9 +63,9 @@ class ProxyConfig:
             warmup_fraction=self.warmup_fraction,
         )
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         if self.num_updates < 0:
-            yield rule("proxy.num_updates", self.num_updates, "be >= 0", "0 takes the model as it is")
+            yield ConfigError("proxy.num_updates", self.num_updates, "be >= 0", "0 takes the model as it is")
         yield from bounded("proxy", self, ">= 1", "rows_per_update")
         yield from bounded("proxy", self, "> 0", "learning_rate")
         yield from bounded("proxy", self, "[0, 1)", "warmup_fraction")
@@ -108,7 +109,7 @@ class LearnerConfig:
     num_threads: int | None = None
     """CPU threads; null: all cores of the machine."""
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         counts = ("num_updates", "prompts_per_update", "teacher_rows_per_update", "micro_batch_tokens")
         yield from bounded("learner", self, ">= 1", *counts, "vocabulary_chunk", "num_threads")
         yield from bounded("learner", self, "> 0", "learning_rate", "max_grad_norm")

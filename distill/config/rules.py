@@ -1,4 +1,4 @@
-"""What a broken rule of the configuration looks like."""
+"""Rules that many settings share: bounds, with the default as the remedy."""
 
 from __future__ import annotations
 
@@ -7,22 +7,15 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+from distill.errors import ConfigError
+
 _COMPARED = {">=": operator.ge, ">": operator.gt}
 
 
-class ConfigError(ValueError):
-    """A request that cannot be run: says name, rule, value and remedy in one line."""
-
-
-def rule(name: str, value: object, must: str, remedy: str) -> str:
-    """The one form of every configuration error."""
-    return f"{name}={value} must {must}; {remedy}"
-
-
-def bounded(section: str, part: Any, bound: str, *names: str) -> Iterator[str]:
+def bounded(section: str, part: Any, bound: str, *names: str) -> Iterator[ConfigError]:
     """Fields of a section that lie outside ``bound``: ``>= 1``, ``> 0`` or an interval, ``[0, 1)``.
 
-    Null is nowhere and passes; the remedy is the default.
+    Null satisfies every bound. The remedy is the field's default.
     """
     defaults = {field.name: field.default for field in fields(part)}
     for name in names:
@@ -30,7 +23,9 @@ def bounded(section: str, part: Any, bound: str, *names: str) -> Iterator[str]:
         if value is not None and not _holds(value, bound):
             must = f"be {bound}" if bound[0] == ">" else f"lie in {bound}"
             default = "null" if defaults[name] is None else defaults[name]
-            yield rule(f"{section}.{name}" if section else name, value, must, f"{default} is the default")
+            yield ConfigError(
+                f"{section}.{name}" if section else name, value, must, f"{default} is the default"
+            )
 
 
 def _holds(value: float, bound: str) -> bool:

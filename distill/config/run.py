@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from distill.config.inputs import CorpusConfig, DataConfig, EvaluationConfig, StudentConfig, TeacherConfig
 from distill.config.method import CreditConfig, CriticConfig, RecipeConfig
 from distill.config.optimization import LearnerConfig, ProxyConfig, SftConfig
-from distill.config.rules import ConfigError, bounded, rule
+from distill.config.rules import bounded
 from distill.config.runtime import (
     CheckpointConfig,
     ClusterConfig,
@@ -17,6 +17,7 @@ from distill.config.runtime import (
     ScoringConfig,
     WeightsConfig,
 )
+from distill.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class RunConfig:
             self.rollout.max_new_tokens, self.corpus.max_new_tokens, self.data.max_reference_tokens
         )
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         """Every broken rule, parts first, then the rules across parts."""
         yield from bounded("", self, ">= 0", "seed")
         for part in (getattr(self, section.name) for section in fields(self)):
@@ -108,10 +109,10 @@ class RunConfig:
         bound = batch * (self.replay.max_policy_age + 1)
         warmup = self.critic.warmup_updates if self.method.learns_critics else 0
         if warmup >= self.learner.num_updates:
-            yield rule("critic.warmup_updates", warmup, f"be < learner.num_updates ({self.learner.num_updates})",
+            yield ConfigError("critic.warmup_updates", warmup, f"be < learner.num_updates ({self.learner.num_updates})",
                        "the student moves after them; lower it or train for longer")  # fmt: skip
         if self.recipe.uses_student_text and self.replay.min_size_to_sample > bound:
-            yield rule(
+            yield ConfigError(
                 "replay.min_size_to_sample",
                 self.replay.min_size_to_sample,
                 f"be <= learner.prompts_per_update * (replay.max_policy_age + 1) = {bound}",
@@ -119,14 +120,14 @@ class RunConfig:
             )
         if self.recipe.long_weight > 0:
             if self.credit.baseline == "leave_one_out" and self.rollout.samples_per_prompt < 2:
-                yield rule(
+                yield ConfigError(
                     "rollout.samples_per_prompt",
                     self.rollout.samples_per_prompt,
                     "be >= 2 when recipe.long_weight > 0 and credit.baseline=leave_one_out",
                     "the baseline needs another member of the group",
                 )
             if self.credit.cost == "moment_gap" and not self.recipe.loss_is_game:
-                yield rule(
+                yield ConfigError(
                     "credit.cost",
                     "moment_gap",
                     "be log_ratio when recipe.long_weight > 0 and recipe.loss is not moment_gap",
@@ -134,43 +135,43 @@ class RunConfig:
                 )
         if self.credit.form == "exact" and self.recipe.uses_student_text and self.replay.max_policy_age > 0:
             if self.credit.ratio != "per_decision":
-                yield rule("credit.ratio", self.credit.ratio,
+                yield ConfigError("credit.ratio", self.credit.ratio,
                            "be per_decision when credit.form=exact and replay.max_policy_age > 0",
                            "other corrections of stale text are biased; or train in lock-step")  # fmt: skip
             if self.credit.ratio_max is not None:
-                yield rule("credit.ratio_max", self.credit.ratio_max,
+                yield ConfigError("credit.ratio_max", self.credit.ratio_max,
                            "be null when credit.form=exact and replay.max_policy_age > 0",
                            "cut ratios are biased")  # fmt: skip
         if self.recipe.teacher_gives == "text" and self.critic.zero_sum:
-            yield rule("critic.zero_sum", True, "be false when recipe.teacher_gives=text",
+            yield ConfigError("critic.zero_sum", True, "be false when recipe.teacher_gives=text",
                        "the penalty's centre is the teacher's, which is not known")  # fmt: skip
         if self.cluster.backend == "in_process":
             for name in ("rollout", "scoring"):
                 if getattr(self, name).engine != "transformers":
-                    yield rule(
+                    yield ConfigError(
                         f"{name}.engine",
                         getattr(self, name).engine,
                         "be transformers when cluster.backend=in_process",
                         "vLLM wants processes of its own; use cluster.backend=ray",
                     )
         if self.evaluation.num_prompts > self.data.num_heldout:
-            yield rule(
+            yield ConfigError(
                 "evaluation.num_prompts",
                 self.evaluation.num_prompts,
                 f"be <= data.num_heldout ({self.data.num_heldout})",
                 "hold out more rows or evaluate on fewer",
             )
         if self.recipe.uses_student_text and self.replay.samples_per_insert < 1:
-            yield rule("replay.samples_per_insert", self.replay.samples_per_insert, "be >= 1",
+            yield ConfigError("replay.samples_per_insert", self.replay.samples_per_insert, "be >= 1",
                        "a group that is never used only grows old; 1 uses each once")  # fmt: skip
         if self.recipe.student_text == "mixed" and self.recipe.teacher_text == "none":
-            yield rule("recipe.teacher_text", "none", "be sampled or reference when recipe.student_text=mixed",
+            yield ConfigError("recipe.teacher_text", "none", "be sampled or reference when recipe.student_text=mixed",
                        "the updates without student text need another")  # fmt: skip
         if self.recipe.adapts_fraction and self.evaluation.every == 0:
-            yield rule("evaluation.every", 0, "be >= 1 when recipe.fraction_step > 0",
+            yield ConfigError("evaluation.every", 0, "be >= 1 when recipe.fraction_step > 0",
                        "the share of student text follows the evaluations; set fraction_step=0 to fix it")  # fmt: skip
         if self.recipe.loss == "moment_gap" and self.recipe.student_text == "mixed":
-            yield rule(
+            yield ConfigError(
                 "recipe.student_text",
                 "mixed",
                 "be none or every_update when recipe.loss=moment_gap",
@@ -179,5 +180,5 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raises: ConfigError with the first broken rule."""
-        for message in self.violations():
-            raise ConfigError(message)
+        for violation in self.violations():
+            raise violation

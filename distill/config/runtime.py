@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from distill.config.rules import bounded, rule
+from distill.config.rules import bounded
+from distill.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class RolloutConfig:
     max_num_seqs: int = 64
     """Sequences decoded together."""
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         counts = (
             "samples_per_prompt",
             "max_new_tokens",
@@ -49,7 +50,7 @@ class RolloutConfig:
         yield from bounded("rollout", self, "(0, 1]", "gpu_memory_utilization")
         for name in ("temperature", "top_p"):
             if getattr(self, name) != 1.0:
-                yield rule(
+                yield ConfigError(
                     f"rollout.{name}",
                     getattr(self, name),
                     "be 1",
@@ -76,7 +77,7 @@ class ScoringConfig:
     max_groups: int = 64
     """Groups scored in one call."""
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         yield from bounded("scoring", self, ">= 1", "tensor_parallel_size", "num_threads", "max_groups")
         yield from bounded("scoring", self, "> 0", "kv_cache_gib")
         yield from bounded("scoring", self, "(0, 1]", "gpu_memory_utilization")
@@ -106,22 +107,22 @@ class ReplayConfig:
     def lock_step(self) -> bool:
         return self.max_policy_age == 0
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         if self.max_policy_age < 0:
-            yield rule("replay.max_policy_age", self.max_policy_age, "be >= 0", "0 is lock-step")
+            yield ConfigError("replay.max_policy_age", self.max_policy_age, "be >= 0", "0 is lock-step")
         if self.samples_per_insert <= 0:
-            yield rule(
+            yield ConfigError(
                 "replay.samples_per_insert", self.samples_per_insert, "be > 0", "1 uses each group once"
             )
         if self.max_times_sampled < self.samples_per_insert:
-            yield rule(
+            yield ConfigError(
                 "replay.max_times_sampled",
                 self.max_times_sampled,
                 f"be >= replay.samples_per_insert ({self.samples_per_insert})",
                 "otherwise groups run out and the learner waits forever; raise it or lower samples_per_insert",
             )
         if self.max_policy_age == 0 and self.samples_per_insert != 1:
-            yield rule(
+            yield ConfigError(
                 "replay.samples_per_insert",
                 self.samples_per_insert,
                 "be 1 when replay.max_policy_age=0",
@@ -130,14 +131,14 @@ class ReplayConfig:
         yield from bounded("replay", self, ">= 0", "min_size_to_sample")
         yield from bounded("replay", self, ">= 4096", "segment_bytes", "memory_bytes", "max_bytes")
         if self.segment_bytes > self.memory_bytes:
-            yield rule(
+            yield ConfigError(
                 "replay.segment_bytes",
                 self.segment_bytes,
                 f"be <= replay.memory_bytes ({self.memory_bytes})",
                 "lower it",
             )
         if self.memory_bytes > self.max_bytes:
-            yield rule(
+            yield ConfigError(
                 "replay.memory_bytes",
                 self.memory_bytes,
                 f"be <= replay.max_bytes ({self.max_bytes})",
@@ -157,9 +158,9 @@ class WeightsConfig:
     deadline_s: float = 120.0
     """A push that takes longer fails the run."""
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         if self.backend in ("nccl", "ipc"):
-            yield rule("weights.backend", self.backend, "be auto or shared_memory",
+            yield ConfigError("weights.backend", self.backend, "be auto or shared_memory",
                        "no run takes the GPU trainers of learner/process/publish.py yet")  # fmt: skip
         yield from bounded("weights", self, "> 0", "deadline_s")
 
@@ -173,7 +174,7 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints kept."""
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         yield from bounded("checkpoint", self, ">= 1", "every", "keep")
 
 
@@ -191,10 +192,10 @@ class ClusterConfig:
     start_timeout_s: float = 600.0
     """How long an actor may take to load its model."""
 
-    def violations(self) -> Iterator[str]:
+    def violations(self) -> Iterator[ConfigError]:
         yield from bounded("cluster", self, "> 0", "start_timeout_s")
         if self.object_store_bytes < 80 << 20:
-            yield rule(
+            yield ConfigError(
                 "cluster.object_store_bytes",
                 self.object_store_bytes,
                 "be >= 83886080 (Ray's least)",

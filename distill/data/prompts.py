@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from distill.config import ConfigError, DataConfig, rule
-from distill.data.rows import Example, Turn, first_line
+from distill.config import DataConfig
+from distill.data.rows import Example, Turn
+from distill.errors import NO_VALUE, ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ def build_prompts(
     """
     if data.chat_template and not tokenizer.chat_template:
         raise ConfigError(
-            rule("data.chat_template", "true", "be false", "the teacher's tokenizer has no chat template")
+            "data.chat_template", "true", "be false", "the teacher's tokenizer has no chat template"
         )
     render = _render_chat if data.chat_template else _render_plain
     rendered = [render(example, tokenizer) for example in rows]
@@ -142,15 +143,20 @@ def _apply_template(
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
     except TemplateError as error:
         raise ConfigError(
-            f"data row {row} must suit the tokenizer's chat template: {first_line(error)}; mend or drop the row"
+            f"data row {row}",
+            NO_VALUE,
+            f"suit the tokenizer's chat template: {first_line(error)}",
+            "mend or drop the row",
         ) from None
 
 
 def _rest(text: str, prefix: str, row: int) -> str:
     if not text.startswith(prefix):
         raise ConfigError(
-            f"data row {row}: the tokenizer's chat template must be prefix-stable (more turns only add text at the "
-            "end), or loss masks would be wrong; use another template, or data.chat_template=false"
+            f"data row {row}: the tokenizer's chat template",
+            NO_VALUE,
+            "be prefix-stable (more turns only add text at the end), or loss masks would be wrong",
+            "use another template, or data.chat_template=false",
         )
     return text[len(prefix) :]
 
@@ -159,10 +165,10 @@ def _render_plain(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple
     prompt = example.prompt[0].content
     if len(example.prompt) > 1 or len(example.reference) > 1:
         raise ConfigError(
-            rule(
+            
                 "data.chat_template", "false", f"be true for data of several turns (row {example.row})",
                 "only a template says where a turn begins",
-            )
+            
         )  # fmt: skip
     return prompt, [_Piece(text=turn.content, by_assistant=True) for turn in example.reference]
 
@@ -180,11 +186,15 @@ def _tokenize(
 
 def _prompt_fits(row: int, num_tokens: int, data: DataConfig) -> bool:
     if num_tokens == 0:
-        raise ConfigError(f"data row {row} must have a prompt of at least one token; mend or drop the row")
+        raise ConfigError(
+            f"data row {row}", NO_VALUE, "have a prompt of at least one token", "mend or drop the row"
+        )
     if num_tokens > data.max_prompt_tokens and data.on_long_prompt == "error":
         raise ConfigError(
-            f"data row {row} has a prompt of {num_tokens} tokens and must have <= data.max_prompt_tokens="
-            f"{data.max_prompt_tokens}; raise it or set data.on_long_prompt=skip"
+            f"prompt of data row {row}",
+            f"{num_tokens} tokens",
+            f"be <= data.max_prompt_tokens={data.max_prompt_tokens}",
+            "raise it or set data.on_long_prompt=skip",
         )
     return num_tokens <= data.max_prompt_tokens
 
@@ -227,8 +237,8 @@ def _as_text(turns: Sequence[Turn]) -> str:
 def _choose_heldout(num_rows: int, num_heldout: int, seed: int) -> np.ndarray:
     if num_heldout >= num_rows:
         raise ConfigError(
-            rule("data.num_heldout", num_heldout, f"be < the number of usable rows ({num_rows})",
-                 "no row would be left to train on; lower it")
+            "data.num_heldout", num_heldout, f"be < the number of usable rows ({num_rows})",
+                 "no row would be left to train on; lower it"
         )  # fmt: skip
     heldout = np.zeros(num_rows, bool)
     heldout[np.random.default_rng(seed % 2**64).permutation(num_rows)[:num_heldout]] = True

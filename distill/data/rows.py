@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.config import ConfigError, DataConfig, rule
+from distill.config import DataConfig
+from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
 
 KNOWN_DATA: Mapping[str, str] = {"alpaca-demo": "data/alpaca-demo.json"}
 """Data sets that can be had by name -> their file in the cache."""
@@ -48,7 +48,7 @@ def load_rows(data: DataConfig, cache: Path) -> list[Example]:
     """
     rows = _read_rows(data, cache)
     if not rows:
-        raise ConfigError(rule("data.path", data.path, "have at least one row", "it is empty"))
+        raise ConfigError("data.path", data.path, "have at least one row", "it is empty")
     name = data.format if data.format != "auto" else _detect_format(data.path, rows[0])
     read = _FORMATS[name].read
     examples = []
@@ -57,8 +57,10 @@ def load_rows(data: DataConfig, cache: Path) -> list[Example]:
         missing = [column for column in _FORMATS[name].columns if row.get(column) is None]
         if missing:
             raise ConfigError(
-                f"{where} must have a value in column {missing[0]} (format {name}), has {_columns(row)}; "
-                "mend the row or set data.format"
+                where,
+                NO_VALUE,
+                f"have a value in column {missing[0]} (format {name}), has {_columns(row)}",
+                "mend the row or set data.format",
             )
         examples.append(_split_turns(index, read(row, where), where))
     return examples
@@ -69,7 +71,7 @@ def _read_rows(data: DataConfig, cache: Path) -> list[dict[str, Any]]:
         path = cache / KNOWN_DATA[data.path]
         if not path.is_file():
             raise ConfigError(
-                rule("data.path", data.path, "be fetched first", f"run `distill data fetch {data.path}`")
+                "data.path", data.path, "be fetched first", f"run `distill data fetch {data.path}`"
             )
         return _read_json(path)
     path = Path(data.path).expanduser()
@@ -77,7 +79,7 @@ def _read_rows(data: DataConfig, cache: Path) -> list[dict[str, Any]]:
     if reader is None:
         return _read_hub(data)
     if not path.is_file():
-        raise ConfigError(rule("data.path", data.path, "be a file that exists", "check the path"))
+        raise ConfigError("data.path", data.path, "be a file that exists", "check the path")
     return reader(path)
 
 
@@ -94,17 +96,17 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} must be UTF-8, byte {error.start} is not; mend the line") from None
+        raise ConfigError(where, NO_VALUE, f"be UTF-8, byte {error.start} is not", "mend the line") from None
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{where} must be JSON: {error.msg} in column {error.colno}; mend the line"
+            where, NO_VALUE, f"be JSON: {error.msg} in column {error.colno}", "mend the line"
         ) from None
     return _as_object(row, where)
 
 
 def _as_object(row: object, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ConfigError(f"{where} must be a JSON object, is {_json_kind(row)}; write {{...}}")
+        raise ConfigError(where, NO_VALUE, f"be a JSON object, is {_json_kind(row)}", "write {...}")
     return row
 
 
@@ -112,15 +114,17 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} must be UTF-8, byte {error.start} is not; mend the file") from None
+        raise ConfigError(path, NO_VALUE, f"be UTF-8, byte {error.start} is not", "mend the file") from None
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{path} line {error.lineno} must be JSON: {error.msg} in column {error.colno}; "
-            "mend it (a file of one object per line is named .jsonl)"
+            f"{path} line {error.lineno}",
+            NO_VALUE,
+            f"be JSON: {error.msg} in column {error.colno}",
+            "mend it (a file of one object per line is named .jsonl)",
         ) from None
     if not isinstance(rows, list):
         raise ConfigError(
-            f"{path} must be a JSON list of objects, is {_json_kind(rows)}; write [{{...}}, ...]"
+            path, NO_VALUE, f"be a JSON list of objects, is {_json_kind(rows)}", "write [{...}, ...]"
         )
     return [_as_object(row, f"{path} row {index}") for index, row in enumerate(rows)]
 
@@ -129,7 +133,9 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         return pq.read_table(path).to_pylist()
     except pa.ArrowException as error:
-        raise ConfigError(f"{path} must be a Parquet file: {first_line(error)}; write it again") from None
+        raise ConfigError(
+            path, NO_VALUE, f"be a Parquet file: {first_line(error)}", "write it again"
+        ) from None
 
 
 def _read_hub(data: DataConfig) -> list[dict[str, Any]]:
@@ -139,11 +145,13 @@ def _read_hub(data: DataConfig) -> list[dict[str, Any]]:
     try:
         return list(datasets.load_dataset(data.path, split=data.split))  # pyright: ignore[reportArgumentType, reportReturnType]
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        near = difflib.get_close_matches(data.path, KNOWN_DATA, 1)
+        known = ", ".join(KNOWN_DATA)
         raise ConfigError(
-            f"data.path={data.path} must be a .jsonl, .json or .parquet file, one of {', '.join(KNOWN_DATA)}, or "
-            f"a data set that `datasets` can load (split {data.split}): {first_line(error)}; "
-            + (f"did you mean {near[0]}?" if near else "check the path and data.split")
+            "data.path",
+            data.path,
+            f"be a .jsonl, .json or .parquet file, one of {known}, or a data set that `datasets` can load "
+            f"(split {data.split}): {first_line(error)}",
+            did_you_mean(data.path, KNOWN_DATA, "check the path and data.split"),
         ) from None
 
 
@@ -183,15 +191,20 @@ def _turns(value: object, role: str, where: str) -> list[Turn]:
     if isinstance(value, str):
         return [Turn(role=role, content=value)]
     if not isinstance(value, list):
-        raise ConfigError(f"{where} must be a text or a list of turns, is {_json_kind(value)}; mend the row")
+        raise ConfigError(
+            where, NO_VALUE, f"be a text or a list of turns, is {_json_kind(value)}", "mend the row"
+        )
     turns = []
     for number, turn in enumerate(value):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise ConfigError(f"{where} turn {number} must have role and content; mend the row")
+            raise ConfigError(f"{where} turn {number}", NO_VALUE, "have role and content", "mend the row")
         content = turn.get("content")
         if not isinstance(content, str):
             raise ConfigError(
-                f"{where} turn {number} must have a text as content, has {_json_kind(content)}; mend the row"
+                f"{where} turn {number}",
+                NO_VALUE,
+                f"have a text as content, has {_json_kind(content)}",
+                "mend the row",
             )
         turns.append(Turn(role=turn["role"], content=content))
     return turns
@@ -200,7 +213,7 @@ def _turns(value: object, role: str, where: str) -> list[Turn]:
 def _split_turns(row: int, turns: Sequence[Turn], where: str) -> Example:
     first = next((number for number, turn in enumerate(turns) if turn.role == "assistant"), len(turns))
     if first == 0:
-        raise ConfigError(f"{where} must have a turn before the assistant's first; drop the row")
+        raise ConfigError(where, NO_VALUE, "have a turn before the assistant's first", "drop the row")
     return Example(row=row, prompt=tuple(turns[:first]), reference=tuple(turns[first:]))
 
 
@@ -224,7 +237,7 @@ def _detect_format(path: str, row: Mapping[str, Any]) -> str:
             return name
     wanted = ", or ".join(format_.columns[0] for format_ in _FORMATS.values())
     raise ConfigError(
-        f"data.path={path} row 0 must have a column {wanted}, has {_columns(row)}; rename the columns"
+        "data.path", f"{path} row 0", f"have a column {wanted}, has {_columns(row)}", "rename the columns"
     )
 
 
@@ -238,7 +251,3 @@ def _columns(row: Mapping[str, Any]) -> str:
 def _json_kind(value: object) -> str:
     kinds = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".;")

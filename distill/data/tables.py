@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from distill.config import ConfigError
 from distill.data.prompts import training_rows
+from distill.errors import NO_VALUE, ConfigError
+from distill.files import replacing_file
 from distill.interfaces import Completion, Draw, SampleRequest, Table
 from distill.schema import SchemaError, Trajectory, trajectory_batch, trajectory_schema, validate
 
@@ -148,8 +148,10 @@ def reference_corpus(table: pa.Table) -> list[Trajectory]:
     ]
     if not rows:
         raise ConfigError(
-            "data.path must have references for this recipe or for sft.enabled=true, has none; "
-            "add completions, or choose recipe.teacher_text=sampled and sft.enabled=false"
+            "data.path",
+            NO_VALUE,
+            "have references for this recipe or for sft.enabled=true, has none",
+            "add completions, or choose recipe.teacher_text=sampled and sft.enabled=false",
         )
     return rows
 
@@ -169,7 +171,9 @@ def _validate_corpus(batch: pa.RecordBatch) -> None:
     validate(batch)
     extra = set(batch.schema.names) - set(trajectory_schema().names)
     if extra:
-        raise SchemaError(f"column {min(extra)}: expected no payload in a text corpus, got one")
+        raise SchemaError(
+            f"column {min(extra)}", NO_VALUE, "be absent from a text corpus, which has no payload"
+        )
 
 
 # Parquet
@@ -177,16 +181,8 @@ def _validate_corpus(batch: pa.RecordBatch) -> None:
 
 def write_table(table: pa.Table, path: str | Path) -> None:
     """Write Parquet so that ``path`` is always absent, the old file, or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing_file(Path(path)) as temporary:
         pq.write_table(table, temporary, use_compliant_nested_type=False)  # lists read back as written
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_table(path: str | Path) -> pa.Table:

@@ -12,7 +12,8 @@ from enum import IntEnum
 
 import numpy as np
 
-from distill.config import ConfigError, RunConfig, rule
+from distill.config import RunConfig
+from distill.errors import ConfigError
 from distill.interfaces import Draw, Table
 
 
@@ -37,9 +38,7 @@ class DrawOrder:
     def __init__(self, table: Table, num_rows: int, seed: int) -> None:
         if num_rows < 1:
             raise ConfigError(
-                rule(
-                    f"rows of the {table} table", num_rows, "be >= 1", "the data set has no row left to draw"
-                )
+                f"rows of the {table} table", num_rows, "be >= 1", "the data set has no row left to draw"
             )
         self.table: Table = table
         self.num_rows = num_rows
@@ -81,16 +80,8 @@ class BatchPlan:
 
     @staticmethod
     def of(config: RunConfig) -> BatchPlan:
-        """The plan of a recipe.
-
-        Raises: ConfigError for ``student_text=mixed`` without text, whose updates could be empty.
-        """
+        """The plan of a recipe whose configuration is valid."""
         recipe, learner = config.recipe, config.learner
-        if recipe.student_text == "mixed" and recipe.teacher_text == "none":
-            raise ConfigError(
-                rule("recipe.teacher_text", "none", "not be none when recipe.student_text=mixed",
-                     "an update without student text needs another text; use student_text=every_update")
-            )  # fmt: skip
         shares = {"none": 0.0, "every_update": 1.0, "mixed": recipe.student_fraction}
         share = shares[recipe.student_text]
         return BatchPlan(

@@ -138,8 +138,11 @@ class ReplayIndex:
             return None
         if not self.updates_committed <= update <= self.next_update:
             raise ReplayError(
-                f"update={update} must lie in [{self.updates_committed}, {self.next_update}]: updates below are "
-                "committed, updates above come after one that is not leased; resume from the newest checkpoint"
+                "update",
+                update,
+                f"lie in [{self.updates_committed}, {self.next_update}]: updates below are committed, "
+                "updates above come after one that is not leased",
+                "resume from the newest checkpoint",
             )
         if update == self.next_update:
             return self._new_lease(update)
@@ -168,8 +171,10 @@ class ReplayIndex:
             return
         if update != self.updates_acknowledged or update not in self._leases:
             raise ReplayError(
-                f"update={update} must be the next leased one ({self.updates_acknowledged}); "
-                "acknowledge every update, in order, after its lease"
+                "update",
+                update,
+                f"be the next leased one ({self.updates_acknowledged})",
+                "acknowledge every update, in order, after its lease",
             )
         self.updates_acknowledged += 1
         self._mark_leased_items()
@@ -181,8 +186,10 @@ class ReplayIndex:
         """
         if not self.updates_committed <= updates_done <= self.next_update:
             raise ReplayError(
-                f"updates_done={updates_done} must lie in [{self.updates_committed}, {self.next_update}]: "
-                "no other updates are committed or leased; resume from the newest checkpoint"
+                "updates_done",
+                updates_done,
+                f"lie in [{self.updates_committed}, {self.next_update}]: no other updates are committed or leased",
+                "resume from the newest checkpoint",
             )
         self._student.versions.record(policy_version, updates_done)
         if updates_done < self.updates_done:
@@ -222,8 +229,10 @@ class ReplayIndex:
         """The checkpoint with ``updates_done`` updates is durable: their draws are final, their bytes free."""
         if updates_done > self.updates_acknowledged:
             raise ReplayError(
-                f"updates_done={updates_done} must be <= {self.updates_acknowledged}, the updates acknowledged; "
-                "commit only what a checkpoint contains"
+                "updates_done",
+                updates_done,
+                f"be <= {self.updates_acknowledged}, the updates acknowledged",
+                "commit only what a checkpoint contains",
             )
         numbers = self._student_numbers(updates_done)
         for update in range(self.updates_committed, updates_done):
@@ -270,8 +279,10 @@ class ReplayIndex:
         planned = self._plan.student_through(updates_done)
         if self._student.in_order and (trained.extra or trained.prefix != planned):
             raise ReplayError(
-                f"student_trained={trained.prefix}+{len(trained.extra)} must be the {planned} draws of "
-                f"{updates_done} updates: the checkpoint was made with other settings; resume with its config"
+                "student_trained",
+                f"{trained.prefix}+{len(trained.extra)}",
+                f"be the {planned} draws of {updates_done} updates: the checkpoint was made with other settings",
+                "resume with its config",
             )
         versions = VersionHistory((int(version), int(updates)) for version, updates in state["versions"])
         self._start(updates_done, trained, versions)

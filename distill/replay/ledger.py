@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal
 
+from distill.errors import DistillError
 from distill.interfaces import Draw, GroupRef
 
 Stage = Literal["rollout", "scoring"]
 """Where a draw that is given back was being worked on."""
 
 
-class ReplayError(RuntimeError):
+class ReplayError(DistillError, RuntimeError):
     """A call that breaks the ledger or a setting that starves it: name, rule, value, remedy."""
 
 
@@ -124,8 +125,10 @@ class VersionHistory:
             if (version, updates_done) == (self.newest, self._updates[-1]):
                 return
             raise ReplayError(
-                f"policy_version={version} must be above the newest one ({self.newest}): a version is never "
-                "used for two sets of weights; persist the counter before each push"
+                "policy_version",
+                version,
+                f"be above the newest one ({self.newest}): a version is never used for two sets of weights",
+                "persist the counter before each push",
             )
         self._versions.append(version)
         self._updates.append(updates_done)

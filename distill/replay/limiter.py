@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from distill.config import ReplayConfig, rule
+from distill.config import ReplayConfig
 from distill.replay.draws import BatchPlan
-from distill.replay.ledger import ReplayError
 
 
 class RateLimiter:
@@ -22,6 +21,9 @@ class RateLimiter:
     at hand fewer usable groups than it needs, everything in flight included; that shortfall
     is admitted, or the learner would wait forever.
 
+    Settings that would starve the learner or break the age bound are refused by the configuration
+    (:class:`distill.config.ReplayConfig`), not here.
+
     Text draws do not age. They are admitted one update further, so that the teacher has
     work while the next weights are on their way.
     """
@@ -30,8 +32,6 @@ class RateLimiter:
         self._replay = replay
         self._plan = plan
         self.num_updates = num_updates
-        for name, value, must, remedy in _violations(replay, plan):
-            raise ReplayError(rule(name, value, must, remedy))
 
     def student_draws(self, updates_done: int) -> int:
         """The bound without shortfall."""
@@ -53,26 +53,3 @@ class RateLimiter:
 
     def _horizon(self, updates_done: int, ahead: int) -> int:
         return min(updates_done + self._replay.max_policy_age + ahead, self.num_updates)
-
-
-def _violations(replay: ReplayConfig, plan: BatchPlan) -> list[tuple[str, object, str, str]]:
-    """Settings that would starve the learner or break the age bound."""
-    if not plan.may_use_student:
-        return []
-    found: list[tuple[str, object, str, str]] = []
-    if replay.samples_per_insert < 1:
-        found.append(
-            ("replay.samples_per_insert", replay.samples_per_insert, "be >= 1",
-             "with fewer uses than inserts the buffer grows and its groups pass replay.max_policy_age")
-        )  # fmt: skip
-    if replay.max_times_sampled < replay.samples_per_insert:
-        found.append(
-            ("replay.max_times_sampled", replay.max_times_sampled,
-             f"be >= replay.samples_per_insert ({replay.samples_per_insert})", "groups run out; raise it")
-        )  # fmt: skip
-    if replay.lock_step and replay.samples_per_insert != 1:
-        found.append(
-            ("replay.samples_per_insert", replay.samples_per_insert, "be 1 when replay.max_policy_age=0",
-             "a re-used group is older than 0 updates; raise max_policy_age")
-        )  # fmt: skip
-    return found

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from distill.errors import NO_VALUE, DistillError
+from distill.files import replacing_file
 from distill.interfaces import Draw, GroupRef, Location, SegmentMissing
 from distill.schema import oldest_version
 
@@ -31,7 +33,7 @@ FOLDER_PREFIX = "distill-"
 """A run's folder in shared memory is this and the run id; segments lie somewhere below."""
 
 
-class RemoteSegment(NotImplementedError):
+class RemoteSegment(DistillError, NotImplementedError):
     """A group on another node: fetching it is not there yet."""
 
 
@@ -151,8 +153,10 @@ class SegmentStore:
         location = group.location
         if location.node != self._node:
             raise RemoteSegment(
-                f"location.node={location.node} must be this node ({self._node}): segments are not fetched across "
-                "nodes yet; run all roles on one node"
+                "location.node",
+                location.node,
+                f"be this node ({self._node}): segments are not fetched across nodes yet",
+                "run all roles on one node",
             )
         segment = self._map(location.segment, location.offset + location.num_bytes)
         message = segment.buffer.slice(location.offset, location.num_bytes)
@@ -217,10 +221,10 @@ class SegmentStore:
         """Move this writer's oldest sealed segments to disk while the node is over its bound."""
         while self._in_memory and _folder_bytes(self._memory_dir) > self._memory_bytes:
             name = self._in_memory[0]
-            temporary = self._spill_dir / f".{name}.tmp"
-            shutil.copyfile(self._memory_dir / name, temporary)
-            # In this order a reader always finds it in one of the two folders.
-            temporary.replace(self._spill_dir / name)
+            # In this order a reader always finds it in one of the two folders. The disk is not waited
+            # for: a spilled segment need not outlive the machine, only this process.
+            with replacing_file(self._spill_dir / name, durable=False) as temporary:
+                shutil.copyfile(self._memory_dir / name, temporary)
             (self._memory_dir / name).unlink()
             del self._in_memory[0]
 
@@ -252,9 +256,9 @@ class SegmentStore:
             self._maps.popitem(last=False)
         if known.buffer.size < end:
             raise SegmentMissing(
-                f"segment {name} in {known.path.parent} has {known.buffer.size} bytes, and the group ends at {end}: "
-                "it was cut; resume from the newest checkpoint"
-            )
+                f"size of segment {name} in {known.path.parent}", f"{known.buffer.size} bytes",
+                f"be >= {end} bytes, where the group ends", "it was cut; resume from the newest checkpoint",
+            )  # fmt: skip
         return known
 
     def _drop_maps_of_moved_files(self) -> None:
@@ -271,8 +275,10 @@ class SegmentStore:
             buffer = file.read_buffer()
             return _Map(folder / name, buffer, pa.ipc.read_schema(buffer))
         raise SegmentMissing(
-            f"segment {name} must lie in {self._memory_dir} or {self._spill_dir} and is in neither: its run was "
-            "swept or its groups were released; resume from the newest checkpoint"
+            f"segment {name}",
+            NO_VALUE,
+            f"lie in {self._memory_dir} or {self._spill_dir}: its run was swept, or its groups were released",
+            "resume from the newest checkpoint",
         )
 
 

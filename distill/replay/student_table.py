@@ -9,6 +9,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 
 from distill.config import ReplayConfig
+from distill.errors import NO_VALUE
 from distill.interfaces import Draw, GroupRef
 from distill.replay.draws import BatchPlan, DrawOrder, Purpose, seeded_generator
 from distill.replay.ledger import DrawState, Item, ReplayError, Stage, TrainedDraws, VersionHistory
@@ -36,7 +37,7 @@ class StudentTable:
         versions: VersionHistory,
     ) -> None:
         if order is None and plan.may_use_student:
-            raise ReplayError("student_order=None must be a DrawOrder: the recipe uses student text")
+            raise ReplayError("student_order", None, "be a DrawOrder: the recipe uses student text")
         self._replay = replay
         self._plan = plan
         self._limiter = limiter
@@ -117,24 +118,27 @@ class StudentTable:
     def _expected(self, groups: Sequence[GroupRef], state: DrawState) -> list[tuple[Item, GroupRef]]:
         pairs = [(self.items.get(group.draw.number), group) for group in groups]
         if len({group.draw.number for group in groups}) < len(groups):
-            raise ReplayError(f"groups={[group.draw.draw_id for group in groups]} must be of different draws")
+            raise ReplayError("groups", [group.draw.draw_id for group in groups], "be of different draws")
         for item, group in pairs:
             found = (
                 "unknown or trained" if item is None or item.draw != group.draw else item.state.name.lower()
             )
             if item is None or item.draw != group.draw or item.state != state:
                 raise ReplayError(
-                    f"draw {group.draw.draw_id} is {found} and must be {state.name.lower()}: its group comes twice, "
-                    "or late from an actor whose draws were given to another; drop the group"
+                    f"draw {group.draw.draw_id}",
+                    found,
+                    f"be {state.name.lower()}: its group came twice, or late from an actor that lost the draw",
+                    "drop the group",
                 )
             if state == DrawState.GENERATED and not item.in_scoring:
                 raise ReplayError(
-                    f"draw {group.draw.draw_id} must be with a teacher to be scored: its job was given back; drop the group"
+                    f"draw {group.draw.draw_id}",
+                    NO_VALUE,
+                    "be with a teacher to be scored: its job was given back",
+                    "drop the group",
                 )
             if group.oldest_version is None:
-                raise ReplayError(
-                    f"oldest_version=None of draw {group.draw.draw_id} must be a policy version"
-                )
+                raise ReplayError(f"oldest_version of draw {group.draw.draw_id}", None, "be a policy version")
         return [(item, group) for item, group in pairs if item is not None]
 
     def take_for_scoring(self, max_groups: int) -> list[GroupRef]:
@@ -235,9 +239,11 @@ class StudentTable:
         """
         if item.draw.number >= self._rewound_below:
             raise ReplayError(
-                f"age={self.age(item, update)} of draw {item.draw.draw_id} in update {update} must be <= "
-                f"replay.max_policy_age ({self._replay.max_policy_age}): the rate limiter rules this out, so a "
-                "rollout actor sampled with weights older than the newest announced; check the weight push"
+                "age",
+                f"{self.age(item, update)} of draw {item.draw.draw_id} in update {update}",
+                f"be <= replay.max_policy_age ({self._replay.max_policy_age}), as the rate limiter ensures: a rollout "
+                "actor sampled with weights older than the newest announced",
+                "check the weight push",
             )
         self._draw_again(item, self._again)
         self.num_expired += 1

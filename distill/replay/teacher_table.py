@@ -47,7 +47,7 @@ class TeacherTable:
 
     def _admit(self, number: int, update: int) -> None:
         if self._order is None:
-            raise ReplayError("teacher_order=None must be a DrawOrder: the recipe uses off-policy text")
+            raise ReplayError("teacher_order", None, "be a DrawOrder: the recipe uses off-policy text")
         item = Item(draw=self._order.draw(number), state=DrawState.DRAWN, last_update=update)
         self.items[number] = item
         row = self._cache.pin(item.draw.index)
@@ -82,14 +82,16 @@ class TeacherTable:
     def check_expected(self, groups: Sequence[GroupRef]) -> None:
         """Raises: ReplayError when a teacher was not asked for one of these rows, or hands it over twice."""
         if len({group.draw.number for group in groups}) < len(groups):
-            raise ReplayError(f"groups={[group.draw.draw_id for group in groups]} must be of different draws")
+            raise ReplayError("groups", [group.draw.draw_id for group in groups], "be of different draws")
         for group in groups:
             item = self.items.get(group.draw.number)
             if item is None or item.draw != group.draw or item.state != DrawState.DISPATCHED:
                 found = "unknown or trained" if item is None else item.state.name.lower()
                 raise ReplayError(
-                    f"draw {group.draw.draw_id} is {found} and must be dispatched: its row comes twice, or late "
-                    "from a teacher whose draws were given to another; drop the row"
+                    f"draw {group.draw.draw_id}",
+                    found,
+                    "be dispatched: its row came twice, or late from a teacher that lost the draw",
+                    "drop the row",
                 )
 
     def requeue(self, draw_id: str, number: int, stage: Stage | None) -> bool:

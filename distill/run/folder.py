@@ -9,74 +9,21 @@ one.
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
-import math
 import os
 import secrets
-import shutil
 import socket
+import traceback
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distill.config import ConfigError, rule
+from distill.errors import ConfigError, DistillError
+from distill.files import is_temporary, remove_temporaries, write_bytes, write_json
 
 _IN_IDENTITY = ("run_id", "incarnation", "fingerprint", "created_at")
 _IN_SUMMARY = ("updates", "recipe", "before", "after", "timing_s", "peak_pss_bytes", "wall_s")
-
-_temporary_numbers = itertools.count()
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file whole: after a crash there is the old one or the new one, both complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_temporary_numbers)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
-
-
-def put_folder(made: Path, place: Path) -> None:
-    """Give a finished folder its name by one rename; one that is there meanwhile stays, ``made`` goes."""
-    try:
-        made.rename(place)
-    except OSError:
-        if not place.is_dir():
-            raise
-        shutil.rmtree(made)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON file whole. Numbers that JSON has no word for (NaN, infinity) become null."""
-    write_bytes(path, (json.dumps(plain(value), indent=2, allow_nan=False) + "\n").encode())
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON has it: numpy numbers and paths unpacked, non-finite numbers null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):  # numpy arrays and scalars
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 class PolicyVersionCounter:
@@ -125,6 +72,8 @@ class RunFolder:
         self.metrics = self.path / "metrics.parquet"
         self.events = self.path / "events.jsonl"
         self.summary = self.path / "summary.json"
+        self.failure = self.path / "failure.json"
+        self.traceback = self.path / "failure.txt"
         self.replay = self.path / "replay"
         self.checkpoints = self.path / "checkpoints"
         self.student = self.path / "student"
@@ -163,7 +112,7 @@ class RunFolder:
                         "choose another run_dir, or go on with `distill train --resume` as it was configured"
                     )
                     must = f"be new or hold a run of this configuration (fingerprint {fingerprint}, there {known})"
-                    raise ConfigError(rule("run_dir", self.path, must, remedy))
+                    raise ConfigError("run_dir", self.path, must, remedy)
             else:
                 self.refuse_foreign_files()
             write_bytes(self.config, config_yaml.encode())
@@ -193,9 +142,7 @@ class RunFolder:
         """Raises: ConfigError when no run is there."""
         if not self.exists:
             remedy = "check the path, or start one with `distill train`"
-            raise ConfigError(
-                rule("run_dir", self.path, "be the folder of a run (it has no run.json)", remedy)
-            )
+            raise ConfigError("run_dir", self.path, "be the folder of a run (it has no run.json)", remedy)
 
     # Identity
 
@@ -227,6 +174,22 @@ class RunFolder:
         remedy = f"remove it: `distill train --resume {self.path}` writes it again"
         return _read_json("summary", self.summary, _IN_SUMMARY, remedy)
 
+    def write_failure(self, error: Exception) -> None:
+        """Keep why the run ended: ``failure.json`` as data, ``failure.txt`` with the traceback."""
+        if not isinstance(error, DistillError):
+            error_parts: dict[str, Any] = {
+                "code": "unexpected",
+                "message": f"{type(error).__name__}: {error}",
+            }
+        else:
+            error_parts = error.parts()
+        write_json(self.failure, error_parts)
+        write_bytes(self.traceback, "".join(traceback.format_exception(error)).encode())
+
+    def read_failure(self) -> dict[str, Any] | None:
+        """The parts of the error that ended the last incarnation; ``code`` names its kind."""
+        return json.loads(self.failure.read_text()) if self.failure.is_file() else None
+
     def write_best(self, best: Mapping[str, Any]) -> None:
         """Which update ``best/`` is of, by which metric, and its value. By the learner, which
         does not hold the folder."""
@@ -243,7 +206,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             must = f"be a folder that can be made ({error.strerror})"
-            raise ConfigError(rule("run_dir", self.path, must, "choose another run_dir")) from error
+            raise ConfigError("run_dir", self.path, must, "choose another run_dir") from error
 
     def _take_lock(self) -> None:
         if self._lock is not None:
@@ -252,7 +215,7 @@ class RunFolder:
             lock = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             must = f"be a folder one can write in ({error.strerror})"
-            raise ConfigError(rule("run_dir", self.path, must, "choose another run_dir")) from error
+            raise ConfigError("run_dir", self.path, must, "choose another run_dir") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -260,7 +223,7 @@ class RunFolder:
             os.close(lock)
             must = f"be used by one process at a time ({holder} holds it)"
             remedy = "wait for it, stop it, or choose another run_dir"
-            raise ConfigError(rule("run_dir", self.path, must, remedy)) from error
+            raise ConfigError("run_dir", self.path, must, remedy) from error
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._lock = lock
@@ -275,17 +238,15 @@ class RunFolder:
             return
         # config.yaml without run.json: an earlier start died in between.
         ours = {self._lock_file.name, self.config.name}
-        others = sorted(
-            name for name in os.listdir(self.path) if name not in ours and not _is_temporary(name)
-        )
+        others = sorted(name for name in os.listdir(self.path) if name not in ours and not is_temporary(name))
         if others:
             must = f"be new, empty, or the folder of a run (it holds {others[0]})"
-            raise ConfigError(rule("run_dir", self.path, must, "choose another run_dir"))
+            raise ConfigError("run_dir", self.path, must, "choose another run_dir")
 
     def _begin_incarnation(self, fingerprint: str) -> None:
-        for name in os.listdir(self.path):
-            if _is_temporary(name):  # of a process that died while writing
-                _remove(self.path / name)
+        remove_temporaries(self.path)
+        for failure in (self.failure, self.traceback):  # of an earlier incarnation
+            failure.unlink(missing_ok=True)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         before: dict[str, Any] = {"run_id": secrets.token_hex(4), "created_at": now, "incarnation": 0}
         if self.exists:
@@ -310,19 +271,8 @@ def _read_json(name: str, path: Path, keys: Sequence[str], remedy: str) -> dict[
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError(rule(name, path, f"be JSON ({error})", remedy)) from None
+        raise ConfigError(name, path, f"be JSON ({error})", remedy) from None
     missing = [key for key in keys if not isinstance(found, dict) or key not in found]
     if missing:
-        raise ConfigError(rule(name, path, f"hold {', '.join(missing)}", remedy))
+        raise ConfigError(name, path, f"hold {', '.join(missing)}", remedy)
     return found
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".tmp")

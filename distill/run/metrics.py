@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.run.folder import plain, write_bytes
+from distill.files import plain, write_bytes
 
 PARTS = ("rollout", "teacher", "replay", "critic", "policy", "weights", "timing")
 _NAME = re.compile(rf"(?:{'|'.join(PARTS)})/[a-z0-9_]+(?:[./][a-z0-9_]+)*")

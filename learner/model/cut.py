@@ -6,8 +6,6 @@ Called once per run, by the stage that makes the student's start.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ import numpy as np
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distill.config import ConfigError, rule
+from distill.errors import NO_VALUE, ConfigError
+from distill.files import new_folder
 
 KEPT_LAYERS_KEY = "distill_kept_layers"
 """Where the student's config.json records which layers of the teacher it has."""
@@ -41,13 +40,10 @@ def cut_student(teacher_dir: str | Path, out_dir: str | Path, num_layers: int) -
         return _same_cut(out_dir, keep)
     _keep_layers(model, keep)
     tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as temporary:
-        whole = Path(temporary) / "student"
-        model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        os.rename(whole, out_dir)
-    return out_dir
+    with new_folder(out_dir, if_exists="keep") as making:
+        model.save_pretrained(making)
+        tokenizer.save_pretrained(making)
+    return _same_cut(out_dir, keep)  # another may have come meanwhile
 
 
 def _choose(model: Any, num_layers: int) -> list[int]:
@@ -56,15 +52,15 @@ def _choose(model: Any, num_layers: int) -> list[int]:
         model.config, "num_hidden_layers", None
     ):
         raise ConfigError(
-            rule(
+            
                 "student.init.from", "teacher", f"have a Llama-like teacher, not {type(model).__name__}",
                 "its layers cannot be told apart; set student.model to a checkpoint instead",
-            )
+            
         )  # fmt: skip
     if not 1 <= num_layers <= len(layers):
         raise ConfigError(
-            rule("student.init.num_layers", num_layers, f"lie in [1, {len(layers)}], the teacher's layers",
-                 "keep fewer layers")
+            "student.init.num_layers", num_layers, f"lie in [1, {len(layers)}], the teacher's layers",
+                 "keep fewer layers"
         )  # fmt: skip
     return kept_layers(len(layers), num_layers)
 
@@ -83,5 +79,5 @@ def _keep_layers(model: Any, keep: list[int]) -> None:
 def _same_cut(out_dir: Path, keep: list[int]) -> Path:
     config = out_dir / "config.json"
     if not config.is_file() or json.loads(config.read_text()).get(KEPT_LAYERS_KEY) != keep:
-        raise ConfigError(f"{out_dir} must be absent or the student cut to layers {keep}; move it away")
+        raise ConfigError(out_dir, NO_VALUE, f"be absent or the student cut to layers {keep}", "move it away")
     return out_dir

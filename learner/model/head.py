@@ -17,7 +17,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 
-from distill.config import ConfigError, rule
+from distill.errors import ConfigError
 
 _PLAIN = (
     "ernie4_5", "exaone4", "gemma", "glm", "glm4", "gpt2", "gpt_neox", "helium", "llama", "ministral",
@@ -86,12 +86,11 @@ class LogitTransform:
         values: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
         model_type = values.get("model_type")
         if model_type not in _KNOWN:
-            message = rule(
+            raise ConfigError(
                 "model_type", model_type, f"be one of {', '.join(known_architectures())}",
                 "its logits are not known to be head(state); choose another model, or read its modelling"
                 " code and add it to learner/model/head.py",
             )  # fmt: skip
-            raise ConfigError(message)
         known = _KNOWN[model_type]
         if known is None:
             return cls(bias=bias)
@@ -100,9 +99,7 @@ class LogitTransform:
         if kind == "softcap":
             return cls(softcap=None if value is None else float(value), bias=bias)
         if not value:
-            raise ConfigError(
-                rule(f"{model_type}.{key}", value, "be a number other than 0", "repair config.json")
-            )
+            raise ConfigError(f"{model_type}.{key}", value, "be a number other than 0", "repair config.json")
         return cls(scale=float(value) if kind == "multiply" else 1.0 / float(value), bias=bias)
 
 
@@ -160,9 +157,8 @@ class Head:
             embedding = next((name for name in _EMBEDDING_NAMES if name in files), None)
             weight_name = embedding or weight_name
         if weight_name is None:
-            message = rule("checkpoint", folder, f"hold {' or '.join(_HEAD_NAMES)}, or a known embedding",
+            raise ConfigError("checkpoint", folder, f"hold {' or '.join(_HEAD_NAMES)}, or a known embedding",
                            "save it again with save_pretrained")  # fmt: skip
-            raise ConfigError(message)
         weight = _read_tensor(files, weight_name).to(device, dtype)
         bias_name = next((f"{name}.bias" for name in _HEAD_NAMES if f"{name}.bias" in files), None)
         bias = None if bias_name is None else _read_tensor(files, bias_name).to(device, torch.float32)
@@ -176,8 +172,8 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
     single = folder / "model.safetensors"
     if not single.exists():
-        raise ConfigError(rule("checkpoint", folder, "hold model.safetensors or its index",
-                               "convert it with save_pretrained; pickled weights are not read"))  # fmt: skip
+        raise ConfigError("checkpoint", folder, "hold model.safetensors or its index",
+                               "convert it with save_pretrained; pickled weights are not read")  # fmt: skip
     with safe_open(single, framework="pt") as tensors:
         return dict.fromkeys(tensors.keys(), single)
 

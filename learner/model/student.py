@@ -54,6 +54,10 @@ def _attention_of(config: Any) -> str:
     return "eager" if getattr(config, "attn_logit_softcapping", None) else PACKED
 
 
+_PREFIX = "student."
+"""Of the student's tensors in a checkpoint."""
+
+
 class Student:
     """A causal LM in training."""
 
@@ -90,10 +94,15 @@ class Student:
         for name, parameter in self.model.named_parameters():
             yield name, parameter.detach()
 
-    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the student, by flat names."""
+        return {f"{_PREFIX}{name}": tensor for name, tensor in self.named_weights()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`tensors`; other names are left alone."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(tensors[name])
+                parameter.copy_(tensors[f"{_PREFIX}{name}"])
 
     def states(self, pack: Pack) -> Tensor:
         """[N, D]: final-norm hidden states before the pack's response tokens.

@@ -7,7 +7,6 @@ No pickle: tensors are safetensors, everything else is JSON.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -16,14 +15,18 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill.errors import DistillError
+from distill.files import new_folder
 from distill.weights import checksum_file
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that is not whole or not ours: says file, expected and got."""
+class CheckpointError(DistillError, RuntimeError):
+    """A checkpoint that is incomplete, damaged or of another format."""
+
+    code = "checkpoint"
 
 
 class Checkpoints:
@@ -47,27 +50,18 @@ class Checkpoints:
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
         """Write ``step-N`` and remove all but the newest ``keep``."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        temporary = self.root / f".step-{step}.{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        shard = temporary / "rank-0.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, shard)
-        _sync(shard)
-        num_bytes, checksum = checksum_file(shard)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "shards": {shard.name: {"num_bytes": num_bytes, "xxh3": checksum}},
-            "state": state,
-        }
-        path = temporary / MANIFEST
-        path.write_text(json.dumps(manifest, indent=1))
-        _sync(path)
         final = self.path(step)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        _sync(self.root)
+        with new_folder(final) as folder:
+            shard = folder / "rank-0.safetensors"
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, shard)
+            num_bytes, checksum = checksum_file(shard)
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "shards": {shard.name: {"num_bytes": num_bytes, "xxh3": checksum}},
+                "state": state,
+            }
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
         return final
@@ -84,14 +78,14 @@ class Checkpoints:
         for name, expected in manifest["shards"].items():
             shard = folder / name
             if not shard.exists():
-                raise CheckpointError(
-                    f"{shard}: expected a shard of {expected['num_bytes']} bytes, got no file"
-                )
+                raise CheckpointError("shard", shard, "exist", _older(folder))
             num_bytes, checksum = checksum_file(shard)
             if (num_bytes, checksum) != (expected["num_bytes"], expected["xxh3"]):
                 raise CheckpointError(
-                    f"{shard}: expected {expected['num_bytes']} bytes with xxh3 {expected['xxh3']}, "
-                    f"got {num_bytes} bytes with {checksum}; delete {folder} to resume from an older one"
+                    f"contents of {shard}",
+                    f"{num_bytes} bytes with xxh3 {checksum}",
+                    f"be {expected['num_bytes']} bytes with xxh3 {expected['xxh3']}",
+                    _older(folder),
                 )
             tensors |= load_file(shard)
         return tensors, manifest["state"]
@@ -107,19 +101,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(
-            f"{path}: expected a checkpoint manifest, got {error}; delete {folder} to resume from an older one"
+            "manifest", path, f"be a checkpoint manifest ({error})", _older(folder)
         ) from error
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: expected format_version {FORMAT_VERSION}, got {manifest.get('format_version')}; "
-            "go on with the version that wrote it, or start the run again in another run_dir"
+            f"format_version in {path}",
+            manifest.get("format_version"),
+            f"be {FORMAT_VERSION}",
+            "resume with the version that wrote it, or start the run again in another run_dir",
         )
     return manifest
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _older(folder: str | Path) -> str:
+    return f"delete {folder} to resume from an older checkpoint"

@@ -1,18 +1,47 @@
-"""Held-out evaluation with the learner's own weights: exact divergences over the vocabulary."""
+"""Held-out evaluation with the learner's own weights: exact divergences over the vocabulary.
+
+The rollout actor samples the held-out prompts, the teacher actor scores the samples, and
+:func:`distill.evaluation.measure` compares both policies at every token. Called by
+:mod:`learner.process.milestones`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
+from transformers import AutoTokenizer
 
-from distill.evaluation import ScoredChunk
+from distill.data import read_table
+from distill.evaluation import Evaluation, ScoredChunk, measure, save_evaluation
+from distill.files import write_bytes
+from distill.interfaces import GroupRef, Store
+from distill.run.folder import RunFolder
+from distill.run.inputs import RunInputs
 from learner.batch import Pack, token_batch
 from learner.model.chunked import ChunkedLogits, chunked_blocks
 from learner.model.head import Head
 from learner.model.student import Student
 from learner.update.positions import Heads, teacher_hidden
+
+NUM_ANSWERS = 3
+"""Prompts whose answers are kept as text, for the report."""
+
+
+class Samplers(Protocol):
+    """The rollout worker and the teacher scorer, as an evaluation needs them."""
+
+    async def sample_heldout(self, num_prompts: int) -> list[GroupRef]: ...
+
+    async def score_samples(self, groups: Sequence[GroupRef]) -> list[GroupRef]: ...
+
+    async def score_heldout(self, num_rows: int) -> list[GroupRef]: ...
+
+    async def release_heldout(self) -> None: ...
 
 
 class Scorer:
@@ -43,3 +72,83 @@ class Scorer:
                 policy_logprobs=policy_logits(where).log_softmax(-1)[kept],
                 teacher_logprobs=teacher_logits(where).log_softmax(-1)[kept],
             )
+
+
+class Evaluator:
+    """Measures the current student on held-out prompts, with samples of its live weights."""
+
+    def __init__(
+        self, folder: RunFolder, samplers: Samplers, store: Store, score: Scorer, texts: HeldoutTexts
+    ) -> None:
+        self._folder = folder
+        self._samplers = samplers
+        self._store = store
+        self._score = score
+        self._texts = texts
+        self._teacher_rows: list[pa.RecordBatch] = []
+
+    async def evaluate(self, label: str, num_prompts: int, *, keep_answers: bool) -> Evaluation:
+        """Measure, and keep the evaluation in the run folder.
+
+        ``keep_answers``: the first prompts too, with both models' answers as text.
+        """
+        teacher_rows = await self._teacher_text(num_prompts)
+        samples = await self._samplers.sample_heldout(num_prompts)
+        scored = await self._samplers.score_samples(samples)
+        student_rows = [self._store.read(group) for group in scored]
+        evaluation = await asyncio.to_thread(
+            measure,
+            label,
+            teacher_rows=teacher_rows,
+            student_rows=student_rows,
+            score=self._score,
+            decode=self._texts.decode,
+            references=self._texts.references,
+        )
+        save_evaluation(self._folder.evaluations, evaluation)
+        if keep_answers:
+            answers = [
+                self._answer(teacher, student)
+                for teacher, student in zip(
+                    teacher_rows[:NUM_ANSWERS], student_rows[:NUM_ANSWERS], strict=True
+                )
+            ]
+            path = self._folder.evaluations / f"{label}-answers.json"
+            write_bytes(path, json.dumps(answers, indent=1).encode())
+        await self._samplers.release_heldout()
+        return evaluation
+
+    def _answer(self, teacher: pa.RecordBatch, student: pa.RecordBatch) -> dict[str, str]:
+        def text(batch: pa.RecordBatch) -> str:
+            return self._texts.decode(batch.column("response_tokens")[0].as_py())
+
+        prompt = self._texts.prompts[teacher.column("prompt_index")[0].as_py()]
+        return {"prompt": prompt, "teacher": text(teacher), "student": text(student)}
+
+    async def _teacher_text(self, num_prompts: int) -> list[pa.RecordBatch]:
+        """Scored once per run, because neither the text nor the teacher changes. Copied out of the
+        segments, which are released after an evaluation."""
+        if len(self._teacher_rows) < num_prompts:
+            groups = await self._samplers.score_heldout(num_prompts)
+            self._teacher_rows = [_owned(self._store.read(group)) for group in groups]
+        return self._teacher_rows[:num_prompts]
+
+
+class HeldoutTexts:
+    """The held-out prompts and references as text, and the tokenizer that decodes answers."""
+
+    def __init__(self, inputs: RunInputs) -> None:
+        tokenizer: Any = AutoTokenizer.from_pretrained(inputs.teacher_dir, local_files_only=True)
+        table = read_table(inputs.heldout_prompts)
+        self.prompts: list[str] = table["prompt_text"].to_pylist()
+        references = enumerate(table["reference_text"].to_pylist())
+        self.references: dict[int, str] = {index: text for index, text in references if text is not None}
+        self.decode: Callable[[list[int]], str] = lambda tokens: tokenizer.decode(
+            tokens, skip_special_tokens=True
+        )
+
+
+def _owned(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A copy that does not depend on a mapped file."""
+    message = batch.serialize()
+    return pa.ipc.read_record_batch(message, batch.schema)

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distill.errors import NO_VALUE
 from distill.interfaces import WeightManifest, WeightPushError
 from distill.weights import remove_old_segments, write_weights
 
@@ -53,6 +54,10 @@ class SharedMemoryPublisher:
         self.push_s = 0.0
         """Seconds of the last push."""
 
+    async def stats(self) -> dict[str, float]:
+        """For the metrics of an update."""
+        return {"timing/push_s": self.push_s}
+
     async def publish(self, updates_done: int) -> int:
         """Push the weights after ``updates_done`` updates; returns their policy version.
 
@@ -66,9 +71,10 @@ class SharedMemoryPublisher:
                 await asyncio.gather(*(receiver.update_weights(manifest) for receiver in self.receivers))
         except TimeoutError as error:
             raise WeightPushError(
-                f"push of policy version {version}: expected all {len(self.receivers)} engines to hold it within "
-                f"weights.deadline_s={self.deadline_s}; an engine hangs, or raise the deadline"
-            ) from error
+                f"push of policy version {version}", NO_VALUE,
+                f"reach all {len(self.receivers)} engines within weights.deadline_s={self.deadline_s}",
+                "raise the deadline, or look for an engine that hangs",
+            ) from error  # fmt: skip
         remove_old_segments(self.folder)
         self.push_s = time.monotonic() - start
         return version
@@ -117,6 +123,7 @@ class TrainerEnginePublisher:
                 await asyncio.to_thread(self.client.finish_weight_update, str(version))
         except TimeoutError as error:
             raise WeightPushError(
-                f"push of policy version {version}: no answer within weights.deadline_s={self.deadline_s}"
-            ) from error
+                f"push of policy version {version}", NO_VALUE,
+                f"be confirmed within weights.deadline_s={self.deadline_s}", "raise the deadline",
+            ) from error  # fmt: skip
         return version

@@ -1,61 +1,77 @@
 """The shell of the learner: construct, forward, report. One per rank.
 
-:mod:`deploy.cluster.ray_cluster` makes a Ray actor of it, :mod:`deploy.cluster.in_process` an object of this process.
+:mod:`deploy.cluster.ray_cluster` makes a Ray actor of it, :mod:`deploy.cluster.in_process` an object of
+this process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from distill.config import RunConfig, SftConfig
 from distill.machine.remote import Remote
 from distill.run.inputs import RunInputs
+from learner.process.fit import fit
 from learner.process.worker import LearnerWorker
 
 
 class _Samplers:
-    """The rollout actor and the one that scores for evaluations as one
-    :class:`learner.process.milestones.Samplers`."""
+    """The rollout actor and the teacher actor as one :class:`learner.process.evaluator.Samplers`."""
 
-    def __init__(self, rollout: Any, teacher: Any) -> None:
-        self.sample_heldout = Remote(rollout).sample_heldout
-        self.score_samples = Remote(teacher).score_samples
-        self.score_heldout = Remote(teacher).score_heldout
-        self._actors = (Remote(rollout), Remote(teacher))
+    def __init__(self, rollout: Remote, teacher: Remote) -> None:
+        self.sample_heldout = rollout.sample_heldout
+        self.score_samples = teacher.score_samples
+        self.score_heldout = teacher.score_heldout
+        self._actors = (rollout, teacher)
 
     async def release_heldout(self) -> None:
         await asyncio.gather(*(actor.release_heldout() for actor in self._actors))
 
 
 class LearnerActor:
-    """Holds a learner worker."""
+    """Holds a learner worker once :meth:`load` has built it; :meth:`fit` needs none."""
+
+    worker: LearnerWorker
 
     def __init__(self, config: RunConfig) -> None:
-        self.worker = LearnerWorker(config)
+        self._config = config
+        self._facts: dict[str, Any] = {"activity": "starting"}
+        if config.learner.num_threads:
+            torch.set_num_threads(config.learner.num_threads)
 
     def pid(self) -> int:
         return os.getpid()
 
+    def facts(self) -> dict[str, Any]:
+        """For the live line; the driver polls them."""
+        return dict(self._facts)
+
     async def fit(self, model_dir: str, corpus: str, out_dir: str, training: SftConfig) -> dict[str, float]:
-        return await asyncio.to_thread(self.worker.fit, model_dir, corpus, out_dir, training)
+        return await asyncio.to_thread(
+            fit, self._config, model_dir, corpus, Path(out_dir), training, self._report
+        )
 
     async def load(self, inputs: RunInputs) -> dict[str, Any] | None:
-        return await asyncio.to_thread(self.worker.load, inputs)
+        """Build the worker; returns the state of the checkpoint that it resumes from."""
+        self.worker = await asyncio.to_thread(LearnerWorker, self._config, inputs, self._report)
+        return self.worker.resumed_state
 
     async def train(self, replay: Any, rollout: Any, scorer: Any, teacher: Any) -> dict[str, Any]:
-        """``rollout``: the actor that samples, for training or for evaluation alone. ``scorer``: who
-        fills the payload; ``teacher``: who scores for evaluations, the same unless there is a proxy."""
-        actors: tuple[Any, ...] = (Remote(rollout), Remote(scorer))
+        """``rollout``: the actor that samples, for training or for evaluations only. ``scorer``: fills
+        the payload. ``teacher``: scores for evaluations; it is the scorer unless there is a proxy."""
+        sampling: Any = Remote(rollout)
+        samplers: Any = _Samplers(sampling, Remote(teacher))
+        return await self.worker.train(
+            Remote(replay),
+            samplers,
+            [sampling],
+            [sampling.stats, Remote(scorer).stats],
+        )
 
-        async def stage_stats() -> dict[str, float]:
-            found: dict[str, float] = {}
-            for stats in await asyncio.gather(*(actor.stats() for actor in actors)):
-                found |= stats
-            return found
-
-        return await self.worker.train(Remote(replay), _Samplers(rollout, teacher), [actors[0]], stage_stats)
-
-    def facts(self) -> dict[str, Any]:
-        return dict(self.worker.facts)
+    def _report(self, **facts: Any) -> None:
+        self._facts |= facts

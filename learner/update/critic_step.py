@@ -6,7 +6,7 @@ Legend: N positions (response tokens), D features, V vocabulary (the common pref
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import CriticConfig
@@ -41,30 +41,18 @@ def critic_step(
     discount: float = 1.0,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """K steps of both critics, on K disjoint slices of the positions (together all of them, unless
-    ``positions_per_step`` makes the slices smaller).
+    """K steps of both critics, on K disjoint slices of the positions.
 
-    ``warm_up``: as many steps as it takes for none to see more than 512 positions. ``from_text``:
-    the gap is taken between the text's tokens and the policy, ``heads.teacher`` being a proxy's.
-    ``discount``: a position weighs discount^t in its critic's mean (γ with ``credit.form=exact``, so that
-    on fresh text the critics maximise the very distance that the student minimises).
+    The slices together are all positions, unless ``positions_per_step`` makes them smaller. The first
+    slice is measured before its step, while it is new to the critics.
 
-    A slice is every M-th token of every row, starting at ``seed``, M the number of slices (no more than
-    the longest row has tokens, so that none is empty): it depends on nothing but a token's place in its
-    row, so neither packing nor the order of rows changes it.
+    ``warm_up``: as many steps as it takes for none to see more than 512 positions. ``from_text``: the gap
+    is taken between the text's tokens and the policy, because ``heads.teacher`` is a proxy's.
+    ``discount``: a position weighs discount^t in its critic's mean: γ with ``credit.form=exact``, so that
+    on fresh text the critics maximise the very distance that the student minimises.
     """
     device = positions.step.device
-    num_positions = ranks.sum_count(len(positions), device)
-    num_steps = config.num_steps
-    if warm_up:
-        num_steps = max(num_steps, -(-num_positions // WARM_UP_POSITIONS))
-    num_slices = num_steps
-    if config.positions_per_step is not None:
-        num_slices = max(num_steps, -(-num_positions // config.positions_per_step))
-    longest = int(positions.step.max()) + 1 if len(positions) else 1
-    num_slices = min(num_slices, ranks.max_count(longest, device))
-    num_steps = min(num_steps, num_slices)
-    slice_of = (positions.step + seed) % num_slices
+    slice_of, num_steps = _slices(positions, config, seed, warm_up, ranks)
     norms: list[Tensor] = []
     totals: dict[str, Tensor] = {}
     steps_of = dict.fromkeys(SOURCES, 0)
@@ -90,6 +78,28 @@ def critic_step(
         if steps:
             totals[f"critic/{source}.loss"] /= steps
     return _tightness(to_floats(totals | {"critic/grad_norm": torch.stack(norms).mean()}))
+
+
+def _slices(
+    positions: Positions, config: CriticConfig, seed: int, warm_up: bool, ranks: Ranks
+) -> tuple[Int[Tensor, " N"], int]:
+    """The slice of each position, and how many of the slices get a step.
+
+    A slice is every M-th token of every row, starting at ``seed``. M, the number of slices, is at most
+    the number of tokens of the longest row, so that no slice is empty. A slice depends on nothing but a
+    token's place in its row, so neither packing nor the order of rows changes it.
+    """
+    device = positions.step.device
+    num_positions = ranks.sum_count(len(positions), device)
+    num_steps = config.num_steps
+    if warm_up:
+        num_steps = max(num_steps, -(-num_positions // WARM_UP_POSITIONS))
+    num_slices = num_steps
+    if config.positions_per_step is not None:
+        num_slices = max(num_steps, -(-num_positions // config.positions_per_step))
+    longest = int(positions.step.max()) + 1 if len(positions) else 1
+    num_slices = min(num_slices, ranks.max_count(longest, device))
+    return (positions.step + seed) % num_slices, min(num_steps, num_slices)
 
 
 def _critic_gradient(

@@ -34,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distill.config import CriticConfig
+from distill.errors import Diverged
 from learner.model.head import Head
 from learner.optimizer import load_optimizer_tensors, optimizer_tensors
 
@@ -208,7 +209,7 @@ class CriticPair:
 
         Returns the norm of both gradients before clipping.
 
-        Raises: FloatingPointError when it is not finite; no parameter has moved then.
+        Raises: Diverged when it is not finite; no parameter has moved then.
         """
         norms = [
             nn.utils.clip_grad_norm_(critic.parameters(), self._max_grad_norm)
@@ -217,9 +218,10 @@ class CriticPair:
         device = self.parameters()[0].device  # torch gives a critic without gradient a norm on the CPU
         norm = torch.linalg.vector_norm(torch.stack([value.to(device, torch.float32) for value in norms]))
         if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"the critics' gradient has norm {norm.item()}: a state, logit or critic is not finite"
-            )
+            raise Diverged(
+                "norm of the critics' gradient", norm.item(), "be finite",
+                "lower critic.learning_rate or learner.learning_rate; no critic has changed",
+            )  # fmt: skip
         self.optimizer.step()
         if self._ema:
             self._update_means()

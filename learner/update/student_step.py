@@ -14,10 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distill.config import MethodConfig
-from distill.objectives import cross_entropy, entropy, moment_gap, total_variation
+from distill.errors import Diverged
+from distill.objectives import cross_entropy, entropy, total_variation
 from learner.batch import Pack, TokenBatch
 from learner.model.chunked import ChunkedLogits, LossOfChunk, chunked_loss
 from learner.ranks import ALONE, Ranks
+from learner.update import diagnostics
 from learner.update.credit_step import Credit
 from learner.update.critics import Source
 from learner.update.losses import position_losses
@@ -43,7 +45,7 @@ def student_step(
     with their graphs, if the pass before kept them; the list is emptied, so that each pack's
     activations are freed when it is done.
 
-    Raises: FloatingPointError when loss or gradient is not finite; nothing has moved then.
+    Raises: Diverged when loss or gradient is not finite; nothing has moved then.
     """
     optimizer.zero_grad(set_to_none=True)
     objective = _StudentObjective(student, batch, heads, witnesses, method, credit)
@@ -56,13 +58,17 @@ def student_step(
             sums[name] = sums[name] + value if name in sums else value
     ranks.sum_gradients(student.parameters())
     grad_norm = nn.utils.clip_grad_norm_(student.parameters(), method.learner.max_grad_norm)
-    metrics = to_floats(
-        objective.means(ranks.sum_by_name(sums, batch.group.device)) | {"policy/grad_norm": grad_norm}
+    sums = ranks.sum_by_name(sums, batch.group.device)
+    means = diagnostics.means(
+        sums, {"teacher_text": batch.num_teacher_tokens, "student_text": batch.num_student_tokens}
     )
+    metrics = to_floats(means | {"policy/grad_norm": grad_norm})
     if not (math.isfinite(metrics["policy/loss"]) and math.isfinite(metrics["policy/grad_norm"])):
-        raise FloatingPointError(
-            f"the student's loss is {metrics['policy/loss']} and its gradient's norm "
-            f"{metrics['policy/grad_norm']}: the student was not changed"
+        raise Diverged(
+            "the student's loss and gradient norm",
+            f"{metrics['policy/loss']}, {metrics['policy/grad_norm']}",
+            "be finite",
+            "lower learner.learning_rate; the student has not changed",
         )
     optimizer.step()
     return metrics
@@ -169,15 +175,15 @@ class _StudentObjective:
                 behavior_logprobs=behavior[where],
                 ppo_clip=self._method.credit.ppo_clip,
             )
-            metrics = _policy_metrics(both.detach(), log_ratio, f)
+            fixed = both.detach()
+            tv = total_variation(*fixed.pair, **fixed.probs)
+            sums = diagnostics.of_policies(source, fixed, tv, log_ratio, f)
             if source == "student_text":
-                metrics |= _drift(metrics["tv"], step[where], self._lengths[row[where]])
-                policy = -cross_entropy(both.policy_logprobs.detach(), targets[where])
-                metrics |= _staleness(behavior[where] - policy)
+                tokens, length = targets[where], self._lengths[row[where]]
+                sums |= diagnostics.of_student_text(fixed, tv, tokens, step[where], length, behavior[where])
                 if advantage is not None and f is not None and self._recipe.loss_weight > 0:
                     scale = self._recipe.long_weight / self._recipe.loss_weight
-                    metrics |= _gradient_squares(both.detach(), f, targets[where], scale * advantage[where])
-            sums = {_metric_name(name, source): value.sum() for name, value in metrics.items()}
+                    sums |= diagnostics.of_gradients(fixed, f, tokens, scale * advantage[where])
             return (weight[where] * losses).sum() / self._denominator[source], sums
 
         return loss_of_chunk
@@ -193,23 +199,6 @@ class _StudentObjective:
             before = _look_up(self._credit.weight, row, step)
             weight = torch.where(pack.is_student_text[order], weight * before, weight)
         return weight
-
-    def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over all packs to means over the tokens they count."""
-        means = {}
-        for name, value in sums.items():
-            if name.startswith("num_"):
-                continue
-            if name == "loss":
-                count = 1
-            elif name.endswith(("_early", "_late")):
-                count = sums[f"num_{name}"].clamp_min(1)
-            else:
-                count = self._num_tokens[
-                    "teacher_text" if name.startswith("teacher_text.") else "student_text"
-                ]
-            means[f"policy/{name}"] = value / count
-        return _ratios(means)
 
 
 def _source(where: slice, num_teacher: int) -> Source:
@@ -238,93 +227,3 @@ def _look_up(
     if rows.shape[1] == 0:
         return rows.new_zeros(len(row))
     return torch.where(step < rows.shape[1], rows[row, step.clamp_max(rows.shape[1] - 1)], 0.0)
-
-
-@torch.no_grad()
-def _policy_metrics(both: Policies, log_ratio: Tensor, f: Tensor | None) -> dict[str, Tensor]:
-    """Exact divergences of the policies at each position, and the gap that the critic sees.
-
-    Both divergences from the one log-ratio: the logits of a batch are finite, and every pass over
-    the vocabulary is felt.
-    """
-    metrics = {
-        "tv": total_variation(*both.pair, **both.probs),
-        "forward_kl": torch.linalg.vecdot(both.teacher_probs, log_ratio),
-        "reverse_kl": -torch.linalg.vecdot(both.policy_probs, log_ratio),
-        "entropy": entropy(both.policy_logprobs, policy_probs=both.policy_probs),
-    }
-    if f is not None:
-        metrics["moment_gap"] = moment_gap(*both.pair, f, **both.probs)
-    return metrics
-
-
-def _drift(tv: Tensor, step: Tensor, length: Tensor) -> dict[str, Tensor]:
-    """TV in the first and last ⌊T/3⌋ tokens of responses of T tokens."""
-    third = length // 3
-    early, late = (step < third).to(tv.dtype), (step >= length - third).to(tv.dtype)
-    return {
-        "student_text.tv_early": tv * early,
-        "student_text.tv_late": tv * late,
-        "num_student_text.tv_early": early,
-        "num_student_text.tv_late": late,
-    }
-
-
-def _staleness(behavior_gap: Tensor) -> dict[str, Tensor]:
-    """What the policy in training thinks of tokens that an older one (or the engine) sampled.
-
-    ``behavior_gap``: log μ(a) − log π(a), μ the policy that sampled.
-    """
-    ratio = (-behavior_gap).exp()
-    return {
-        "behavior_gap": behavior_gap,
-        "importance_ratio": ratio,
-        "importance_ratio_square": ratio.square(),
-    }
-
-
-@torch.no_grad()
-def _gradient_squares(
-    both: Policies, f: Tensor, targets: Tensor, advantage: Float[Tensor, " N"]
-) -> dict[str, Tensor]:
-    """Squared norms of the two gradients in the logits z of each position.
-
-    Direct: ∂g_f/∂z = −p ∘ (f − E_p f). Long horizon: ∂(A log p(a))/∂z = A (1_a − p).
-    """
-    p = both.policy_probs
-    direct = p * (f - torch.linalg.vecdot(p, f)[:, None])
-    chosen = p.gather(1, targets[:, None]).squeeze(1)
-    return {
-        "direct_gradient_square": torch.linalg.vecdot(direct, direct),
-        "long_gradient_square": advantage.square() * (torch.linalg.vecdot(p, p) - 2 * chosen + 1),
-    }
-
-
-def _ratios(means: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace means of squares by what they are wanted for.
-
-    ``importance_ess``: effective share of the samples, (mean ρ)² / mean ρ², 1 on fresh text.
-    ``long_over_direct``: norm of the long-horizon gradient over the direct one's, in the logits.
-    """
-    square = means.pop("policy/importance_ratio_square", None)
-    if square is not None:
-        means["policy/importance_ess"] = means["policy/importance_ratio"].square() / square
-    direct = means.pop("policy/direct_gradient_square", None)
-    if direct is not None:
-        ratio = means.pop("policy/long_gradient_square") / direct.clamp_min(1e-30)
-        means["policy/long_over_direct"] = ratio.sqrt()
-    return means
-
-
-_OF_STUDENT_TEXT = (
-    "behavior_gap",
-    "importance_ratio",
-    "importance_ratio_square",
-    "direct_gradient_square",
-    "long_gradient_square",
-)
-"""Metrics of the student's text alone, whose names need no source."""
-
-
-def _metric_name(name: str, source: Source) -> str:
-    return name if name in _OF_STUDENT_TEXT or "." in name else f"{source}.{name}"

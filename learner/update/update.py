@@ -1,36 +1,45 @@
-"""One update: first the critics, then the student against them.
+"""One update of the game: first the critics, then the student against them.
 
-Read :func:`update` first, then :func:`critic_step`, :func:`assign_credit` and
-:func:`student_step`. Why this order:
+The steps, numbered as in docs/method.md, "The algorithm"; each is a function of that name:
 
-1. The student's states at all response positions are kept from one pass. The critics read them
-   as constants, so no critic step runs the backbone again; nor does step 4 where the pass could
-   keep its activations (``learner.keep_activations``).
-2. K critic steps, each on its own slice of the positions: a critic step needs the logits of
-   both policies, and so they are formed once per position whatever K is. The first slice is
-   measured before its step, while it is fresh to the critic (in-sample, tightness flatters).
-3. With a long horizon, the moment gaps of the student's text under the new critics (or another
-   cost of its tokens) become advantages (:mod:`learner.update.credit_step`).
-4. The student step: the packs are micro-batches that accumulate one gradient. Every term has
-   the whole update's number of tokens as its denominator, so where rows are packed is nothing
-   the student can notice.
+    Input: student text with log μ(a_t); teacher text; the teacher's states h*; π, π*, f1, f2
 
-The student minimises, with w the weights of the two texts ((1−β, β), or 1 for a text without the
-other), f1 and f2 the critics, constants here, and every mean over the tokens of one text:
+    1  states        h of π at every response position of both texts             collect_positions()
+    2  critic steps  K times, on disjoint slices of the positions:               critic_step()
+                       f1 ← Adam on mean[ −g_f1 + (λ/2) Var_m f1 ]   teacher text
+                       f2 ← Adam on mean[ −g_f2 + (λ/2) Var_m f2 ]   student text
+                     then f1 and f2 are constants                                witnesses()
+    3  credit        A_t = R_t − b_t from the gaps that follow token t           assign_credit()
+    4  student loss  (1−β) c_loss mean[ g_f1 ]              teacher text         student_step()
+                     +  β  c_loss mean[ g_f2 ]              student text
+                     +  β  c_long mean[ log π(a_t) A_t ]    student text
+                     +     η_kl   mean[ D(π*, π) ]          teacher text
+                     +     η_lm   mean[ −log π(y_t) ]       teacher text
+    5  student step  clip the gradient; AdamW                                    student_step()
 
-    w_off mean[ g_f1 ] + w_on mean[ g_f2 ] + w_on c_long mean[ log π(a_t) A_t ]
-      + η_kl mean_off[ D(π*, π) ] + η_lm mean_off[ −log π(y_t) ]
+with g_f(s) = Σ_a (π*(a|s) − π(a|s)) f(s, a), the moment gap, and D the anchor (forward KL by default).
+A recipe replaces both gaps by a divergence, or drops terms; an update with one text weighs it 1
+instead of 1−β or β. With ``credit.form=exact`` a mean is a sum with weights γ^t over every response,
+divided by the number of responses: L_off and L_on themselves. At π = π* the gaps and the anchor are 0
+whatever the critics are.
 
-with D the anchor, forward KL unless the recipe says so, and another divergence in place of both g
-likewise. At π = π* the first two and the fourth are 0 whatever the critics are. With
-``credit.form=exact`` a mean is a sum with weights γ^t over every response, divided by their
-number: L_off and L_on themselves.
+| loss of              | terms                                          | file                          |
+|----------------------|------------------------------------------------|-------------------------------|
+| a critic             | −g_f + (λ/2) Var_m f                           | :mod:`.critic_step`           |
+| a position of text   | main loss, long horizon, anchor, cross-entropy | :mod:`.losses`                |
+| their formulas       | every divergence, gap and policy gradient      | :mod:`distill.objectives`     |
+| a token's advantage  | returns, baselines, importance ratios          | :mod:`distill.credit`         |
 
-Legend: L inputs of a pack, N positions (response tokens), B rows, T longest response, D features,
-V vocabulary (the common prefix of both models' vocabularies).
+Why this order. The critics read the student's states as constants, so one pass serves all K critic
+steps (and, with ``learner.keep_activations``, the student's step too). A critic step needs the logits of
+both policies, which are formed once per position whatever K is. The student plays against critics that
+have seen this update's text. Packs are micro-batches that accumulate one gradient, and every term is
+divided by the whole update's tokens, so the student cannot notice how rows are packed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -41,10 +50,10 @@ from learner.model.head import Head
 from learner.ranks import ALONE, Ranks
 from learner.update.credit_step import Credit, assign_credit, needs_credit
 from learner.update.critic_step import critic_step
-from learner.update.critics import CriticPair
-from learner.update.positions import Heads, TrainedModel, collect_positions
+from learner.update.critics import CriticPair, Source
+from learner.update.positions import Heads, Positions, TrainedModel, collect_positions
 from learner.update.student_step import student_step
-from learner.update.witness import witnesses
+from learner.update.witness import Witness, witnesses
 
 
 def update(
@@ -61,41 +70,81 @@ def update(
 ) -> dict[str, float]:
     """Critics, then student; returns the metrics of this update.
 
-    ``teacher`` may be None for a recipe without teacher payload, ``critics`` for one without
-    learned critics. ``seed`` chooses which positions each critic step sees; pass the update's
-    number. ``critics_only``: a warm-up update, the student stays if there are learned critics.
+    ``teacher`` may be None for a recipe without teacher payload, ``critics`` for one without learned
+    critics. ``seed`` chooses which positions each critic step sees; pass the update's number.
+    ``critics_only``: a warm-up update, which leaves the student alone if there are learned critics.
     ``ranks``: who else has groups of this update; metrics and step are then the same on all.
 
-    Raises: FloatingPointError when a loss or gradient is not finite; what it is of has not moved.
+    Raises: Diverged when a loss or gradient is not finite; the parameters it belongs to are unchanged.
     """
     batch = batch.over(ranks)
-    recipe, chunk = method.recipe, method.learner.vocabulary_chunk
-    if recipe.payload == "text":
+    if method.recipe.payload == "text":  # cross-entropy only: no distributions, no game
         return student_step(student, optimizer, batch, None, None, method, ranks=ranks)
     if teacher is None:
-        raise ValueError(f"recipe {recipe.name} needs the teacher's head")
+        raise ValueError(f"recipe {method.recipe.name} needs the teacher's head")
     heads = Heads.of(student, teacher)
-    charges = needs_credit(recipe, method.credit) and batch.num_student_tokens > 0 and not critics_only
+    learning = critics if method.uses_moment_gap else None
+    credits = needs_credit(method.recipe, method.credit) and batch.num_student_tokens > 0 and not critics_only
     metrics: dict[str, float] = {}
     states: list[Tensor] | None = None
     credit: Credit | None = None
-    if charges or (method.uses_moment_gap and critics is not None):
+
+    if learning or credits:  # 1
         keep_graph = method.learner.keep_activations and not critics_only
         positions, states = collect_positions(student, batch, keep_graph=keep_graph)
-        if method.uses_moment_gap and critics is not None:
-            metrics |= critic_step(
-                positions, heads, critics, method.critic, chunk=chunk, seed=seed, warm_up=critics_only,
-                from_text=recipe.teacher_gives == "text", ranks=ranks,
-                discount=recipe.gamma if method.credit.form == "exact" else 1.0,
-            )  # fmt: skip
+    if learning:  # 2
+        metrics = _critics(positions, heads, learning, method, seed, critics_only, ranks)
         if critics_only:
             return metrics
     opponents = witnesses(method.critic, critics, heads) if method.uses_moment_gap else {}
-    if charges:
-        credit = assign_credit(
-            positions.of("student_text"), batch.group, heads, opponents.get("student_text"), recipe, method.credit, chunk=chunk,
-            variance_penalty=method.critic.penalty if method.critic.zero_sum else 0.0, ranks=ranks,
-        )  # fmt: skip
-    return metrics | student_step(
+    if credits:  # 3
+        credit = _credit(positions, batch, heads, opponents, method, ranks)
+    student_metrics = student_step(  # 4, 5
         student, optimizer, batch, heads, opponents, method, credit, states, ranks=ranks
+    )
+    return metrics | student_metrics
+
+
+def _critics(
+    positions: Positions,
+    heads: Heads,
+    critics: CriticPair,
+    method: MethodConfig,
+    seed: int,
+    warm_up: bool,
+    ranks: Ranks,
+) -> dict[str, float]:
+    recipe = method.recipe
+    return critic_step(
+        positions,
+        heads,
+        critics,
+        method.critic,
+        chunk=method.learner.vocabulary_chunk,
+        seed=seed,
+        warm_up=warm_up,
+        from_text=recipe.teacher_gives == "text",
+        discount=recipe.gamma if method.credit.form == "exact" else 1.0,
+        ranks=ranks,
+    )
+
+
+def _credit(
+    positions: Positions,
+    batch: TokenBatch,
+    heads: Heads,
+    opponents: Mapping[Source, Witness],
+    method: MethodConfig,
+    ranks: Ranks,
+) -> Credit:
+    return assign_credit(
+        positions.of("student_text"),
+        batch.group,
+        heads,
+        opponents.get("student_text"),
+        method.recipe,
+        method.credit,
+        chunk=method.learner.vocabulary_chunk,
+        variance_penalty=method.critic.penalty if method.critic.zero_sum else 0.0,
+        ranks=ranks,
     )

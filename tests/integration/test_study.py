@@ -13,7 +13,7 @@ from deploy.study.spec import StudySpec, Tuning
 from deploy.study.tables.plots import draw
 from deploy.study.tables.report import report
 from deploy.study.tasks import registry as tasks
-from distill.config import ConfigError
+from distill.errors import ConfigError
 from tests.tiny import make_world, tiny_overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -83,7 +83,7 @@ def test_a_study_and_its_second_start(tmp_path: Path) -> None:
     assert len(longer["tuning"]) == 2, "it is not tuned itself"
     assert longer["runs"][1]["evaluations"][-1]["update"] == 3
     assert "| `kd_longer` − `kd` | " in report(longer)
-    with pytest.raises(StudyUnfinished, match="no run of jsd"):
+    with pytest.raises(StudyUnfinished, match="baseline=jsd must have a run that ended well"):
         Study(spec(recipes={"jsd": {}}, baseline="jsd"), folder).finished()
 
     again: list[str] = []
@@ -125,5 +125,7 @@ def test_a_run_that_fails_stops_a_study_and_one_that_diverges_does_not(tmp_path:
     job = broken._jobs.job("kd", 1, {}, tuning=False)
     job.run_dir.parent.mkdir(parents=True)
     job.run_dir.write_text("a file where the run's folder is to be")
-    with pytest.raises(ProcessFailed, match=r"kd seed 1 ended with code 2: .*run_dir=.* its output is in"):
+    with pytest.raises(
+        ProcessFailed, match=r"exit code of kd seed 1=2 must be 0 \(.*run_dir=.*\); read its output in"
+    ):
         broken.run()

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distill.evaluation import load_evaluation
+from distill.run.folder import RunFolder
 from distill.run.metrics import read_metrics, reproducible
 from learner.process.checkpoint import Checkpoints
 from tests.tiny import make_world, save_tiny_llama, tiny_overrides
@@ -308,6 +309,10 @@ def test_a_dead_engine_ends_the_run_with_one_line(world: Path) -> None:
     assert process.returncode == 1
     assert "the run failed: " in output.splitlines()[-2]
     assert "Traceback" not in output
+    failure = RunFolder(world / "dead").read_failure()
+    assert failure is not None and failure["message"] in output.splitlines()[-2]
+    assert "rollout engine" in failure["name"] and failure["must"].startswith("live; ")
+    assert "look for a lack of memory" in failure["remedy"]
     assert "EngineDied" in (world / "dead" / "failure.txt").read_text()
 
 

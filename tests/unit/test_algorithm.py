@@ -175,7 +175,9 @@ async def test_a_stopped_replay_ends_training_with_an_error(tmp_path: Path) -> N
     running = asyncio.create_task(world.run())
     await asyncio.sleep(0.05)
     await world.service.stop()
-    with pytest.raises(RunStopped, match="of 1000 updates"):
+    with pytest.raises(
+        RunStopped, match=r"^updates done when the replay stopped=\d+ must be 1000; resume the run$"
+    ):
         await running
 
 

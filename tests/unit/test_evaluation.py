@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from distill import evaluation as evaluation_module
 from distill.config import EVALUATION_METRICS
+from distill.errors import Diverged
 from distill.evaluation import (
     EXTRA_METRICS,
     METRICS,
@@ -375,7 +376,9 @@ def test_a_divergence_that_is_not_finite_stops_with_its_place():
     policies = FakePolicies()
     policies.policy[0, 1, 0] = -math.inf
     with pytest.raises(
-        FloatingPointError, match="forward_kl must be finite, got inf at token 1 of heldout-0-2/0"
+        Diverged,
+        match=r"^teacher_text: forward_kl at token 1 of heldout-0-2/0=inf must be finite \(1 tokens are not\); "
+        "mask the same tail of both vocabularies$",
     ):
         measured(policies)
 

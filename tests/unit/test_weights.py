@@ -63,7 +63,8 @@ def test_a_flipped_byte_is_named_with_both_checksums(tmp_path: Path) -> None:
     path.write_bytes(content)
     got = xxhash.xxh3_64_hexdigest(bytes(content))
     with pytest.raises(
-        WeightPushError, match=rf"version 1 in {path}: expected .*{manifest.checksum}, got {got}"
+        WeightPushError,
+        match=rf"^weights of policy version 1 in {path}: checksum={got} must be {manifest.checksum} \(xxh3-64\)$",
     ):
         verify(manifest)
 
@@ -73,14 +74,17 @@ def test_a_short_file_is_named_with_both_sizes(tmp_path: Path) -> None:
     path = Path(manifest.path)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(
-        WeightPushError, match=rf"expected {manifest.num_bytes} bytes, got {manifest.num_bytes - 4}"
+        WeightPushError,
+        match=rf"policy version 1 in {path}: size={manifest.num_bytes - 4} bytes must be {manifest.num_bytes} bytes$",
     ):
         verify(manifest)
 
 
 def test_a_missing_file_is_a_push_error(tmp_path: Path) -> None:
     manifest = dataclasses.replace(_write(tmp_path, 1), path=str(tmp_path / "absent"))
-    with pytest.raises(WeightPushError, match="absent: expected a readable file"):
+    with pytest.raises(
+        WeightPushError, match=r"policy version 1 in .*absent must be in a readable file \(.*No such file"
+    ):
         verify(manifest)
 
 
@@ -106,7 +110,9 @@ def test_an_unreadable_manifest_is_a_push_error(tmp_path: Path, content: str | N
     path = segment_path(tmp_path, 1)
     if content is not None:
         manifest_path(path).write_text(content)
-    with pytest.raises(WeightPushError, match=r"weights-v00000001\.json: expected a weight manifest"):
+    with pytest.raises(
+        WeightPushError, match=r"^manifest=.*/weights-v00000001\.json must be a weight manifest \(.+\)$"
+    ):
         read_manifest(path)
 
 

@@ -40,9 +40,10 @@ from deploy.study.measure.measures import (
     teacher_measures_path,
 )
 from deploy.study.measure.two_sample import correct_guesses
-from distill.config import ConfigError, RunConfig
+from distill.config import RunConfig
 from distill.config.load import load_config
 from distill.data import read_table, write_table
+from distill.errors import ConfigError
 from distill.evaluation import divergences, rouge_l
 from distill.machine.vector_math import settle_vector_math
 from distill.run.folder import RunFolder

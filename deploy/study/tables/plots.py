@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deploy.study.measure.measures import FRONTIER_SCORES, TEMPERATURES
-from distill.run.folder import write_bytes
+from distill.files import write_bytes
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import xxhash
 from deploy.study.spec import Settings
 from deploy.study.tasks.tiny_translation import make_tiny_translation, tiny_translation_folder
 from deploy.study.tasks.tiny_wiki import make_tiny_wiki, tiny_wiki_folder
-from distill.config import ConfigError, rule
+from distill.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,5 @@ def identity(folder: Path) -> str:
 def known_task(name: str) -> Task:
     """Raises: ConfigError for an unknown name."""
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, 1)
-        remedy = f"did you mean {near[0]}?" if near else "choose one of them"
-        raise ConfigError(rule("task", name, f"be one of {', '.join(TASKS)}", remedy))
+        raise ConfigError("task", name, f"be one of {', '.join(TASKS)}", did_you_mean(name, TASKS))
     return TASKS[name]

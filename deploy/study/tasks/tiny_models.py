@@ -6,14 +6,12 @@ Shared by the tasks that make their own models (tiny_wiki.py, tiny_translation.p
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.run.folder import put_folder, write_bytes
+from distill.files import new_folder, write_bytes
 
 STOP = "</s>"
 
@@ -72,11 +70,9 @@ def make_model(
     """A checkpoint of a model trained by cross-entropy, unless ``folder`` is there; by one rename."""
     if folder.is_dir():
         return
-    making = folder.with_name(f".{folder.name}.{os.getpid()}.making")
-    shutil.rmtree(making, ignore_errors=True)
-    _random_model(model, tokenizer, making)
-    _train(model, texts, making, lambda text: say(f"{folder.name}: {text}"))
-    put_folder(making, folder)
+    with new_folder(folder, if_exists="keep") as making:
+        _random_model(model, tokenizer, making)
+        _train(model, texts, making, lambda text: say(f"{folder.name}: {text}"))
 
 
 def _random_model(model: TinyModel, tokenizer: Any, folder: Path) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 from deploy.fetch import DOWNLOAD_TIMEOUT_S, FetchError, cache_dir
 from deploy.study.tasks.tiny_models import Text, TinyModel, make_model, train_tokenizer, write_prompts
-from distill.run.folder import write_bytes
+from distill.errors import NO_VALUE
+from distill.files import write_bytes
 
 PACKAGE = "trans-de-en"
 MEMBER = "usr/share/trans/de-en"
@@ -95,8 +96,10 @@ def _run(command: list[str], folder: str, wanted: Path) -> None:
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip() or str(error)
         raise FetchError(
-            f"{PACKAGE}: {' '.join(command)} failed: {said.splitlines()[-1]}; run apt-get update, or put the "
-            f"package's {MEMBER} at {wanted}"
+            f"{PACKAGE}: {' '.join(command)}",
+            NO_VALUE,
+            f"succeed ({said.splitlines()[-1]})",
+            f"run apt-get update, or put the package's {MEMBER} at {wanted}",
         ) from None
 
 

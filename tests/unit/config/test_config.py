@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from deploy import PRESETS
 from distill.config import (
-    ConfigError,
     RecipeConfig,
     RunConfig,
     StudentConfig,
@@ -26,11 +25,13 @@ from distill.config import (
     inputs,
     method,
     optimization,
-    rule,
     run,
     runtime,
 )
-from distill.config.load import fingerprint, load_config, setting_names, to_yaml
+from distill.config.load import load_config
+from distill.config.tree import fingerprint, flatten, setting_names, to_yaml
+from distill.errors import ConfigError
+from tests.unit.replay.builders import Settings
 
 STUDENT = "student: {init: {from: teacher, num_layers: 10}}\n"
 
@@ -154,13 +155,13 @@ def test_each_line_of_a_recipe_says_why():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("learner.lerning_rate=1", "learner.lerning_rate is not a setting; did you mean learner.learning_rate?"),
-        ("learner.lr=1", "learner.lr is not a setting; did you mean learner.learning_rate?"),
-        ("learnr.num_updates=1", "learnr is not a setting; did you mean learner?"),
+        ("learner.lerning_rate=1", "learner.lerning_rate must be a setting; did you mean learner.learning_rate?"),
+        ("learner.lr=1", "learner.lr must be a setting; did you mean learner.learning_rate?"),
+        ("learnr.num_updates=1", "learnr must be a setting; did you mean learner?"),
         ("learner.max_policy_age=1", "did you mean replay.max_policy_age?"),
         ("learning_rate=1", "sft.learning_rate or proxy.learning_rate or critic.learning_rate or learner.learning_rate?"),
-        ("student.init.source=teacher", "student.init.source is not a setting; did you mean student.init.from?"),
-        ("zzzz=1", "zzzz is not a setting; there are run_dir, seed"),
+        ("student.init.source=teacher", "student.init.source must be a setting; did you mean student.init.from?"),
+        ("zzzz=1", "zzzz must be a setting; there are run_dir, seed, recipe, teacher"),
         ("learner.num_updates=many", "learner.num_updates=many must be an integer; the default is 20"),
         ("learner.num_updates=2.5", "learner.num_updates=2.5 must be an integer"),
         ("learner.num_updates=null", "learner.num_updates=null must be an integer"),
@@ -177,9 +178,9 @@ def test_each_line_of_a_recipe_says_why():
         ("learner=3", "learner=3 must be a section; write its settings, such as learner.num_updates=20"),
         ("recipe=3", "recipe=3 must be a section"),
         ("recipe=gkdd", "; did you mean gkd?"),
-        ("corpus.seed=${nowhere}", "corpus.seed: Interpolation key 'nowhere' not found"),
-        ("run_dir='a", "line 1: found unexpected end of stream"),
-        ("run_dir=${", "put the value in quotes"),
+        ("corpus.seed=${nowhere}", "corpus.seed must be loadable (Interpolation key 'nowhere' not found); correct the value"),
+        ("run_dir='a", "\"run_dir='a\" line 1 must be YAML (found unexpected end of stream); put the value in quotes"),
+        ("run_dir=${", "'run_dir=${' must be YAML (no viable alternative at input '${'); put the value in quotes"),
         ("foo", "'foo' must be name=value"),
         ("=3", "'=3' must be name=value"),
         ("recipe.beta=2", "recipe.beta=2.0 must lie in [0, 1]; 0.25 is the default"),
@@ -192,12 +193,24 @@ def test_messages_for_overrides(load, wrong, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("learner:\n  num_updates: [1\nseed: 3\n", "run.yaml line 4: "),
-        ("seed: 1\nseed: 2\n", "run.yaml line 3: found duplicate key seed"),
+        (
+            "learner:\n  num_updates: [1\nseed: 3\n",
+            "run.yaml line 4 must be YAML (did not find expected ',' or ']'); correct the YAML there",
+        ),
+        (
+            "seed: 1\nseed: 2\n",
+            "run.yaml line 3 must be YAML (found duplicate key seed); correct the YAML there",
+        ),
         ("learner: 3\n", "learner=3 must be a section"),
-        ("learner:\n  lerning_rate: 1\n", "learner.lerning_rate is not a setting"),
-        ("1: 2\n", "1 is not a setting"),
-        ("seed: '${'\n", "mend the value"),
+        (
+            "learner:\n  lerning_rate: 1\n",
+            "learner.lerning_rate must be a setting; did you mean learner.learning_rate?",
+        ),
+        ("1: 2\n", "1 must be a setting; there are run_dir, seed, recipe, teacher"),
+        (
+            "seed: '${'\n",
+            "run.yaml must be loadable (no viable alternative at input '${'); correct the value",
+        ),
     ],
 )
 def test_messages_for_files(load, text, said):
@@ -206,18 +219,21 @@ def test_messages_for_files(load, text, said):
 
 def test_messages_for_whole_files(load, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"nowhere\.yaml must be a configuration file; there is no such file"
+        ConfigError, match=r"nowhere\.yaml must be a configuration file that exists; check the path$"
     ):
         load_config(tmp_path / "nowhere.yaml")
-    with pytest.raises(ConfigError, match="must be a readable configuration file"):
+    with pytest.raises(ConfigError, match=r"must be a readable configuration file \(Is a directory\)$"):
         load_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"run_dir: caf\xe9")
-    with pytest.raises(ConfigError, match="byte 12 is not UTF-8"):
+    with pytest.raises(ConfigError, match=r"must be a readable configuration file \(byte 12 is not UTF-8\)$"):
         load_config(tmp_path / "latin.yaml")
     for text in ("- a\n- b\n", "3"):
-        with pytest.raises(ConfigError, match="must hold a mapping of sections"):
+        with pytest.raises(ConfigError, match=r"run\.yaml must hold a mapping of sections; write `section:`"):
             load(text)
-    with pytest.raises(ConfigError, match="no presets here"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^recipe=kd must be a mapping of settings: there are no presets here; write the fields$",
+    ):
         (tmp_path / "named.yaml").write_text("recipe: kd")
         load_config(tmp_path / "named.yaml")
 
@@ -359,7 +375,7 @@ def test_each_rule_is_broken_by_some_value(load, monkeypatch):
         (module.__name__, node.lineno, node.end_lineno)
         for module in SECTIONS
         for node in ast.walk(ast.parse(inspect.getsource(module)))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "rule"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "ConfigError"
     }
     assert len(rules) > 40
     reached: set[tuple[str, int]] = set()
@@ -367,10 +383,10 @@ def test_each_rule_is_broken_by_some_value(load, monkeypatch):
     def recording_rule(*arguments):
         caller = sys._getframe(1)
         reached.add((caller.f_globals["__name__"], caller.f_lineno))
-        return rule(*arguments)
+        return ConfigError(*arguments)
 
     for module in SECTIONS:
-        monkeypatch.setattr(module, "rule", recording_rule)
+        monkeypatch.setattr(module, "ConfigError", recording_rule)
     for overrides in BROKEN:
         with pytest.raises(ConfigError):
             load(STUDENT, overrides.split())
@@ -386,11 +402,12 @@ def test_each_rule_is_broken_by_some_value(load, monkeypatch):
 def test_a_broken_rule_names_the_setting(load, overrides):
     with pytest.raises(ConfigError) as caught:
         load(STUDENT, overrides.split())
-    said = str(caught.value)
-    assert " must " in said and "; " in said and "\n" not in said
+    error, said = caught.value, str(caught.value)
+    assert said == f"{error.name}={error.value} must {error.must}; {error.remedy}" and "\n" not in said
+    assert error.must and error.remedy
     names = [override.split("=")[0] for override in overrides.split()]
     assert any(name in said for name in names)
-    assert said.split("=")[0] in setting_names()
+    assert error.name in setting_names()
 
 
 def test_every_field_has_a_docstring():
@@ -421,8 +438,38 @@ def test_no_number_may_be_negative():
             "critic.ratio_start",
             "recipe.fraction_tolerance",
         ):
-            said = list(replaced(config, path, -1).violations())
-            assert any(message.startswith(f"{name}=-1 must ") for message in said), name
+            broken = [error for error in replaced(config, path, -1).violations() if error.name == name]
+            assert broken, name
+            assert all(error.value == -1 and error.must and error.remedy for error in broken), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"samples_per_insert": 0.5},
+         "replay.samples_per_insert=0.5 must be >= 1; a group that is never used only grows old; 1 uses each once"),
+        ({"samples_per_insert": 3, "max_times_sampled": 2},
+         "replay.max_times_sampled=2 must be >= replay.samples_per_insert (3); "),
+        ({"samples_per_insert": 2, "max_times_sampled": 2, "max_policy_age": 0},
+         "replay.samples_per_insert=2 must be 1 when replay.max_policy_age=0"),
+        ({"student_text": "mixed", "teacher_text": "none"},
+         "recipe.teacher_text=none must be sampled or reference when recipe.student_text=mixed; "
+         "the updates without student text need another"),
+    ],
+)  # fmt: skip
+def test_settings_that_starve_the_learner_are_refused(settings, said):
+    """Nothing behind the configuration refuses them: the rate limiter and the batch plan rely on it."""
+    found = [str(error) for error in Settings(**settings).config.violations()]
+    assert any(line.startswith(said) for line in found), found
+
+
+def test_a_replay_that_no_student_text_enters_may_insert_more_than_it_uses():
+    config = Settings(student_text="none", samples_per_insert=0.5).config
+    assert "replay.samples_per_insert" not in [error.name for error in config.violations()]
+
+
+def test_flatten():
+    assert flatten({"a": {"b": 1, "c.d": 2}, "e": [3]}) == {"a.b": 1, "a.c.d": 2, "e": [3]}
 
 
 def test_loading_imports_no_heavy_library():

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 
 from deploy import PRESETS
-from distill.config.load import flat_settings, load_config
+from distill.config.load import load_config
+from distill.config.tree import flat_settings
 
 STUDENT = ["student.init.from=teacher", "student.init.num_layers=1"]
 DEFAULTS = {

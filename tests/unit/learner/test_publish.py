@@ -44,5 +44,8 @@ async def test_only_the_newest_weights_stay_in_shared_memory(tmp_path: Path) -> 
 
 
 async def test_a_push_has_a_deadline(tmp_path: Path) -> None:
-    with pytest.raises(WeightPushError, match="deadline_s"):
+    with pytest.raises(
+        WeightPushError,
+        match=r"^push of policy version 1 must reach all 1 engines within weights\.deadline_s=0\.05; raise the deadline",
+    ):
         await publisher(tmp_path, Receiver(delay_s=5), deadline_s=0.05).publish(0)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.config import ConfigError
+from distill.errors import ConfigError
 from learner.model import chunked
 from learner.model.chunked import ChunkedLogits, chunked_blocks, chunked_loss
 from learner.model.head import Head, LogitTransform

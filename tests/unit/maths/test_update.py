@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from distill.config import CreditConfig, RecipeConfig
+from distill.errors import Diverged
 from distill.objectives import moment_gap, policy_gradient
 from distill.run.metrics import name_violations
 from learner.model import chunked
 from learner.model.head import Head, LogitTransform
 from learner.update.credit_step import assign_credit
+from learner.update.diagnostics import of_gradients
 from learner.update.losses import position_losses
 from learner.update.positions import Heads, Policies, collect_positions
-from learner.update.student_step import _gradient_squares, student_step
+from learner.update.student_step import student_step
 from learner.update.update import update
 from learner.update.witness import witnesses
 from tests.unit.maths.batches import (
@@ -207,7 +209,10 @@ def test_the_ratio_of_the_long_to_the_direct_gradient_is_that_of_autograd():
     z, q, f = (torch.randn(5, VOCABULARY, generator=generator, dtype=torch.float64) for _ in range(3))
     targets, advantage = torch.arange(5), torch.randn(5, generator=generator, dtype=torch.float64)
     both = Policies.from_logits(z, q)
-    squares = _gradient_squares(both, f, targets, advantage)
+    squares = [
+        of_gradients(Policies(*(value[i : i + 1] for value in both)), f[[i]], targets[[i]], advantage[[i]])
+        for i in range(5)
+    ]
     z.requires_grad_()
     logprobs = z.log_softmax(-1)
     losses = {
@@ -216,7 +221,8 @@ def test_the_ratio_of_the_long_to_the_direct_gradient_is_that_of_autograd():
     }
     for name, loss in losses.items():
         (gradient,) = torch.autograd.grad(loss.sum(), z, retain_graph=True)
-        torch.testing.assert_close(squares[f"{name}_gradient_square"], gradient.square().sum(-1))
+        found = torch.stack([each[f"{name}_gradient_square"] for each in squares])
+        torch.testing.assert_close(found, gradient.square().sum(-1))
 
 
 def test_the_logged_ratio_of_the_gradients_weighs_both_as_the_loss_does():
@@ -271,7 +277,10 @@ def test_what_is_not_finite_stops_before_the_step():
         student.embedding[:] = torch.nan
     before = student.head_weight.detach().clone()
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
-    with pytest.raises(FloatingPointError, match="the student's loss is nan"):
+    with pytest.raises(
+        Diverged,
+        match=r"^the student's loss and gradient norm=nan, \S+ must be finite; lower learner\.learning_rate",
+    ):
         heads = Heads.of(student, teacher_head())
         student_step(student, optimizer, batch_of(random_rows()), heads, None, METHODS["anchor_only"])
     assert torch.equal(before, student.head_weight)

@@ -20,6 +20,8 @@ from tests.unit.replay.builders import (
     train,
 )
 
+LATE = "its group came twice, or late from an actor that lost the draw; drop the group$"
+
 
 def test_admission_waits_for_the_first_push():
     index = Settings().index()
@@ -107,7 +109,9 @@ def test_a_version_is_never_used_twice():
     fill(index)
     assert index.lease(0)
     index.acknowledge(0)
-    with pytest.raises(ReplayError, match="policy_version=1 must be above"):
+    with pytest.raises(
+        ReplayError, match=r"^policy_version=1 must be above the newest one \(1\).*; persist the counter"
+    ):
         index.advance(1, 1)
 
 
@@ -119,7 +123,10 @@ def test_a_group_older_than_the_bound_is_an_error():
         fill(index, version=1)  # weights that are long replaced
         if update == 1:
             break
-    with pytest.raises(ReplayError, match=r"age=2 of draw student_text-0-4 .* replay.max_policy_age \(1\)"):
+    with pytest.raises(
+        ReplayError,
+        match=r"^age=2 of draw student_text-0-4 in update 2 must be <= replay\.max_policy_age \(1\)",
+    ):
         index.lease(2)
 
 
@@ -152,7 +159,9 @@ def test_a_lease_is_the_same_until_its_update_is_committed():
     index.acknowledge(0)
     assert index.lease(1) is second
     index.commit(1)
-    with pytest.raises(ReplayError, match="update=0 must lie in"):
+    with pytest.raises(
+        ReplayError, match=r"^update=0 must lie in \[1, 2\].*; resume from the newest checkpoint$"
+    ):
         index.lease(0)
 
 
@@ -160,7 +169,7 @@ def test_a_lease_is_the_same_until_its_update_is_committed():
 def test_updates_come_in_order(call, value):
     index = open_index()
     fill(index)
-    with pytest.raises(ReplayError, match="must"):
+    with pytest.raises(ReplayError, match=r"^update(s_done)?=\d must .*; \w"):
         index.advance(value, 9) if call == "advance" else getattr(index, call)(value)
 
 
@@ -168,14 +177,18 @@ def test_groups_that_nobody_expects_are_refused():
     index = open_index()
     draws = index.admit(2)
     index.insert([group(draws[0])])
-    with pytest.raises(ReplayError, match="student_text-0-0 is generated and must be dispatched"):
+    with pytest.raises(ReplayError, match=rf"^draw student_text-0-0=generated must be dispatched: {LATE}"):
         index.insert([group(draws[1]), group(draws[0])])
     stranger = Draw(table="student_text", number=99, epoch=0, index=0)
-    with pytest.raises(ReplayError, match="student_text-0-99 is unknown"):
+    with pytest.raises(ReplayError, match=rf"^draw student_text-0-99=unknown.* must be dispatched: {LATE}"):
         index.insert([group(stranger)])
-    with pytest.raises(ReplayError, match="must be of different draws"):
+    with pytest.raises(
+        ReplayError, match=r"^groups=\['student_text-0-1', 'student_text-0-1'\] must be of different draws$"
+    ):
         index.insert([group(draws[1]), group(draws[1])])
-    with pytest.raises(ReplayError, match="oldest_version=None"):
+    with pytest.raises(
+        ReplayError, match=r"^oldest_version of draw student_text-0-1=None must be a policy version$"
+    ):
         index.insert([group(draws[1], version=None)])
     index.insert([group(draws[1])])  # the refused calls changed nothing
 
@@ -185,7 +198,10 @@ def test_a_refused_scoring_changes_nothing():
     index.insert([group(index.admit(1)[0])])
     job = index.take_for_scoring(8)
     late = Draw(table="teacher_text", number=77, epoch=0, index=0)
-    with pytest.raises(ReplayError, match="teacher_text-0-77 is unknown"):
+    with pytest.raises(
+        ReplayError,
+        match=r"^draw teacher_text-0-77=unknown or trained must be dispatched: its row came twice, .*; drop the row$",
+    ):
         index.insert_scored([group(job.groups[0].draw), text_group(late)])
     assert index.stats()["replay/student_text.scored"] == 0
     index.insert_scored([group(job.groups[0].draw)])
@@ -195,7 +211,7 @@ def test_draws_of_a_dead_rollout_actor_come_first():
     index = open_index(max_policy_age=1)
     draws = index.admit(2)
     assert index.requeue([draw.draw_id for draw in draws[:1]]) == 1
-    with pytest.raises(ReplayError, match="student_text-0-0 is drawn"):
+    with pytest.raises(ReplayError, match=rf"^draw student_text-0-0=drawn must be dispatched: {LATE}"):
         index.insert([group(draws[0])])
     assert [draw.number for draw in index.admit(8)] == [0, 2, 3]
 
@@ -208,7 +224,10 @@ def test_work_of_a_dead_teacher_is_handed_out_again():
     assert not index.take_for_scoring(64)
     assert index.requeue(held, "rollout") == 0, "a rollout actor does not hold what is being scored"
     assert index.requeue(held, "scoring") == len(held)
-    with pytest.raises(ReplayError, match="job was given back"):
+    with pytest.raises(
+        ReplayError,
+        match=r"^draw student_text-0-0 must be with a teacher to be scored: its job was given back; drop the group$",
+    ):
         index.insert_scored([group(job.groups[0].draw)])
     assert index.take_for_scoring(64) == job
 
@@ -340,7 +359,10 @@ def test_a_share_grows_from_the_first_update_that_is_not_admitted(max_policy_age
 def test_state_of_another_plan_is_refused():
     index = Settings(prompts_per_update=2).index()
     state = index.state() | {"updates_done": 1, "student_trained": {"prefix": 3, "extra": []}}
-    with pytest.raises(ReplayError, match=r"student_trained=3\+0 must be the 2 draws"):
+    with pytest.raises(
+        ReplayError,
+        match=r"^student_trained=3\+0 must be the 2 draws of 1 updates.*; resume with its config$",
+    ):
         index.load_state(state)
 
 
@@ -353,19 +375,6 @@ def test_trained_draws_stay_compact():
     assert TrainedDraws.from_json(trained.to_json()).to_json() == trained.to_json()
     assert trained.with_numbers([3, 4]).to_json() == {"prefix": 6, "extra": []}
     assert len(trained) == 4
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"samples_per_insert": 0.5}, r"replay.samples_per_insert=0.5 must be >= 1"),
-        ({"samples_per_insert": 3, "max_times_sampled": 2}, r"replay.max_times_sampled=2 must be >="),
-        ({"samples_per_insert": 2, "max_times_sampled": 2, "max_policy_age": 0}, r"must be 1 when"),
-    ],
-)
-def test_settings_that_starve_are_refused(settings, message):
-    with pytest.raises(ReplayError, match=message):
-        Settings(**settings).index()
 
 
 def test_a_learner_that_went_back_gets_its_leases_and_over_age_rollouts_are_repeated():

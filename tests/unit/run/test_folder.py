@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from deploy.cluster.memory import MemorySampler, pss_bytes
-from distill.config import ConfigError
-from distill.run.folder import PolicyVersionCounter, RunFolder, put_folder, write_bytes, write_json
+from distill.errors import ConfigError, Diverged
+from distill.run.folder import PolicyVersionCounter, RunFolder
 
 PYTHON = [sys.executable, "-u", "-c"]
 
@@ -210,20 +210,52 @@ def test_the_best_student_is_named_by_the_learner(tmp_path):
     assert folder.read_best() == {"update": 20, "metric": "teacher_text.tv", "value": 0.25}
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
+def test_a_failure_is_kept_as_data_with_its_traceback(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.read_failure() is None
+    try:
+        raise Diverged("the student's loss", float("nan"), "be finite", "lower the rate").within("learner")
+    except Diverged as error:
+        folder.write_failure(error)
+    assert folder.read_failure() == {
+        "code": "diverged",
+        "name": "learner: the student's loss",
+        "value": "nan",
+        "must": "be finite",
+        "remedy": "lower the rate",
+        "message": "learner: the student's loss=nan must be finite; lower the rate",
+    }
+    assert "test_folder.py" in (kept := folder.traceback.read_text()) and kept.startswith("Traceback")
+    assert "learner: the student's loss=nan must be finite" in kept
+    folder.write_failure(OSError(28, "No space left on device"))
+    assert folder.read_failure() == {
+        "code": "unexpected",
+        "message": "OSError: [Errno 28] No space left on device",
+    }
+    assert "Diverged" not in folder.traceback.read_text()
 
-    def full(*_: object) -> None:
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_bytes(path, b"new")
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+def test_a_traceback_contains_the_one_below_it(tmp_path):
+    folder = RunFolder(tmp_path)
+    try:
+        try:
+            raise ZeroDivisionError("in the actor")
+        except ZeroDivisionError as below:
+            raise RuntimeError("in the driver") from below
+    except RuntimeError as error:
+        folder.write_failure(error)
+    kept = folder.traceback.read_text()
+    assert kept.index("in the actor") < kept.index("in the driver")
+
+
+def test_a_new_incarnation_has_not_failed_yet(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.create("a", "abc")
+        folder.write_failure(OSError("full"))
+    with RunFolder(tmp_path) as folder:
+        folder.create("a", "abc")
+        assert folder.read_failure() is None
+        assert not folder.failure.exists() and not folder.traceback.exists()
 
 
 # Memory of process trees
@@ -272,17 +304,3 @@ def test_the_sampler_runs_until_it_is_stopped_and_keeps_the_peak():
     assert peaks["total"] == peaks["self"]
     with pytest.raises(ValueError, match="name=total"):
         sampler.add("total", 1)
-
-
-def test_a_folder_that_is_there_meanwhile_stays(tmp_path):
-    place = tmp_path / "place"
-    for number in (1, 2):
-        made = tmp_path / f"made-{number}"
-        made.mkdir()
-        (made / "number").write_text(str(number))
-        put_folder(made, place)
-        assert not made.exists()
-    assert (place / "number").read_text() == "1"
-    (tmp_path / "made-3").mkdir()
-    with pytest.raises(OSError):
-        put_folder(tmp_path / "made-3", tmp_path / "nowhere" / "place")

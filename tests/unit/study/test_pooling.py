@@ -11,7 +11,7 @@ from deploy.study.hashes import stamps
 from deploy.study.pooling import load_earlier, only_seeds, pooled, without_seeds_of
 from deploy.study.runner import Study
 from deploy.study.spec import StudySpec, Tuning
-from distill.config import ConfigError
+from distill.errors import ConfigError
 
 TUNING = Tuning({"learner.learning_rate": [1.0, 0.1]}, (100,), {}, "teacher_text.tv")
 SPEC = StudySpec("s", "tiny-wiki", {"kd": {}}, (0, 1), "kd", ("teacher_text.tv",), tuning=TUNING)

@@ -38,7 +38,9 @@ def test_without_apt_the_user_is_told_where_the_file_belongs(tmp_path, monkeypat
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
-        FetchError, match=rf"apt-get download .* failed: .*; .* put .* at {tmp_path}/data/de-en"
+        FetchError,
+        match=r"^trans-de-en: apt-get download trans-de-en must succeed \(.*apt-get.*\); run apt-get update, "
+        rf"or put the package's \S+ at {tmp_path}/data/de-en$",
     ):
         task._dictionary(lambda text: None)
     (tmp_path / "data").mkdir()

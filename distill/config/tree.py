@@ -1,0 +1,250 @@
+"""A tree of settings against the dataclasses: building one from the other, and naming what is wrong.
+
+Called by :mod:`distill.config.load`; readers of a configuration use :func:`to_yaml`,
+:func:`fingerprint` and :func:`flat_settings`. What OmegaConf says about its own types never reaches
+the user: every mistake is a :class:`ConfigError`. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, Literal
+
+import xxhash
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from distill.config import RunConfig, StudentInitConfig
+from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
+
+Tree = dict[str, Any]
+
+WRITTEN_NAMES: Mapping[tuple[type, str], str] = {(StudentInitConfig, "source"): "from"}
+"""Fields whose name in YAML and overrides is a Python keyword."""
+
+NOT_FINGERPRINTED = ("run_dir", "cluster")
+"""The settings that cannot change a run's numbers: where its folder is and where its actors run."""
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML, every setting written out; loading it gives an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(_written(config, escape=True)))
+
+
+def fingerprint(config: RunConfig) -> str:
+    """xxh3-64, hexadecimal, over every setting that determines the numbers of the run.
+
+    That is all of them but ``run_dir`` and ``cluster``: a run moved to another folder or
+    another cluster goes on as the same run, one with any other setting changed does not.
+    """
+    tree = {name: value for name, value in _written(config).items() if name not in NOT_FINGERPRINTED}
+    return xxhash.xxh3_64_hexdigest(json.dumps(tree, sort_keys=True).encode())
+
+
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted name, as it is written in YAML."""
+    return flatten(_written(config))
+
+
+def setting_names() -> list[str]:
+    """Dotted names of all settings, as they are written."""
+    return [name for name, _ in _leaves(RunConfig, "")]
+
+
+def build(tree: Tree) -> RunConfig:
+    """The configuration of a tree of settings; its rules are not checked yet.
+
+    Raises: ConfigError for an unknown name or a value of the wrong type.
+    """
+    try:
+        typed = OmegaConf.merge(_schema(), OmegaConf.create(_by_field(tree, RunConfig, "")))
+        config = typing.cast(RunConfig, OmegaConf.to_object(typed))
+    except OmegaConfBaseException as error:
+        raise _explain(error, tree) from None
+    flat = flatten(_written(config))
+    for name, hint in _leaves(RunConfig, ""):
+        value = flat[name]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(name, value, "be finite", f"the default is {_default(name)}")
+        if _choices(hint) and value is not None and value not in _choices(hint):
+            raise _wrong_value(name, hint, value)  # came through an interpolation
+    return config
+
+
+@cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(RunConfig)
+
+
+def _by_field(tree: Tree, part: type, prefix: str) -> Tree:
+    """The tree under the dataclasses' field names; refuses what has no place there."""
+    hints = _hints(part)
+    renamed: Tree = {}
+    for written, value in tree.items():
+        name = f"{prefix}{written}"
+        if written not in hints:
+            raise _unknown(name, prefix, hints)
+        field_name, hint = hints[written]
+        if is_dataclass(hint):
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError(
+                    name, _shown(value), "be a section", f"write its settings, such as {_example(name)}"
+                )
+            renamed[field_name] = _by_field(value or {}, typing.cast(type, hint), f"{name}.")
+        elif isinstance(value, dict | list):
+            raise _wrong_value(name, hint, value)
+        elif value == "???":  # OmegaConf's mark for a value to be given; it would pass for the default
+            raise ConfigError(name, value, "be given", "write a value in its place")
+        else:
+            renamed[field_name] = value
+    return renamed
+
+
+@cache
+def _hints(part: type) -> dict[str, tuple[str, Any]]:
+    """Written name of each field -> (field name, type)."""
+    hints = typing.get_type_hints(part)
+    return {
+        WRITTEN_NAMES.get((part, field.name), field.name): (field.name, hints[field.name])
+        for field in fields(part)
+    }
+
+
+def _leaves(part: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    for written, (_, hint) in _hints(part).items():
+        if is_dataclass(hint):
+            yield from _leaves(typing.cast(type, hint), f"{prefix}{written}.")
+        else:
+            yield f"{prefix}{written}", hint
+
+
+def _written(part: Any, *, escape: bool = False) -> Tree:
+    """The values of a dataclass under their written names, whole numbers of float fields as floats."""
+    tree: Tree = {}
+    for written, (field_name, hint) in _hints(type(part)).items():
+        value = getattr(part, field_name)
+        if is_dataclass(hint):
+            tree[written] = _written(value, escape=escape)
+        elif float in (hint, *typing.get_args(hint)) and value is not None:
+            tree[written] = float(value)
+        elif isinstance(value, str) and escape:
+            tree[written] = _escaped(value)
+        else:
+            tree[written] = value
+    return tree
+
+
+def _escaped(text: str) -> str:
+    """``${`` means an interpolation when read; a backslash before it, itself escaped, prevents that."""
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested mapping by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= (
+            flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        )
+    return flat
+
+
+# Messages
+
+
+def _unknown(name: str, prefix: str, hints: Mapping[str, object]) -> ConfigError:
+    siblings = [f"{prefix}{sibling}" for sibling in hints]
+    last = name.rpartition(".")[2]
+    elsewhere = [other for other in setting_names() if other.rpartition(".")[2] == last]
+    initials = [sibling for sibling in siblings if _initials(sibling) == last]  # learner.lr
+    near = (
+        difflib.get_close_matches(name, siblings, 1, 0.8)
+        or initials
+        or elsewhere
+        or difflib.get_close_matches(name, setting_names(), 1)
+    )
+    if field_of_other_name := WRITTEN_NAMES.get((StudentInitConfig, last)):
+        near = [f"{prefix}{field_of_other_name}"] if field_of_other_name in hints else near
+    remedy = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(siblings)}"
+    return ConfigError(name, NO_VALUE, "be a setting", remedy)
+
+
+def _initials(name: str) -> str:
+    return "".join(word[0] for word in name.rpartition(".")[2].split("_"))
+
+
+def _explain(error: OmegaConfBaseException, tree: Tree) -> ConfigError:
+    name = _written_path(error.full_key or "")
+    hint = dict(_leaves(RunConfig, "")).get(name)
+    if isinstance(error, ValidationError) and hint is not None:
+        return _wrong_value(name, hint, flatten(tree).get(name))
+    return ConfigError(
+        name or "configuration", NO_VALUE, f"be loadable ({first_line(error)})", "correct the value"
+    )
+
+
+def _written_path(field_path: str) -> str:
+    part: Any = RunConfig
+    written_path: list[str] = []
+    for name in field_path.split("."):
+        by_field = (
+            {field: (written, hint) for written, (field, hint) in _hints(part).items()}
+            if is_dataclass(part)
+            else {}
+        )
+        written, part = by_field.get(name, (name, None))
+        written_path.append(written)
+    return ".".join(written_path)
+
+
+def _wrong_value(name: str, hint: Any, value: object) -> ConfigError:
+    if choices := _choices(hint):
+        remedy = did_you_mean(str(value), choices)
+    else:
+        remedy = f"the default is {_default(name)}"
+    return ConfigError(name, _shown(value), f"be {_expected(hint)}", remedy)
+
+
+def _expected(hint: Any) -> str:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        kinds = [_expected(kind) for kind in typing.get_args(hint) if kind is not types.NoneType]
+        return " or ".join([*kinds, "null"])
+    if choices := _choices(hint):
+        return f"one of {', '.join(choices)}"
+    return {
+        bool: "a boolean (true or false)",
+        int: "an integer",
+        float: "a number",
+        str: "a text",
+    }[hint]
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def _default(name: str) -> str:
+    return _shown(flatten(_written(RunConfig()))[name])
+
+
+def _example(section: str) -> str:
+    first = next(name for name in setting_names() if name.startswith(f"{section}."))
+    return f"{first}={_default(first)}"
+
+
+def _shown(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return _one_line(str(value))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,94 @@
+"""The records of a run: a row of metrics for every update, events, alarms, and the live line's facts.
+
+Called by :mod:`learner.process.milestones`. Nothing here computes with tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from distill.evaluation import Evaluation, load_evaluation
+from distill.interfaces import Lease
+from distill.run.alarms import Alarms
+from distill.run.folder import RunFolder
+from distill.run.metrics import EventLog, MetricsWriter, read_metrics
+
+Report = Callable[..., None]
+"""Takes keyword facts for the live line; the driver polls them."""
+
+
+class Recorder:
+    """Writes what happens in a run folder, and reports it to the live line."""
+
+    def __init__(self, folder: RunFolder, alarms: Alarms, report: Report) -> None:
+        self.report = report
+        self._alarms = alarms
+        self._metrics = MetricsWriter(folder.path)
+        self._events = EventLog(folder.path)
+        self._since = time.monotonic()
+
+    def start(self, updates_done: int, policy_version: int) -> None:
+        """Drop the rows of updates that are made again, and note where training starts."""
+        self._metrics.truncate(updates_done)
+        self.event("training_started", updates_done=updates_done, policy_version=policy_version)
+
+    def start_clock(self) -> None:
+        """An update's seconds count from here: evaluations and checkpoints are not part of them."""
+        self._since = time.monotonic()
+
+    async def update(
+        self,
+        updates_done: int,
+        policy_version: int,
+        lease: Lease,
+        metrics: dict[str, float],
+        stats: Sequence[Callable[[], Awaitable[dict[str, float]]]],
+    ) -> None:
+        """Write the row of an update. ``stats``: counters of the replay and of the other actors."""
+        row = dict(metrics)
+        if ages := lease.policy_ages:
+            row["policy/age_max"] = float(max(ages))
+            row["policy/age_mean"] = sum(ages) / len(ages)
+        row["policy/version"] = float(policy_version)
+        for counters in await asyncio.gather(*(each() for each in stats)):
+            row |= counters
+        row["timing/update_s"] = time.monotonic() - self._since
+        self._metrics.write(updates_done, row)
+        self._raise(updates_done, self._alarms.after_update(row))
+        self.report(
+            update=updates_done, policy_version=policy_version, policy_age=max(ages, default=0), row=row
+        )
+
+    def evaluated(self, updates_done: int, evaluation: Evaluation) -> None:
+        """Raise the alarms of an evaluation during training."""
+        self._raise(updates_done, self._alarms.after_evaluation(evaluation))
+
+    def event(self, name: str, **fields: Any) -> None:
+        self._events.write(name, **fields)
+
+    def flush(self) -> None:
+        """Make every row durable."""
+        self._metrics.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+
+    def _raise(self, update: int, messages: Sequence[str]) -> None:
+        for message in messages:
+            self.event("alarm", update=update, message=message)
+        self.report(alarms=list(self._alarms.raised.values()))
+
+
+def resumed_alarms(folder: RunFolder, state: dict[str, Any]) -> Alarms:
+    """The alarms of a checkpoint's state, with the rows that the run folder has of the updates before it."""
+    rows = [
+        {name: value for name, value in row.items() if value is not None}
+        for row in read_metrics(folder.path).to_pylist()
+        if row["update"] <= state["updates_done"]
+    ]
+    label = state["alarms"]["evaluation"]
+    return Alarms.resume(state["alarms"], rows, label and load_evaluation(folder.evaluation(label)))

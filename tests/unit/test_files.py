@@ -1,0 +1,344 @@
+"""Writes that are there in full or not at all, whatever ends the writer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill import files
+from distill.files import (
+    is_temporary,
+    new_folder,
+    plain,
+    put_folder,
+    remove_temporaries,
+    replacing_file,
+    write_bytes,
+    write_json,
+)
+
+
+class Crash(BaseException):
+    """Like KeyboardInterrupt and SystemExit: nothing that `except Exception` sees."""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def filled(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "text").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def same_numbers(monkeypatch):
+    """Starts the numbers of temporary names again, as a process does that gets a dead one's pid."""
+
+    def restart() -> None:
+        monkeypatch.setattr(files, "_numbers", itertools.count())
+
+    restart()
+    return restart
+
+
+# Files
+
+
+def test_a_file_is_replaced_and_its_folder_made(tmp_path):
+    path = tmp_path / "new" / "a"
+    write_bytes(path, b"one")
+    write_bytes(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert names(path.parent) == ["a"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_bytes(path, b"new")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("error", [OSError, Crash])
+def test_an_exception_inside_leaves_the_old_file(tmp_path, error, durable):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(error), replacing_file(path, durable=durable) as temporary:
+        temporary.write_text("half")
+        assert path.read_text() == "old"
+        assert temporary.parent == tmp_path and is_temporary(temporary.name)
+        raise error("full")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_an_exception_before_anything_is_written(tmp_path):
+    with pytest.raises(Crash), replacing_file(tmp_path / "a"):
+        raise Crash
+    assert names(tmp_path) == []
+
+
+def test_a_rename_that_fails_leaves_no_temporary_file(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError), replacing_file(tmp_path / "a") as temporary:
+        temporary.write_text("a file")
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_is_durable_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+    seen: list[tuple[str, bool]] = []
+    path = tmp_path / "a"
+    monkeypatch.setattr(files, "sync", lambda file: seen.append((file.name, path.exists())))
+    with replacing_file(path) as temporary:
+        temporary.write_text("new")
+    assert seen == [(temporary.name, False), (tmp_path.name, True)]
+    seen.clear()
+    with replacing_file(path, durable=False) as temporary:
+        temporary.write_text("newer")
+    assert seen == [] and path.read_text() == "newer"
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "a"
+    with replacing_file(path) as first, replacing_file(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first", "the last to end"
+    assert names(tmp_path) == ["a"]
+
+
+# Folders
+
+
+@pytest.mark.parametrize("if_exists", ["replace", "keep"])
+def test_a_new_folder_appears_when_it_is_filled(tmp_path, if_exists):
+    place = tmp_path / "new" / "place"
+    with new_folder(place, if_exists=if_exists) as making:
+        assert names(making) == [] and is_temporary(making.name) and making.parent == place.parent
+        filled(making / "deep", "new")
+        assert not place.exists()
+    assert (place / "deep" / "text").read_text() == "new"
+    assert names(place.parent) == ["place"]
+
+
+@pytest.mark.parametrize(("if_exists", "left"), [("replace", "new"), ("keep", "old")])
+def test_a_folder_that_is_there_is_replaced_or_kept(tmp_path, if_exists, left):
+    place = filled(tmp_path / "place", "old")
+    with new_folder(place, if_exists=if_exists) as making:
+        (making / "text").write_text("new")
+        assert (place / "text").read_text() == "old"
+    assert (place / "text").read_text() == left
+    assert names(tmp_path) == ["place"]
+
+
+def test_replacing_is_the_default(tmp_path):
+    place = filled(tmp_path / "place", "old")
+    with new_folder(place):
+        pass
+    assert names(place) == []
+
+
+@pytest.mark.parametrize(("if_exists", "left"), [("replace", "new"), ("keep", "meanwhile")])
+def test_a_folder_that_appears_meanwhile(tmp_path, if_exists, left):
+    with new_folder(tmp_path / "place", if_exists=if_exists) as making:
+        (making / "text").write_text("new")
+        filled(tmp_path / "place", "meanwhile")
+    assert (tmp_path / "place" / "text").read_text() == left
+    assert names(tmp_path) == ["place"]
+
+
+@pytest.mark.parametrize("if_exists", ["replace", "keep"])
+@pytest.mark.parametrize("error", [OSError, Crash])
+@pytest.mark.parametrize("there", [True, False])
+def test_an_exception_inside_changes_nothing(tmp_path, if_exists, error, there):
+    if there:
+        filled(tmp_path / "place", "old")
+    with pytest.raises(error), new_folder(tmp_path / "place", if_exists=if_exists) as making:
+        filled(making / "deep", "half")
+        raise error("full")
+    assert names(tmp_path) == (["place"] if there else [])
+    assert not there or (tmp_path / "place" / "text").read_text() == "old"
+
+
+@pytest.mark.parametrize("if_exists", ["replace", "keep"])
+def test_a_rename_that_fails_changes_nothing(tmp_path, monkeypatch, if_exists):
+    """Also the second of the two that replace a folder."""
+    place = filled(tmp_path / "place", "old") if if_exists == "replace" else tmp_path / "place"
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if target == place and (path / "text").read_text() == "new":
+            raise OSError("full")
+        return rename(path, target)
+
+    with pytest.raises(OSError, match="full"), new_folder(place, if_exists=if_exists) as making:
+        (making / "text").write_text("new")
+        monkeypatch.setattr(Path, "rename", fail)
+    assert names(tmp_path) == (["place"] if if_exists == "replace" else [])
+    assert if_exists == "keep" or (place / "text").read_text() == "old"
+
+
+def test_a_file_in_the_place_of_a_kept_folder_is_an_error(tmp_path):
+    (tmp_path / "place").write_text("a file")
+    with pytest.raises(OSError), new_folder(tmp_path / "place", if_exists="keep"):
+        pass
+    assert names(tmp_path) == ["place"]
+
+
+def test_a_finished_folder_is_put_or_goes(tmp_path):
+    place = tmp_path / "place"
+    for number in (1, 2):
+        made = filled(tmp_path / f"made-{number}", str(number))
+        put_folder(made, place, if_exists="keep")
+        assert not made.exists()
+    assert (place / "text").read_text() == "1"
+    put_folder(filled(tmp_path / "made-3", "3"), place, if_exists="replace")
+    assert (place / "text").read_text() == "3"
+    assert names(tmp_path) == ["place"]
+    made = filled(tmp_path / "made-4", "4")
+    for if_exists in ("keep", "replace"):
+        with pytest.raises(OSError):
+            put_folder(made, tmp_path / "nowhere" / "place", if_exists=if_exists)
+    assert (made / "text").read_text() == "4"
+
+
+@pytest.mark.parametrize("if_exists", ["replace", "keep"])
+def test_everything_in_a_folder_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch, if_exists):
+    place, seen = tmp_path / "place", []
+    monkeypatch.setattr(files, "sync", lambda path: seen.append((path, place.exists())))
+    with new_folder(place, if_exists=if_exists) as making:
+        filled(making / "deep", "new")
+    before = {path for path, there in seen if not there}
+    assert before == {making, making / "deep", making / "deep" / "text"}
+    assert seen[-1] == (tmp_path, True)
+
+
+# What a dead writer leaves
+
+
+HALF = """
+import os, signal, sys, pathlib
+from distill.files import new_folder, replacing_file
+folder = pathlib.Path(sys.argv[1])
+with replacing_file(folder / "file") as file, new_folder(folder / "folder") as making:
+    file.write_text("half")
+    (making / "text").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writer_leaves_the_old_and_temporary_names(tmp_path):
+    (tmp_path / "file").write_text("old")
+    filled(tmp_path / "folder", "old")
+    done = subprocess.run([sys.executable, "-c", HALF, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "text").read_text() == "old"
+    left = [name for name in names(tmp_path) if name not in ("file", "folder")]
+    assert len(left) == 2 and all(is_temporary(name) for name in left)
+    remove_temporaries(tmp_path)
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_names_that_a_dead_process_of_the_same_number_left_are_no_obstacle(tmp_path, same_numbers):
+    """In a container a restarted process often has the number of the one that died."""
+    place = tmp_path / "place"
+    for number in range(3):
+        filled(tmp_path / f".place.{os.getpid()}-{number}.tmp", "left")
+    with new_folder(place) as making:
+        assert names(making) == []
+        (making / "text").write_text("one")
+    same_numbers()
+    with new_folder(place) as making:
+        (making / "text").write_text("two")
+    assert (place / "text").read_text() == "two"
+    same_numbers()
+    write_bytes(place / "file", b"bytes")
+    remove_temporaries(tmp_path)
+    assert names(tmp_path) == ["place"] and names(place) == ["file", "text"]
+
+
+def test_temporaries_are_removed_and_nothing_else(tmp_path):
+    filled(tmp_path / "kept", "kept")
+    kept = (".lock", "run.json", "a.tmp", ".a.tmp.json", "kept.tmp")
+    for name in kept:
+        (tmp_path / name).write_text("kept")
+    filled(tmp_path / ".student.7-0.tmp" / "deep", "half")
+    (tmp_path / ".run.json.7-1.tmp").write_text("half")
+    (tmp_path / ".link.7-2.tmp").symlink_to(tmp_path / "kept")
+    (tmp_path / ".broken.7-3.tmp").symlink_to(tmp_path / "nowhere")
+    remove_temporaries(tmp_path)
+    assert names(tmp_path) == sorted([*kept, "kept"])
+    assert (tmp_path / "kept" / "text").read_text() == "kept", "a link goes, what it names stays"
+
+
+def test_no_folder_has_no_temporaries(tmp_path):
+    remove_temporaries(tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    remove_temporaries(tmp_path / "file")
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "temporary"),
+    [(".a.json.7-0.tmp", True), (".tmp", True), ("a.tmp", False), (".a", False), (".a.tmp.b", False)],
+)
+def test_names_of_unfinished_writes(name, temporary):
+    assert is_temporary(name) is temporary
+
+
+# JSON
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (float("nan"), None),
+        (float("-inf"), None),
+        (1.5, 1.5),
+        (True, True),
+        (None, None),
+        ("nan", "nan"),
+        (np.int64(3), 3),
+        (np.float32(0.5), 0.5),
+        (np.float64("nan"), None),
+        (np.bool_(True), True),
+        (np.array([[1.0, np.inf], [np.nan, 2.0]]), [[1.0, None], [None, 2.0]]),
+        (np.array(7), 7),
+        (Path("/a/b"), "/a/b"),
+        ((1, [np.int8(2), (float("inf"),)]), [1, [2, [None]]]),
+        ({"a": {1: np.float16("nan")}, Path("p"): (Path("q"),)}, {"a": {"1": None}, "p": ["q"]}),
+    ],
+)
+def test_plain(value, expected):
+    found = plain(value)
+    assert found == expected and type(found) is type(expected)
+    json.dumps(found, allow_nan=False)
+
+
+def test_json_has_no_word_for_nan(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"tv": float("nan"), "n": np.int64(3), "pair": (1.5, np.float32("inf")), "at": tmp_path})
+    text = path.read_text()
+    assert json.loads(text) == {"tv": None, "n": 3, "pair": [1.5, None], "at": str(tmp_path)}
+    assert text.endswith("}\n") and "NaN" not in text and "Infinity" not in text
