@@ -1,7 +1,7 @@
 """Arrow rows to packed token batches: what the learner's update reads.
 
 Sequences are packed into forward passes of a bounded number of tokens, without padding.
-Only the states before response tokens are used, so the last response token is no input.
+Only the states before response tokens are used, so the last response token is not an input.
 
 Shapes: L inputs of a pack, N response tokens of a pack, B rows of a batch, D features.
 """
@@ -27,11 +27,11 @@ class Pack:
     input_ids: Tensor
     """[L] int64."""
     position_ids: Tensor
-    """[L] int64, from 0 again with every sequence."""
+    """[L] int64; each sequence starts again at 0."""
     sequence_lengths: tuple[int, ...]
     """Inputs of each sequence, L in all."""
     state_index: Tensor
-    """[N] int64: where in the pack the state before response token t lies."""
+    """[N] int64: the input in the pack whose state precedes response token t."""
     targets: Tensor
     """[N] int64: the response tokens."""
     teacher_hidden: Tensor | None
@@ -39,13 +39,13 @@ class Pack:
     counted: Tensor
     """[N] bool: the loss mask."""
     is_student_text: Tensor
-    """[N] bool: the student wrote it."""
+    """[N] bool: whether the student wrote the token."""
     row: Tensor
     """[N] int64: row number in the batch."""
     step: Tensor
     """[N] int64: t, from 0."""
     behavior_logprobs: Tensor
-    """[N] float32 nats; 0 for text that no policy of ours wrote."""
+    """[N] float32 nats; 0 for text that the student did not write."""
 
     def to(self, device: torch.device) -> Pack:
         moved = {
@@ -60,7 +60,7 @@ class Pack:
 class TokenBatch:
     """One update's packs, with the denominators of its losses.
 
-    On one of several ranks: its own packs, and the counts of them all (:meth:`over`).
+    On one of several ranks it has that rank's packs, and after :meth:`over` the counts of all ranks.
     """
 
     packs: tuple[Pack, ...]
@@ -73,13 +73,13 @@ class TokenBatch:
     num_teacher_rows: int
     num_student_rows: int
     num_input_tokens: int
-    """Inputs of all packs: what the backbone computes."""
+    """Inputs of all packs, which the backbone computes."""
 
     def to(self, device: torch.device) -> TokenBatch:
         return replace(self, packs=tuple(pack.to(device) for pack in self.packs), group=self.group.to(device))
 
     def over(self, ranks: Ranks) -> TokenBatch:
-        """With the counts of all ranks; their packs and groups stay where they are."""
+        """The batch with the counts of all ranks; every rank keeps its own packs and groups."""
         if ranks.alone:
             return self
         names = ("num_teacher_tokens", "num_student_tokens", "num_teacher_rows", "num_student_rows")
@@ -107,9 +107,9 @@ class _Row:
 def token_batch(batches: Sequence[pa.RecordBatch], micro_batch_tokens: int) -> TokenBatch:
     """Pack the groups of one update.
 
-    Rows keep their number in the order given; where they are packed does not matter to the
-    losses, which carry global denominators. Longest first into the first pack with room
-    (first-fit decreasing); a row longer than ``micro_batch_tokens`` has a pack of its own.
+    Rows are numbered in the order given. Packing is first-fit decreasing: the longest row first, into the
+    first pack with room; a row longer than ``micro_batch_tokens`` gets its own pack. The losses do not
+    depend on the packing, because they are divided by counts over the whole batch.
     """
     rows: list[_Row] = []
     group: list[int] = []

@@ -1,6 +1,6 @@
-"""The trained state of a run: student, critics, optimisers, and one update of them.
+"""The trained state of a run: student, critics, optimizers, and one update of them.
 
-Implements :class:`distill.interfaces.Learner`. What a checkpoint holds is what is here.
+Implements :class:`distill.interfaces.Learner`. A checkpoint contains exactly this state.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from learner.update.update import update
 
 
 class Distiller:
-    """Student and critics against a fixed teacher."""
+    """Student and critics, trained against a fixed teacher."""
 
     def __init__(self, config: RunConfig, student: Student, teacher_dir: str | Path) -> None:
         self.config = config
@@ -49,7 +49,7 @@ class Distiller:
             self.critics = CriticPair(config.critic, *sizes, seed=config.seed, device=student.device)
         self.updates_done = 0
         self.num_tokens = 0
-        """Inputs that the backbone has computed since this process started."""
+        """Inputs that the backbone computed since this process started."""
 
     def update(self, batches: Sequence[pa.RecordBatch]) -> dict[str, float]:
         """Critic steps, then the student step, on the groups of one update."""
@@ -59,7 +59,7 @@ class Distiller:
         device = self.student.device
         pack_tokens = resolve_micro_batch_tokens(learner.micro_batch_tokens, device.type)
         batch = token_batch(batches, pack_tokens).to(device)
-        # The student's own updates come after the critics', where there are any.
+        # The student's updates come after the critics' warm-up, if critics are learned.
         warmup = config.critic.warmup_updates if self.critics is not None else 0
         rate = learning_rate(
             max(0, self.updates_done - warmup),
@@ -107,7 +107,7 @@ class Distiller:
 
 
 def _text_metrics(batches: Sequence[pa.RecordBatch]) -> dict[str, float]:
-    """How long the student's responses of an update are, and which share was cut off."""
+    """Mean length of the student's responses in an update, and the share that the limit cut off."""
     lengths: list[int] = []
     truncated = 0
     for batch in batches:

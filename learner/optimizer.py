@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def adamw(
     parameters: Iterable[nn.Parameter], *, beta1: float, beta2: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """The learning rate is set before every step by :func:`set_learning_rate`."""
+    """AdamW with rate 0; call :func:`set_learning_rate` before every step."""
     return torch.optim.AdamW(parameters, lr=0.0, betas=(beta1, beta2), weight_decay=weight_decay)
 
 
@@ -22,7 +22,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
-    """State of every parameter, by its number in the optimiser: ``<prefix>.<n>.<name>``."""
+    """State of every parameter under ``<prefix>.<n>.<name>``, n the parameter's number in the optimizer."""
     tensors: dict[str, Tensor] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, parameter in enumerate(parameters):
@@ -47,9 +47,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
 def learning_rate(
     update: int, num_updates: int, peak: float, warmup_fraction: float, final_fraction: float
 ) -> float:
-    """Rate of update ``update`` (from 0): linear to ``peak``, then a cosine to ``final_fraction * peak``.
+    """Rate of an update, counted from 0: linear to ``peak``, then a cosine to ``final_fraction * peak``.
 
-    The first update already has a rate above 0, and the last one has about the final rate.
+    The rate is above 0 in the first update and close to the final rate in the last one.
     """
     warmup = max(1, math.ceil(warmup_fraction * num_updates))
     if update < warmup:

@@ -1,9 +1,9 @@
 """Sums over the processes that share one update: gradients, denominators, metrics.
 
-Data parallel: every rank holds the whole student and the critics and sees its own groups of the
-update's rows (all rollouts of a draw stay on one rank, so a baseline over a group needs nobody
-else). What one rank alone would divide by, or average over, is summed over the ranks first; so an
-update is the same however its groups are dealt out.
+Data parallelism: every rank has the whole student and the critics, and sees its own groups of the
+update's rows. All rollouts of a draw stay on one rank, so that a baseline over a group needs no
+communication. Counts by which one rank would divide are summed over the ranks first, so an update is
+the same however its groups are dealt out.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 
 class Ranks:
-    """The ranks of one update; without a group, this process alone.
+    """The ranks of one update; without a process group, this process only.
 
-    Every rank calls the same methods in the same order, or all of them wait. Every rank has at least
-    one group.
+    Every rank must call the same methods in the same order, or all of them wait. Every rank has at least
+    one group of rollouts.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -30,19 +30,19 @@ class Ranks:
         return self._group is None
 
     def sum(self, value: Tensor) -> Tensor:
-        """Over all ranks; ``value`` itself may be used as the buffer."""
+        """The sum over all ranks; ``value`` itself may serve as the buffer."""
         if self._group is not None:
             dist.all_reduce(value, group=self._group)
         return value
 
     def sum_count(self, count: int, device: torch.device | str = "cpu") -> int:
-        """``device``: where the group can sum (NCCL: on its GPU alone)."""
+        """The sum over all ranks. ``device``: one on which the group can sum (NCCL sums only on its GPU)."""
         if self._group is None:
             return count
         return int(self.sum(torch.tensor(count, device=device)))
 
     def max_count(self, count: int, device: torch.device | str = "cpu") -> int:
-        """Likewise."""
+        """The maximum over all ranks, as :meth:`sum_count`."""
         if self._group is None:
             return count
         value = torch.tensor(count, device=device)
@@ -50,7 +50,7 @@ class Ranks:
         return int(value)
 
     def sum_by_name(self, values: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-        """Scalars; a rank that lacks a name adds 0."""
+        """The sums of scalars by name; a rank that lacks a name adds 0."""
         if self._group is None:
             return dict(values)
         names: list[list[str]] = [[] for _ in range(dist.get_world_size(self._group))]
@@ -64,7 +64,7 @@ class Ranks:
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """In place, in one message; a parameter that has no gradient on any rank stays without."""
+        """Sum the gradients in place, in one message; a parameter without gradient on any rank keeps none."""
         if self._group is None:
             return
         parameters = list(parameters)
@@ -84,4 +84,4 @@ class Ranks:
 
 
 ALONE = Ranks()
-"""One rank."""
+"""The ranks of an update in one process."""

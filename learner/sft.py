@@ -1,7 +1,7 @@
-"""The warm start: cross-entropy on the references, a stage of its own.
+"""Fine-tuning by cross-entropy on a corpus: the student's warm start, and a proxy's training.
 
-Resumable: its checkpoint holds the weights, the optimiser and the number of steps; the order
-of the rows is a function of (seed, step).
+A run resumes from the weights, the optimizer and the number of steps, because the order of the rows is a
+function of (seed, step). Called by :mod:`learner.process.fit`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run_sft(
 ) -> None:
     """Train from ``first_update`` to ``sft.num_updates``.
 
-    ``rows_of``: the references of some draws, one batch each. ``after_update`` is called with
+    ``rows_of``: returns the rows of some draws, one batch each. ``after_update`` is called with
     the number of updates done and ``{"sft/loss", "sft/learning_rate", "sft/num_tokens"}``.
     """
     for update in range(first_update, sft.num_updates):

@@ -1,10 +1,10 @@
-"""Attention over packed sequences: each sees itself alone.
+"""Attention over packed sequences: each sequence attends only to itself.
 
-Registered with transformers under :data:`PACKED`. Its own ``sdpa`` given a pack builds a
-block-diagonal mask and computes the whole square of it: attention over a pack of 20 sequences
-costs 20 times what it must. Here each sequence is a causal call of its own, which also takes the
-kernels that want no mask; on a GPU in half precision one call of PyTorch's flash attention for
-sequences of different lengths does them all, since there the number of calls is what takes the time.
+Registered with transformers under :data:`PACKED`. The library's own ``sdpa`` builds a block-diagonal mask
+for a pack and computes all of it, so attention over a pack of 20 sequences costs 20 times too much.
+Here each sequence is a separate causal call, for which the kernels without a mask can be used. On a GPU
+in half precision, where the number of calls dominates the time, one call of PyTorch's variable-length
+flash attention computes them all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each sequence to itself.
+    """Causal attention within each sequence.
 
     ``query``, ``key``, ``value``: [1, heads, L, d], the sequences one after another;
     ``sequence_lengths``: their lengths, which add up to L. Returns [1, L, heads, d].
@@ -44,7 +44,7 @@ def packed_attention(
     parts = (tensor.split(sequence_lengths, dim=2) for tensor in (query, key, value))
     for q, k, v in zip(*parts, strict=True):
         mask = None
-        if window and q.shape[2] > window:  # some configs say 0 for none
+        if window and q.shape[2] > window:  # some configs write 0 for no window
             mask = _window(q.shape[2], window, q.device)
         output, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=mask is None)
         outputs.append(output)
@@ -55,7 +55,10 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def _takes_flash(query: Tensor) -> bool:
-    """Half precision, here or by autocast (rotated queries are float32 before it), on a GPU."""
+    """Whether flash attention computes it: on a GPU, in half precision, possibly by autocast.
+
+    Rotated queries are float32 before autocast converts them.
+    """
     size = query.shape[-1]
     return query.is_cuda and _dtype_on_gpu(query) in _HALF and size <= 256 and size % 8 == 0
 
@@ -79,7 +82,7 @@ def _all_at_once(
     longest = max(sequence_lengths)
     dtype = _dtype_on_gpu(query)
     q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
-    shared = q.shape[1] // k.shape[1]  # query heads of a key's head, repeated as sdpa's own path does
+    shared = q.shape[1] // k.shape[1]  # query heads per key head; repeated as in the path of sdpa
     output = varlen_attn(
         q.contiguous(), k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1),
         ends, ends, longest, longest,
@@ -97,7 +100,7 @@ def _window(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """What a sequence may see follows from its length."""
+    """No mask is needed: the sequences' lengths determine what each token sees."""
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -1,11 +1,11 @@
 """Full-vocabulary work in chunks of positions: logits of a head, and losses over them.
 
 Called by :mod:`learner.update`, :mod:`learner.sft` and the evaluation. A row of logits is V numbers
-per position, so rows exist for one chunk at a time and the gradient is formed in the chunk.
-Two sizes matter: matrix products want many positions (the *chunk*), elementwise passes on a
-CPU want few, so that their temporaries stay in the cache and are not handed back to the
-operating system after every pass (the *block*, some rows of a chunk; at V = 49,152 a pass over
-fresh rows of 256 positions took 21 ms whole and 2 to 3 ms in blocks).
+per position, so rows exist for one chunk at a time, and the gradient is formed within the chunk.
+Two sizes matter. Matrix products are efficient over many positions: the *chunk*. Elementwise passes on
+a CPU are efficient over few, because their temporaries then stay in the cache and are not returned to
+the operating system after every pass: the *block*, some rows of a chunk. At V = 49,152 a pass over
+fresh rows of 256 positions took 21 ms as a whole and 2 to 3 ms in blocks.
 
 Legend: N positions, D features, V vocabulary.
 """
@@ -23,15 +23,15 @@ from torch import Tensor
 from learner.model.head import Head, LogitTransform
 
 _BLOCK_BYTES = 2 << 20
-"""Bytes of one float32 block on a CPU. A score of such temporaries fit the last-level cache and
-the allocator's pool; blocks of tens of MiB go back to the operating system after every pass."""
+"""Bytes of one float32 block on a CPU. About twenty such temporaries fit the last-level cache and the
+allocator's pool; blocks of tens of MiB return to the operating system after every pass."""
 
 
 class ChunkedLogits:
-    """Logits of a fixed head at N states, formed a chunk at a time when a row of it is asked for.
+    """Logits of a fixed head at N states, computed a chunk at a time on the first access to its rows.
 
-    Ask with the slices that :func:`chunked_loss` or :func:`chunked_blocks` of the same chunk give,
-    in order; the answer may be a view of a buffer that the next chunk overwrites.
+    Call it with the slices of :func:`chunked_loss` or :func:`chunked_blocks` for the same chunk size, in
+    order. The result may be a view of a buffer that the next chunk overwrites.
     """
 
     def __init__(self, head: Head, hidden: Float[Tensor, "N D"], chunk: int) -> None:
@@ -60,7 +60,7 @@ def blocks(
 ) -> Iterator[slice]:
     """Cut the rows of a chunk into blocks of about equal size; one block on a GPU.
 
-    No block holds positions from both sides of ``boundary``.
+    No block contains positions from both sides of ``boundary``.
     """
     if start < boundary < stop:
         yield from blocks(start, boundary, num_tokens, device)
@@ -73,7 +73,7 @@ def blocks(
 
 
 def chunked_blocks(num_rows: int, num_tokens: int, chunk: int, device: torch.device) -> Iterator[slice]:
-    """The blocks of all chunks, in order: how :func:`chunked_loss` walks the positions."""
+    """The blocks of all chunks in the order in which :func:`chunked_loss` visits them."""
     for start in range(0, num_rows, chunk):
         yield from blocks(start, min(start + chunk, num_rows), num_tokens, device)
 
@@ -95,16 +95,15 @@ def chunked_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of ``loss_of_chunk`` over the positions, differentiable, without [N, V] tensors.
 
-    The gradient with respect to each block's logits is taken at once, by autograd, and carried
-    to ``hidden`` and ``head_weight`` by two matrix products; backward only scales what is there.
-    The product computes in ``hidden``'s format, the loss and the head's gradient in float32.
+    The forward pass takes the gradient in each block's logits by autograd and carries it to ``hidden`` and
+    ``head_weight`` by two matrix products; the backward pass only scales these gradients. The products
+    are computed in ``hidden``'s format, the loss and the head's gradient in float32.
 
-    ``num_tokens``: only the first so many rows of the head (a common vocabulary prefix).
-    ``parameters``: further tensors that the loss depends on and that shall have gradients; the
-    transform's bias is added by itself. ``boundary``: no call of ``loss_of_chunk`` gets positions
-    from both sides of it.
+    ``num_tokens``: number of rows of the head that are used, a common vocabulary prefix.
+    ``parameters``: further tensors whose gradients are needed; the transform's bias is added
+    automatically. ``boundary``: no call of ``loss_of_chunk`` gets positions from both sides of it.
 
-    Returns the loss, and the metrics summed and detached. Can be backpropagated once.
+    Returns the loss, and the metrics summed and detached. The loss can be backpropagated once.
     """
     num_tokens = num_tokens or head_weight.shape[0]
     transform = transform.prefix(num_tokens)
@@ -160,7 +159,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         if ctx.grads is None:
-            raise RuntimeError("a chunked loss can be backpropagated once: its gradients were handed out")
+            raise RuntimeError(
+                "a chunked loss can be backpropagated only once: its gradients have been handed out"
+            )
         grads, ctx.grads = ctx.grads, None
         for grad in grads:
             if grad is not None:
@@ -173,7 +174,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def _block_loss(
     plan: _Plan, where: slice, rows: Tensor, wanted: list[Tensor], grads: list[Tensor], with_gradients: bool
 ) -> Tensor:
-    """Loss of one block; overwrites its rows of the product by the gradient in them."""
+    """Loss of one block; overwrites its rows of the product with their gradient."""
     with torch.set_grad_enabled(with_gradients):
         leaf = rows.detach().requires_grad_(with_gradients)
         loss, metrics = plan.loss_of_chunk(where, plan.transform(leaf))

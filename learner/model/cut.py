@@ -1,6 +1,6 @@
-"""A student cut from the teacher: every so many layers, everything else as it is.
+"""A student cut from the teacher: evenly spaced layers are kept, everything else is copied.
 
-Called once per run, by the stage that makes the student's start.
+Called once per run, by :mod:`deploy.run.prepare`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from distill.errors import NO_VALUE, ConfigError
 from distill.files import new_folder
 
 KEPT_LAYERS_KEY = "distill_kept_layers"
-"""Where the student's config.json records which layers of the teacher it has."""
+"""Key of the student's config.json under which the kept layers of the teacher are recorded."""
 
 
 def kept_layers(num_teacher_layers: int, num_layers: int) -> list[int]:
-    """``num_layers`` evenly spaced layers, first and last among them (one layer: the first)."""
+    """``num_layers`` evenly spaced layers, including the first and the last; a single layer is the first."""
     return np.linspace(0, num_teacher_layers - 1, num_layers).round().astype(int).tolist()
 
 
 def cut_student(teacher_dir: str | Path, out_dir: str | Path, num_layers: int) -> Path:
     """Write a checkpoint of ``num_layers`` of the teacher's layers, with its tokenizer.
 
-    ``out_dir`` is absent or whole. One that is already there is kept if it is the same cut.
+    An ``out_dir`` that already exists is kept if it is the same cut; it is never left half-written.
 
-    Raises: ConfigError when the teacher has fewer layers, keeps them elsewhere than Llama
-    does, or ``out_dir`` is something else.
+    Raises: ConfigError when the teacher has fewer layers, is not built like Llama, or ``out_dir`` is
+    something else.
     """
     out_dir = Path(out_dir)
     model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype="auto")
@@ -43,7 +43,7 @@ def cut_student(teacher_dir: str | Path, out_dir: str | Path, num_layers: int) -
     with new_folder(out_dir, if_exists="keep") as making:
         model.save_pretrained(making)
         tokenizer.save_pretrained(making)
-    return _same_cut(out_dir, keep)  # another may have come meanwhile
+    return _same_cut(out_dir, keep)  # another process may have been faster
 
 
 def _choose(model: Any, num_layers: int) -> list[int]:
@@ -52,22 +52,24 @@ def _choose(model: Any, num_layers: int) -> list[int]:
         model.config, "num_hidden_layers", None
     ):
         raise ConfigError(
-            
-                "student.init.from", "teacher", f"have a Llama-like teacher, not {type(model).__name__}",
-                "its layers cannot be told apart; set student.model to a checkpoint instead",
-            
-        )  # fmt: skip
+            "student.init.from",
+            "teacher",
+            f"have a teacher whose layers are in model.layers, as Llama's, not a {type(model).__name__}",
+            "set student.model to a checkpoint instead",
+        )
     if not 1 <= num_layers <= len(layers):
         raise ConfigError(
-            "student.init.num_layers", num_layers, f"lie in [1, {len(layers)}], the teacher's layers",
-                 "keep fewer layers"
-        )  # fmt: skip
+            "student.init.num_layers",
+            num_layers,
+            f"lie in [1, {len(layers)}], the teacher's layers",
+            "keep fewer layers",
+        )
     return kept_layers(len(layers), num_layers)
 
 
 def _keep_layers(model: Any, keep: list[int]) -> None:
     layers, config = model.model.layers, model.config
-    # Lists with an entry per layer (layer_types, no_rope_layers, ...) go with their layers.
+    # Lists with an entry per layer (layer_types, no_rope_layers, ...) are cut like the layers.
     for name, value in config.to_dict().items():
         if "layer" in name and isinstance(value, list) and len(value) == len(layers):
             setattr(config, name, [value[index] for index in keep])

@@ -1,4 +1,4 @@
-"""The unembedding of a model: what follows its last hidden state, and reading it from a checkpoint.
+"""The unembedding of a model: how logits follow from its last hidden state, and how it is loaded.
 
 Legend: N positions, D features, V vocabulary.
 """
@@ -35,11 +35,11 @@ _KNOWN: dict[str, _Rule | None] = {
     "granitemoe": ("divide", "logits_scaling", 1.0),
 }
 """What each architecture does after its head: kind, key of its config, the key's default.
-Read from the modelling code of transformers; what is not here is refused, never guessed."""
+Taken from the modelling code of transformers; other architectures are refused, never guessed."""
 
 
 def known_architectures() -> list[str]:
-    """The model types whose logits are known to be a transform of head and state."""
+    """The model types whose logits are known to be a transform of head(state)."""
     return sorted(_KNOWN)
 
 
@@ -87,9 +87,8 @@ class LogitTransform:
         model_type = values.get("model_type")
         if model_type not in _KNOWN:
             raise ConfigError(
-                "model_type", model_type, f"be one of {', '.join(known_architectures())}",
-                "its logits are not known to be head(state); choose another model, or read its modelling"
-                " code and add it to learner/model/head.py",
+                "model_type", model_type, f"be one of {', '.join(known_architectures())}, whose logits are known to be head(state)",
+                "choose another model, or read its modelling code and add it to learner/model/head.py",
             )  # fmt: skip
         known = _KNOWN[model_type]
         if known is None:
@@ -120,12 +119,12 @@ class Head:
 
     @cached_property
     def row_norms(self) -> Float[Tensor, " V"]:
-        """Norm of each row, kept so that no normalised copy of the head is."""
+        """Norm of each row; keeping the norms saves a normalised copy of the head."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         return torch.linalg.vector_norm(self.weight, dim=1, dtype=wide).clamp_min(1e-12)
 
     def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        """Float32 logits of some states, all at once."""
+        """Float32 logits of some states, formed all at once."""
         return self.transform(hidden.to(self.weight.dtype) @ self.weight.T)
 
     def prefix(self, num_tokens: int) -> Head:
@@ -142,7 +141,7 @@ class Head:
     def from_checkpoint(
         cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Head:
-        """Read the head alone from a Hugging Face checkpoint of safetensors.
+        """Read only the head from a Hugging Face checkpoint in safetensors.
 
         Raises: ConfigError when the architecture is unknown or the tensor is not there.
         """
@@ -157,7 +156,7 @@ class Head:
             embedding = next((name for name in _EMBEDDING_NAMES if name in files), None)
             weight_name = embedding or weight_name
         if weight_name is None:
-            raise ConfigError("checkpoint", folder, f"hold {' or '.join(_HEAD_NAMES)}, or a known embedding",
+            raise ConfigError("checkpoint", folder, f"contain {' or '.join(_HEAD_NAMES)}, or a known embedding",
                            "save it again with save_pretrained")  # fmt: skip
         weight = _read_tensor(files, weight_name).to(device, dtype)
         bias_name = next((f"{name}.bias" for name in _HEAD_NAMES if f"{name}.bias" in files), None)
@@ -166,13 +165,13 @@ class Head:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
+    """The file of each tensor."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
     single = folder / "model.safetensors"
     if not single.exists():
-        raise ConfigError("checkpoint", folder, "hold model.safetensors or its index",
+        raise ConfigError("checkpoint", folder, "contain model.safetensors or its index",
                                "convert it with save_pretrained; pickled weights are not read")  # fmt: skip
     with safe_open(single, framework="pt") as tensors:
         return dict.fromkeys(tensors.keys(), single)

@@ -1,8 +1,8 @@
 """The student: a Hugging Face causal LM whose states and head are used separately.
 
-The full vocabulary is never formed for a whole batch: :meth:`Student.states` gives the
-final-norm hidden states before response tokens, and :mod:`learner.model.head` forms logits
-from them in chunks. Master weights are float32; the forward pass computes in ``precision``.
+Full-vocabulary rows never exist for a whole batch: :meth:`Student.states` returns the final-norm hidden
+states before response tokens, and :mod:`learner.model.chunked` forms logits from them in chunks.
+Master weights are float32; the forward pass computes in ``precision``.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from learner.model.head import LogitTransform
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto``: the GPU when there is one."""
+    """The device of a setting; ``auto`` is the GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 where the processor computes in it, since elsewhere it is emulated
-    (on an AVX2 processor twenty times slower than float32)."""
+    """The compute format of a setting; ``auto`` is bfloat16 if the processor computes in it.
+
+    Elsewhere bfloat16 is emulated: on an AVX2 processor it is twenty times slower than float32.
+    """
     if name == "auto":
         fast = device.type == "cuda" or computes_in_bfloat16()
         return torch.bfloat16 if fast else torch.float32
@@ -40,22 +42,22 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def _set_matmul_precision(device: torch.device, precision: torch.dtype) -> None:
-    """On a GPU, float32 products beside a bf16 backbone (heads, critics) are made of TF32 numbers.
+    """Compute float32 products (heads, critics) with TF32 on a GPU if the backbone is bf16.
 
-    They hold three bits more than bf16 and are summed in float32, at several times float32's speed. A
-    teacher's states are bf16, as its head is in most checkpoints: products of the two lose nothing.
+    TF32 has three bits more than bf16, sums in float32, and is several times faster than float32. The
+    teacher's states are bf16, and so is its head in most checkpoints: their products lose nothing.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == torch.float32 else "high")
 
 
 def _attention_of(config: Any) -> str:
-    """Softcapped attention (Gemma 2) is in transformers' eager form alone."""
+    """The attention implementation: only transformers' eager one has Gemma 2's softcap."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) else PACKED
 
 
 _PREFIX = "student."
-"""Of the student's tensors in a checkpoint."""
+"""Prefix of the student's tensors in a checkpoint."""
 
 
 class Student:
@@ -69,7 +71,7 @@ class Student:
         settle_vector_math()
         attention = _attention_of(AutoConfig.from_pretrained(folder, local_files_only=True))
         with ONE_LOAD_AT_A_TIME:
-            # The library's types do not say what a causal LM can do.
+            # The library's types do not describe a causal LM's methods.
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation=attention, local_files_only=True
             )
@@ -86,20 +88,20 @@ class Student:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Each once; a tied head counts as the embedding it is."""
+        """Every parameter once; a tied head is the embedding."""
         return self.model.parameters()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The checkpoint's names and tensors, tied ones once: what a push carries."""
+        """The names and tensors of a push: those of a checkpoint, tied ones once."""
         for name, parameter in self.model.named_parameters():
             yield name, parameter.detach()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the student, by flat names."""
+        """The student's part of a checkpoint, by flat names."""
         return {f"{_PREFIX}{name}": tensor for name, tensor in self.named_weights()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of :meth:`tensors`; other names are left alone."""
+        """The inverse of :meth:`tensors`; other names are ignored."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"{_PREFIX}{name}"])
@@ -107,8 +109,9 @@ class Student:
     def states(self, pack: Pack) -> Tensor:
         """[N, D]: final-norm hidden states before the pack's response tokens.
 
-        The sequences of a pack see only themselves: by their lengths (:mod:`learner.model.attention`),
-        and in eager attention by the mask that transformers builds from where positions restart.
+        The sequences of a pack do not see each other: their lengths separate them in
+        :mod:`learner.model.attention`, and in eager attention the mask that transformers builds from the
+        positions at which counting restarts.
         """
         autocast = (
             torch.autocast(self.device.type, self.precision)
@@ -125,7 +128,7 @@ class Student:
         return output.last_hidden_state[0].index_select(0, pack.state_index)
 
     def save(self, folder: str | Path) -> None:
-        """An ordinary Hugging Face checkpoint with its tokenizer, in float32."""
+        """Write an ordinary Hugging Face checkpoint with its tokenizer, in float32."""
         self.model.save_pretrained(folder)
         if (self.folder / "tokenizer_config.json").exists():
             AutoTokenizer.from_pretrained(self.folder, local_files_only=True).save_pretrained(folder)

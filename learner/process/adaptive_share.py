@@ -1,9 +1,9 @@
 """DistiLLM's share of student text, which grows when the student gets worse on held-out text.
 
-Ko et al., 2024, "adaptive SGO scheduler": the share starts low, and when the validation loss lies
-``fraction_tolerance`` above the one at which the share was set last, it grows by ``fraction_step``.
-The validation loss here is forward KL on the teacher's held-out text, which differs from
-cross-entropy on it by a constant. Called by :mod:`learner.process.milestones`.
+Ko et al., 2024, "adaptive SGO scheduler": the share starts low and grows by ``fraction_step`` when the
+validation loss exceeds, by ``fraction_tolerance``, the one at which the share last changed. The
+validation loss is forward KL on the teacher's held-out text, which differs from cross-entropy on that
+text by a constant. Called by :mod:`learner.process.milestones`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _LOSS = "teacher_text.forward_kl"
 
 
 class AdaptiveShare:
-    """The share, and the evaluation it was set at (its file is the memory of that one)."""
+    """The share, and the label of the evaluation at which it last changed."""
 
     def __init__(self, recipe: RecipeConfig, folder: RunFolder, state: dict[str, Any] | None = None) -> None:
-        """``state``: of a checkpoint, see :meth:`state`."""
+        """``state``: that of a checkpoint, see :meth:`state`."""
         self._recipe = recipe
         self._folder = folder
         self.share = state["share"] if state else recipe.student_fraction
         self._set_at = state["set_at"] if state else "before"
 
     def after_evaluation(self, evaluation: Evaluation) -> float | None:
-        """The new share where it grows, else None."""
+        """The new share if it grows, otherwise None."""
         if not self._recipe.adapts_fraction or self.share >= 1:
             return None
         before = load_evaluation(self._folder.evaluation(self._set_at))
@@ -40,5 +40,5 @@ class AdaptiveShare:
         return self.share
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON."""
+        """The state for a checkpoint, as JSON."""
         return {"share": self.share, "set_at": self._set_at}

@@ -1,7 +1,7 @@
-"""Checkpoints: safetensors shards, made whole by a JSON manifest with checksums.
+"""Checkpoints: safetensors shards, and a JSON manifest with their checksums that completes them.
 
-Written into a temporary folder and renamed, so a folder named ``step-N`` is always whole.
-No pickle: tensors are safetensors, everything else is JSON.
+They are written into a temporary folder and renamed, so a folder named ``step-N`` is always complete.
+There is no pickle: tensors are safetensors, everything else is JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Checkpoints:
         self.keep = keep
 
     def steps(self) -> list[int]:
-        """Steps with a whole checkpoint, ascending."""
+        """Steps with a complete checkpoint, ascending."""
         found = [re.fullmatch(r"step-(\d+)", path.name) for path in self.root.glob("step-*")]
         return sorted(int(match[1]) for match in found if match)
 

@@ -1,10 +1,10 @@
 """The learner's side of a weight push: a transaction with a deadline and a checksum.
 
-The version is persisted before anything is written and never used twice, so a crash between
-two steps can leave a gap in the versions but never two weights under one number. The bytes
-lie in one shared-memory file per node, which every engine on the node maps and verifies.
+The version is persisted before anything is written and never used twice, so a crash between two steps
+can leave a gap in the versions, but never two sets of weights under one number. The bytes are in one
+shared-memory file per node, which every engine on the node maps and verifies.
 
-On GPUs, vLLM's own trainer engines (nccl, ipc) take the place of the file; see
+On GPUs, vLLM's own trainer engines (NCCL, CUDA IPC) can replace the file; see
 :class:`TrainerEnginePublisher`.
 """
 
@@ -26,7 +26,7 @@ from distill.weights import remove_old_segments, write_weights
 
 
 class WeightReceiver(Protocol):
-    """A generator, here or behind a handle."""
+    """A generator, local or behind a handle."""
 
     async def update_weights(self, manifest: WeightManifest) -> None: ...
 
@@ -44,7 +44,7 @@ class SharedMemoryPublisher:
         deadline_s: float,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """``dtype``: number format on the wire, that of the engines."""
+        """``dtype``: number format of the file, that of the engines."""
         self.weights = weights
         self.receivers = list(receivers)
         self.next_version = next_version
@@ -52,10 +52,10 @@ class SharedMemoryPublisher:
         self.deadline_s = deadline_s
         self.dtype = dtype
         self.push_s = 0.0
-        """Seconds of the last push."""
+        """Duration of the last push in seconds."""
 
     async def stats(self) -> dict[str, float]:
-        """For the metrics of an update."""
+        """Counters for the metrics of an update."""
         return {"timing/push_s": self.push_s}
 
     async def publish(self, updates_done: int) -> int:

@@ -1,8 +1,8 @@
-"""Credit for the student's tokens: what the long-horizon term of an update needs of all its rows.
+"""Credit for the student's tokens: the advantages of the long-horizon term.
 
-A token's credit needs the rest of its row and the other members of its group; micro-batches see
-parts of them. So it is computed for the whole update, after the critics' steps and without
-gradients, and the packs of the student's step look it up.
+A token's credit depends on the rest of its row and on the other members of its group, of which a
+micro-batch sees only parts. It is therefore computed for the whole update, after the critic steps and
+without gradients, and the packs of the student step look it up.
 
 Legend: N positions (response tokens), B rows, T longest response.
 """
@@ -25,16 +25,16 @@ from learner.update.witness import Witness
 
 
 class Credit(NamedTuple):
-    """By row and step of the student's text; rows and steps that nobody sampled hold anything."""
+    """Credit by row and step of student text; entries without a sampled token are meaningless."""
 
     advantage: Float[Tensor, "B T"]
-    """A_t, times the token's own ratio where that is corrected for."""
+    """A_t, times the token's own importance ratio if ``credit.ratio`` asks for it."""
     weight: Float[Tensor, "B T"] | None
-    """Π_{u<t} r_u, for every loss of a position; None: 1."""
+    """Π_{u<t} r_u, the weight of every loss of a position; None stands for 1."""
 
 
 class _AtTokens(NamedTuple):
-    """What is charged, and both policies' log-probability of the token itself."""
+    """The gap before each token, and both policies' log-probability of the token itself."""
 
     gap: Float[Tensor, " N"]
     policy_logprob: Float[Tensor, " N"]
@@ -42,7 +42,7 @@ class _AtTokens(NamedTuple):
 
 
 def needs_credit(recipe: RecipeConfig, config: CreditConfig) -> bool:
-    """Whether an update looks at whole rows of student text before the student's step."""
+    """Whether an update needs whole rows of student text before the student step."""
     return recipe.uses_student_text and (recipe.long_weight > 0 or config.ratio == "per_decision")
 
 
@@ -59,10 +59,11 @@ def assign_credit(
     variance_penalty: float = 0.0,
     ranks: Ranks = ALONE,
 ) -> Credit:
-    """``positions``: of the student's text. ``group``: of every row of the batch, -1 for other text.
+    """Advantages, and importance weights, of every token of student text.
 
-    ``witness``: None where nothing is charged with its gaps. ``variance_penalty``: λ where the student
-    sees it (``critic.zero_sum``): its distance then has it at every position, the future ones too.
+    ``positions``: those of student text. ``group``: the group of every row of the batch, -1 for teacher
+    text. ``witness``: None if no token is charged with its gaps. ``variance_penalty``: λ if the student
+    sees the penalty (``critic.zero_sum``), whose distance then includes it at every later position too.
     """
     here = _at_tokens(positions, heads, witness, chunk, variance_penalty)
     log_ratio = here.policy_logprob - here.teacher_logprob

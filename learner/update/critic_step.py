@@ -1,4 +1,4 @@
-"""The critics' part of an update: K steps on slices of the positions.
+"""The critics' part of an update: K optimizer steps, each on a slice of the positions.
 
 Legend: N positions (response tokens), D features, V vocabulary (the common prefix of both models').
 """
@@ -23,9 +23,9 @@ from learner.update.critics import SOURCES, Critic, CriticPair
 from learner.update.positions import Heads, Policies, Positions, to_floats
 
 WARM_UP_POSITIONS = 512
-"""Positions of one step of a warm-up, about: young critics learn more from many short steps."""
+"""Approximate positions of a warm-up step: young critics learn more from many short steps."""
 SATURATION = 0.95
-"""An action value beyond this share of the bound counts as saturated."""
+"""Share of the bound beyond which an action value counts as saturated."""
 
 
 def critic_step(
@@ -112,8 +112,10 @@ def _critic_gradient(
     measure: bool,
     from_text: bool,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the critic's loss, a sum with weights ``share``, which add up to 1 over all
-    ranks; returns this rank's part of the means."""
+    """Add the gradient of the critic's loss; returns this rank's part of the means.
+
+    The loss is a sum with weights ``share``, which add up to 1 over all ranks.
+    """
     policy_logits = ChunkedLogits(heads.student, positions.student_hidden, chunk)
     teacher_logits = ChunkedLogits(heads.teacher, positions.teacher_hidden, chunk)
 
@@ -148,7 +150,7 @@ def _critic_gradient(
 
 @torch.no_grad()
 def _critic_metrics(both: Policies, f: Tensor, config: CriticConfig) -> dict[str, Float[Tensor, " N"]]:
-    """The gap, the gap of the best critic, and the mass that has saturated values."""
+    """The critic's gap, the gap of the best critic, and the probability mass with saturated values."""
     best = closed_form_critic(*both.pair, config.bound, config.penalty, **both.probs)
     saturated = (f.abs() > SATURATION * config.bound).to(f.dtype)
     mean_probs = (both.policy_probs + both.teacher_probs) / 2
@@ -163,7 +165,7 @@ def _critic_metrics(both: Policies, f: Tensor, config: CriticConfig) -> dict[str
 def _metrics_from_text(
     both: Policies, f: Tensor, tokens: Tensor, config: CriticConfig
 ) -> dict[str, Float[Tensor, " N"]]:
-    """The gap between tokens and policy; the best critic's is not known without probabilities."""
+    """The gap between tokens and policy. Without probabilities the best critic's gap is unknown."""
     saturated = (f.abs() > SATURATION * config.bound).to(f.dtype)
     at_token = f.gather(1, tokens[:, None]).squeeze(1)
     return {
@@ -173,7 +175,7 @@ def _metrics_from_text(
 
 
 def _tightness(metrics: dict[str, float]) -> dict[str, float]:
-    """Replace the best critic's gap by the share of it that the critic reaches (1 if it is 0)."""
+    """Replace the best critic's gap with the share of it that the critic reaches; 1 if it is 0."""
     for source in SOURCES:
         best = metrics.pop(f"critic/{source}.best", None)
         if best is not None:

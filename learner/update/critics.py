@@ -7,18 +7,18 @@ or, dense (``rank`` null), with a row w_a and a constant b_a for every token ins
 
     f(s, a) = B · tanh( norm(h)·w_a/√D + b_a  [+ ...] )
 
-h is a model's state before the token, e_a the row of that model's unembedding for token a,
-normalised, ρ = π*/π. ``features`` says which terms there are: ``teacher`` the first, ``both``
-the first from either model, ``ratio`` the first from the teacher and the log-ratio. W2 and c (w
-and b) start at 0, so a critic starts at f = 0, and a ratio-aware one (s = ½) at
-tanh(½ log ρ) = (π* − π)/(π* + π), the optimum of the regularised game at λ = 2/B.
+h is a model's state before the token, e_a the normalised row of that model's unembedding for token a,
+and ρ = π*/π. ``features`` selects the terms: ``teacher`` has the first, ``both`` the first from each
+model, ``ratio`` the first from the teacher and the log-ratio. W2 and c (or w and b) start at 0, so a
+critic starts at f = 0, and a ratio-aware one (s = ½) at tanh(½ log ρ) = (π* − π)/(π* + π), the optimum
+of the regularised game at λ = 2/B.
 
-The argument of the tanh is a head of rank r: (u/√r + c) · (P e_a); the dense one is a head over
-the features. So it is computed, and differentiated, as logits are (:func:`learner.model.chunked.chunked_loss`), from *coefficients*
-[N, R] and a *table* [V, R] that is made once per critic step. Everything is float32. No
-gradient reaches a backbone or an unembedding.
+The argument of the tanh is a head of rank r, (u/√r + c) · (P e_a), or, dense, a head over the features.
+It is therefore computed and differentiated as logits are (:func:`learner.model.chunked.chunked_loss`),
+from *coefficients* [N, R] and a *table* [V, R] that is computed once per critic step. Everything is
+float32. No gradient reaches a backbone or an unembedding.
 
-Legend: N states, D features, V vocabulary, R coefficients (r, or D + 1 dense; with both of either).
+Legend: N states, D features, V vocabulary, R coefficients (r, or D + 1 if dense; twice that with ``both``).
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from learner.optimizer import load_optimizer_tensors, optimizer_tensors
 
 Source = Literal["teacher_text", "student_text"]
 SOURCES: tuple[Source, Source] = ("teacher_text", "student_text")
-"""Off-policy text (teacher samples or references), on-policy text (the student's)."""
+"""The two texts of an update: ``teacher_text`` (sampled from the teacher, or references) and ``student_text``."""
 
 _MIN_WIDTH = 128
 
 
 class ModelSize(NamedTuple):
-    """What a critic has to know of a model."""
+    """The sizes of a model that a critic depends on."""
 
     hidden_size: int
     num_tokens: int
@@ -79,7 +79,7 @@ class _Bilinear(nn.Module):
 
 
 class _Dense(nn.Module):
-    """norm(h)·w_a/√D + b_a: a row of its own for every token, the unembedding is not used."""
+    """norm(h)·w_a/√D + b_a: a separate row for every token; the unembedding is not used."""
 
     def __init__(
         self, hidden_size: int, num_tokens: int, generator: torch.Generator, *, random: bool
@@ -99,7 +99,7 @@ class _Dense(nn.Module):
 
 
 class Critic(nn.Module):
-    """One critic. Start values come from the generator alone."""
+    """One critic. Its initial values depend only on the generator."""
 
     def __init__(
         self, config: CriticConfig, teacher: ModelSize, student: ModelSize, generator: torch.Generator
@@ -121,14 +121,14 @@ class Critic(nn.Module):
     def coefficients(
         self, teacher_hidden: Float[Tensor, "N Dt"], student_hidden: Float[Tensor, "N Ds"]
     ) -> Float[Tensor, "N R"]:
-        """u/√r + c of each state; both hidden states are taken as constants."""
+        """u/√r + c of each state; both hidden states are constants."""
         parts = [self.teacher.coefficients(teacher_hidden)]
         if self.student is not None:
             parts.append(self.student.coefficients(student_hidden))
         return torch.cat(parts, dim=1)
 
     def table(self, teacher: Head, student: Head) -> Float[Tensor, "V R"]:
-        """P e_a of each token; both unembeddings are taken as constants."""
+        """P e_a of each token; both unembeddings are constants."""
         parts = [self.teacher.table(teacher)]
         if self.student is not None:
             parts.append(self.student.table(student))
@@ -143,12 +143,12 @@ class Critic(nn.Module):
         return _BoundedTanh.apply(bilinear, self.bound)
 
     def extra_parameters(self) -> list[Tensor]:
-        """What :meth:`activate` adds to coefficients and table."""
+        """The parameters that only :meth:`activate` uses."""
         return [] if self.ratio_weight is None else [self.ratio_weight]
 
 
 class _BoundedTanh(torch.autograd.Function):
-    """B · tanh(x) as B (2σ(2x) − 1): on a CPU the sigmoid costs a quarter of the tanh."""
+    """B · tanh(x) as B (2σ(2x) − 1), because on a CPU a sigmoid takes a quarter of the time of a tanh."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
@@ -164,7 +164,7 @@ class _BoundedTanh(torch.autograd.Function):
 
 
 class CriticPair:
-    """The critics of off-policy and of on-policy text, and their optimiser."""
+    """The critics of teacher text and of student text, and their optimizer."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class CriticPair:
         return self._critics[source]
 
     def opponent(self, source: Source) -> Critic:
-        """What the student is optimised against: the newest critic, or the running mean (``ema``)."""
+        """The student's opponent: the newest critic, or its running mean (``ema``)."""
         return self._means[source]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -205,17 +205,17 @@ class CriticPair:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> Tensor:
-        """Clip each critic's gradient by itself, then Adam. A critic without gradient stays.
+        """Clip each critic's gradient separately, then take a step of Adam.
 
-        Returns the norm of both gradients before clipping.
+        A critic without gradient is left unchanged. Returns the norm of both gradients before clipping.
 
-        Raises: Diverged when it is not finite; no parameter has moved then.
+        Raises: Diverged when the norm is not finite; no critic has changed then.
         """
         norms = [
             nn.utils.clip_grad_norm_(critic.parameters(), self._max_grad_norm)
             for critic in self._critics.values()
         ]
-        device = self.parameters()[0].device  # torch gives a critic without gradient a norm on the CPU
+        device = self.parameters()[0].device  # the norm of a critic without gradient is on the CPU
         norm = torch.linalg.vector_norm(torch.stack([value.to(device, torch.float32) for value in norms]))
         if not torch.isfinite(norm):
             raise Diverged(
@@ -234,13 +234,13 @@ class CriticPair:
                 mean.lerp_(value, 1 - self._ema)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and Adam's state by flat names: what a checkpoint keeps, no pickle."""
+        """Parameters and Adam's state by flat names, for a checkpoint without pickle."""
         return {name: value.detach() for name, value in self._named()} | optimizer_tensors(
             self.optimizer, "critic_optimizer"
         )
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state_dict`; other names are left alone."""
+        """The inverse of :meth:`state_dict`; other names are ignored."""
         with torch.no_grad():
             for name, value in self._named():
                 value.copy_(tensors[name])

@@ -1,4 +1,4 @@
-"""A recipe's loss at each position: what the student minimises, as a row of terms.
+"""A recipe's loss at each position: the terms that the student minimises.
 
 Legend: N positions (response tokens), D features, V vocabulary (the common prefix of both models').
 """
@@ -29,7 +29,7 @@ from learner.update.positions import Policies
 
 
 def text_weights(recipe: RecipeConfig) -> dict[Source, float]:
-    """Weight of the main loss on either text: 1 − β and β when every update holds both."""
+    """Weight of the main loss on each text: 1 − β and β if every update contains both, otherwise 1."""
     if recipe.student_text == "every_update" and recipe.teacher_text != "none":
         return {"teacher_text": 1 - recipe.beta, "student_text": recipe.beta}
     return {"teacher_text": 1.0, "student_text": 1.0}
@@ -42,7 +42,7 @@ DIVERGENCES: Mapping[str, Callable[[Policies, RecipeConfig], Tensor]] = {
     "skew_forward_kl": lambda both, recipe: skew_forward_kl(*both.pair, recipe.skew, **both.probs),
     "skew_reverse_kl": lambda both, recipe: skew_reverse_kl(*both.pair, recipe.skew, **both.probs),
 }
-"""Every ``recipe.loss`` but the moment gap; a new one is a line here, a name in the config, a YAML."""
+"""Every ``recipe.loss`` except the moment gap. A new one is a line here, a name in the config, a preset."""
 
 
 def position_losses(
@@ -57,11 +57,11 @@ def position_losses(
     behavior_logprobs: Float[Tensor, " N"] | None = None,
     ppo_clip: float | None = None,
 ) -> Float[Tensor, " N"]:
-    """The student's loss at each position of one text; a recipe is what this adds up.
+    """The student's loss at each position of one text: the sum of the recipe's terms.
 
-    ``f``: the witness's values, constants. ``variance_penalty``: λ of the zero-sum game, in which
-    the student sees the penalty too; 0 hides it. ``advantage``: A_t of tokens that the student
-    sampled, ``behavior_logprobs`` their log-probability when it did (for ``ppo_clip``).
+    ``f``: the witness's values, constants. ``variance_penalty``: λ of the zero-sum game, in which the
+    student sees the penalty too; 0 hides it. ``advantage``: A_t of tokens that the student sampled,
+    ``behavior_logprobs`` their log-probability under the policy that sampled (for ``ppo_clip``).
     """
     loss = torch.zeros_like(both.policy_logprobs[:, 0])
     weight = text_weights(recipe)[source]

@@ -1,4 +1,4 @@
-"""What both steps of an update see: the policies, and the positions they are compared at.
+"""What the steps of an update share: both policies, and the positions at which they are compared.
 
 Legend: N positions (response tokens), D features, V vocabulary (the common prefix of both models').
 """
@@ -20,7 +20,7 @@ from learner.update.critics import Source
 
 @runtime_checkable
 class TrainedModel(Protocol):
-    """What an update needs of the model in training."""
+    """The parts of the trained model that an update uses."""
 
     @property
     def head_weight(self) -> nn.Parameter: ...
@@ -36,7 +36,7 @@ class TrainedModel(Protocol):
 
 
 class Policies(NamedTuple):
-    """Both policies at some positions, each exponential taken once. The teacher is a constant."""
+    """Both policies at some positions, with each exponential computed once. The teacher is a constant."""
 
     policy_logprobs: Float[Tensor, "N V"]
     teacher_logprobs: Float[Tensor, "N V"]
@@ -60,18 +60,18 @@ class Policies(NamedTuple):
 
     @property
     def pair(self) -> tuple[Tensor, Tensor]:
-        """First two arguments of an objective."""
+        """The first two arguments of an objective."""
         return self.policy_logprobs, self.teacher_logprobs
 
     @property
     def probs(self) -> dict[str, Tensor]:
-        """What spares an objective the exponentials."""
+        """The keyword arguments that save an objective its exponentials."""
         return {"policy_probs": self.policy_probs, "teacher_probs": self.teacher_probs}
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The counted response positions of a batch, flat, as critics and credit see them: constants."""
+    """The counted response positions of a batch, flat; constants for critics and credit."""
 
     student_hidden: Float[Tensor, "N Ds"]
     teacher_hidden: Float[Tensor, "N Dt"]
@@ -112,10 +112,10 @@ class Heads:
 def collect_positions(
     student: TrainedModel, batch: TokenBatch, *, keep_graph: bool = False
 ) -> tuple[Positions, list[Tensor] | None]:
-    """One pass over the packs; the positions are constants.
+    """Run the backbone over all packs; the positions are constants.
 
-    ``keep_graph``: also return each pack's states [N, Ds] with the graph behind them, so that the
-    student's step need not run the backbone again; the activations of all packs are kept then.
+    ``keep_graph``: also return each pack's states [N, Ds] with their graphs, so that the student step need
+    not run the backbone again. The activations of all packs are then kept.
     """
     parts: list[Positions] = []
     kept: list[Tensor] = []
@@ -135,12 +135,12 @@ def collect_positions(
 
 def teacher_hidden(pack: Pack) -> Tensor:
     if pack.teacher_hidden is None:
-        raise ValueError("a pack without teacher states, in a recipe whose losses need the teacher's policy")
+        raise ValueError("a pack has no teacher states, but the recipe's losses need the teacher's policy")
     return pack.teacher_hidden
 
 
 def to_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """All at once: one wait for the device."""
+    """The values as numbers, with one wait for the device."""
     if not metrics:
         return {}
     values = torch.stack([value.detach().double().reshape(()) for value in metrics.values()])

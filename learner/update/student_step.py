@@ -1,4 +1,4 @@
-"""The student's part of an update: one optimiser step over all packs, the critics held fixed.
+"""The student's part of an update: one optimizer step over all packs, with the critics fixed.
 
 Legend: N positions (response tokens), B rows, T longest response, V vocabulary (the common prefix
 of both models').
@@ -38,14 +38,13 @@ def student_step(
     states: list[Tensor] | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """One optimiser step of the student over all packs, the critics held fixed.
+    """One optimizer step of the student over all packs, with the critics fixed.
 
-    ``heads``: None for a recipe that compares no distributions. ``witnesses``: what plays against
-    the student on either text, if anything does. ``states``: the student's states of each pack
-    with their graphs, if the pass before kept them; the list is emptied, so that each pack's
-    activations are freed when it is done.
+    ``heads``: None for a recipe that compares no distributions. ``witnesses``: the student's opponent on
+    each text, if the recipe has any. ``states``: the student's states of each pack with their graphs, if
+    an earlier pass kept them; the list is emptied, so that each pack's activations are freed after use.
 
-    Raises: Diverged when loss or gradient is not finite; nothing has moved then.
+    Raises: Diverged when the loss or the gradient is not finite; the student is then unchanged.
     """
     optimizer.zero_grad(set_to_none=True)
     objective = _StudentObjective(student, batch, heads, witnesses, method, credit)
@@ -75,7 +74,7 @@ def student_step(
 
 
 class _StudentObjective:
-    """The loss of one update: what all its packs share."""
+    """The loss of one update, as far as all its packs share it."""
 
     def __init__(
         self,
@@ -108,7 +107,7 @@ class _StudentObjective:
     def of_pack(self, pack: Pack, hidden: Float[Tensor, "N D"]) -> tuple[Tensor, dict[str, Tensor]]:
         """The pack's share of the loss, and its sums of the metrics, from the student's states.
 
-        Positions are sorted by source, and no block holds both, so a block has one critic.
+        Positions are sorted by text, and no block contains both texts, so a block has one critic.
         """
         order, num_teacher = _sorted_by_source(pack)
         hidden = hidden.index_select(0, order)
@@ -129,7 +128,7 @@ class _StudentObjective:
         )
 
     def _text_loss(self, pack: Pack, order: Tensor, num_teacher: int, dtype: torch.dtype) -> LossOfChunk:
-        """Cross-entropy alone: the recipes of a teacher that only wrote the text."""
+        """Cross-entropy only: for recipes that use nothing of the teacher but its text."""
         targets = pack.targets[order]
         weight = self._weights(pack, order, dtype)
 
@@ -147,7 +146,7 @@ class _StudentObjective:
     def _policies_loss(
         self, pack: Pack, order: Tensor, num_teacher: int, hidden: Tensor, heads: Heads
     ) -> LossOfChunk:
-        """All terms, from both policies' full distributions."""
+        """All terms, from the full distributions of both policies."""
         features = teacher_hidden(pack)[order]
         teacher_logits = ChunkedLogits(heads.teacher, features, self._chunk)
         values = {
@@ -189,7 +188,7 @@ class _StudentObjective:
         return loss_of_chunk
 
     def _weights(self, pack: Pack, order: Tensor, dtype: torch.dtype) -> Float[Tensor, " N"]:
-        """Of each position's losses: 1, or γ^t (``credit.form=exact``), times the ratios before it."""
+        """Weight of each position's losses: 1, or γ^t with ``credit.form=exact``, times the ratios before it."""
         row, step = pack.row[order], pack.step[order]
         wide = torch.promote_types(dtype, torch.float32)
         weight = torch.ones(len(order), dtype=wide, device=order.device)
@@ -206,7 +205,7 @@ def _source(where: slice, num_teacher: int) -> Source:
 
 
 def _sorted_by_source(pack: Pack) -> tuple[Int[Tensor, " N"], int]:
-    """The counted positions, off-policy text first, and how many of them are off-policy."""
+    """The counted positions, teacher text first, and the number of those of teacher text."""
     teacher = (pack.counted & ~pack.is_student_text).nonzero().squeeze(1)
     student = (pack.counted & pack.is_student_text).nonzero().squeeze(1)
     return torch.cat([teacher, student]), len(teacher)
@@ -223,7 +222,7 @@ def _row_lengths(batch: TokenBatch) -> Int[Tensor, " B"]:
 def _look_up(
     rows: Float[Tensor, "B T"], row: Int[Tensor, " N"], step: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
-    """Values of some positions; rows longer than the longest on-policy one have none."""
+    """Values of some positions; 0 beyond the longest row of student text."""
     if rows.shape[1] == 0:
         return rows.new_zeros(len(row))
     return torch.where(step < rows.shape[1], rows[row, step.clamp_max(rows.shape[1] - 1)], 0.0)

@@ -1,7 +1,7 @@
-"""The witness f of a moment gap: what plays against the student, a constant of its step.
+"""The witness f of a moment gap: the student's opponent, a constant of the student step.
 
-``critic.form`` says which: the two learned critics, or what they would be without limits
-(``closed_form``, ``sign``), which need no training and are computed from the policies alone.
+``critic.form`` selects it: the two learned critics, or the optimum of an unlimited critic
+(``closed_form``, ``sign``), which needs no training and is a function of the two policies.
 
 Legend: N positions (response tokens), D features, V vocabulary (the common prefix of both models').
 """
@@ -28,17 +28,17 @@ Values = Callable[[slice, Policies, Tensor], Tensor]
 
 @runtime_checkable
 class Witness(Protocol):
-    """f for the text of one source."""
+    """f on one of the two texts."""
 
     def at(
         self, teacher_hidden: Float[Tensor, "N Dt"], student_hidden: Float[Tensor, "N Ds"], chunk: int
     ) -> Values:
-        """Its values at some positions; ask in the order of :func:`learner.model.chunked.chunked_loss`."""
+        """Its values at some positions; call them in the order of :func:`learner.model.chunked.chunked_loss`."""
         ...
 
 
 class LearnedWitness:
-    """A critic held fixed; its table is made once for all packs."""
+    """A learned critic, fixed; its table is computed once for all packs."""
 
     @torch.no_grad()
     def __init__(self, critic: Critic, heads: Heads) -> None:
@@ -68,7 +68,7 @@ class FixedWitness:
 
 
 def witnesses(config: CriticConfig, critics: CriticPair | None, heads: Heads) -> dict[Source, Witness]:
-    """The witness of either text under the critics as they are now."""
+    """The witness of each text, with the critics in their present state."""
     if config.form == "learned":
         if critics is None:
             raise ValueError("critic.form=learned needs critics")

@@ -40,7 +40,7 @@ def test_the_stop_token_is_a_target_like_any_other():
     assert STOP not in pack.input_ids
 
 
-def test_the_share_of_cut_texts_is_told():
+def test_the_share_of_truncated_texts_is_a_metric():
     assert _text_metrics([group(ENDED, CUT), group(ENDED, ENDED)]) == {
         "policy/response_length": pytest.approx(3.25),
         "policy/truncated_share": 0.25,

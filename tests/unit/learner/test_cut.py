@@ -134,12 +134,12 @@ def test_another_kind_of_model_is_refused(tmp_path):
     )
     with pytest.raises(
         ConfigError,
-        match=r"^student\.init\.from=teacher must have a Llama-like teacher, not GPT2LMHeadModel; .* set student\.model",
+        match=r"^student\.init\.from=teacher must have a teacher whose layers are in model\.layers, .*, not a GPT2LMHeadModel; set student\.model",
     ):
         cut_student(teacher, tmp_path / "student", 1)
 
 
-def test_a_student_that_is_there_is_kept_or_in_the_way(teacher, tmp_path):
+def test_an_existing_student_is_kept_or_refused(teacher, tmp_path):
     student = cut_student(teacher, tmp_path / "student", 3)
     written = (student / "model.safetensors").stat().st_mtime_ns
     assert cut_student(teacher, student, 3) == student
@@ -161,9 +161,7 @@ def test_a_cut_that_fails_leaves_nothing(teacher, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("others_layers", [3, 2])
-def test_a_student_that_appears_meanwhile_is_kept_or_in_the_way(
-    teacher, tmp_path, monkeypatch, others_layers
-):
+def test_a_student_that_appears_meanwhile_is_kept_or_refused(teacher, tmp_path, monkeypatch, others_layers):
     other, student = cut_student(teacher, tmp_path / "other", others_layers), tmp_path / "student"
     new_folder = cut.new_folder
 

@@ -54,7 +54,7 @@ def test_the_students_rate_starts_after_the_critics_warm_up(world, monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", ["fkl", "sft", "anchor_only", "oracle_tv"])
-def test_without_learned_critics_nobody_warms_up(world, monkeypatch, recipe):
+def test_there_is_no_warm_up_without_learned_critics(world, monkeypatch, recipe):
     plain = turns(world, monkeypatch, f"recipe={recipe}")
     assert turns(world, monkeypatch, f"recipe={recipe}", "critic.warmup_updates=4") == plain
     assert not any(critics_only for critics_only, _ in plain)
@@ -65,7 +65,7 @@ def test_without_learned_critics_nobody_warms_up(world, monkeypatch, recipe):
     [("ammd", True), ("ammd_paper", True), ("ammd_blackbox", True), ("random_critic", True),
      ("sft", False), ("anchor_only", False), ("opd", False), ("minillm", False), ("jsd", False), ("oracle_skl", False)],
 )  # fmt: skip
-def test_critics_are_made_where_their_gaps_weigh_something(world, recipe, learned):
+def test_critics_exist_only_where_their_gaps_have_weight(world, recipe, learned):
     config = tiny_config(world, f"recipe={recipe}", "rollout.samples_per_prompt=2")
     learner = Distiller(config, Student(config.teacher.model), config.teacher.model)
     assert (learner.critics is not None) is learned

@@ -1,4 +1,4 @@
-"""Shapes in signatures are checked while these tests run, where nobody imported the modules before."""
+"""Shapes in signatures are checked while these tests run, unless the modules were imported before."""
 
 from jaxtyping import install_import_hook
 
@@ -14,6 +14,7 @@ CHECKED = [
     "learner.update.witness",
     "learner.update.losses",
     "learner.update.student_step",
+    "learner.update.diagnostics",
     "learner.update.update",
 ]
 install_import_hook(CHECKED, "beartype.beartype")

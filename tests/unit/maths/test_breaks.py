@@ -1,8 +1,8 @@
 """Named breaks of the method's code, each of which some test must catch.
 
-A break replaces a piece of a function's source; then one test of this folder is called, and has to
-fail. So this list says what the tests are worth: whoever changes a function keeps the pieces that
-its breaks name, or writes them anew.
+A break replaces a piece of a function's source; then one test of this folder runs, and it must fail. The
+list therefore measures the tests. A change to a function keeps the pieces that its breaks name, or
+updates the breaks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def game(name: str) -> Callable[[], None]:
 
 
 class Patches:
-    """What pytest's monkeypatch is asked for here: the objects are made anew for each test."""
+    """Stands in for pytest's monkeypatch; nothing is undone, because every test makes new objects."""
 
     setattr = staticmethod(setattr)
 
@@ -85,7 +85,7 @@ BREAKS = [
           on_credit.test_returns_are_strictly_future),
     Break("a mask: whitening over positions that are not there", credit.whiten, "count = total(mask.sum()).clamp_min(1)",
           "count = torch.tensor(mask.numel())",
-          on_credit.test_whitening_sees_real_tokens_alone),
+          on_credit.test_whitening_uses_only_real_tokens),
     Break("a detach: the advantage has a gradient", objectives.policy_gradient, "advantages.detach()", "advantages",
           on_objectives.test_cross_entropy_and_policy_gradient),
     Break("a detach: the student moves the critic", losses._main_loss, "f.detach(), **both", "f, **both",
@@ -123,12 +123,12 @@ BREAKS = [
     Break("ratios that are not cut", learner_credit.assign_credit, "ratio.clamp_max(config.ratio_max)", "ratio",
           step("per_decision")),
     Break("the sign critic takes sides on rounding", objectives.sign_critic, ".mul_(apart)", "",
-          on_objectives.test_the_sign_critic_takes_no_side_on_what_bfloat16_states_are_off_by),
+          on_objectives.test_the_sign_critic_ignores_bfloat16_rounding),
     Break("an oracle with the wrong bound", witness._sign, "config.bound", "1.0", step("sign")),
     Break("the proxy's probabilities instead of the teacher's tokens", update_module._critics,
           'from_text=recipe.teacher_gives == "text"', "from_text=False",
-          on_critic_step.test_a_teacher_of_text_alone_teaches_the_critics_by_its_tokens),
-    Break("the newest critic in the place of the running mean", witness.witnesses, "critics.opponent(source)",
+          on_critic_step.test_a_text_only_teacher_trains_the_critics_through_its_tokens),
+    Break("the newest critic instead of the running mean", witness.witnesses, "critics.opponent(source)",
           "critics[source]", step("ema")),
     Break("critics on a distance that is not the student's", update_module._critics, "recipe.gamma if", "1.0 if",
           on_critic_step.test_exact_critics_weigh_positions_as_the_student_does),
@@ -162,7 +162,7 @@ def broken(each: Break) -> Iterator[None]:
     function = inspect.unwrap(each.function)
     source = textwrap.dedent(inspect.getsource(function))
     assert each.old in source, f"{each.function.__qualname__} no longer holds {each.old!r}"
-    # Decorators are gone with it: only the code is put in the place of the true one.
+    # Decorators are dropped: only the code object is replaced.
     body = source[source.index("def ") :].replace(each.old, each.new, 1)
     namespace = dict(vars(inspect.getmodule(function)))
     exec(compile(body, f"<{each.name}>", "exec", annotations.compiler_flag), namespace)
@@ -180,7 +180,7 @@ def test_a_break_is_caught(each: Break):
         each.caught_by()
 
 
-def test_whole_code_is_put_back():
+def test_a_break_is_undone():
     for each in BREAKS[:3]:
         with broken(each):
             pass

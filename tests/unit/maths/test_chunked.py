@@ -103,7 +103,7 @@ def test_backward_twice_is_refused():
     hidden, weight, _, _ = problem()
     loss, _ = chunked_loss(hidden, weight, LogitTransform(), square, 4)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="backpropagated once"):
+    with pytest.raises(RuntimeError, match="backpropagated only once"):
         loss.backward()
 
 
@@ -175,14 +175,17 @@ def write_checkpoint(folder, tensors: dict[str, Tensor], **config) -> None:
 
 def test_an_unknown_architecture_is_refused(tmp_path):
     write_checkpoint(tmp_path, {"lm_head.weight": torch.ones(2, 2)}, model_type="surprise")
-    with pytest.raises(ConfigError, match=r"^model_type=surprise must be one of .*; its logits") as error:
+    with pytest.raises(
+        ConfigError,
+        match=r"^model_type=surprise must be one of .*, whose logits are known .*; choose another model",
+    ) as error:
         Head.from_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_without_a_head_is_refused(tmp_path):
     write_checkpoint(tmp_path, {"other": torch.ones(2, 2)}, model_type="llama")
-    with pytest.raises(ConfigError, match="must hold lm_head"):
+    with pytest.raises(ConfigError, match="must contain lm_head"):
         Head.from_checkpoint(tmp_path)
 
 

@@ -78,7 +78,7 @@ def test_spans_and_divisors():
                 assert abs(got[i, t] - value) < 1e-12, (span, normalize)
 
 
-def test_ratios_bring_the_continuation_to_the_policy_of_now():
+def test_ratios_reweigh_the_continuation_to_the_current_policy():
     costs, mask = padded()
     ratios = torch.rand(costs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
     got = credit.future_returns(costs, mask, GAMMA, ratios)
@@ -113,7 +113,7 @@ def test_minillms_advantage():
     torch.testing.assert_close(-got, minillm_advantages(-costs, mask, 0.95))
 
 
-def test_whitening_sees_real_tokens_alone():
+def test_whitening_uses_only_real_tokens():
     costs, mask = padded()
     got = credit.advantages(costs, mask, GROUP, GAMMA, span="own", baseline="whiten")
     inside = got[mask]
@@ -128,7 +128,7 @@ def test_whitening_one_token_or_equal_ones_gives_zero():
     assert torch.equal(credit.whiten(torch.full((2, 2), 3.0), torch.ones(2, 2).bool()), torch.zeros(2, 2))
 
 
-def test_a_member_without_tokens_is_no_member():
+def test_a_member_without_tokens_does_not_count():
     returns = torch.tensor([[2.0, 2.0], [4.0, 4.0], [9.0, 9.0]])
     mask = torch.tensor([[True, True], [True, True], [False, False]])
     found = credit.leave_one_out(returns, mask, torch.zeros(3, dtype=torch.long))

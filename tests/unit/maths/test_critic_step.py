@@ -48,7 +48,7 @@ def test_critics_learn_the_difference(features):
             assert float(critics[source].ratio_weight.detach()) == pytest.approx(0.5, abs=0.05)
 
 
-def test_critics_learn_from_tokens_alone():
+def test_critics_learn_from_tokens_only():
     """No probabilities of the teacher: the gap between the text and the policy rises, in sample, and
     the proxy's states are all the critic sees."""
     student, rows = TinyStudent(), random_rows()
@@ -64,7 +64,7 @@ def test_critics_learn_from_tokens_alone():
     assert not any("tightness" in name for metrics in seen for name in metrics)
 
 
-def test_a_teacher_of_text_alone_teaches_the_critics_by_its_tokens():
+def test_a_text_only_teacher_trains_the_critics_through_its_tokens():
     """The proxy's probabilities are not what the critics learn from."""
     settings, rows = METHODS["blackbox"], rows_for(RECIPES["blackbox"])
     metrics, _, critics = run(settings, rows)
@@ -235,7 +235,7 @@ def test_smaller_slices(monkeypatch):
         )
 
 
-def test_a_warm_up_update_moves_the_critics_alone():
+def test_a_warm_up_update_moves_only_the_critics():
     student, critics = TinyStudent(), critic_pair(CRITIC)
     before = [value.detach().clone() for value in student.parameters()]
     start = [value.detach().clone() for value in critics.parameters()]

@@ -165,14 +165,14 @@ def variance_ratios(members: int, num_trees: int = 100, num_groups: int = 400) -
 
 
 @pytest.mark.parametrize("members", [2, 4, 8])
-def test_the_direct_term_spares_variance(members):
+def test_the_direct_term_reduces_variance(members):
     """Against REINFORCE with the same baseline, over 100 trees."""
     ratios = variance_ratios(members)
     assert ratios.median() < 0.25
     assert ratios.max() < 1.0
 
 
-def test_the_baseline_spares_variance_where_critics_are_good():
+def test_the_baseline_reduces_variance_where_critics_are_good():
     """Gaps of a good critic are positive at every state, so returns have a mean to subtract. With a
     random f they have none, and the baseline costs a little instead."""
     policy, teacher, _ = games(50)

@@ -91,7 +91,7 @@ OTHER_FUNCTIONS = {
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *OTHER_FUNCTIONS])
 @pytest.mark.parametrize("which", ["policy_probs", "teacher_probs"])
-def test_given_probabilities_are_used_and_not_made_again(name, which):
+def test_given_probabilities_are_not_computed_again(name, which):
     """Each saves a pass over the vocabulary; wrong ones must therefore show."""
     function = (FUNCTIONS | OTHER_FUNCTIONS)[name]
     unused = {("forward_kl", "policy_probs"), ("reverse_kl", "teacher_probs"), ("entropy", "teacher_probs"),
@@ -164,7 +164,7 @@ def test_a_masked_tail_counts_nothing(name, masked):
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
-def test_the_jsd_is_trls(beta, monkeypatch):
+def test_the_jsd_equals_trls(beta, monkeypatch):
     """Value and gradient of the loss of TRL's GKD trainer, from the package itself."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
@@ -233,7 +233,7 @@ def test_the_sign_critic_is_the_best_of_all_bounded_ones():
     torch.testing.assert_close(objectives.moment_gap(P, Q, f), 3 * objectives.total_variation(P, Q))
 
 
-def test_the_sign_critic_takes_no_side_on_what_bfloat16_states_are_off_by():
+def test_the_sign_critic_ignores_bfloat16_rounding():
     """A student that equals the teacher sees the teacher's states in bfloat16 beside its own."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(64, 512, generator=generator), torch.randn(1000, 512, generator=generator)

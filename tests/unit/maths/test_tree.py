@@ -333,11 +333,11 @@ def test_at_the_teacher_every_value_is_zero_and_so_is_every_gradient_that_should
         torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)
     value, grad = at_teacher(any_f, loss="moment_gap")
     torch.testing.assert_close(value, torch.zeros_like(value), atol=1e-12, rtol=0)
-    assert grad.abs().max() > 0.1  # a critic that sees a difference pushes, even where there is none
+    assert grad.abs().max() > 0.1  # a critic that claims a difference pushes the student even at the teacher
 
 
 @pytest.mark.parametrize("method", ["oracle_tv", "oracle_skl", "triangular"])
-def test_the_oracles_rest_at_the_teacher(method):
+def test_the_oracles_have_no_gradient_at_the_teacher(method):
     """Their witness is zero where the policies agree, so neither value nor gradient is left, nor a penalty's."""
     bound, penalty = 1.5, 2.0
     teacher = tree.random_logits(TREES, 1).log_softmax(-1).flatten(0, 1)

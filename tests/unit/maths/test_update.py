@@ -64,7 +64,7 @@ def test_packing_micro_batches_and_chunks_do_not_matter(monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["ammd", "ammd_paper", "gkd"])
-def test_kept_activations_spare_the_second_pass_and_change_nothing(name):
+def test_kept_activations_save_the_second_pass_and_change_nothing(name):
     class Counting(TinyStudent):
         passes = 0
 
@@ -112,7 +112,7 @@ def test_a_padded_vocabulary_does_not_matter(student_tail, teacher_tail):
 @pytest.mark.parametrize(
     "name", [name for name in METHODS if name not in ("dense", "blackbox", "sft", "sft_exact")]
 )
-def test_a_student_that_is_the_teacher_rests(name):
+def test_a_student_equal_to_the_teacher_does_not_move(name):
     """Loss and gradient through a whole update, with the long horizon, MiniLLM's and OPD's advantages: no
     term but cross-entropy pulls, and a critic of the log-ratio at its start sees nothing."""
     settings = METHODS[name]
@@ -271,7 +271,7 @@ def test_a_text_recipe_needs_neither_teacher_nor_payload():
         update(student, optimizer, bare, None, None, METHODS["kd"], seed=0)
 
 
-def test_what_is_not_finite_stops_before_the_step():
+def test_a_non_finite_loss_stops_before_the_step():
     student = TinyStudent()
     with torch.no_grad():
         student.embedding[:] = torch.nan
@@ -303,7 +303,7 @@ def test_costs_before_the_students_step_are_the_gaps_it_minimises():
     assert metrics["policy/student_text.moment_gap"] == pytest.approx(float(gaps.mean()))
 
 
-def test_what_the_loss_mask_leaves_out_is_seen_by_nobody():
+def test_masked_positions_influence_nothing():
     rows = random_rows()
     partly = next(row for row in rows if not all(row.counted))
     hidden = partly.hidden.clone()
