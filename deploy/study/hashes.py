@@ -4,8 +4,8 @@
     python -m deploy.study.hashes 6003633    # of a commit
 
 A hash is taken over syntax trees, definition by definition, whatever file a definition is in. So
-comments, docstrings, formatting, the order of definitions, and files that are moved, renamed or
-split leave it unchanged; a changed sign, default or message changes it. Imports of our own modules
+comments, docstrings, formatting, the order of definitions, the messages of errors, and files that are
+moved, renamed or split leave it unchanged; a changed sign, default or condition changes it. Imports of our own modules
 count only where they rename what they import: the imported definition is in the hash itself, and
 names of classes are unique in the project. Results written before this scheme carry hashes over
 bytes and paths; they have no ``hash_format`` and are never pooled with others.
@@ -93,6 +93,10 @@ def _canonical(node: object) -> object:
         return [_canonical(item) for item in node if not (_is_text(item) or _is_plain_import(item))]
     if not isinstance(node, ast.AST):
         return node
+    if isinstance(node, ast.Raise):
+        # A run that ends well has raised nothing that ends runs: only the class can matter, to a handler.
+        raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+        return ("Raise", ast.unparse(raised) if raised is not None else "")
     fields = [
         (name, _canonical(value))
         for name, value in ast.iter_fields(node)

@@ -32,6 +32,8 @@ def gap(p: Tensor, q: Tensor) -> Tensor:
     # The teacher comes second.
     from distill.credit import whiten
 
+    if p.ndim > 2:
+        raise ValueError("p must be a matrix")
     return moment_gap(p, q) - whiten(BOUND)
 
 
@@ -59,6 +61,7 @@ HASH = hashes.code_hash([SOURCE])
         ("moment_gap(p, q) - whiten", "(\n        moment_gap(p, q)\n        - whiten"),
         ('__all__ = ["Model", "gap"]\n', ""),
         ("from torch import Tensor, nn", "from torch import nn\nfrom torch import Tensor"),
+        ("p must be a matrix", "p must have two dimensions"),
     ],
 )
 def test_text_and_places_do_not_count(old: str, new: str):
@@ -80,6 +83,8 @@ def test_text_and_places_do_not_count(old: str, new: str):
         ("import whiten", "import leave_one_out as whiten"),
         ("import torch\n", "import jax as torch\n"),
         ("torch.zeros", "torch.ones"),
+        ("p.ndim > 2", "p.ndim > 3"),
+        ("raise ValueError", "raise KeyError"),
     ],
 )
 def test_what_is_computed_counts(old: str, new: str):
