@@ -2,9 +2,9 @@
 
     python -m deploy.benchmarks.learner_update --student qwen2.5-0.5b --teacher-width 3584
 
-No model is fetched: weights do not matter to time or memory. Prints the tokens per second, the peak of
-the device's memory, and the share of the time that the arithmetic would take at ``--peak-tflops``.
-Recipes are compared within one call, since their ratio is what holds on another machine.
+No model is fetched, because neither time nor memory depends on the weights. The command prints tokens per
+second, the peak of the device's memory, and the share of the time that the arithmetic would take at
+``--peak-tflops``. Compare recipes within one call: their ratio carries over to another machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from learner.model.student import Student
 
 
 class Shape(NamedTuple):
-    """What of a student decides its time."""
+    """The sizes of a student that determine its time."""
 
     hidden_size: int
     num_layers: int
@@ -56,7 +56,7 @@ PROMPT_TOKENS = 128
 
 
 def save_student(shape: Shape, folder: Path, device: str) -> Path:
-    """A checkpoint of random weights in bf16."""
+    """Write a checkpoint of random weights in bf16."""
     config = Qwen2Config(
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_layers,
@@ -73,7 +73,7 @@ def save_student(shape: Shape, folder: Path, device: str) -> Path:
 
 
 def save_teacher_head(vocab_size: int, width: int, folder: Path) -> Path:
-    """What the learner reads of a teacher: its config and its unembedding."""
+    """Write the parts of a teacher that the learner reads: its config and its unembedding."""
     folder.mkdir()
     Qwen2Config(hidden_size=width, vocab_size=vocab_size, tie_word_embeddings=False).save_pretrained(folder)
     head = torch.randn(vocab_size, width, dtype=torch.bfloat16) / width**0.5
@@ -104,7 +104,7 @@ def random_group(source: str, number: int, length: int, vocab_size: int, width: 
 def update_flops(
     shape: Shape, teacher_width: int, num_inputs: int, num_positions: int, learned: bool
 ) -> float:
-    """Floating-point operations that an update cannot do without, attention left out.
+    """The floating-point operations that an update needs at least, without attention.
 
     Backbone: 6 per weight and token. Heads: the student's logits forward and twice back, the teacher's
     forward. With learned critics the backbone runs forward once more and both heads are formed once more.
@@ -123,7 +123,7 @@ def update_flops(
 def measure(
     config: RunConfig, student_dir: Path, teacher_dir: Path, batches: list[pa.RecordBatch], repeats: int
 ) -> tuple[list[float], float]:
-    """Seconds of each update after two that are not counted, and the peak of memory in GiB."""
+    """Seconds of each update after two that do not count, and the peak of memory in GiB."""
     student = Student(student_dir, precision=config.learner.precision, device=config.learner.device)
     learner = Distiller(config, student, teacher_dir)
     on_gpu = student.device.type == "cuda"
@@ -132,7 +132,7 @@ def measure(
     seconds = []
     for _ in range(2 + repeats):
         start = time.perf_counter()
-        learner.update(batches)  # its metrics are read back, so the device has finished
+        learner.update(batches)  # it reads its metrics back, so the device has finished
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
     return seconds[2:], peak
@@ -142,7 +142,7 @@ def line(
     config: RunConfig, shape: Shape, teacher_width: int, num_inputs: int, num_positions: int,
     seconds: list[float], peak_gib: float, peak_tflops: float | None,
 ) -> str:  # fmt: skip
-    """What was measured, in words."""
+    """The measurement as one line of text."""
     median = float(np.median(seconds))
     said = (
         f"{median * 1e3:.0f} ms an update ({min(seconds) * 1e3:.0f} to {max(seconds) * 1e3:.0f}), "
@@ -163,21 +163,21 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--student", choices=SHAPES, default="tiny")
     parser.add_argument("--teacher-width", type=int, default=3584, help="hidden size of the teacher")
     parser.add_argument("--recipes", nargs="+", default=["sft", "gkd", "ammd"])
-    parser.add_argument("--texts", type=int, default=16, help="texts of either kind in an update")
+    parser.add_argument("--texts", type=int, default=16, help="texts of each kind in an update")
     parser.add_argument("--length", type=int, default=256, help="response tokens of a text")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peak-tflops", type=float, help="what the device computes at best, in bf16")
-    parser.add_argument("--profile", action="store_true", help="also print what the last update spent")
+    parser.add_argument("--peak-tflops", type=float, help="peak rate of the device in bf16")
+    parser.add_argument("--profile", action="store_true", help="also print a profile of the last update")
     parser.add_argument(
         "--settings",
         action="append",
-        help='"KEY=VALUE ..." on top, such as "learner.vocabulary_chunk=512"; given several times, each is measured',
+        help='settings on top, such as "learner.vocabulary_chunk=512"; each occurrence of the option is measured',
     )
     return parser.parse_args(arguments)
 
 
 def _configurations(recipes: Sequence[str], settings: Sequence[str]) -> Iterator[tuple[str, RunConfig]]:
-    """Each recipe under each of the settings, with its name. Raises: ConfigError."""
+    """Every recipe with every group of settings, by name. Raises: ConfigError."""
     nothing_is_loaded = ["teacher.model=none", "student.model=none", "data.path=none"]
     for recipe, extra in itertools.product(recipes, settings):
         overrides = [*nothing_is_loaded, f"recipe={recipe}", *extra.split()]

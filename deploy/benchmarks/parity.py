@@ -1,9 +1,9 @@
-"""How far the rollout engine's log-probabilities are from the learner's, on a run's student.
+"""The distance between the rollout engine's and the learner's log-probabilities, on a run's student.
 
     python -m deploy.benchmarks.parity runs/demo --dtype bfloat16
 
-Both compute the same function in different kernels and number formats; what is left between
-them is what an on-policy update takes for a policy that is a little stale.
+Both compute the same function with different kernels and number formats. An on-policy update cannot tell the
+remaining difference from a policy that is slightly stale.
 """
 
 from __future__ import annotations
@@ -43,14 +43,16 @@ class Parity:
 def measure_parity(
     run_dir: str | Path, *, dtype: str, learner_dtype: str, num_prompts: int, max_new_tokens: int
 ) -> Parity:
-    """Sample held-out prompts of a finished run with vLLM and score the tokens as the learner does.
+    """Sample held-out prompts of a finished run with vLLM, and score the tokens with the learner's code.
 
-    Raises: ConfigError when the run or its student is not there.
+    Raises: ConfigError when the run or its student does not exist.
     """
     folder = RunFolder(run_dir)
     folder.require()
     if not folder.student.is_dir():
-        raise ConfigError("run_dir", run_dir, "hold student/, which a run writes at its end", "finish it")
+        raise ConfigError(
+            "run_dir", run_dir, "contain student/, which a run writes at its end", "finish the run"
+        )
     config = load_config(folder.config)
     rollout = RolloutConfig(
         engine="vllm",

