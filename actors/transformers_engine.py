@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache
 from distill.config import RolloutConfig, ScoringConfig
 from distill.errors import NO_VALUE
 from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
+from distill.machine.bfloat16 import to_bits
 from distill.machine.hardware import ONE_LOAD_AT_A_TIME, resolve_dtype, usable_cores
 from distill.machine.vector_math import settle_vector_math
 from distill.weights import verify
@@ -301,7 +302,7 @@ class TransformersTeacher:
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
         """Final-norm state before each response token: one uint16 array [T, D] (bf16 bits) per pair."""
-        return await self._in_thread(lambda: [_bfloat16_bits(s) for s in self._states(prompts, responses)])
+        return await self._in_thread(lambda: [to_bits(s) for s in self._states(prompts, responses)])
 
     async def hidden_states_float32(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
@@ -337,8 +338,3 @@ def _load(auto_class: Any, model_dir: str, settings: RolloutConfig | ScoringConf
     dtype = getattr(torch, resolve_dtype(settings.dtype))
     with ONE_LOAD_AT_A_TIME:
         return auto_class.from_pretrained(model_dir, dtype=dtype).eval().requires_grad_(False)
-
-
-def _bfloat16_bits(states: torch.Tensor) -> np.ndarray:
-    """Round to nearest even; the bits as uint16."""
-    return states.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
