@@ -28,7 +28,7 @@ async def build_generator(
 ) -> Generator:
     """Start the engine that ``rollout.engine`` names."""
     if rollout.engine == "vllm":
-        from actors.engine import VllmGenerator
+        from actors.vllm_engine.generator import VllmGenerator
 
         return await VllmGenerator.start(
             model_dir,
@@ -55,7 +55,7 @@ async def build_generator(
 async def build_teacher(config: RunConfig, model_dir: str) -> Teacher:
     """Start the engine that ``scoring.engine`` names."""
     if config.scoring.engine == "vllm":
-        from actors.engine import VllmTeacher
+        from actors.vllm_engine.teacher import VllmTeacher
 
         return await VllmTeacher.start(model_dir, config.scoring, max_model_tokens=config.max_model_tokens)
     from actors.transformers_engine import TransformersTeacher

@@ -46,13 +46,13 @@ _VERSIONS = itertools.count(1)
 
 GENERATORS: dict[str, tuple[str, RolloutConfig, dict[str, Any], str]] = {
     "vllm": (
-        "actors.engine.VllmGenerator",
+        "actors.vllm_engine.generator.VllmGenerator",
         RolloutConfig(dtype="float32", kv_cache_gib=0.25),
         {"on_push": "recompute", "lock_step": True},
         "tied",
     ),
     "vllm-tp2": (
-        "actors.engine.VllmGenerator",
+        "actors.vllm_engine.generator.VllmGenerator",
         RolloutConfig(dtype="float32", kv_cache_gib=0.25, tensor_parallel_size=2),
         {"on_push": "keep_kv"},
         "untied",
@@ -65,9 +65,9 @@ GENERATORS: dict[str, tuple[str, RolloutConfig, dict[str, Any], str]] = {
     ),
 }
 TEACHERS: dict[str, tuple[str, ScoringConfig]] = {
-    "vllm": ("actors.engine.VllmTeacher", ScoringConfig(dtype="float32", kv_cache_gib=0.25)),
+    "vllm": ("actors.vllm_engine.teacher.VllmTeacher", ScoringConfig(dtype="float32", kv_cache_gib=0.25)),
     "vllm-tp2": (
-        "actors.engine.VllmTeacher",
+        "actors.vllm_engine.teacher.VllmTeacher",
         ScoringConfig(dtype="float32", kv_cache_gib=0.25, tensor_parallel_size=2),
     ),
     "transformers": ("actors.transformers_engine.TransformersTeacher", ScoringConfig(dtype="float32")),
@@ -494,7 +494,8 @@ def test_a_dead_engine_fails_what_waits_for_it(generator: GeneratorHost) -> None
         process.kill()
     for future in waiting:
         with pytest.raises(
-            EngineDied, match=r"^(processes of the )?rollout engine must live; .*; look for a lack"
+            EngineDied,
+            match=r"^(processes of the )?rollout engine must live; .*; check whether the machine ran out",
         ):
             future.result(timeout=30)
     with pytest.raises(EngineDied):
@@ -534,7 +535,7 @@ def test_a_worker_of_vllm_settles_its_vector_math() -> None:
     code = (
         "from distill.machine.vector_math import settle_vector_math\n"
         "assert settle_vector_math.cache_info().currsize == 0\n"
-        "import actors.weight_transfer\n"
+        "import actors.vllm_engine.weight_transfer\n"
         "assert settle_vector_math.cache_info().currsize == 1"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
