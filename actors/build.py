@@ -1,4 +1,4 @@
-"""Which engine stands behind Generator and Teacher: vLLM or plain transformers, by config."""
+"""Builds the workers of the actors, with the engines that the configuration names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def build_generator(
 ) -> Generator:
     """Start the engine that ``rollout.engine`` names."""
     if rollout.engine == "vllm":
-        from actors.engine import VllmGenerator
+        from actors.vllm_engine.generator import VllmGenerator
 
         return await VllmGenerator.start(
             model_dir,
@@ -55,7 +55,7 @@ async def build_generator(
 async def build_teacher(config: RunConfig, model_dir: str) -> Teacher:
     """Start the engine that ``scoring.engine`` names."""
     if config.scoring.engine == "vllm":
-        from actors.engine import VllmTeacher
+        from actors.vllm_engine.teacher import VllmTeacher
 
         return await VllmTeacher.start(model_dir, config.scoring, max_model_tokens=config.max_model_tokens)
     from actors.transformers_engine import TransformersTeacher
@@ -66,7 +66,7 @@ async def build_teacher(config: RunConfig, model_dir: str) -> Teacher:
 
 
 def build_store(config: RunConfig, inputs: RunInputs, writer_id: str) -> SegmentStore:
-    """This process's segment files, and reading of everybody's."""
+    """Open the store that writes this process's segment files and reads those of every process."""
     return SegmentStore(
         memory_dir=inputs.segments,
         spill_dir=Path(inputs.run_dir) / "replay",
@@ -78,7 +78,7 @@ def build_store(config: RunConfig, inputs: RunInputs, writer_id: str) -> Segment
 
 
 async def build_rollout(config: RunConfig, inputs: RunInputs, writer_id: str) -> RolloutWorker:
-    """A rollout worker with its engine started."""
+    """Build a rollout worker and start its engine."""
     generator = await build_generator(
         inputs.student_dir,
         config.rollout,
@@ -110,7 +110,7 @@ async def build_rollout(config: RunConfig, inputs: RunInputs, writer_id: str) ->
 
 
 async def build_scorer(config: RunConfig, inputs: RunInputs, writer_id: str, model_dir: str) -> TeacherScorer:
-    """A scorer of one model, the teacher or its proxy, with its engine started."""
+    """Build a scorer for one model, the teacher or its proxy, and start its engine."""
     return TeacherScorer(
         corpus=TextCorpus.read(inputs.text_corpus),
         heldout_corpus=TextCorpus.read(inputs.heldout_corpus),

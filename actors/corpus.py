@@ -1,4 +1,4 @@
-"""The teacher's text, written once: every prompt of a table answered by its samples."""
+"""Writes the teacher corpus: the teacher's answers to the prompts of a table, sampled once before training."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ async def write_corpus(
     rows_per_call: int,
     progress: Callable[[int, int], None],
 ) -> pa.Table:
-    """Answer the first ``num_prompts`` prompts; the rows of prompt i lie together, in this order.
+    """Answer the first ``num_prompts`` prompts; the rows are in the order of the prompts.
 
-    ``prompts`` says how many samples a prompt has. ``progress`` is called with rows and tokens done.
+    ``prompts`` determines the number of samples of a prompt, whose rows are adjacent. ``progress`` is called
+    with the numbers of rows and tokens done.
     """
     batches: list[pa.RecordBatch] = []
     num_tokens = 0
@@ -41,7 +42,7 @@ async def write_corpus(
 async def _answers(prompts: PromptTable, draws: Sequence[Draw], generator: Generator) -> list[Trajectory]:
     requests = prompts.requests(draws)
     completions = await generator.generate(requests)
-    samples = itertools.product(draws, range(prompts.samples_per_prompt))  # in the requests' order
+    samples = itertools.product(draws, range(prompts.samples_per_prompt))  # in the order of the requests
     return [
         Trajectory(
             draw_id=draw.draw_id,

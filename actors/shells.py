@@ -1,7 +1,7 @@
-"""Shells of the actors: construct, forward, report. The work is in the workers.
+"""Shells of the actors. They construct workers, forward calls and report; the workers contain the logic.
 
-:mod:`deploy.cluster.ray_cluster` makes Ray actors of these classes, :mod:`deploy.cluster.in_process` objects of this
-process. Other actors come in as handles, whose methods are called as Ray's are.
+:mod:`deploy.cluster.ray_cluster` makes Ray actors of these classes, and :mod:`deploy.cluster.in_process` makes
+them objects of one process. A shell receives other actors as handles, whose methods it calls as Ray's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from distill.replay.draws import BatchPlan, DrawOrder
 from distill.replay.index import ReplayIndex
 from distill.replay.service import ReplayService
 from distill.run.inputs import RunInputs
+
+CORPUS_ROWS_PER_CALL = 128
+"""Texts of the corpus that the teacher samples together."""
 
 
 class ReplayActor(ReplayService):
@@ -46,7 +49,7 @@ class ReplayActor(ReplayService):
 
 
 class RolloutActor:
-    """Holds a rollout worker; its engine ends with it."""
+    """The shell of a rollout worker."""
 
     worker: RolloutWorker
 
@@ -77,7 +80,7 @@ class RolloutActor:
 
 
 class TeacherActor:
-    """Holds a scorer: the teacher, or its proxy."""
+    """The shell of a scorer: of the teacher, or of its proxy."""
 
     worker: TeacherScorer
 
@@ -108,7 +111,7 @@ class TeacherActor:
 
 
 class CorpusActor:
-    """The teacher as a writer, for the corpus stage alone."""
+    """Samples the teacher; only the corpus stage uses it."""
 
     def pid(self) -> int:
         return os.getpid()
@@ -117,12 +120,10 @@ class CorpusActor:
         self, config: RunConfig, teacher_dir: str, stop_token_ids: Sequence[int], num_tokens: int
     ) -> None:
         self.config = config
-        self.rows = self.tokens = 0
-        rollout = replace(config.rollout, max_num_seqs=128)
-        self.rows_per_call = rollout.max_num_seqs
+        self.num_rows = self.num_tokens = 0
         self.generator = await build_generator(
             teacher_dir,
-            rollout,
+            replace(config.rollout, max_num_seqs=CORPUS_ROWS_PER_CALL),
             max_model_tokens=config.max_model_tokens,
             stop_token_ids=stop_token_ids,
             num_tokens=num_tokens,
@@ -132,8 +133,8 @@ class CorpusActor:
         )
 
     async def write(self, prompts_path: str, num_prompts: int, samples_per_prompt: int, path: str) -> int:
-        """Answer the first prompts of a table into ``path``; returns the response tokens."""
-        self.rows = self.tokens = 0
+        """Write answers to the first prompts of a table to ``path``; returns the number of response tokens."""
+        self.num_rows = self.num_tokens = 0
         corpus = self.config.corpus
         prompts = PromptTable.read(
             prompts_path,
@@ -142,16 +143,16 @@ class CorpusActor:
             seed=corpus.seed,
         )
         table = await write_corpus(
-            prompts, num_prompts, self.generator, rows_per_call=self.rows_per_call, progress=self._progress
+            prompts, num_prompts, self.generator, rows_per_call=CORPUS_ROWS_PER_CALL, progress=self._progress
         )
         write_table(table, path)
-        return self.tokens
+        return self.num_tokens
 
-    def _progress(self, rows: int, tokens: int) -> None:
-        self.rows, self.tokens = rows, tokens
+    def _progress(self, num_rows: int, num_tokens: int) -> None:
+        self.num_rows, self.num_tokens = num_rows, num_tokens
 
     def stats(self) -> dict[str, float]:
-        return {"corpus/num_rows": float(self.rows), "corpus/num_tokens": float(self.tokens)}
+        return {"corpus/num_rows": float(self.num_rows), "corpus/num_tokens": float(self.num_tokens)}
 
     async def close(self) -> None:
         await self.generator.close()

@@ -1,10 +1,11 @@
-"""Plain transformers behind the protocols Generator and Teacher: for machines without vLLM,
-for tiny models, and as the reference that vLLM is tested against.
+"""Plain transformers behind the protocols Generator and Teacher.
 
-One thread does the model's work, so the event loop stays free. A push is taken between two
-decoding steps: requests in flight go on under the new weights, as with vLLM.
+It serves machines without vLLM and tiny models, and the tests of the vLLM engines compare with it.
 
-Shapes: B sequences of a batch, L tokens so far (left-padded), V vocabulary, D features.
+One thread does the model's work, so the event loop stays free. A push is loaded between two decoding steps:
+requests in flight continue under the new weights, as with vLLM.
+
+Shapes: B sequences of a batch, T response tokens, V vocabulary, D features.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from distill.config import RolloutConfig, ScoringConfig
-from distill.errors import NO_VALUE
+from distill.errors import NO_VALUE, first_line
 from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
+from distill.machine.bfloat16 import to_bits
 from distill.machine.hardware import ONE_LOAD_AT_A_TIME, resolve_dtype, usable_cores
 from distill.machine.vector_math import settle_vector_math
 from distill.weights import verify
@@ -32,13 +34,13 @@ from distill.weights import verify
 
 @dataclass
 class _Sequence:
-    """One request while it is sampled."""
+    """A request while it is sampled."""
 
     tokens: list[int]
     num_prompt_tokens: int
     max_new_tokens: int
     generator: torch.Generator | None
-    """None: greedy."""
+    """None: decode greedily."""
     logprobs: list[float] = field(default_factory=list)
     policy_versions: list[tuple[int, int]] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
@@ -51,8 +53,8 @@ class _Sequence:
 class TransformersGenerator:
     """Batched sampling with a key-value cache; built by :meth:`start`.
 
-    A response depends on its own seed and prompt only, but for the rounding of batched
-    arithmetic. A push that fails may have left half a model: later calls raise its error.
+    Except for the rounding of batched arithmetic, a response depends only on its seed and prompt. A push
+    that fails leaves the weights in an unknown state, so all later calls raise its WeightPushError.
     """
 
     def __init__(
@@ -85,15 +87,11 @@ class TransformersGenerator:
         stop_token_ids: Sequence[int],
         num_tokens: int | None = None,
         on_push: Literal["recompute", "keep_kv"] = "recompute",
-        seed: int = 0,
-        lock_step: bool = False,
-        backend: str = "shared_memory",
     ) -> TransformersGenerator:
-        """Load a checkpoint. Takes the vLLM engine's arguments.
+        """Load a checkpoint; returns when the engine can sample.
 
-        Unused here: ``max_model_tokens`` (no cache is set aside), ``seed`` (every request
-        has one), ``lock_step`` (requests of a call always share their steps) and
-        ``backend`` (a push is a file).
+        ``num_tokens``: as in ``VllmGenerator.start``. ``max_model_tokens`` is not used, because the cache
+        grows with the text.
         """
         thread = ThreadPoolExecutor(1, thread_name_prefix="transformers-generator")
         load = partial(_load, AutoModelForCausalLM, model_dir, settings)
@@ -108,7 +106,10 @@ class TransformersGenerator:
         )
 
     async def generate(self, requests: Sequence[SampleRequest]) -> list[Completion]:
-        """Sample all requests; answers in the order of the requests."""
+        """Sample all requests; returns completions in the order of the requests.
+
+        Raises: WeightPushError, also when the push failed before the call.
+        """
         sequences = [
             _Sequence(
                 tokens=[int(token) for token in request.prompt_tokens],
@@ -122,7 +123,7 @@ class TransformersGenerator:
         return [_completion(sequence) for sequence in sequences]
 
     async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """The most probable continuation of each prompt, the stop token included."""
+        """Return the greedy continuation of each prompt, stop token included."""
         sequences = [
             _Sequence([int(token) for token in prompt], len(prompt), max_new_tokens, None)
             for prompt in prompts
@@ -138,17 +139,17 @@ class TransformersGenerator:
         self._check_usable()
         done = asyncio.get_running_loop().create_future()
         self._pushes.append((manifest, done))
-        # Whoever comes first takes it: a decoding loop in the thread, or this call behind it.
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._take_pushes)
+        # The thread loads it from a running decoding loop, or in this call after it.
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._load_pushes)
         await done
 
     async def policy_version(self) -> int:
-        """The version that samples now; 0 before the first push."""
+        """Return the policy version that samples now; 0 before the first push."""
         self._check_usable()
         return self._version
 
     async def close(self) -> None:
-        """Free the model; nothing runs outside this process."""
+        """Free the model; there are no other processes to end."""
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
         self._model = None
 
@@ -160,7 +161,7 @@ class TransformersGenerator:
         self._check_usable()
         await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _take_pushes(self) -> None:
+    def _load_pushes(self) -> None:
         while self._pushes:
             manifest, done = self._pushes.pop(0)
             try:
@@ -168,7 +169,9 @@ class TransformersGenerator:
                 self._version = manifest.policy_version
             except Exception as error:
                 self._failure = WeightPushError(
-                    f"push of policy version {manifest.policy_version}", NO_VALUE, f"be loaded ({error})"
+                    f"push of policy version {manifest.policy_version}",
+                    NO_VALUE,
+                    f"be loaded ({first_line(error)})",
                 )
                 done.get_loop().call_soon_threadsafe(done.set_exception, self._failure)
             else:
@@ -185,7 +188,7 @@ class TransformersGenerator:
         version = self._version
         width = max(len(sequence.tokens) for sequence in batch)
         while batch:
-            self._take_pushes()
+            self._load_pushes()
             self._check_usable()
             if version != self._version and self._on_push == "recompute":
                 cache = None
@@ -193,15 +196,18 @@ class TransformersGenerator:
             logits, cache = self._forward(batch, width, cache)
             _append_tokens(batch, logits, version, self._stop_token_ids)
             width += 1
-            going_on = [index for index, sequence in enumerate(batch) if sequence.finish_reason is None]
-            if len(going_on) < len(batch):
-                cache.batch_select_indices(torch.tensor(going_on, dtype=torch.long))
-                batch = [batch[index] for index in going_on]
+            unfinished = [index for index, sequence in enumerate(batch) if sequence.finish_reason is None]
+            if len(unfinished) < len(batch):
+                cache.batch_select_indices(torch.tensor(unfinished, dtype=torch.long))
+                batch = [batch[index] for index in unfinished]
 
     def _forward(
         self, batch: list[_Sequence], width: int, cache: DynamicCache | None
     ) -> tuple[torch.Tensor, DynamicCache]:
-        """Logits [B, V] of the next token, V the common vocabulary; feeds all tokens without a cache, else the last one."""
+        """Compute logits [B, V] of the next token, V being the common vocabulary.
+
+        Without a cache it feeds all tokens, left-padded to ``width``; with one, only the last token.
+        """
         starts = torch.tensor([[width - len(sequence.tokens)] for sequence in batch])
         mask = (torch.arange(width) >= starts).long()
         if cache is None:
@@ -226,7 +232,7 @@ class TransformersGenerator:
 def _append_tokens(
     batch: Sequence[_Sequence], logits: torch.Tensor, version: int, stop_token_ids: frozenset[int]
 ) -> None:
-    """Sample one token of each sequence from logits [B, V] and note what the answer needs."""
+    """Sample one token of each sequence from logits [B, V] and record what its completion contains."""
     logprobs = logits.log_softmax(-1)
     noise = torch.ones_like(logprobs)
     for row, sequence in zip(noise, batch, strict=True):
@@ -258,9 +264,9 @@ def _completion(sequence: _Sequence) -> Completion:
 
 @torch.no_grad()
 def _load_push(model: Any, manifest: WeightManifest) -> None:
-    """Check a push, then copy it over the model's parameters.
+    """Check a push, then copy it into the model's parameters.
 
-    Raises: WeightPushError when it is not what was announced, or not the whole model.
+    Raises: WeightPushError when the file differs from its manifest or does not contain the whole model.
     """
     verify(manifest)
     with safe_open(manifest.path, framework="pt") as file:
@@ -279,8 +285,8 @@ def _load_push(model: Any, manifest: WeightManifest) -> None:
 class TransformersTeacher:
     """Scores with the model's body, without its head; built by :meth:`start`.
 
-    Each text has a forward pass of its own: in a batch the last bits of a state hang on the texts
-    beside it, and which corpus rows are scored together differs between a run and its resumption.
+    Each text has a forward pass of its own. In a batch, the last bits of a state would depend on the other
+    texts, and a resumed run does not batch the same corpus rows together as the run it continues.
     """
 
     def __init__(self, model: Any, thread: ThreadPoolExecutor) -> None:
@@ -292,7 +298,7 @@ class TransformersTeacher:
     async def start(
         cls, model_dir: str, settings: ScoringConfig, *, max_model_tokens: int
     ) -> TransformersTeacher:
-        """Load the teacher. ``max_model_tokens`` is not needed here."""
+        """Load the teacher; returns when it can score. ``max_model_tokens`` is not used."""
         thread = ThreadPoolExecutor(1, thread_name_prefix="transformers-teacher")
         load = partial(_load, AutoModel, model_dir, settings)
         return cls(await asyncio.get_running_loop().run_in_executor(thread, load), thread)
@@ -300,17 +306,17 @@ class TransformersTeacher:
     async def hidden_states(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
-        """Final-norm state before each response token: one uint16 array [T, D] (bf16 bits) per pair."""
-        return await self._in_thread(lambda: [_bfloat16_bits(s) for s in self._states(prompts, responses)])
+        """Return the final-norm state before each response token: a uint16 array [T, D] (bf16 bits) per pair."""
+        return await self._in_thread(lambda: [to_bits(s) for s in self._states(prompts, responses)])
 
     async def hidden_states_float32(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
-        """The same states before they are rounded: float32 arrays [T, D]."""
+        """Return the same states before they are rounded: float32 arrays [T, D]."""
         return await self._in_thread(lambda: [s.float().numpy() for s in self._states(prompts, responses)])
 
     async def close(self) -> None:
-        """Free the model; nothing runs outside this process."""
+        """Free the model; there are no other processes to end."""
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
         self._model = None
 
@@ -318,8 +324,8 @@ class TransformersTeacher:
     def _states(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[torch.Tensor]:
-        # The state before response token t has seen the prompt and t tokens, so the last
-        # token is never fed, and T rows begin at the prompt's last token.
+        # The state before response token t has seen the prompt and t tokens. The last token is
+        # therefore never fed, and the T rows begin at the prompt's last token.
         states = []
         for prompt, response in zip(prompts, responses, strict=True):
             tokens = torch.tensor([[*map(int, prompt), *map(int, response[:-1])]])
@@ -337,8 +343,3 @@ def _load(auto_class: Any, model_dir: str, settings: RolloutConfig | ScoringConf
     dtype = getattr(torch, resolve_dtype(settings.dtype))
     with ONE_LOAD_AT_A_TIME:
         return auto_class.from_pretrained(model_dir, dtype=dtype).eval().requires_grad_(False)
-
-
-def _bfloat16_bits(states: torch.Tensor) -> np.ndarray:
-    """Round to nearest even; the bits as uint16."""
-    return states.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from distill.machine.bfloat16 import from_bits
 from distill.schema import hidden_rows
 from learner.ranks import Ranks
 
@@ -178,7 +179,7 @@ def _pack(rows: Sequence[_Row]) -> Pack:
     hidden = None
     if all(row.hidden is not None for row in rows):
         bits = np.concatenate([row.hidden for row in rows if row.hidden is not None])
-        hidden = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+        hidden = from_bits(bits)
     return Pack(
         input_ids=_int64(np.concatenate(inputs)),
         position_ids=_int64(np.concatenate([np.arange(row.num_inputs) for row in rows])),

@@ -1,7 +1,7 @@
 """Stand-ins for the engines and the learner, for tests of the loops alone.
 
 They pass the same contract suite as the real parts where there is one
-(tests/integration/test_engine_contract.py covers generators and teachers).
+(tests/integration/test_engine_contract_*.py cover generators and teachers).
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from deploy import PRESETS
 from distill.config import RunConfig
 from distill.config.load import load_config
 from distill.errors import ConfigError
+from distill.machine.bfloat16 import to_bits
 from distill.schema import Trajectory, trajectory_batch, with_teacher_hidden
 from learner.distiller import Distiller
 from learner.model.student import Student
@@ -97,8 +98,8 @@ def random_group(source: str, number: int, length: int, vocab_size: int, width: 
         finish_reason="length" if student else None,
         generated_at=datetime.now(UTC) if student else None,
     )
-    states = torch.from_numpy(random.normal(size=(length, width)).astype(np.float32)).bfloat16()
-    return with_teacher_hidden(trajectory_batch([row]), [states.view(torch.int16).numpy().view(np.uint16)])
+    states = torch.from_numpy(random.normal(size=(length, width)).astype(np.float32))
+    return with_teacher_hidden(trajectory_batch([row]), [to_bits(states)])
 
 
 def update_flops(

@@ -1,4 +1,4 @@
-"""What this machine can do, read without torch: asked by engines, learner and preflight."""
+"""What this machine can do, determined without torch, for the engines, the learner and the preflight."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Literal
 
 ONE_LOAD_AT_A_TIME = threading.Lock()
-"""transformers sets defaults of the whole process while it loads a model: two loads in two threads
-mix them up (a tied head came out untied). Actors that share a process hold this."""
+"""transformers changes defaults of the whole process while it loads a model, so two loads in two threads
+interfere (a tied head came out untied). Actors that share a process acquire this lock."""
 
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Names in /proc/cpuinfo: x86 writes avx512_bf16 and amx_bf16, aarch64 writes bf16."""
 
 
 def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
-    """Instruction-set flags of the first processor; empty where the system does not tell."""
+    """Read the instruction-set flags of the first processor; empty where the system does not list them."""
     try:
         text = Path(cpuinfo).read_text()
     except OSError:
@@ -30,9 +30,9 @@ def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
 
 
 def computes_in_bfloat16(cpuinfo: str = "/proc/cpuinfo") -> bool:
-    """Whether the processor multiplies bfloat16 itself.
+    """Whether the processor has instructions that multiply bfloat16.
 
-    Where it does not, bfloat16 is emulated and many times slower than float32.
+    Without them, bfloat16 is emulated and many times slower than float32.
     """
     return bool(_BFLOAT16_FLAGS & cpu_flags(cpuinfo))
 
@@ -40,16 +40,17 @@ def computes_in_bfloat16(cpuinfo: str = "/proc/cpuinfo") -> bool:
 def resolve_dtype(
     setting: Literal["auto", "float32", "bfloat16"], device: Literal["cpu", "cuda"] = "cpu"
 ) -> Literal["float32", "bfloat16"]:
-    """The number format behind a setting: ``auto`` is bfloat16 where it is computed natively."""
+    """Return the number format of a setting: ``auto`` is bfloat16 where it is computed natively."""
     if setting != "auto":
         return setting
     return "bfloat16" if device == "cuda" or computes_in_bfloat16() else "float32"
 
 
 def resolve_micro_batch_tokens(setting: int | None, device: str) -> int:
-    """The tokens of one forward pass behind a setting; ``device``: cpu or cuda.
+    """Return the tokens of one forward pass that a setting means; ``device``: cpu or cuda.
 
-    A CPU is busy with few, and its caches want no more. A GPU spends small passes on starting its kernels.
+    A few tokens occupy a CPU fully, and more would exceed its caches. A GPU spends most of a small pass on
+    starting kernels.
     """
     if setting is not None:
         return setting
@@ -57,7 +58,7 @@ def resolve_micro_batch_tokens(setting: int | None, device: str) -> int:
 
 
 def usable_cores(cpu_max: str = "/sys/fs/cgroup/cpu.max") -> int:
-    """Cores this process may use: its affinity, cut by the container's quota."""
+    """Count the cores this process may use: its affinity, limited by the container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path(cpu_max).read_text().split()

@@ -1,8 +1,8 @@
-"""A remote actor's handle as one of our protocols.
+"""Makes the handle of a remote actor usable as one of the protocols in :mod:`distill.interfaces`.
 
-``Remote(handle).admit(4)`` is ``await``-able, like the local object's coroutine. Ray's
-handles fit (`handle.method.remote(...)` gives an awaitable reference), and so does anything
-else with that shape; nothing here imports Ray.
+``Remote(handle).admit(4)`` is awaitable, like the coroutine of a local object. It works with Ray's handles,
+because ``handle.method.remote(...)`` returns an awaitable reference, and with everything else of that shape.
+This module does not import Ray.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from distill.errors import NO_VALUE
 from distill.interfaces import WeightManifest, WeightPushError
-from distill.weights import remove_old_segments, write_weights
+from distill.weights import remove_old_weights, write_weights
 
 
 class WeightReceiver(Protocol):
@@ -75,7 +75,7 @@ class SharedMemoryPublisher:
                 f"reach all {len(self.receivers)} engines within weights.deadline_s={self.deadline_s}",
                 "raise the deadline, or look for an engine that hangs",
             ) from error  # fmt: skip
-        remove_old_segments(self.folder)
+        remove_old_weights(self.folder)
         self.push_s = time.monotonic() - start
         return version
 

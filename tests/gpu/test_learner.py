@@ -23,6 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from distill.interfaces import WeightManifest
+from distill.machine.bfloat16 import to_bits
 from distill.schema import Trajectory, trajectory_batch, with_teacher_hidden
 from learner.batch import token_batch
 from learner.distiller import Distiller
@@ -93,10 +94,8 @@ def groups(source: str, number: int, rows: int, seed: int) -> list[pa.RecordBatc
                 for sample, text in enumerate(texts)
             ]
         )
-        states = [torch.from_numpy(random.normal(size=(len(text), HIDDEN_SIZE))).bfloat16() for text in texts]
-        found.append(
-            with_teacher_hidden(batch, [s.view(torch.int16).numpy().view(np.uint16) for s in states])
-        )
+        states = [torch.from_numpy(random.normal(size=(len(text), HIDDEN_SIZE))) for text in texts]
+        found.append(with_teacher_hidden(batch, [to_bits(s) for s in states]))
     return found
 
 

@@ -129,7 +129,7 @@ def test_the_student_loads_in_transformers_and_in_vllm(vllm_run: Path) -> None:
     code = f"""
 import asyncio, torch
 from transformers import AutoModelForCausalLM
-from actors.engine import VllmGenerator
+from actors.vllm_engine.generator import VllmGenerator
 from distill.config import RolloutConfig
 
 async def main():
@@ -312,7 +312,7 @@ def test_a_dead_engine_ends_the_run_with_one_line(world: Path) -> None:
     failure = RunFolder(world / "dead").read_failure()
     assert failure is not None and failure["message"] in output.splitlines()[-2]
     assert "rollout engine" in failure["name"] and failure["must"].startswith("live; ")
-    assert "look for a lack of memory" in failure["remedy"]
+    assert "ran out of memory" in failure["remedy"]
     assert "EngineDied" in (world / "dead" / "failure.txt").read_text()
 
 

@@ -1,4 +1,4 @@
-"""The transformers engine without a process of its own; its contract is in tests/integration."""
+"""The transformers engine in the test's process; tests/integration checks its contract."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from distill.config import ScoringConfig
 from tests.tiny import save_tiny_llama
 
 
-def test_a_state_hangs_on_its_own_text_alone(tmp_path: Path) -> None:
-    """To the last bit: a resumed run scores a corpus row beside other rows than the run it goes on with."""
+def test_a_state_depends_only_on_its_own_text(tmp_path: Path) -> None:
+    """To the last bit, because a resumed run scores a corpus row together with different rows than before."""
     numbers = random.Random(0)
     texts = [[numbers.randrange(2, 258) for _ in range(numbers.randint(12, 60))] for _ in range(12)]
     prompts, responses = [text[:8] for text in texts], [text[8:] for text in texts]

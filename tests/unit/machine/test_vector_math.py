@@ -1,4 +1,4 @@
-"""MKL's vector functions are settled before a model is computed with."""
+"""MKL's vector functions are settled before a model computes with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny import save_tiny_llama
 STORM = """
 import os, torch
 from distill.machine.vector_math import settle_vector_math
-torch.set_num_threads(1)  # no pool of threads before the fork: it would not survive it
+torch.set_num_threads(1)  # no thread pool before the fork, which it would not survive
 numbers = torch.rand(512, 512) * 0.9 + 0.05
 differ = 0
 for name in ("exp", "sqrt", "log"):
@@ -32,9 +32,12 @@ print(differ)
 """
 
 
-def test_the_first_call_of_a_process_gives_the_numbers_of_the_second() -> None:
-    """Seventy-five processes of two threads. Without settling, some of them give other numbers on a busy
-    machine with AVX-512; without AVX-512 all 15,000 that were tried gave the same."""
+def test_the_first_call_of_a_process_returns_the_same_numbers_as_the_second() -> None:
+    """Runs seventy-five processes of two threads.
+
+    Without settling, some of them return different numbers on a busy machine with AVX-512. Without AVX-512,
+    all 15,000 that were tried returned the same.
+    """
     done = subprocess.run(
         [sys.executable, "-c", STORM], capture_output=True, text=True, timeout=100, check=True
     )
@@ -47,7 +50,7 @@ def unsettled() -> None:
 
 
 @pytest.mark.usefixtures("unsettled")
-def test_whoever_loads_a_model_settles_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_a_model_settles_them_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny_llama(tmp_path)
     settled: list[str] = []
 
