@@ -58,7 +58,7 @@ class VllmGenerator:
         self._on_push = on_push
         self._lock_step = lock_step
         self._num_requests = 0
-        self._scheduler = asyncio.Lock()  # whoever pauses the engine acquires it
+        self._scheduler = asyncio.Lock()  # to be acquired before pausing the engine
         self._in_flight: set[asyncio.Task[Any]] = set()
         self._failure: WeightPushError | EngineDied | None = None
         self._closed = False
@@ -317,7 +317,7 @@ async def _all_finished(engine: AsyncLLM, queues: Sequence[Any]) -> list[Request
 
 
 def _version(weight_version: str) -> int:
-    """The policy version; vLLM calls the weights it was started with ``default``."""
+    """Return the policy version; vLLM calls the weights it was started with ``default``."""
     return 0 if weight_version == "default" else int(weight_version)
 
 

@@ -9,7 +9,7 @@ directory, without installation. The import does three things:
   layerwise reload, because the CPU build repacks weights and they cannot be copied in place.
 - It starts a watchdog in a process that an engine of this project started. Without the watchdog, a worker
   outlives an owner that is killed, and keeps the device's memory.
-- It initialises MKL's vector functions before the model computes its rotary table with them.
+- It settles MKL's vector functions before the model computes its rotary table with them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from distill.machine.vector_math import settle_vector_math
 from distill.weights import verify
 
 BACKEND = "shared_memory"
+"""Name of the transfer engine in vLLM's registry."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Fixtures of the engine contract: two students, and engines that the tests share."""
+"""Fixtures of the engine contract: two students, and engines that all of its tests share."""
 
 from __future__ import annotations
 

@@ -1,0 +1,66 @@
+"""Ending the processes of an engine, without vLLM: plain processes take the place of core and worker."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from actors.vllm_engine import processes
+
+WORKER = """
+import time
+from actors.vllm_engine.processes import start_watchdog
+start_watchdog()
+print("ready", flush=True)
+time.sleep(100)
+"""
+CORE = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {WORKER!r}]); time.sleep(100)"
+"""It does not end when its worker does."""
+OWNER = """
+import os, subprocess, sys
+from actors.vllm_engine.processes import OWNER_VARIABLE
+environment = os.environ | {OWNER_VARIABLE: str(os.getpid())}
+subprocess.run([sys.executable, "-c", sys.argv[1]], env=environment)
+"""
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); "
+    "time.sleep(100)"
+)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("below", "num_descendants"), [(WORKER, 1), (CORE, 2)], ids=["worker", "core"])
+def test_processes_of_an_engine_end_with_their_owner(below: str, num_descendants: int) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, below], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None and owner.stdout.readline() == "ready\n"
+    descendants = psutil.Process(owner.pid).children(recursive=True)
+    assert len(descendants) == num_descendants
+    time.sleep(2 * processes._WATCH_EVERY_S)
+    assert all(map(processes.is_alive, descendants))
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    wait_for(lambda: not any(map(processes.is_alive, descendants)))
+
+
+def test_a_process_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_CLOSE_AFTER_S", 0.2)
+    with subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True) as stubborn:
+        assert stubborn.stdout is not None and stubborn.stdout.readline() == "ready\n"
+        child = next(child for child in processes.engine_processes() if child.pid == stubborn.pid)
+        assert processes.is_alive(child)
+        child.terminate()
+        processes.end_processes([child])
+        assert not processes.is_alive(child)
