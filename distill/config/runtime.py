@@ -12,7 +12,8 @@ from distill.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """Student text."""
+    """Sampling of student text: always at temperature 1 and without top-p, because the objective is an
+    expectation over the policy itself."""
 
     engine: Literal["vllm", "transformers"] = "vllm"
     """What samples. transformers: for machines without vLLM and for tiny models."""
@@ -20,10 +21,6 @@ class RolloutConfig:
     """Responses per draw: the size of a group."""
     max_new_tokens: int = 64
     """Longest response."""
-    temperature: float = 1.0
-    """Neutral, always: the method's expectations are over the policy itself."""
-    top_p: float = 1.0
-    """Neutral, always."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the engine; auto: bfloat16 where the processor computes in it, else float32."""
     tensor_parallel_size: int = 1
@@ -48,14 +45,6 @@ class RolloutConfig:
         yield from bounded("rollout", self, ">= 1", *counts)
         yield from bounded("rollout", self, "> 0", "kv_cache_gib")
         yield from bounded("rollout", self, "(0, 1]", "gpu_memory_utilization")
-        for name in ("temperature", "top_p"):
-            if getattr(self, name) != 1.0:
-                yield ConfigError(
-                    f"rollout.{name}",
-                    getattr(self, name),
-                    "be 1",
-                    "leave it out: the on-policy distance is an expectation over the policy itself",
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +139,6 @@ class ReplayConfig:
 class WeightsConfig:
     """The push of the learner's weights into the engines."""
 
-    backend: Literal["auto", "shared_memory", "nccl", "ipc"] = "auto"
-    """auto: shared_memory. The trainers of nccl and ipc are written, not run on a GPU, and no run takes them yet."""
     on_push: Literal["recompute", "keep_kv"] = "recompute"
     """What becomes of requests in flight: their caches are dropped and filled again under the
     new weights, or kept (prefix caching is then off)."""
@@ -159,9 +146,6 @@ class WeightsConfig:
     """A push that takes longer fails the run."""
 
     def violations(self) -> Iterator[ConfigError]:
-        if self.backend in ("nccl", "ipc"):
-            yield ConfigError("weights.backend", self.backend, "be auto or shared_memory",
-                       "no run takes the GPU trainers of learner/process/publish.py yet")  # fmt: skip
         yield from bounded("weights", self, "> 0", "deadline_s")
 
 

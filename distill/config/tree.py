@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from distill.config import RunConfig, StudentInitConfig
+from distill.config.retired import RETIRED
 from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
 
 Tree = dict[str, Any]
@@ -161,6 +162,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _unknown(name: str, prefix: str, hints: Mapping[str, object]) -> ConfigError:
+    if name in RETIRED:
+        return ConfigError(name, NO_VALUE, "be a setting", RETIRED[name])
     siblings = [f"{prefix}{sibling}" for sibling in hints]
     last = name.rpartition(".")[2]
     elsewhere = [other for other in setting_names() if other.rpartition(".")[2] == last]
@@ -206,7 +209,9 @@ def _written_path(field_path: str) -> str:
 
 
 def _wrong_value(name: str, hint: Any, value: object) -> ConfigError:
-    if choices := _choices(hint):
+    if f"{name}={value}" in RETIRED:
+        remedy = RETIRED[f"{name}={value}"]
+    elif choices := _choices(hint):
         remedy = did_you_mean(str(value), choices)
     else:
         remedy = f"the default is {_default(name)}"

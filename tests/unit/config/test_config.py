@@ -29,6 +29,7 @@ from distill.config import (
     runtime,
 )
 from distill.config.load import load_config
+from distill.config.retired import RETIRED
 from distill.config.tree import fingerprint, flatten, setting_names, to_yaml
 from distill.errors import ConfigError
 from tests.unit.replay.builders import Settings
@@ -238,6 +239,31 @@ def test_messages_for_whole_files(load, tmp_path):
         load_config(tmp_path / "named.yaml")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message_is"),
+    [
+        ("recipe.off_policy_text=teacher", "recipe.off_policy_text must be a setting; use its new name, recipe.teacher_text"),
+        ("recipe.teacher=text", "recipe.teacher must be a setting; use its new name, recipe.teacher_gives"),
+        ("learner.text_rows_per_update=8", "learner.text_rows_per_update must be a setting; use its new name, learner.teacher_rows_per_update"),
+        ("recipe.teacher_text=teacher", "recipe.teacher_text=teacher must be one of sampled, reference, none; use its new name, sampled"),
+        ("rollout.temperature=1", "rollout.temperature must be a setting; leave it out: the objective needs text from the policy itself, so sampling is at temperature 1 without top-p"),
+        ("rollout.top_p=1", "rollout.top_p must be a setting; leave it out: the objective needs text from the policy itself, so sampling is at temperature 1 without top-p"),
+        ("weights.backend=auto", "weights.backend must be a setting; leave it out: every push goes through shared memory"),
+    ],
+)  # fmt: skip
+def test_retired_settings_are_answered_with_what_to_write_instead(load, wrong, message_is):
+    assert message(load, "", wrong) == message_is
+    assert {wrong, wrong.partition("=")[0]} & set(RETIRED)
+
+
+def test_no_setting_is_retired_and_every_new_name_is_a_setting():
+    for retired, remedy in RETIRED.items():
+        name, _, value = retired.partition("=")
+        assert (name in setting_names()) == bool(value)
+        _, renamed, new = remedy.partition("its new name, ")
+        assert not renamed or value or new in setting_names()
+
+
 # Round trip and fingerprint
 
 
@@ -341,7 +367,7 @@ BROKEN = [
     "recipe.long_weight=1 recipe.student_text=none", "student.model=x", "student.init.from=other",
     "student.init.num_layers=0", "data.num_heldout=0", "sft.num_updates=0", "sft.rows_per_update=0",
     "corpus.max_new_tokens=0", "corpus.samples_per_prompt=0", "corpus.num_prompts=0", "rollout.samples_per_prompt=0",
-    "rollout.max_new_tokens=0", "rollout.temperature=0.7", "rollout.top_p=0.9",
+    "rollout.max_new_tokens=0",
     "rollout.tensor_parallel_size=0", "replay.max_policy_age=-1", "replay.samples_per_insert=0",
     "replay.max_times_sampled=0", "replay.samples_per_insert=2 replay.max_times_sampled=2",
     "replay.min_size_to_sample=-1", "replay.segment_bytes=1", "replay.segment_bytes=2000000000",
@@ -358,7 +384,7 @@ BROKEN = [
     "credit.baseline=whiten credit.form=exact",
     "credit.ratio=token credit.form=exact replay.max_policy_age=1 credit.ratio_max=null",
     "credit.ratio_max=2 credit.form=exact replay.max_policy_age=1 credit.ratio=per_decision",
-    "critic.zero_sum=true recipe=ammd_blackbox", "critic.warmup_updates=20", "weights.backend=nccl", "teacher.model=''",
+    "critic.zero_sum=true recipe=ammd_blackbox", "critic.warmup_updates=20", "teacher.model=''",
     "student.init.num_layers=3 student.init.from=null student.model=x", "recipe=imitkd recipe.anchor_weight=0.5",
     "recipe.loss_weight=0 recipe.anchor_weight=0", "recipe=opd recipe.lm_weight=1",
     "learner.beta1=1.5", "learner.final_fraction=7", "sft.warmup_fraction=5", "scoring.gpu_memory_utilization=9",

@@ -66,7 +66,7 @@ def test_a_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
         ("critic.features=ratios", ["critic.features", "ratio"]),
         ("recipe=amd", ["amd", "ammd"]),
         ("recipe.beta=1.5", ["recipe.beta=1.5", "[0, 1]"]),
-        ("rollout.temperature=0.7", ["rollout.temperature=0.7"]),
+        ("rollout.temperature=0.7", ["rollout.temperature must be a setting; leave it out"]),
         ("replay.min_size_to_sample=100", ["replay.min_size_to_sample=100", "max_policy_age"]),
         ("teacher.model=/no/such/folder", ["teacher.model=/no/such/folder"]),
         ("teacher.model=smollm2-135", ["smollm2-135m"]),
