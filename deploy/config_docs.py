@@ -1,8 +1,8 @@
-"""Writes docs/configuration.md from the docstrings of distill/config/.
+"""Generates docs/configuration.md from the docstrings in distill/config/.
 
     python -m deploy.config_docs > docs/configuration.md
 
-A unit test compares the file with this output, so the two cannot drift apart.
+A unit test compares the file with this output, so the two always agree.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 
 import distill.config
 from distill.config import RunConfig
+from distill.config.tree import WRITTEN_NAMES
 
 _HEAD = """# Settings
 
-Written by `python -m deploy.config_docs` from `distill/config/`; do not edit.
+`python -m deploy.config_docs` generates this page from `distill/config/`; do not edit it.
 
-A YAML file holds sections as below; `distill train FILE section.name=value` overrides. A recipe
-can be given by name: `recipe: kd` or `recipe=kd` takes `deploy/configs/recipes/kd.yaml`; with fields
-on top: `recipe: {preset: kd, lm_weight: 0.3}`.
+A YAML file contains the sections below, and `distill train FILE section.name=value` overrides a setting of the
+file. A recipe can be given by name: `recipe: kd` in the file or `recipe=kd` on the command line loads the preset
+`deploy/configs/recipes/kd.yaml`. `recipe: {preset: kd, lm_weight: 0.3}` loads it and changes one of its fields.
 """
 
 
 def config_docs() -> str:
-    """The whole page."""
+    """Generate the whole page."""
     docs = _field_docs()
     parts = [_HEAD, *_section("top level", RunConfig(), "", docs)]
     for field in fields(RunConfig):
@@ -38,7 +39,7 @@ def config_docs() -> str:
 
 
 def _section(title: str, part: Any, prefix: str, docs: dict[tuple[str, str], str]) -> list[str]:
-    lines = [f"\n## {title}\n", f"{' '.join((type(part).__doc__ or '').split())}\n"]
+    lines = [f"\n## {title}\n", f"{_markdown(type(part).__doc__ or '')}\n"]
     lines += ["| setting | default | meaning |", "|---|---|---|"]
     return lines + _rows(part, prefix, docs)
 
@@ -48,21 +49,26 @@ def _rows(part: Any, prefix: str, docs: dict[tuple[str, str], str]) -> list[str]
     for field in fields(part):
         value = getattr(part, field.name)
         if is_dataclass(value):
-            if prefix:  # a section inside a section; those of the top level have their own tables
+            if prefix:  # a section within a section; sections of the top level have tables of their own
                 rows += _rows(value, f"{prefix}{field.name}.", docs)
             continue
-        name = "from" if prefix.endswith("init.") and field.name == "source" else field.name
-        meaning = " ".join(docs[type(part).__name__, field.name].replace("|", "\\|").split())
+        name = WRITTEN_NAMES.get((type(part), field.name), field.name)
+        meaning = _markdown(docs[type(part).__name__, field.name]).replace("|", "\\|")
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         choices = _choices(typing.get_type_hints(type(part))[field.name])
-        if choices:
+        if any(f"`{choice}`" not in meaning for choice in choices):
             meaning += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
         rows.append(f"| `{prefix}{name}` | `{shown}` | {meaning} |")
     return rows
 
 
+def _markdown(docstring: str) -> str:
+    """A docstring on one line, with code in single backticks."""
+    return " ".join(docstring.replace("``", "`").split())
+
+
 def _choices(hint: Any) -> tuple[str, ...]:
-    """The words a setting may be, if it is one of a few; null beside them is said by the default."""
+    """The values of a setting with a fixed set of values, without null, which such a setting has as its default."""
     hints = [hint, *typing.get_args(hint)]
     return next((typing.get_args(part) for part in hints if typing.get_origin(part) is typing.Literal), ())
 

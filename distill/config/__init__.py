@@ -1,9 +1,10 @@
-"""The configuration of a run: dataclasses with a meaning and a unit under each field.
+"""The configuration of a run: dataclasses in which a docstring below each field documents it.
 
-Read by every part (each receives its own section), written to ``config.yaml`` in the run
-folder. :mod:`distill.config.load` reads files, presets and overrides, and names a mistyped key;
-the rules here are the ones that need nothing but the numbers. Imports neither torch nor
-transformers, so ``distill --help`` and validation are instant.
+Every component receives its own section, and the whole configuration is written to ``config.yaml`` in the run
+folder. :mod:`distill.config.load` reads files, presets and overrides and suggests a name for a mistyped one.
+The rules in this package need only the values of the settings; ``deploy/run/preflight.py`` checks those that
+need models, data or the machine. Neither torch nor transformers is imported, so ``distill --help`` and the
+validation are instant.
 """
 
 from distill.config.inputs import (

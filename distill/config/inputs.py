@@ -1,4 +1,4 @@
-"""Settings of what goes in: models, data, the teacher's text; and of what is measured of it."""
+"""Settings of the inputs (models, data, teacher text) and of the evaluation."""
 
 from __future__ import annotations
 
@@ -7,99 +7,104 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from distill.config.rules import bounded
-from distill.errors import ConfigError
+from distill.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The fixed model."""
+    """The fixed model that the student is distilled from."""
 
     model: str = "smollm2-135m"
-    """Folder of a Hugging Face checkpoint, a name known to `distill models`, or a hub id."""
+    """Folder of a Hugging Face checkpoint, the name of a model that `distill models fetch` offers, or a hub id."""
     revision: str | None = None
-    """Hub revision; only for hub ids."""
+    """Revision of a hub id: a branch, tag or commit. null: the hub's default."""
 
     def violations(self) -> Iterator[ConfigError]:
         if not self.model:
             yield ConfigError(
-                "teacher.model", self.model, "name a model", "give a folder, a name or a hub id"
+                "teacher.model", self.model, "name a model", "give a folder, a model's name or a hub id"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentInitConfig:
-    """A student cut from a bigger model."""
+    """A student that is cut from the teacher."""
 
-    source: str | None = None
-    """``teacher``: cut from the teacher; null: load ``student.model``. Written ``from`` in YAML."""
+    source: str | None = None  # `from` in YAML: distill.config.tree.WRITTEN_NAMES
+    """``teacher``: the student is the teacher with fewer layers. null: the student is loaded from
+    ``student.model``."""
     num_layers: int | None = None
-    """Layers kept, evenly spaced, first and last among them."""
+    """Number of the teacher's layers that the student keeps: the first, the last, and layers evenly spaced
+    between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """The trained model: cut from the teacher, or any causal LM of its tokenizer."""
+    """The model that is trained: cut from the teacher, or any causal language model with the teacher's tokenizer."""
 
     model: str | None = None
-    """Folder of a Hugging Face checkpoint, a name known to `distill models`, or a hub id."""
+    """Folder of a Hugging Face checkpoint, the name of a model that `distill models fetch` offers, or a
+    hub id. null: the student is cut from the teacher (``student.init``)."""
     revision: str | None = None
-    """Hub revision; only for hub ids."""
+    """Revision of a hub id: a branch, tag or commit. null: the hub's default."""
     init: StudentInitConfig = field(default_factory=StudentInitConfig)
-    """How to cut the student from the teacher instead of loading one."""
+    """How to cut the student from the teacher instead of loading it."""
 
     def violations(self) -> Iterator[ConfigError]:
         if (self.model is None) == (self.init.source is None):
-            value = "null" if self.model is None else self.model
             yield ConfigError(
                 "student.model",
-                value,
+                "null" if self.model is None else self.model,
                 "be set exactly when student.init.from is not",
-                "give a checkpoint, or student.init: {from: teacher, num_layers: N}",
+                "name a checkpoint, or set student.init: {from: teacher, num_layers: N}",
             )
         if self.init.source not in (None, "teacher"):
             yield ConfigError(
                 "student.init.from",
                 self.init.source,
                 "be teacher",
-                "to start from another checkpoint set student.model",
+                "set student.model to start from another checkpoint",
             )
         if self.init.source is None and self.init.num_layers is not None:
             yield ConfigError(
                 "student.init.num_layers",
                 self.init.num_layers,
                 "be null unless student.init.from is set",
-                "a student of its own keeps its layers; to cut one from the teacher set student.init.from=teacher",
+                "leave it out, because a loaded student keeps all its layers; or set student.init.from=teacher",
             )
         if self.init.source is not None and (self.init.num_layers or 0) < 1:
             yield ConfigError(
                 "student.init.num_layers",
-                self.init.num_layers,
-                "be >= 1",
-                "say how many of the teacher's layers to keep",
+                "null" if self.init.num_layers is None else self.init.num_layers,
+                "be >= 1 when student.init.from is set",
+                "set how many of the teacher's layers the student keeps",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Prompts and references."""
+    """Prompts, and the references that answer them."""
 
     path: str = "alpaca-demo"
-    """A .jsonl, .json or .parquet file, a name known to `distill data`, or a `datasets` id."""
+    """A .jsonl, .json or .parquet file, the name of a data set that `distill data fetch` offers, or the id
+    of a data set for the `datasets` library."""
     format: Literal["auto", "prompt_completion", "messages", "instruction"] = "auto"
-    """Columns: prompt/completion, messages, or instruction/input/output. auto looks at the first row."""
+    """Columns of the data: prompt and completion; messages; or instruction, input and output. ``auto``:
+    determined from the first row."""
     split: str = "train"
-    """Split of a `datasets` id."""
+    """Split to load. Only used if ``path`` is a `datasets` id."""
     chat_template: bool = True
-    """Apply the teacher tokenizer's chat template (both models see the same tokens);
-    false: the prompt's text as it is."""
+    """Whether prompts are formatted with the chat template of the teacher's tokenizer; teacher and student
+    see the same tokens. false: the prompt's text is used unchanged."""
     num_heldout: int = 128
-    """Rows kept out of training, for evaluation; chosen by `seed`."""
+    """Number of rows that are kept out of training for the evaluations. `seed` determines which ones."""
     max_prompt_tokens: int = 256
-    """Longest prompt, template included."""
+    """Longest prompt in tokens, including the chat template."""
     max_reference_tokens: int = 256
-    """References are cut to this many tokens."""
+    """Number of tokens to which references are truncated."""
     on_long_prompt: Literal["error", "skip"] = "error"
-    """A prompt over the limit stops the run, or is left out and counted."""
+    """What happens to a prompt that is longer than ``max_prompt_tokens``. ``error``: the run does not start.
+    ``skip``: the row is left out and counted."""
 
     def violations(self) -> Iterator[ConfigError]:
         yield from bounded("data", self, ">= 1", "num_heldout", "max_prompt_tokens", "max_reference_tokens")
@@ -107,16 +112,18 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """Text written once by the teacher, kept as Parquet and re-used by fingerprint."""
+    """Text sampled from the teacher before training. It is stored as Parquet in the cache, and every run with
+    the same fingerprint reuses it."""
 
     num_prompts: int | None = None
-    """Training prompts to answer; null: all that the run draws."""
+    """Number of training prompts that the teacher answers. null: all of them."""
     samples_per_prompt: int = 1
-    """Answers to each prompt. The cheaper the teacher's text, the less a student overfits to it."""
+    """Number of answers that the teacher samples for each prompt. With more answers, the student overfits less
+    to the text."""
     max_new_tokens: int = 64
-    """Longest response."""
+    """Longest answer of the teacher, in tokens."""
     seed: int = 0
-    """Seed of the sampling; part of the fingerprint."""
+    """Seed of the sampling. It is part of the fingerprint."""
 
     def violations(self) -> Iterator[ConfigError]:
         yield from bounded("corpus", self, ">= 1", "max_new_tokens", "samples_per_prompt", "num_prompts")
@@ -139,36 +146,46 @@ EVALUATION_METRICS = (
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Held-out measurement before, during and after."""
+    """Evaluations on held-out prompts before, during and after training."""
 
     every: int = 10
-    """Updates between evaluations during training; 0: only before and after."""
+    """Number of updates between two evaluations during training. 0: evaluate only before and after training."""
     num_prompts: int = 128
-    """Held-out prompts before and after."""
+    """Number of held-out prompts in the evaluations before and after training."""
     num_prompts_during: int = 32
-    """Held-out prompts of an evaluation during training."""
+    """Number of held-out prompts in each evaluation during training."""
     best_metric: str = "teacher_text.tv"
-    """Which value of an evaluation during training names the best checkpoint."""
+    """Metric by which the evaluations during training select the best student, which is kept. It is
+    ``teacher_text.X`` or ``student_text.X``, where X is ``tv``, ``forward_kl``, ``reverse_kl`` or ``jsd``; or
+    ``rouge_l.teacher``; or ``rouge_l.reference``."""
 
     def violations(self) -> Iterator[ConfigError]:
-        if self.every < 0:
-            yield ConfigError("evaluation.every", self.every, "be >= 0", "0 evaluates only before and after")
-        for name in ("num_prompts", "num_prompts_during"):
-            if getattr(self, name) < 2:
-                yield ConfigError(
-                    f"evaluation.{name}", getattr(self, name), "be >= 2", "a standard error needs two prompts"
-                )
+        yield from bounded(
+            "evaluation",
+            self,
+            ">= 0",
+            "every",
+            remedy="set it to 0 to evaluate only before and after training",
+        )
+        yield from bounded(
+            "evaluation",
+            self,
+            ">= 2",
+            "num_prompts",
+            "num_prompts_during",
+            remedy="raise it, because a standard error needs at least two prompts",
+        )
         if self.num_prompts_during > self.num_prompts:
             yield ConfigError(
                 "evaluation.num_prompts_during",
                 self.num_prompts_during,
                 f"be <= evaluation.num_prompts ({self.num_prompts})",
-                "lower it",
+                "lower it or raise evaluation.num_prompts",
             )
         if self.best_metric not in EVALUATION_METRICS:
             yield ConfigError(
                 "evaluation.best_metric",
                 self.best_metric,
                 f"be one of {', '.join(EVALUATION_METRICS)}",
-                "choose one of them",
+                did_you_mean(self.best_metric, EVALUATION_METRICS),
             )

@@ -1,15 +1,14 @@
-"""From a YAML file, presets and overrides to a :class:`RunConfig`, and back to YAML.
+"""Loads a :class:`RunConfig` from a YAML file, presets and overrides.
 
-Called by the command line before anything starts and by whoever reads ``config.yaml`` of a
-run folder. Every mistake of a user is a :class:`ConfigError` of one line; what the loader
-underneath says about its own types never reaches them. Imports neither torch nor
-transformers.
+The command line calls this before anything starts; so does all code that reads the ``config.yaml`` of a run
+folder. Every mistake of the user raises a :class:`ConfigError` with a message of one line. Imports neither
+torch nor transformers.
 
-A layer is a partial tree of settings: the file, then each override in the order given.
-``recipe: kd`` in a layer means the preset ``recipes/kd.yaml``, itself such a tree: its
-``recipe`` section replaces the one so far, its other sections are merged, and what the
-layer and later layers say applies on top. ``recipe: {preset: kd, ...}`` says the same, with
-fields on top in the same layer.
+A layer is a partial tree of settings. The file is the first layer, and each override, in the given order, is
+another. ``recipe: kd`` in a layer names the preset ``recipes/kd.yaml``, which is also a partial tree. The
+preset's ``recipe`` section replaces the earlier one, its other sections are merged into the earlier ones, and
+the settings of the layer itself and of later layers are applied on top. ``recipe: {preset: kd, ...}`` does
+the same and sets further fields of the recipe in the same layer.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
 def load_config(
     path: str | Path | None, overrides: Sequence[str] = (), presets: str | Path | None = None
 ) -> RunConfig:
-    """The configuration of a file with dotted overrides (``learner.num_updates=40``) on top.
+    """Load a file, apply dotted overrides (``learner.num_updates=40``) and check every rule.
 
-    ``path``: None for the overrides alone. ``presets``: the folder whose ``recipes/NAME.yaml`` a
-    recipe given by name refers to.
+    ``path``: None to use only the overrides. ``presets``: the folder in which a recipe given by name is
+    looked up, as ``recipes/NAME.yaml``.
 
-    Raises: ConfigError for whatever is wrong with the file, an override or a value.
+    Raises: ConfigError for any mistake in the file, an override or a value.
     """
     tree: Tree = {}
     file = {} if path is None else read_yaml(path)
@@ -53,12 +52,14 @@ def load_config(
 def read_yaml(
     path: str | Path,
     what: str = "configuration",
-    must: str = "hold a mapping of sections",
-    remedy: str = "write `section:` and its settings below",
+    must: str = "contain a mapping of sections",
+    remedy: str = "write `section:` with its settings below it",
 ) -> Tree:
-    """A file's mapping. ``what`` file it is, what it ``must`` hold and the ``remedy``: for the errors.
+    """Read a YAML file that contains a mapping.
 
-    Raises: ConfigError with the line, for what is no YAML, keys given twice included.
+    ``what`` (the kind of file), ``must`` (what it has to contain) and ``remedy`` are used in errors.
+
+    Raises: ConfigError, with the line if the text is not YAML or has a key twice.
     """
     path = Path(path)
     try:
@@ -72,7 +73,7 @@ def read_yaml(
         loaded = OmegaConf.load(io.StringIO(text))
     except yaml.YAMLError as error:
         raise _not_yaml(path, error, "correct the YAML there") from None
-    except OSError:  # what OmegaConf raises for a document that is a lone number
+    except OSError:  # OmegaConf raises it for a document that consists of a single number
         loaded = None
     except OmegaConfBaseException as error:
         raise ConfigError(path, NO_VALUE, f"be loadable ({first_line(error)})", "correct the value") from None
@@ -117,7 +118,10 @@ def _apply(tree: Tree, layer: Tree, presets: Path | None) -> Tree:
 def _read_preset(name: str, presets: Path | None) -> Tree:
     if presets is None:
         raise ConfigError(
-            "recipe", name, "be a mapping of settings: there are no presets here", "write the fields"
+            "recipe",
+            name,
+            "be a mapping of settings, because no presets are available here",
+            "write the fields",
         )
     known = {path.stem: path for path in sorted((presets / "recipes").glob("*.yaml"))}
     if name not in known:
@@ -125,7 +129,7 @@ def _read_preset(name: str, presets: Path | None) -> Tree:
     preset = read_yaml(known[name])
     if not isinstance(preset.get("recipe"), dict):
         raise ConfigError(
-            known[name], NO_VALUE, "hold a section recipe", "write `recipe:` and its settings below"
+            known[name], NO_VALUE, "contain a section recipe", "write `recipe:` with its settings below it"
         )
     return preset
 
@@ -136,6 +140,8 @@ def _merge(base: Tree, layer: Tree) -> Tree:
         old = merged.get(name)
         if isinstance(old, dict) and isinstance(value, dict):
             merged[name] = _merge(old, value)
-        elif not (isinstance(old, dict) and value is None):  # `section:` with nothing below it
+        elif not (
+            isinstance(old, dict) and value is None
+        ):  # `section:` with nothing below it changes nothing
             merged[name] = value
     return merged

@@ -15,58 +15,67 @@ Loss = Literal["moment_gap", Divergence]
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
-    """Which text, which loss, which horizon, which anchor: a method is a row of these."""
+    """The choice of texts, losses, horizon and anchor, which defines a method."""
 
     name: str = "ammd"
-    """What results are called."""
+    """Name of the recipe in results and reports."""
     teacher_text: Literal["sampled", "reference", "none"] = "sampled"
-    """Text the student did not write: the teacher's samples, the data set's references, or none."""
+    """The text that the student did not write. ``sampled``: text sampled from the teacher; ``reference``: the
+    data set's references; ``none``: no such text."""
     teacher_gives: Literal["probabilities", "text"] = "probabilities"
-    """``text``: the teacher gives text and no probabilities; a proxy language model, trained on that
-    text first (``proxy``), stands in for them in every loss, and the critics learn from the text's
-    tokens."""
+    """What the teacher provides. ``probabilities``: its token probabilities. ``text``: only text. A proxy
+    language model, trained on that text first (section ``proxy``), then replaces the teacher's probabilities in
+    every loss, and the critics learn from the tokens of the text."""
     student_text: Literal["none", "every_update", "mixed"] = "every_update"
-    """The student's own text: never, beside the off-policy text in every update, or instead
-    of it in a random share ``student_fraction`` of the updates (GKD)."""
+    """When an update uses text sampled from the student. ``none``: never; ``every_update``: in every update,
+    in addition to the teacher text; ``mixed``: instead of teacher text, in a random share
+    (``student_fraction``) of the updates, as in GKD."""
     student_fraction: float = 0.5
-    """Probability that an update uses student text; only with ``student_text=mixed``."""
+    """Probability that an update uses student text. Only used with ``student_text=mixed``."""
     fraction_step: float = 0.0
-    """Added to the share, up to 1, when an evaluation during training finds forward KL on the teacher's
-    text at least ``fraction_tolerance`` above where the share was set last (DistiLLM); 0: fixed."""
+    """DistiLLM's schedule: the amount by which ``student_fraction`` grows, up to 1, when the validation loss has
+    risen. An evaluation during training triggers it if its loss is at least ``fraction_tolerance`` above that of
+    the evaluation at the last change. 0: the fraction is fixed."""
     fraction_tolerance: float = 0.1
-    """Nats per token; the validation loss is forward KL up to a constant."""
+    """Rise of the validation loss that triggers ``fraction_step``, in nats per token. The validation loss is
+    forward KL on held-out teacher text, which differs from cross-entropy by a constant."""
     beta: float = 0.25
-    """Weight of the on-policy part; the off-policy part weighs 1 - beta. Only with
-    ``student_text=every_update``."""
+    """Weight of the on-policy part of the objective: the main loss and the long-horizon term on student text. The
+    off-policy part, the main loss on teacher text, has the weight 1 - beta. Only used if every update contains
+    both texts."""
     loss: Loss = "moment_gap"
-    """Main loss per token. ``moment_gap`` is the game against critics (see ``critic.form``)."""
+    """Main loss per token. ``moment_gap``: the adversarial game against critics (``critic.form``); the others
+    are divergences between teacher and student."""
     student_text_loss: Loss | None = None
-    """Main loss on student text where it is another one; null: the same. Not with critics."""
+    """Main loss on student text. null: the same as on teacher text. It cannot be combined with ``moment_gap``."""
     loss_weight: float = 1.0
-    """Weight of the main loss."""
+    """Weight of the main loss (c_loss)."""
     jsd_beta: float = 0.5
-    """Interpolation of the generalised JSD, in (0, 1)."""
+    """Interpolation weight of the generalised JSD, in (0, 1). 0.5: the symmetric Jensen-Shannon divergence; near
+    0 it behaves like forward KL, near 1 like reverse KL."""
     skew: float = 0.1
-    """alpha of the skew KLs, in [0, 1): how much of the first policy the second one is mixed with."""
+    """Mixing weight alpha of the skew KLs, in [0, 1): the share of the first distribution in the mixture that
+    replaces the second. 0: the plain KL."""
     anchor_weight: float = 0.5
-    """Weight of the anchor, a divergence on off-policy text beside the main loss (eta_kl)."""
+    """Weight of the anchor, a divergence on teacher text that is added to the main loss (eta_kl)."""
     anchor: Divergence = "forward_kl"
-    """Which divergence that is; another one than forward KL is a strong recipe with a critic beside it."""
+    """Divergence of the anchor. An anchor other than forward KL turns the recipe into a strong divergence with a
+    critic added to it."""
     lm_weight: float = 0.0
-    """Weight of cross-entropy on off-policy text (eta_lm)."""
+    """Weight of the cross-entropy on teacher text (eta_lm)."""
     long_weight: float = 0.0
-    """Weight of the long-horizon policy-gradient term (c_long); 0 turns it off."""
+    """Weight of the long-horizon policy-gradient term (c_long). 0: no such term."""
     gamma: float = 0.95
     """Discount per token of the long-horizon term, in (0, 1]."""
 
     @property
     def loss_is_game(self) -> bool:
-        """Whether the main loss is a critic's gap; whether it weighs anything: :attr:`MethodConfig.uses_moment_gap`."""
+        """Whether the main loss is a moment gap. :attr:`MethodConfig.uses_moment_gap` adds whether it has weight."""
         return self.loss == "moment_gap"
 
     @property
     def uses_student_text(self) -> bool:
-        """Whether a rollout engine is started."""
+        """Whether any update uses text sampled from the student."""
         return self.student_text != "none"
 
     @property
@@ -76,127 +85,165 @@ class RecipeConfig:
 
     @property
     def payload(self) -> str:
-        """Teacher payload that the losses need."""
+        """What the losses need of every row: the teacher's hidden states (``hidden``) or only its ``text``."""
         weights = self.loss_weight, self.anchor_weight, self.long_weight
         return "hidden" if max(weights) > 0 else "text"
 
     def loss_on(self, source: Literal["teacher_text", "student_text"]) -> Loss:
-        """Main loss on other text or on the student's own."""
+        """The main loss on one of the two texts."""
         return self.student_text_loss or self.loss if source == "student_text" else self.loss
 
     def violations(self) -> Iterator[ConfigError]:
+        yield from self._text_violations()
+        yield from self._fraction_violations()
+        yield from self._loss_violations()
+        yield from self._weight_violations()
+
+    def _text_violations(self) -> Iterator[ConfigError]:
+        """Which texts can be combined with each other, with the teacher and with the main loss."""
         if self.teacher_text == "none" and self.student_text == "none":
             yield ConfigError(
                 "recipe.student_text",
                 "none",
-                "not be none when recipe.teacher_text is none",
-                "choose a text to learn from",
+                "not be none when recipe.teacher_text=none",
+                "choose a text for the student to learn from",
             )
-        if self.teacher_gives == "text":
-            if self.teacher_text != "sampled":
-                yield ConfigError("recipe.teacher_text", self.teacher_text, "be sampled when recipe.teacher_gives=text",
-                           "its text is all there is to learn from")  # fmt: skip
-            if self.loss_is_game and self.uses_student_text:
-                yield ConfigError("recipe.student_text", self.student_text,
-                           "be none when recipe.teacher_gives=text and recipe.loss=moment_gap",
-                           "no teacher says what it would have written after the student's text")  # fmt: skip
+        if self.teacher_text == "none" and self.student_text == "mixed":
+            yield ConfigError(
+                "recipe.teacher_text",
+                "none",
+                "be sampled or reference when recipe.student_text=mixed",
+                "choose the text of the updates that use no student text",
+            )
+        if self.teacher_gives == "text" and self.teacher_text != "sampled":
+            yield ConfigError(
+                "recipe.teacher_text",
+                self.teacher_text,
+                "be sampled when recipe.teacher_gives=text",
+                "set it to sampled, because the teacher's own text is all that can be learned from",
+            )
+        if self.teacher_gives == "text" and self.loss_is_game and self.uses_student_text:
+            yield ConfigError(
+                "recipe.student_text",
+                self.student_text,
+                "be none when recipe.teacher_gives=text and recipe.loss=moment_gap",
+                "set it to none, because such a teacher cannot score what the student wrote",
+            )
+        if self.loss_is_game and self.student_text == "mixed":
+            yield ConfigError(
+                "recipe.student_text",
+                "mixed",
+                "be none or every_update when recipe.loss=moment_gap",
+                "choose one of them, because each critic needs its text in every update",
+            )
+
+    def _fraction_violations(self) -> Iterator[ConfigError]:
+        yield from bounded("recipe", self, "[0, 1]", "student_fraction", remedy="correct it (GKD uses 0.5)")
+        yield from bounded("recipe", self, "[0, 1]", "fraction_step", remedy="correct it (DistiLLM uses 0.1)")
+        if self.fraction_step > 0 and self.student_text != "mixed":
+            yield ConfigError(
+                "recipe.fraction_step",
+                self.fraction_step,
+                "be 0 unless recipe.student_text=mixed",
+                "leave it out, because no other recipe has a fraction that could grow",
+            )
+
+    def _loss_violations(self) -> Iterator[ConfigError]:
         yield from bounded("recipe", self, "[0, 1]", "beta")
         yield from bounded("recipe", self, "(0, 1]", "gamma")
-        if not 0 <= self.student_fraction <= 1:
-            yield ConfigError(
-                "recipe.student_fraction", self.student_fraction, "lie in [0, 1]", "0.5 is GKD's"
-            )
-        if not 0 <= self.fraction_step <= 1:
-            yield ConfigError(
-                "recipe.fraction_step", self.fraction_step, "lie in [0, 1]", "0.1 is DistiLLM's"
-            )
-        if self.fraction_step > 0 and self.student_text != "mixed":
-            yield ConfigError("recipe.fraction_step", self.fraction_step, "be 0 unless recipe.student_text=mixed",
-                       "no share is drawn otherwise")  # fmt: skip
-        if not 0 < self.jsd_beta < 1:
-            yield ConfigError(
-                "recipe.jsd_beta",
-                self.jsd_beta,
-                "lie in (0, 1)",
-                "use loss=forward_kl or reverse_kl for the two limits",
-            )
-        if not 0 <= self.skew < 1:
-            yield ConfigError(
-                "recipe.skew", self.skew, "lie in [0, 1)", "0.1 is DistiLLM's; 0 is the plain KL"
-            )
-        if "moment_gap" in (
-            self.loss,
-            self.student_text_loss or self.loss,
-        ) and self.student_text_loss not in (
-            None,
-            self.loss,
-        ):
+        yield from bounded(
+            "recipe",
+            self,
+            "(0, 1)",
+            "jsd_beta",
+            remedy="set recipe.loss to forward_kl or reverse_kl for the two limits",
+        )
+        yield from bounded(
+            "recipe", self, "[0, 1)", "skew", remedy="correct it (DistiLLM uses 0.1; 0 is the plain KL)"
+        )
+        other = self.student_text_loss
+        if other not in (None, self.loss) and "moment_gap" in (self.loss, other):
             yield ConfigError(
                 "recipe.student_text_loss",
-                self.student_text_loss,
-                "be null where one of the losses is moment_gap",
-                "both critics need their text",
+                other,
+                "be null when one of the two losses is moment_gap",
+                "leave it out, because the game is played on both texts",
             )
-        for name in ("loss_weight", "anchor_weight", "lm_weight", "long_weight"):
-            if getattr(self, name) < 0:
-                yield ConfigError(f"recipe.{name}", getattr(self, name), "be >= 0", "0 turns the term off")
-        if max(self.loss_weight, self.anchor_weight, self.lm_weight, self.long_weight) == 0:
-            yield ConfigError("recipe.loss_weight", self.loss_weight, "be > 0 when no other term weighs anything",
-                       "the student would learn nothing")  # fmt: skip
+
+    def _weight_violations(self) -> Iterator[ConfigError]:
+        """Weights are not negative, one of them is positive, and a term with weight has its text."""
+        weights = ("loss_weight", "anchor_weight", "lm_weight", "long_weight")
+        yield from bounded("recipe", self, ">= 0", *weights, remedy="set it to 0 to turn the term off")
+        if max(getattr(self, name) for name in weights) == 0:
+            yield ConfigError(
+                "recipe.loss_weight",
+                self.loss_weight,
+                "be > 0 when every other weight is 0",
+                "give at least one term a weight, or the student learns nothing",
+            )
         for name in ("anchor_weight", "lm_weight"):
             if self.teacher_text == "none" and getattr(self, name) > 0:
-                yield ConfigError(f"recipe.{name}", getattr(self, name), "be 0 when recipe.teacher_text=none",
-                           "the term is on that text; set it to 0, or choose teacher_text=sampled")  # fmt: skip
+                yield ConfigError(
+                    f"recipe.{name}",
+                    getattr(self, name),
+                    "be 0 when recipe.teacher_text=none",
+                    "set it to 0, or choose a teacher_text, because the term is computed on that text",
+                )
         if self.long_weight > 0 and not self.uses_student_text:
             yield ConfigError(
                 "recipe.long_weight",
                 self.long_weight,
-                "be 0 unless student text is used",
-                "the long-horizon term is an expectation over the student's own text",
+                "be 0 when recipe.student_text=none",
+                "set it to 0, or use student text, because the term is an expectation over that text",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
-    """The two critics (action-value functions)."""
+    """The two critics (action-value functions) of the adversarial game: one for teacher text, one for student
+    text."""
 
     form: Literal["learned", "closed_form", "sign"] = "learned"
-    """What plays against the student: two learned critics, or what they would be without limits:
-    ``closed_form``, the optimum of the regularised game, or ``sign``, B sign(teacher - student)."""
+    """What the student is trained against. ``learned``: two trained critics. The other two are oracles computed
+    from both policies: ``closed_form`` is the optimum of the regularised game, ``sign`` is
+    B sign(teacher - student), the best of all bounded critics."""
     features: Literal["ratio", "teacher", "both"] = "ratio"
-    """What a critic sees: ``teacher``: the teacher's hidden state and unembedding;
-    ``both``: and the student's; ``ratio``: the teacher's and the log-ratio of the policies."""
+    """Input of a critic. ``teacher``: the teacher's hidden state and unembedding; ``both``: those of the teacher
+    and of the student; ``ratio``: those of the teacher, and the log-ratio of the two policies."""
     rank: int | None = 64
-    """Rank r of the bilinear form; null: dense, a head of its own row for every token (as large as
-    the teacher's, with its optimiser's state)."""
+    """Rank r of the bilinear form. null: a dense critic with a separate row for every token, as large as the
+    teacher's unembedding, plus its optimizer state."""
     start: Literal["zero", "random"] = "zero"
-    """Start of the bilinear form. random with ``learning_rate=0`` is a critic that never learns."""
+    """Initial value of the bilinear form. ``random`` with ``learning_rate=0`` is a critic that never learns."""
     bound: float = 1.0
-    """B: |f| <= B."""
+    """Bound B of a critic's values: |f| <= B."""
     ratio_start: float = 0.5
-    """Start of the learned factor s of the log-ratio; 0.5 is the optimum of the regularised game."""
+    """Initial value of the learned factor s of the log-ratio. 0.5 is the optimum of the regularised game. Only
+    used with ``features=ratio``."""
     variance_penalty: float | None = None
-    """lambda of (lambda/2) Var_m f, m the mean of the two policies; null: 2/bound."""
+    """Weight lambda of the penalty (lambda/2) Var_m f, where m is the mean of the two policies. null: 2/bound."""
     zero_sum: bool = False
-    """Whether the student also sees the penalty's gradient."""
+    """Whether the student's loss contains the penalty too."""
     num_steps: int = 3
-    """K critic steps per student step, each on its own slice of the batch's positions."""
+    """Number K of critic steps per student step. Each uses a different slice of the update's positions."""
     positions_per_step: int | None = None
-    """Positions of a critic step, at most about; null: all, a K-th of the batch. A critic of low rank
-    learns as well from some hundreds, and each costs both policies' logits."""
+    """Approximate limit of the positions (response tokens) in a critic step. null: no limit; a step then uses
+    a K-th of the update's positions. A low-rank critic learns as well from a few hundred positions, and each
+    position costs the logits of both policies."""
     learning_rate: float = 1e-3
-    """Rate of Adam(0, 0.9); 0: the critics stay as they start."""
+    """Learning rate of Adam(0, 0.9). 0: the critics keep their initial values."""
     ema: float = 0.0
-    """Decay per critic step of a running mean of the critics, against which the student is
-    optimised instead of the newest ones; 0: the newest."""
+    """Decay per critic step of a running mean of the critics, against which the student is trained. 0: the
+    student is trained against the newest critics."""
     max_grad_norm: float = 1.0
-    """Clipping of the critics' gradient."""
+    """Norm to which the gradient of each critic is clipped."""
     warmup_updates: int = 0
-    """Updates at the start in which only the critics move, in steps of about 512 positions. They count
-    in ``learner.num_updates``; the student's learning rate starts after them."""
+    """Number of updates at the start in which only the critics are trained, in steps of about 512 positions.
+    They count towards ``learner.num_updates``; the student's learning rate schedule starts after them."""
 
     @property
     def penalty(self) -> float:
+        """lambda, with its default resolved."""
         return 2.0 / self.bound if self.variance_penalty is None else self.variance_penalty
 
     def violations(self) -> Iterator[ConfigError]:
@@ -208,47 +255,60 @@ class CriticConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CreditConfig:
-    """What a token of the student is charged with for what follows it (``recipe.long_weight``)."""
+    """How the long-horizon term (``recipe.long_weight``) charges a student token for the costs that follow it."""
 
     form: Literal["practical", "exact"] = "practical"
-    """``practical``: every token weighs the same, over one count of tokens, and returns are means.
-    ``exact``: the gradient of the discounted distance itself: weight gamma^t, sums over a response,
-    divided by the number of responses, plain returns."""
+    """``practical``: losses are means over all tokens with equal weights, and returns are means. ``exact``: the
+    gradient of the discounted distance itself. Token t then has the weight gamma^t, sums over responses are
+    divided by the number of responses, and returns are plain sums."""
     cost: Literal["moment_gap", "log_ratio"] = "moment_gap"
-    """``moment_gap``: the critic's gap before a token; ``log_ratio``: log student - log teacher of
-    the token itself."""
+    """Cost of a token. ``moment_gap``: the critic's moment gap at the state before the token; ``log_ratio``:
+    log student - log teacher of the token itself."""
     span: Literal["future", "own", "all"] = "future"
-    """Costs that a token answers for: of later tokens (its own is in the direct term), its own, or both."""
+    """Costs that a token is charged for. ``future``: those of later tokens (its own cost is in the direct
+    term); ``own``: its own; ``all``: both."""
     cost_scale: float = 1.0
-    """Costs are divided by this."""
+    """Number by which costs are divided."""
     cost_max: float | None = None
-    """Costs are clipped to this size; null: not."""
+    """Absolute value to which costs are clipped. null: no clipping."""
     normalize: Literal["discount", "length", "none"] = "discount"
-    """Divisor of a return: the sum of its discounts (a mean), the number of tokens left, or 1.
-    ``form=exact`` never divides."""
+    """Divisor of a return. ``discount``: the sum of its discounts, which makes the return a mean; ``length``:
+    the number of tokens in the span; ``none``: 1. Not used with ``form=exact``, which never divides."""
     baseline: Literal["leave_one_out", "whiten", "none"] = "leave_one_out"
-    """Subtracted from returns: the mean of the group's other members at the same step; or all
-    returns of the update are brought to mean 0 and variance 1; or nothing."""
+    """Baseline of the returns. ``leave_one_out``: subtract the mean return of the group's other members at the
+    same step; ``whiten``: shift and scale all returns of the update to mean 0 and variance 1; ``none``: no
+    baseline."""
     ratio: Literal["none", "token", "per_decision"] = "token"
-    """Correction for text of an older policy, r = student / behaviour: none; of the token itself;
-    or with the product of all before it, which is unbiased and varies most."""
+    """Off-policy correction for text sampled from an older policy, with r = student / older policy. ``none``: no
+    correction; ``token``: r of the token itself; ``per_decision``: the product of r over the token and all tokens
+    before it, which is unbiased and has the highest variance."""
     ratio_max: float | None = 2.0
-    """Ratios are cut here; null: not (unbiased)."""
+    """Value at which ratios are clipped. null: no clipping, and no bias from it."""
     ppo_clip: float | None = None
-    """Clip of the ratio around 1 as in PPO, instead of ``ratio``; null: none."""
+    """PPO's clip of the ratio to [1 - ppo_clip, 1 + ppo_clip], used instead of ``ratio``. null: no such clip."""
 
     def violations(self) -> Iterator[ConfigError]:
         yield from bounded("credit", self, "> 0", "cost_scale", "cost_max", "ratio_max", "ppo_clip")
         if self.form == "exact":
             for name in ("cost_max", "ppo_clip"):
                 if getattr(self, name) is not None:
-                    yield ConfigError(f"credit.{name}", getattr(self, name), "be null when credit.form=exact",
-                               "a clipped cost has another gradient")  # fmt: skip
+                    yield ConfigError(
+                        f"credit.{name}",
+                        getattr(self, name),
+                        "be null when credit.form=exact",
+                        "leave it out, because clipping biases the gradient",
+                    )
             if self.baseline == "whiten":
-                yield ConfigError("credit.baseline", self.baseline, "not be whiten when credit.form=exact",
-                           "choose leave_one_out, which adds no bias")  # fmt: skip
+                yield ConfigError(
+                    "credit.baseline",
+                    self.baseline,
+                    "not be whiten when credit.form=exact",
+                    "choose leave_one_out, which adds no bias",
+                )
         if self.ppo_clip is not None and self.ratio == "per_decision":
             yield ConfigError(
-                "credit.ppo_clip", self.ppo_clip, "be null when credit.ratio=per_decision",
-                "choose one correction for stale text",
-            )  # fmt: skip
+                "credit.ppo_clip",
+                self.ppo_clip,
+                "be null when credit.ratio=per_decision",
+                "choose one of the two corrections",
+            )

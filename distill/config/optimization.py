@@ -1,4 +1,4 @@
-"""Settings of the student's optimisation: warm start, updates."""
+"""Settings of the training of student and proxy: warm start, proxy training, distillation."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ from distill.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    """Warm start of the student by cross-entropy on the references."""
+    """Supervised warm start: the student is trained by cross-entropy on the references before distillation."""
 
     enabled: bool = True
-    """False: the student starts as it is."""
+    """Whether there is a warm start. false: distillation starts from the student's initial weights."""
     num_updates: int = 30
-    """Optimiser steps."""
+    """Number of optimizer steps."""
     rows_per_update: int = 16
-    """References per step."""
+    """Number of references per optimizer step."""
     learning_rate: float = 5e-4
-    """Peak rate of AdamW."""
+    """Peak learning rate of AdamW."""
     warmup_fraction: float = 0.05
-    """Share of the steps with a rising rate."""
+    """Fraction of the optimizer steps over which the learning rate rises to its peak."""
 
     def violations(self) -> Iterator[ConfigError]:
-        if self.enabled and self.num_updates < 1:
-            yield ConfigError(
-                "sft.num_updates", self.num_updates, "be >= 1", "to skip the stage set sft.enabled=false"
+        if self.enabled:
+            yield from bounded(
+                "sft", self, ">= 1", "num_updates", remedy="set sft.enabled=false to skip the stage"
             )
-        yield from bounded("sft", self, ">= 1", "rows_per_update")
-        yield from bounded("sft", self, "> 0", "learning_rate")
-        yield from bounded("sft", self, "[0, 1)", "warmup_fraction")
+        yield from _fit_violations("sft", self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyConfig:
-    """The language model that stands in for a teacher without probabilities (``recipe.teacher_gives=text``)."""
+    """The language model that replaces the probabilities of a teacher that gives only text
+    (``recipe.teacher_gives=text``)."""
 
     model: str | None = None
-    """Folder of a Hugging Face checkpoint, a name known to `distill models`, or a hub id, of the
-    student's tokenizer; best larger than the student. null: the student's own start."""
+    """Folder of a Hugging Face checkpoint, the name of a model that `distill models fetch` offers, or a hub id.
+    It must have the student's tokenizer and should be larger than the student. null: the student, as it is
+    after its warm start."""
     revision: str | None = None
-    """Hub revision; only for hub ids."""
+    """Revision of a hub id: a branch, tag or commit. null: the hub's default."""
     num_updates: int = 300
-    """Optimiser steps of cross-entropy on the teacher's text; 0: as it is."""
+    """Number of optimizer steps of cross-entropy on teacher text. 0: the model is used unchanged."""
     rows_per_update: int = 16
-    """Texts per step."""
+    """Number of teacher texts per optimizer step."""
     learning_rate: float = 5e-4
-    """Peak rate of AdamW."""
+    """Peak learning rate of AdamW."""
     warmup_fraction: float = 0.05
-    """Share of the steps with a rising rate."""
+    """Fraction of the optimizer steps over which the learning rate rises to its peak."""
 
     @property
     def training(self) -> SftConfig:
-        """The same stage as the student's warm start, on another text."""
+        """The training as settings of the warm start, which is the same stage on a different text."""
         return SftConfig(
             num_updates=self.num_updates,
             rows_per_update=self.rows_per_update,
@@ -64,50 +64,57 @@ class ProxyConfig:
         )
 
     def violations(self) -> Iterator[ConfigError]:
-        if self.num_updates < 0:
-            yield ConfigError("proxy.num_updates", self.num_updates, "be >= 0", "0 takes the model as it is")
-        yield from bounded("proxy", self, ">= 1", "rows_per_update")
-        yield from bounded("proxy", self, "> 0", "learning_rate")
-        yield from bounded("proxy", self, "[0, 1)", "warmup_fraction")
+        yield from bounded(
+            "proxy", self, ">= 0", "num_updates", remedy="set it to 0 to use the model unchanged"
+        )
+        yield from _fit_violations("proxy", self)
+
+
+def _fit_violations(section: str, part: SftConfig | ProxyConfig) -> Iterator[ConfigError]:
+    """The rules that all training by cross-entropy shares."""
+    yield from bounded(section, part, ">= 1", "rows_per_update")
+    yield from bounded(section, part, "> 0", "learning_rate")
+    yield from bounded(section, part, "[0, 1)", "warmup_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
-    """The student's optimisation."""
+    """The distillation: sizes of an update, the student's optimizer, memory and device."""
 
     num_updates: int = 20
-    """Student updates in all."""
+    """Number of updates, including ``critic.warmup_updates``."""
     prompts_per_update: int = 16
-    """Student groups per update."""
+    """Number of prompts in an update that the student answers, ``rollout.samples_per_prompt`` times each."""
     teacher_rows_per_update: int = 16
-    """Corpus rows per update."""
+    """Number of rows of teacher text (or references) in an update."""
     learning_rate: float = 1e-4
-    """Peak rate of AdamW."""
+    """Peak learning rate of AdamW."""
     warmup_fraction: float = 0.05
-    """Share of the updates with a rising rate."""
+    """Fraction of the updates over which the learning rate rises to its peak."""
     final_fraction: float = 0.1
-    """Where the cosine ends, as a share of the peak."""
+    """Learning rate at the end of the cosine schedule, as a fraction of the peak."""
     weight_decay: float = 0.0
-    """Decoupled decay of AdamW."""
+    """Decoupled weight decay of AdamW."""
     beta1: float = 0.9
-    """First moment of AdamW."""
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.95
-    """Second moment of AdamW."""
+    """Decay rate of AdamW's second moment."""
     max_grad_norm: float = 1.0
-    """Clipping of the student's gradient."""
+    """Norm to which the student's gradient is clipped."""
     micro_batch_tokens: int | None = None
-    """Tokens packed into one forward pass; null: 1,024 on a CPU, 4,096 on a GPU."""
+    """Number of tokens packed into one forward pass. null: 1,024 on a CPU, 4,096 on a GPU."""
     keep_activations: bool = False
-    """Keep the activations that the critics' pass computed for the student's step: one backbone
-    pass in four is saved, and memory holds a whole update's activations instead of one pack's."""
+    """Whether the student step reuses the activations of the pass that feeds the critics. This saves one
+    backbone pass in four, but memory must hold the activations of a whole update instead of one pack."""
     vocabulary_chunk: int = 256
-    """Positions whose full-vocabulary rows exist at one time."""
+    """Number of positions whose full-vocabulary rows are in memory at the same time."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute format; master weights are float32. auto: bfloat16 where the processor computes in it."""
+    """Number format of the computation; master weights are float32. ``auto``: bfloat16 if the processor computes
+    in it natively, otherwise float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the learner runs."""
+    """Device of the learner. ``auto``: the GPU if there is one, otherwise the CPU."""
     num_threads: int | None = None
-    """CPU threads; null: all cores of the machine."""
+    """Number of CPU threads. null: as many as the cores that the process may use."""
 
     def violations(self) -> Iterator[ConfigError]:
         counts = ("num_updates", "prompts_per_update", "teacher_rows_per_update", "micro_batch_tokens")

@@ -25,23 +25,23 @@ class MethodConfig:
     """The sections that one update of the learner reads."""
 
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
-    """Text, loss, horizon, anchor."""
+    """Texts, losses, horizon and anchor."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """The critics."""
     credit: CreditConfig = field(default_factory=CreditConfig)
     """The long horizon."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
-    """The optimisation."""
+    """The student's training."""
 
     @property
     def uses_moment_gap(self) -> bool:
-        """Whether a critic's gaps weigh anything: not in an anchor alone, or in cross-entropy alone."""
+        """Whether a critic's moment gap has weight, in the main loss or as a cost of the long horizon."""
         charged = self.recipe.long_weight > 0 and self.credit.cost == "moment_gap"
         return self.recipe.loss_is_game and (self.recipe.loss_weight > 0 or charged)
 
     @property
     def learns_critics(self) -> bool:
-        """Whether there are critics to train: where none is known in closed form."""
+        """Whether critics are trained, instead of computed in closed form or not used."""
         return self.uses_moment_gap and self.critic.form == "learned"
 
 
@@ -50,11 +50,11 @@ class RunConfig:
     """One run of `distill train`."""
 
     run_dir: str = "runs/run"
-    """The run folder."""
+    """Folder of the run."""
     seed: int = 0
     """Seed of the data order, the sampling and the initial critics."""
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
-    """The method."""
+    """Texts, losses, horizon and anchor."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The fixed model."""
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -64,121 +64,152 @@ class RunConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     """Warm start."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    """The teacher's text."""
+    """Text sampled from the teacher."""
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
-    """Stand-in for the teacher's probabilities."""
+    """Replacement for the teacher's probabilities."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """The student's text."""
+    """Sampling of student text."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
-    """Teacher scoring."""
+    """Scoring by the teacher."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
-    """The buffer."""
+    """The replay buffer."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """The critics."""
     credit: CreditConfig = field(default_factory=CreditConfig)
     """The long horizon."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
-    """The optimisation."""
+    """The student's training."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
-    """The weight push."""
+    """Weight pushes."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Resumable state."""
+    """State to resume from."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Measurement."""
+    """Evaluations on held-out prompts."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """Ray."""
+    """Processes of the actors."""
 
     @property
     def method(self) -> MethodConfig:
+        """The sections that an update reads."""
         return MethodConfig(recipe=self.recipe, critic=self.critic, credit=self.credit, learner=self.learner)
 
     @property
     def max_model_tokens(self) -> int:
-        """Longest sequence that any engine sees."""
+        """Length of the longest sequence that an engine can meet, in tokens."""
         return self.data.max_prompt_tokens + max(
             self.rollout.max_new_tokens, self.corpus.max_new_tokens, self.data.max_reference_tokens
         )
 
+    def validate(self) -> None:
+        """Raises: ConfigError for the first broken rule."""
+        for violation in self.violations():
+            raise violation
+
     def violations(self) -> Iterator[ConfigError]:
-        """Every broken rule, parts first, then the rules across parts."""
+        """Every broken rule: first the rules of single sections, then those across sections."""
         yield from bounded("", self, ">= 0", "seed")
         for part in (getattr(self, section.name) for section in fields(self)):
             if is_dataclass(part):
                 yield from part.violations()  # type: ignore[attr-defined]
-        batch = self.learner.prompts_per_update
-        bound = batch * (self.replay.max_policy_age + 1)
+        yield from self._critic_violations()
+        yield from self._credit_violations()
+        yield from self._replay_violations()
+        yield from self._evaluation_violations()
+        yield from self._engine_violations()
+
+    def _critic_violations(self) -> Iterator[ConfigError]:
         warmup = self.critic.warmup_updates if self.method.learns_critics else 0
         if warmup >= self.learner.num_updates:
-            yield ConfigError("critic.warmup_updates", warmup, f"be < learner.num_updates ({self.learner.num_updates})",
-                       "the student moves after them; lower it or train for longer")  # fmt: skip
-        if self.recipe.uses_student_text and self.replay.min_size_to_sample > bound:
+            yield ConfigError(
+                "critic.warmup_updates",
+                warmup,
+                f"be < learner.num_updates ({self.learner.num_updates})",
+                "lower it or raise learner.num_updates, because the student is trained only afterwards",
+            )
+        if self.recipe.teacher_gives == "text" and self.critic.zero_sum:
+            yield ConfigError(
+                "critic.zero_sum",
+                "true",
+                "be false when recipe.teacher_gives=text",
+                "set it to false, because the penalty needs the teacher's probabilities",
+            )
+
+    def _credit_violations(self) -> Iterator[ConfigError]:
+        """The long-horizon term has its baseline, its costs and an unbiased correction where one is required."""
+        charges = self.recipe.long_weight > 0
+        if charges and self.credit.baseline == "leave_one_out" and self.rollout.samples_per_prompt < 2:
+            yield ConfigError(
+                "rollout.samples_per_prompt",
+                self.rollout.samples_per_prompt,
+                "be >= 2 when recipe.long_weight > 0 and credit.baseline=leave_one_out",
+                "raise it, because the baseline is a mean over the group's other members",
+            )
+        if charges and self.credit.cost == "moment_gap" and not self.recipe.loss_is_game:
+            yield ConfigError(
+                "credit.cost",
+                "moment_gap",
+                "be log_ratio when recipe.long_weight > 0 and recipe.loss is not moment_gap",
+                "set it to log_ratio, because such a recipe has no critic",
+            )
+        if self.credit.form == "exact" and self.recipe.uses_student_text and not self.replay.lock_step:
+            if self.credit.ratio != "per_decision":
+                yield ConfigError(
+                    "credit.ratio",
+                    self.credit.ratio,
+                    "be per_decision when credit.form=exact and replay.max_policy_age > 0",
+                    "set it, because the other corrections of off-policy text are biased; or train in lock-step",
+                )
+            if self.credit.ratio_max is not None:
+                yield ConfigError(
+                    "credit.ratio_max",
+                    self.credit.ratio_max,
+                    "be null when credit.form=exact and replay.max_policy_age > 0",
+                    "set it to null, because clipped ratios are biased",
+                )
+
+    def _replay_violations(self) -> Iterator[ConfigError]:
+        """Student groups reach the learner: settings that would let it wait forever are rejected."""
+        if not self.recipe.uses_student_text:
+            return
+        most = self.learner.prompts_per_update * (self.replay.max_policy_age + 1)
+        if self.replay.min_size_to_sample > most:
             yield ConfigError(
                 "replay.min_size_to_sample",
                 self.replay.min_size_to_sample,
-                f"be <= learner.prompts_per_update * (replay.max_policy_age + 1) = {bound}",
-                "no more groups are admitted, so the learner would wait forever; lower it or raise max_policy_age",
+                f"be <= learner.prompts_per_update * (replay.max_policy_age + 1) = {most}",
+                "lower it or raise max_policy_age, or the learner waits forever for groups that are not admitted",
             )
-        if self.recipe.long_weight > 0:
-            if self.credit.baseline == "leave_one_out" and self.rollout.samples_per_prompt < 2:
-                yield ConfigError(
-                    "rollout.samples_per_prompt",
-                    self.rollout.samples_per_prompt,
-                    "be >= 2 when recipe.long_weight > 0 and credit.baseline=leave_one_out",
-                    "the baseline needs another member of the group",
-                )
-            if self.credit.cost == "moment_gap" and not self.recipe.loss_is_game:
-                yield ConfigError(
-                    "credit.cost",
-                    "moment_gap",
-                    "be log_ratio when recipe.long_weight > 0 and recipe.loss is not moment_gap",
-                    "there is no critic whose gaps could be charged",
-                )
-        if self.credit.form == "exact" and self.recipe.uses_student_text and self.replay.max_policy_age > 0:
-            if self.credit.ratio != "per_decision":
-                yield ConfigError("credit.ratio", self.credit.ratio,
-                           "be per_decision when credit.form=exact and replay.max_policy_age > 0",
-                           "other corrections of stale text are biased; or train in lock-step")  # fmt: skip
-            if self.credit.ratio_max is not None:
-                yield ConfigError("credit.ratio_max", self.credit.ratio_max,
-                           "be null when credit.form=exact and replay.max_policy_age > 0",
-                           "cut ratios are biased")  # fmt: skip
-        if self.recipe.teacher_gives == "text" and self.critic.zero_sum:
-            yield ConfigError("critic.zero_sum", True, "be false when recipe.teacher_gives=text",
-                       "the penalty's centre is the teacher's, which is not known")  # fmt: skip
-        if self.cluster.backend == "in_process":
-            for name in ("rollout", "scoring"):
-                if getattr(self, name).engine != "transformers":
-                    yield ConfigError(
-                        f"{name}.engine",
-                        getattr(self, name).engine,
-                        "be transformers when cluster.backend=in_process",
-                        "vLLM wants processes of its own; use cluster.backend=ray",
-                    )
+        if self.replay.samples_per_insert < 1:
+            yield ConfigError(
+                "replay.samples_per_insert",
+                self.replay.samples_per_insert,
+                "be >= 1",
+                "set it to 1 to use each group once, because groups that are never used only grow old",
+            )
+
+    def _evaluation_violations(self) -> Iterator[ConfigError]:
         if self.evaluation.num_prompts > self.data.num_heldout:
             yield ConfigError(
                 "evaluation.num_prompts",
                 self.evaluation.num_prompts,
                 f"be <= data.num_heldout ({self.data.num_heldout})",
-                "hold out more rows or evaluate on fewer",
+                "hold out more rows or evaluate on fewer prompts",
             )
-        if self.recipe.uses_student_text and self.replay.samples_per_insert < 1:
-            yield ConfigError("replay.samples_per_insert", self.replay.samples_per_insert, "be >= 1",
-                       "a group that is never used only grows old; 1 uses each once")  # fmt: skip
-        if self.recipe.student_text == "mixed" and self.recipe.teacher_text == "none":
-            yield ConfigError("recipe.teacher_text", "none", "be sampled or reference when recipe.student_text=mixed",
-                       "the updates without student text need another")  # fmt: skip
         if self.recipe.adapts_fraction and self.evaluation.every == 0:
-            yield ConfigError("evaluation.every", 0, "be >= 1 when recipe.fraction_step > 0",
-                       "the share of student text follows the evaluations; set fraction_step=0 to fix it")  # fmt: skip
-        if self.recipe.loss == "moment_gap" and self.recipe.student_text == "mixed":
             yield ConfigError(
-                "recipe.student_text",
-                "mixed",
-                "be none or every_update when recipe.loss=moment_gap",
-                "both critics need their text in every update",
+                "evaluation.every",
+                0,
+                "be >= 1 when recipe.fraction_step > 0",
+                "raise it, because evaluations decide when the fraction grows; or set fraction_step=0",
             )
 
-    def validate(self) -> None:
-        """Raises: ConfigError with the first broken rule."""
-        for violation in self.violations():
-            raise violation
+    def _engine_violations(self) -> Iterator[ConfigError]:
+        for name in ("rollout", "scoring"):
+            engine = getattr(self, name).engine
+            if self.cluster.backend == "in_process" and engine != "transformers":
+                yield ConfigError(
+                    f"{name}.engine",
+                    engine,
+                    "be transformers when cluster.backend=in_process",
+                    "set cluster.backend=ray, because vLLM requires processes of its own",
+                )

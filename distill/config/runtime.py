@@ -1,4 +1,4 @@
-"""Settings of the machinery: engines, replay, weight push, checkpoints, Ray."""
+"""Settings of the machinery: engines, replay buffer, weight pushes, checkpoints, processes."""
 
 from __future__ import annotations
 
@@ -12,167 +12,158 @@ from distill.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """Student text."""
+    """The engine that samples student text and, before training, the corpus of teacher text. Sampling is always
+    at temperature 1 and without top-p, because the objective is an expectation over the policy itself."""
 
     engine: Literal["vllm", "transformers"] = "vllm"
-    """What samples. transformers: for machines without vLLM and for tiny models."""
+    """Library that samples. ``transformers`` is for machines without vLLM and for tiny models."""
     samples_per_prompt: int = 2
-    """Responses per draw: the size of a group."""
+    """Number of responses per prompt, which form a group."""
     max_new_tokens: int = 64
-    """Longest response."""
-    temperature: float = 1.0
-    """Neutral, always: the method's expectations are over the policy itself."""
-    top_p: float = 1.0
-    """Neutral, always."""
+    """Longest response, in tokens."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the engine; auto: bfloat16 where the processor computes in it, else float32."""
+    """Number format of the engine. ``auto``: bfloat16 if the processor computes in it natively, otherwise
+    float32."""
     tensor_parallel_size: int = 1
-    """Ranks that share one copy of the model."""
+    """Number of ranks that share one copy of the model."""
     num_threads: int | None = None
-    """CPU threads; null: all cores of the machine."""
+    """Number of CPU threads. null: as many as the cores that the process may use."""
     kv_cache_gib: float = 1.0
-    """Key-value cache of the CPU engine, in GiB."""
+    """Size of the key-value cache in GiB. Not used on a GPU."""
     gpu_memory_utilization: float = 0.85
-    """Share of the GPU for weights and cache. Not used on a CPU."""
+    """Fraction of the GPU's memory for weights and key-value cache. Not used on a CPU."""
     max_num_seqs: int = 64
-    """Sequences decoded together."""
+    """Largest number of sequences that are decoded together."""
 
     def violations(self) -> Iterator[ConfigError]:
-        counts = (
-            "samples_per_prompt",
-            "max_new_tokens",
-            "tensor_parallel_size",
-            "num_threads",
-            "max_num_seqs",
-        )
-        yield from bounded("rollout", self, ">= 1", *counts)
-        yield from bounded("rollout", self, "> 0", "kv_cache_gib")
-        yield from bounded("rollout", self, "(0, 1]", "gpu_memory_utilization")
-        for name in ("temperature", "top_p"):
-            if getattr(self, name) != 1.0:
-                yield ConfigError(
-                    f"rollout.{name}",
-                    getattr(self, name),
-                    "be 1",
-                    "leave it out: the on-policy distance is an expectation over the policy itself",
-                )
+        yield from bounded("rollout", self, ">= 1", "samples_per_prompt", "max_new_tokens", "max_num_seqs")
+        yield from _engine_violations("rollout", self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
-    """Teacher scoring."""
+    """The engine that computes the hidden states of the teacher, or of its proxy, before every response token."""
 
     engine: Literal["vllm", "transformers"] = "vllm"
-    """What scores."""
+    """Library that scores. ``transformers`` is for machines without vLLM and for tiny models."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the engine."""
+    """Number format of the engine. ``auto``: bfloat16 if the processor computes in it natively, otherwise
+    float32."""
     tensor_parallel_size: int = 1
-    """Ranks that share one copy of the teacher."""
+    """Number of ranks that share one copy of the teacher."""
     num_threads: int | None = None
-    """CPU threads; null: all cores of the machine."""
+    """Number of CPU threads. null: as many as the cores that the process may use."""
     kv_cache_gib: float = 0.5
-    """Key-value cache of the CPU engine, in GiB."""
+    """Size of the key-value cache in GiB. Not used on a GPU."""
     gpu_memory_utilization: float = 0.85
-    """Share of the GPU for weights and cache. Not used on a CPU."""
+    """Fraction of the GPU's memory for weights and key-value cache. Not used on a CPU."""
     max_groups: int = 64
-    """Groups scored in one call."""
+    """Largest number of groups that are scored in one call."""
 
     def violations(self) -> Iterator[ConfigError]:
-        yield from bounded("scoring", self, ">= 1", "tensor_parallel_size", "num_threads", "max_groups")
-        yield from bounded("scoring", self, "> 0", "kv_cache_gib")
-        yield from bounded("scoring", self, "(0, 1]", "gpu_memory_utilization")
+        yield from bounded("scoring", self, ">= 1", "max_groups")
+        yield from _engine_violations("scoring", self)
+
+
+def _engine_violations(section: str, part: RolloutConfig | ScoringConfig) -> Iterator[ConfigError]:
+    """The rules that both engines share."""
+    yield from bounded(section, part, ">= 1", "tensor_parallel_size", "num_threads")
+    yield from bounded(section, part, "> 0", "kv_cache_gib")
+    yield from bounded(section, part, "(0, 1]", "gpu_memory_utilization")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """The buffer between actors and learner, in Reverb's words."""
+    """The replay buffer between actors and learner. Its settings are named as in DeepMind's Reverb."""
 
     samples_per_insert: float = 1.0
-    """How often a student group is used on average."""
+    """Average number of times that a group of student text is used."""
     max_times_sampled: int = 1
-    """How often a student group may be used. Corpus text has no such bound."""
+    """Largest number of times that a group of student text is used. Teacher text has no such limit."""
     min_size_to_sample: int = 0
-    """Scored student groups that must be there before one is sampled."""
+    """Number of scored student groups that the buffer must contain before one is sampled."""
     max_policy_age: int = 0
-    """Bound of a group's age when used, in updates, by its oldest token. 0 is lock-step:
-    deterministic, generation and training in turn."""
+    """Largest age of a group when it is used: the number of updates since its oldest token was sampled.
+    0: lock-step, in which generation and training take turns and the run is deterministic."""
     memory_bytes: int = 1 << 30
-    """Segments kept in shared memory per node; older ones are moved to the run folder."""
+    """Bytes of segment files that each node keeps in shared memory. Older segments are moved to the run folder."""
     max_bytes: int = 8 << 30
-    """Bound of the buffer, shared memory and disk together; corpus payload is evicted over it."""
+    """Largest size of the buffer in bytes, in shared memory and on disk together. Above it, scored teacher text
+    is evicted."""
     segment_bytes: int = 32 << 20
-    """A segment file is closed at this size."""
+    """Size in bytes at which a segment file is closed."""
 
     @property
     def lock_step(self) -> bool:
+        """Whether generation and training take turns."""
         return self.max_policy_age == 0
 
     def violations(self) -> Iterator[ConfigError]:
-        if self.max_policy_age < 0:
-            yield ConfigError("replay.max_policy_age", self.max_policy_age, "be >= 0", "0 is lock-step")
-        if self.samples_per_insert <= 0:
-            yield ConfigError(
-                "replay.samples_per_insert", self.samples_per_insert, "be > 0", "1 uses each group once"
-            )
+        yield from self._use_violations()
+        yield from self._size_violations()
+
+    def _use_violations(self) -> Iterator[ConfigError]:
+        """How often and until when a group is used."""
+        yield from bounded("replay", self, ">= 0", "max_policy_age", remedy="set it to 0 for lock-step")
+        yield from bounded(
+            "replay", self, "> 0", "samples_per_insert", remedy="set it to 1 to use each group once"
+        )
         if self.max_times_sampled < self.samples_per_insert:
             yield ConfigError(
                 "replay.max_times_sampled",
                 self.max_times_sampled,
                 f"be >= replay.samples_per_insert ({self.samples_per_insert})",
-                "otherwise groups run out and the learner waits forever; raise it or lower samples_per_insert",
+                "raise it or lower samples_per_insert, or the learner runs out of groups and waits forever",
             )
-        if self.max_policy_age == 0 and self.samples_per_insert != 1:
+        if self.lock_step and self.samples_per_insert != 1:
             yield ConfigError(
                 "replay.samples_per_insert",
                 self.samples_per_insert,
                 "be 1 when replay.max_policy_age=0",
-                "a re-used group is older than 0 updates; raise max_policy_age",
+                "raise max_policy_age, because a group that is used again is older than 0 updates",
             )
         yield from bounded("replay", self, ">= 0", "min_size_to_sample")
+
+    def _size_violations(self) -> Iterator[ConfigError]:
         yield from bounded("replay", self, ">= 4096", "segment_bytes", "memory_bytes", "max_bytes")
         if self.segment_bytes > self.memory_bytes:
             yield ConfigError(
                 "replay.segment_bytes",
                 self.segment_bytes,
                 f"be <= replay.memory_bytes ({self.memory_bytes})",
-                "lower it",
+                "lower it or raise memory_bytes",
             )
         if self.memory_bytes > self.max_bytes:
             yield ConfigError(
                 "replay.memory_bytes",
                 self.memory_bytes,
                 f"be <= replay.max_bytes ({self.max_bytes})",
-                "raise max_bytes or lower memory_bytes",
+                "lower it or raise max_bytes",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
-    """The push of the learner's weights into the engines."""
+    """Pushes of the learner's weights to the engines."""
 
-    backend: Literal["auto", "shared_memory", "nccl", "ipc"] = "auto"
-    """auto: shared_memory. The trainers of nccl and ipc are written, not run on a GPU, and no run takes them yet."""
     on_push: Literal["recompute", "keep_kv"] = "recompute"
-    """What becomes of requests in flight: their caches are dropped and filled again under the
-    new weights, or kept (prefix caching is then off)."""
+    """What a push does to requests in flight. ``recompute``: their key-value caches are dropped and recomputed
+    with the new weights; ``keep_kv``: their caches are kept, and prefix caching is turned off."""
     deadline_s: float = 120.0
-    """A push that takes longer fails the run."""
+    """Number of seconds after which a push fails, and the run with it."""
 
     def violations(self) -> Iterator[ConfigError]:
-        if self.backend in ("nccl", "ipc"):
-            yield ConfigError("weights.backend", self.backend, "be auto or shared_memory",
-                       "no run takes the GPU trainers of learner/process/publish.py yet")  # fmt: skip
         yield from bounded("weights", self, "> 0", "deadline_s")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Resumable state."""
+    """Checkpoints from which a run can be resumed."""
 
     every: int = 10
-    """Updates between checkpoints; the last update always makes one."""
+    """Number of updates between checkpoints. The last update always writes one."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
 
     def violations(self) -> Iterator[ConfigError]:
         yield from bounded("checkpoint", self, ">= 1", "every", "keep")
@@ -180,24 +171,24 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Where the actors run."""
+    """The processes in which the actors run."""
 
     backend: Literal["ray", "in_process"] = "ray"
-    """ray: a process for every actor; in_process: all in one, for tiny models and the
+    """``ray``: one process per actor. ``in_process``: one process for all actors, for tiny models and the
     transformers engines."""
     address: str | None = None
-    """Ray address; null: a local single-node Ray of this run alone."""
+    """Address of a Ray cluster. null: the run starts a local single-node Ray for itself."""
     object_store_bytes: int = 128 << 20
-    """Object store of a local Ray; rows do not pass through it."""
+    """Size of a local Ray's object store in bytes. Rows do not pass through it."""
     start_timeout_s: float = 600.0
-    """How long an actor may take to load its model."""
+    """Number of seconds that an actor may take to load its model."""
 
     def violations(self) -> Iterator[ConfigError]:
         yield from bounded("cluster", self, "> 0", "start_timeout_s")
-        if self.object_store_bytes < 80 << 20:
-            yield ConfigError(
-                "cluster.object_store_bytes",
-                self.object_store_bytes,
-                "be >= 83886080 (Ray's least)",
-                "134217728 is the default",
-            )
+        yield from bounded(
+            "cluster",
+            self,
+            ">= 83886080",
+            "object_store_bytes",
+            remedy="raise it: Ray accepts no smaller object store (the default is 134217728)",
+        )

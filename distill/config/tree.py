@@ -1,8 +1,9 @@
-"""A tree of settings against the dataclasses: building one from the other, and naming what is wrong.
+"""Conversion between trees of settings, as YAML has them, and the dataclasses.
 
-Called by :mod:`distill.config.load`; readers of a configuration use :func:`to_yaml`,
-:func:`fingerprint` and :func:`flat_settings`. What OmegaConf says about its own types never reaches
-the user: every mistake is a :class:`ConfigError`. Imports neither torch nor transformers.
+:mod:`distill.config.load` builds a configuration here, and everything else uses :func:`to_yaml`,
+:func:`fingerprint` and :func:`flat_settings`. Every mistake in a tree raises a :class:`ConfigError`;
+OmegaConf's own messages, which name its internal types, never reach the user. Imports neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from distill.config import RunConfig, StudentInitConfig
+from distill.config.retired import RETIRED
+from distill.config.rules import default_remedy
 from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
 
 Tree = dict[str, Any]
@@ -35,32 +38,32 @@ NOT_FINGERPRINTED = ("run_dir", "cluster")
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The configuration as YAML, every setting written out; loading it gives an equal one."""
+    """The configuration as YAML with every setting written out. Loading it gives an equal configuration."""
     return OmegaConf.to_yaml(OmegaConf.create(_written(config, escape=True)))
 
 
 def fingerprint(config: RunConfig) -> str:
     """xxh3-64, hexadecimal, over every setting that determines the numbers of the run.
 
-    That is all of them but ``run_dir`` and ``cluster``: a run moved to another folder or
-    another cluster goes on as the same run, one with any other setting changed does not.
+    These are all settings except ``run_dir`` and ``cluster``. A run can therefore be resumed in a different
+    folder or on a different cluster, but not with any other setting changed.
     """
     tree = {name: value for name, value in _written(config).items() if name not in NOT_FINGERPRINTED}
     return xxhash.xxh3_64_hexdigest(json.dumps(tree, sort_keys=True).encode())
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted name, as it is written in YAML."""
+    """Every setting by the dotted name that it has in YAML."""
     return flatten(_written(config))
 
 
 def setting_names() -> list[str]:
-    """Dotted names of all settings, as they are written."""
+    """Dotted names of all settings, as in YAML."""
     return [name for name, _ in _leaves(RunConfig, "")]
 
 
 def build(tree: Tree) -> RunConfig:
-    """The configuration of a tree of settings; its rules are not checked yet.
+    """Build the configuration of a tree of settings, without checking its rules.
 
     Raises: ConfigError for an unknown name or a value of the wrong type.
     """
@@ -73,9 +76,9 @@ def build(tree: Tree) -> RunConfig:
     for name, hint in _leaves(RunConfig, ""):
         value = flat[name]
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(name, value, "be finite", f"the default is {_default(name)}")
+            raise ConfigError(name, value, "be finite", default_remedy(_default(name)))
         if _choices(hint) and value is not None and value not in _choices(hint):
-            raise _wrong_value(name, hint, value)  # came through an interpolation
+            raise _wrong_value(name, hint, value)  # the result of an interpolation
     return config
 
 
@@ -85,7 +88,10 @@ def _schema() -> DictConfig:
 
 
 def _by_field(tree: Tree, part: type, prefix: str) -> Tree:
-    """The tree under the dataclasses' field names; refuses what has no place there."""
+    """Rename the keys of the tree to the dataclasses' field names.
+
+    Raises: ConfigError for an unknown name, and for a value where a section belongs or the reverse.
+    """
     hints = _hints(part)
     renamed: Tree = {}
     for written, value in tree.items():
@@ -96,13 +102,13 @@ def _by_field(tree: Tree, part: type, prefix: str) -> Tree:
         if is_dataclass(hint):
             if value is not None and not isinstance(value, dict):
                 raise ConfigError(
-                    name, _shown(value), "be a section", f"write its settings, such as {_example(name)}"
+                    name, _shown(value), "be a section", f"write its settings, for example {_example(name)}"
                 )
             renamed[field_name] = _by_field(value or {}, typing.cast(type, hint), f"{name}.")
         elif isinstance(value, dict | list):
             raise _wrong_value(name, hint, value)
-        elif value == "???":  # OmegaConf's mark for a value to be given; it would pass for the default
-            raise ConfigError(name, value, "be given", "write a value in its place")
+        elif value == "???":  # OmegaConf's mark for a missing value, which it would replace with the default
+            raise ConfigError(name, value, "be given", "replace ??? with a value")
         else:
             renamed[field_name] = value
     return renamed
@@ -110,7 +116,7 @@ def _by_field(tree: Tree, part: type, prefix: str) -> Tree:
 
 @cache
 def _hints(part: type) -> dict[str, tuple[str, Any]]:
-    """Written name of each field -> (field name, type)."""
+    """Name of each field in YAML -> (name of the field, type)."""
     hints = typing.get_type_hints(part)
     return {
         WRITTEN_NAMES.get((part, field.name), field.name): (field.name, hints[field.name])
@@ -127,7 +133,7 @@ def _leaves(part: type, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _written(part: Any, *, escape: bool = False) -> Tree:
-    """The values of a dataclass under their written names, whole numbers of float fields as floats."""
+    """The values of a dataclass by their names in YAML. Values of float fields become floats."""
     tree: Tree = {}
     for written, (field_name, hint) in _hints(type(part)).items():
         value = getattr(part, field_name)
@@ -143,7 +149,10 @@ def _written(part: Any, *, escape: bool = False) -> Tree:
 
 
 def _escaped(text: str) -> str:
-    """``${`` means an interpolation when read; a backslash before it, itself escaped, prevents that."""
+    """Escape ``${``, which OmegaConf reads as an interpolation unless a backslash precedes it.
+
+    Backslashes that already precede it are doubled.
+    """
     return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text)
 
 
@@ -161,6 +170,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _unknown(name: str, prefix: str, hints: Mapping[str, object]) -> ConfigError:
+    if name in RETIRED:
+        return ConfigError(name, NO_VALUE, "be the name of a setting", RETIRED[name])
     siblings = [f"{prefix}{sibling}" for sibling in hints]
     last = name.rpartition(".")[2]
     elsewhere = [other for other in setting_names() if other.rpartition(".")[2] == last]
@@ -173,8 +184,8 @@ def _unknown(name: str, prefix: str, hints: Mapping[str, object]) -> ConfigError
     )
     if field_of_other_name := WRITTEN_NAMES.get((StudentInitConfig, last)):
         near = [f"{prefix}{field_of_other_name}"] if field_of_other_name in hints else near
-    remedy = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(siblings)}"
-    return ConfigError(name, NO_VALUE, "be a setting", remedy)
+    remedy = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(siblings)}"
+    return ConfigError(name, NO_VALUE, "be the name of a setting", remedy)
 
 
 def _initials(name: str) -> str:
@@ -206,10 +217,12 @@ def _written_path(field_path: str) -> str:
 
 
 def _wrong_value(name: str, hint: Any, value: object) -> ConfigError:
-    if choices := _choices(hint):
+    if f"{name}={value}" in RETIRED:
+        remedy = RETIRED[f"{name}={value}"]
+    elif choices := _choices(hint):
         remedy = did_you_mean(str(value), choices)
     else:
-        remedy = f"the default is {_default(name)}"
+        remedy = default_remedy(_default(name))
     return ConfigError(name, _shown(value), f"be {_expected(hint)}", remedy)
 
 
@@ -223,7 +236,7 @@ def _expected(hint: Any) -> str:
         bool: "a boolean (true or false)",
         int: "an integer",
         float: "a number",
-        str: "a text",
+        str: "a string",
     }[hint]
 
 

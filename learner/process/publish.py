@@ -87,7 +87,7 @@ class SharedMemoryPublisher:
 
 
 class TrainerEnginePublisher:
-    """vLLM's own trainer engines: NCCL broadcast or CUDA IPC. Not run on a GPU yet.
+    """vLLM's own trainer engines: NCCL broadcast or CUDA IPC. No run uses it yet, and it has not run on a GPU.
 
     ``send_weights`` drives start, update and finish through ``client`` and is called on every
     trainer rank; FSDP shards are gathered by vLLM's ``ModuleSource`` in parameter order.

@@ -1,7 +1,7 @@
-"""Every preset, setting by setting: what makes it the method that it is called after.
+"""The settings that make each preset the method it is named after.
 
-Each line is what the preset changes of the defaults, which are ``ammd``'s. A test of gradients takes a
-preset as it is; this one says what it has to be.
+A preset's entry contains the settings in which it differs from the defaults, which are ``ammd``'s. The tests of
+gradients use the presets unchanged, so only this test notices a preset that has become a different method.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import pytest
 
 from deploy import PRESETS
+from distill.config import RecipeConfig
 from distill.config.load import load_config
 from distill.config.tree import flat_settings
+from tests.unit.config.settings import STUDENT
 
-STUDENT = ["student.init.from=teacher", "student.init.num_layers=1"]
+OVERRIDES = ["student.init.from=teacher", "student.init.num_layers=1"]
 DEFAULTS = {
     "recipe.teacher_text": "sampled",
     "recipe.student_text": "every_update",
@@ -49,7 +51,7 @@ DEFAULTS = {
     "replay.max_policy_age": 0,
     "replay.samples_per_insert": 1.0,
 }
-PRESETS_SAY = {
+DIFFERENCES = {
     "ammd": {},
     "ammd_blackbox": {
         "recipe.teacher_gives": "text",
@@ -158,7 +160,7 @@ PRESETS_SAY = {
 
 
 def settings(recipe: str) -> dict[str, object]:
-    return flat_settings(load_config(None, [*STUDENT, f"recipe={recipe}"], PRESETS))
+    return flat_settings(load_config(None, [*OVERRIDES, f"recipe={recipe}"], PRESETS))
 
 
 def test_the_defaults_are_those_of_ammd() -> None:
@@ -166,13 +168,48 @@ def test_the_defaults_are_those_of_ammd() -> None:
     assert {name: ammd[name] for name in DEFAULTS} == DEFAULTS
 
 
-def test_every_preset_is_here() -> None:
-    assert sorted(PRESETS_SAY) == sorted(path.stem for path in (PRESETS / "recipes").glob("*.yaml"))
+def test_every_preset_has_an_entry() -> None:
+    assert sorted(DIFFERENCES) == sorted(path.stem for path in (PRESETS / "recipes").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("recipe", PRESETS_SAY)
-def test_a_preset(recipe: str) -> None:
+@pytest.mark.parametrize("recipe", DIFFERENCES)
+def test_a_preset_differs_from_ammd_in_these_settings(recipe: str) -> None:
     ammd, found = settings("ammd"), settings(recipe)
     changed = {name: value for name, value in found.items() if value != ammd[name]}
     assert changed.pop("recipe.name", "ammd") == recipe
-    assert changed == PRESETS_SAY[recipe]
+    assert changed == DIFFERENCES[recipe]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (PRESETS / "recipes").glob("*.yaml")])
+def test_each_recipe_loads_under_its_own_name(load, name):
+    assert load(STUDENT, [f"recipe={name}"]).recipe.name == name
+
+
+def test_settings_of_the_main_recipes(load):
+    ammd = load(STUDENT + "recipe: ammd")
+    assert ammd == load(STUDENT)
+    paper = load(STUDENT + "recipe: ammd_paper")
+    assert paper.recipe == RecipeConfig(name="ammd_paper", beta=0.5, anchor_weight=0.1, long_weight=1.0)
+    assert (ammd.critic.features, paper.critic.features) == ("ratio", "teacher")
+    kd, gkd = load(STUDENT + "recipe: kd").recipe, load(STUDENT + "recipe: gkd").recipe
+    assert (kd.teacher_text, kd.student_text, kd.loss, kd.loss_weight, kd.lm_weight, kd.anchor_weight) == (
+        "reference", "none", "forward_kl", 0.5, 0.5, 0.0,
+    )  # fmt: skip
+    assert (gkd.teacher_text, gkd.student_text, gkd.student_fraction, gkd.loss, gkd.jsd_beta) == (
+        "reference", "mixed", 0.5, "generalized_jsd", 0.5,
+    )  # fmt: skip
+    assert gkd.anchor_weight == 0.0
+
+
+def test_the_demo_uses_its_corpus_in_whole_epochs():
+    config = load_config(PRESETS / "demo.yaml", (), PRESETS)
+    assert config.run_dir == "runs/demo"
+    drawn = config.learner.num_updates * config.learner.teacher_rows_per_update
+    assert config.corpus.num_prompts and drawn % config.corpus.num_prompts == 0  # whole epochs
+    assert (config.learner.prompts_per_update, config.rollout.samples_per_prompt) == (16, 2)
+
+
+def test_each_line_of_a_recipe_has_a_comment():
+    for path in (PRESETS / "recipes").glob("*.yaml"):
+        for line in path.read_text().splitlines():
+            assert line.startswith("#") or line.endswith(":") or "  # " in line, f"{path.name}: {line}"

@@ -66,7 +66,7 @@ def test_a_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
         ("critic.features=ratios", ["critic.features", "ratio"]),
         ("recipe=amd", ["amd", "ammd"]),
         ("recipe.beta=1.5", ["recipe.beta=1.5", "[0, 1]"]),
-        ("rollout.temperature=0.7", ["rollout.temperature=0.7"]),
+        ("rollout.temperature=0.7", ["rollout.temperature must be the name of a setting; leave it out"]),
         ("replay.min_size_to_sample=100", ["replay.min_size_to_sample=100", "max_policy_age"]),
         ("teacher.model=/no/such/folder", ["teacher.model=/no/such/folder"]),
         ("teacher.model=smollm2-135", ["smollm2-135m"]),
@@ -87,7 +87,7 @@ def test_a_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
             ["learner.device=cuda must be there", "auto"],
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"),
         ),
-        ("learner.max_grad_norm=-1", ["learner.max_grad_norm=-1.0 must be > 0; 1.0 is the default"]),
+        ("learner.max_grad_norm=-1", ["learner.max_grad_norm=-1.0 must be > 0; correct the value (the default is 1.0)"]),
     ],
 )
 def test_a_wrong_setting(complaint: Complaint, override: str, parts: list[str]) -> None:
@@ -167,7 +167,7 @@ def test_the_tables_of_committed_results(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_the_demo_reads_its_settings_before_it_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploy.demo.subprocess.run", lambda *_: pytest.fail("fetched"))
-    with pytest.raises(ConfigError, match=r"^sed must be a setting; did you mean seed\?$"):
+    with pytest.raises(ConfigError, match=r"^sed must be the name of a setting; did you mean seed\?$"):
         demo(["sed=1"])
     with pytest.raises(
         ConfigError, match=r"^'--help' must be name=value; for example learner\.num_updates=40$"
@@ -315,5 +315,5 @@ def test_the_doctor_tells_the_rule_from_the_remedy(
         "name": "configuration",
         "status": "fail",
         "message": "recipe.beta=2.0 must lie in [0, 1]",
-        "remedy": "0.25 is the default",
+        "remedy": "correct the value (the default is 0.25)",
     }
