@@ -1,8 +1,8 @@
 """Divergences, moment gaps and critic losses, one value per state.
 
-Called by ``learner.update.losses`` (with gradients) and by the evaluation (without). Nothing here
-knows of configs, modules or processes: tensors and plain numbers in, ``[N]`` out, so that
-mask and denominator stay with the caller and a sum over micro-batches is the full batch.
+Called by ``learner.update.losses`` (with gradients) and by ``distill.evaluation`` (without). The
+functions are independent of configs, modules and processes. They map tensors and plain numbers to
+``[N]``, so mask and denominator stay with the caller and a sum over micro-batches is the full batch.
 
 Legend: N states, V vocabulary. p = π(·|s) the policy (the student, trained), q = π*(·|s) the
 teacher (fixed), m = (p + q)/2, f(s, ·) a critic's values. Policy first, teacher second, always;

@@ -1,4 +1,4 @@
-"""The replay index, one behaviour at a time; the interleavings are in test_index_model."""
+"""The index between its tables: leases, versions, refusals and checkpoints; interleavings are in test_index_model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 
 from distill.interfaces import Draw
 from distill.replay.ledger import ReplayError, TrainedDraws, VersionHistory
-from distill.replay.payload_cache import PayloadCache, SegmentLedger
 from tests.unit.replay.builders import (
     Settings,
     fill,
@@ -21,81 +20,6 @@ from tests.unit.replay.builders import (
 )
 
 LATE = "its group came twice, or late from an actor that lost the draw; drop the group$"
-
-
-def test_admission_waits_for_the_first_push():
-    index = Settings().index()
-    assert index.admit(8) == []
-    index.advance(0, 1)
-    assert [draw.number for draw in index.admit(8)] == [0, 1, 2, 3]
-
-
-def test_admission_is_bounded_by_age_and_run_length():
-    index = open_index(num_updates=3, max_policy_age=1, prompts_per_update=2)
-    fill(index)
-    assert index.admit(8) == []
-    train(index, 0)
-    assert [draw.number for draw in index.admit(8)] == [4, 5]
-    train(index, 1)
-    assert index.admit(8) == [], "the run ends after three updates"
-
-
-def test_samples_per_insert_admits_fewer_draws():
-    index = open_index(samples_per_insert=2, max_times_sampled=3, max_policy_age=2, prompts_per_update=3)
-    assert len(index.admit(100)) == 5  # ceil(3 * 3 / 2)
-
-
-def test_min_size_admits_enough_to_be_met():
-    index = open_index(
-        samples_per_insert=2,
-        max_times_sampled=2,
-        max_policy_age=1,
-        prompts_per_update=4,
-        min_size_to_sample=7,
-    )
-    draws = index.admit(100)
-    assert len(draws) == 7
-    index.insert([group(draw) for draw in draws[:6]])
-    score_everything(index)
-    assert index.lease(0) is None, "four groups would do, but seven were asked for"
-    index.insert([group(draws[6])])
-    score_everything(index)
-    assert index.lease(0) is not None
-
-
-def test_min_size_is_capped_where_the_run_ends():
-    index = open_index(num_updates=2, max_policy_age=1, prompts_per_update=2, min_size_to_sample=4)
-    fill(index)
-    train(index, 0)
-    assert numbers(index, 1) == [2, 3], "only two groups can still be there"
-
-
-def test_student_groups_are_used_in_draw_order_whatever_is_ready_first():
-    index = open_index(max_policy_age=1)
-    draws = index.admit(4)
-    score_everything(index)
-    index.insert([group(draws[3]), group(draws[2]), group(draws[1])])
-    score_everything(index)
-    assert index.lease(0) is None
-    index.insert([group(draws[0])])
-    score_everything(index)
-    assert numbers(index, 0) == [0, 1]
-    assert numbers(index, 0, "teacher_text") == [0, 1]
-
-
-def test_ages_count_updates_between_the_oldest_token_and_the_use():
-    index = open_index(max_policy_age=2, num_updates=6)
-    fill(index)
-    train(index, 0)
-    later = index.admit(2)
-    assert [draw.number for draw in later] == [6, 7]
-    index.insert([group(draw, version=2) for draw in later])
-    score_everything(index)
-    ages = []
-    for update in range(1, 4):
-        ages.append(index.lease(update).policy_ages)
-        train(index, update)
-    assert ages == [(1, 1), (2, 2), (2, 2)]
 
 
 def test_an_unannounced_version_counts_as_the_newest_known():
@@ -113,37 +37,6 @@ def test_a_version_is_never_used_twice():
         ReplayError, match=r"^policy_version=1 must be above the newest one \(1\).*; persist the counter"
     ):
         index.advance(1, 1)
-
-
-def test_a_group_older_than_the_bound_is_an_error():
-    index = open_index(max_policy_age=1, num_updates=8)
-    fill(index)
-    for update in range(3):
-        train(index, update)
-        fill(index, version=1)  # weights that are long replaced
-        if update == 1:
-            break
-    with pytest.raises(
-        ReplayError,
-        match=r"^age=2 of draw student_text-0-4 in update 2 must be <= replay\.max_policy_age \(1\)",
-    ):
-        index.lease(2)
-
-
-def test_reuse_draws_without_replacement_and_up_to_the_bound():
-    index = open_index(
-        samples_per_insert=2, max_times_sampled=2, max_policy_age=3, prompts_per_update=2, num_updates=6
-    )
-    used: list[int] = []
-    for update in range(6):
-        fill(index, version=update + 1)
-        chosen = numbers(index, update)
-        assert len(set(chosen)) == 2
-        assert chosen == sorted(chosen)
-        used += chosen
-        train(index, update)
-    assert max(used.count(number) for number in used) == 2
-    assert used != sorted(used)
 
 
 def test_a_lease_is_the_same_until_its_update_is_committed():
@@ -207,15 +100,6 @@ def test_a_refused_scoring_changes_nothing():
     index.insert_scored([group(job.groups[0].draw)])
 
 
-def test_draws_of_a_dead_rollout_actor_come_first():
-    index = open_index(max_policy_age=1)
-    draws = index.admit(2)
-    assert index.requeue([draw.draw_id for draw in draws[:1]]) == 1
-    with pytest.raises(ReplayError, match=rf"^draw student_text-0-0=drawn must be dispatched: {LATE}"):
-        index.insert([group(draws[0])])
-    assert [draw.number for draw in index.admit(8)] == [0, 2, 3]
-
-
 def test_work_of_a_dead_teacher_is_handed_out_again():
     index = open_index()
     index.insert([group(draw) for draw in index.admit(2)])
@@ -230,87 +114,6 @@ def test_work_of_a_dead_teacher_is_handed_out_again():
     ):
         index.insert_scored([group(job.groups[0].draw)])
     assert index.take_for_scoring(64) == job
-
-
-def test_a_corpus_row_is_scored_once_and_shared_by_later_draws():
-    index = open_index(student_text="none", num_corpus_rows=2, num_updates=6, max_policy_age=1)
-    job = index.take_for_scoring(64)
-    assert sorted(draw.index for draw in job.teacher_draws) == [0, 1], "six draws fall on two rows"
-    assert not index.take_for_scoring(64)
-    index.insert_scored([text_group(draw) for draw in job.teacher_draws])
-    for update in range(6):
-        refs = index.lease(update).groups
-        assert [ref.draw.number for ref in refs] == [2 * update, 2 * update + 1]
-        train(index, update)
-    assert not index.take_for_scoring(64)
-    assert index.stats()["replay/bytes"] == 200
-
-
-def test_text_is_prefetched_one_update_beyond_the_age_bound():
-    index = open_index(student_text="none", num_corpus_rows=50, max_policy_age=1, num_updates=8)
-    assert [draw.number for draw in index.take_for_scoring(64).teacher_draws] == [0, 1, 2, 3, 4, 5]
-
-
-def test_payload_over_the_bound_goes_least_recently_used_first_but_never_from_the_window():
-    index = open_index(
-        student_text="none", num_corpus_rows=20, max_policy_age=0, num_updates=20, max_bytes=450
-    )
-    for update in range(8):
-        score_everything(index)
-        assert index.lease(update) is not None
-        train(index, update)
-        index.commit(update + 1)
-        assert index.stats()["replay/bytes"] <= 450
-    assert index.stats()["replay/num_evicted_rows"] > 0
-
-
-def test_the_row_used_last_stays_longest():
-    segments = SegmentLedger()
-    cache = PayloadCache(segments, max_bytes=250)
-    rows = [Draw(table="teacher_text", number=number, epoch=0, index=number) for number in range(3)]
-    for row in rows[:2]:
-        cache.put(row.index, text_group(row))
-    cache.pin(0)
-    cache.unpin(0)
-    cache.put(2, text_group(rows[2]))
-    cache.evict()
-    assert [cache.pin(index) is not None for index in range(3)] == [True, False, True]
-
-
-def test_nothing_of_the_window_is_evicted():
-    index = open_index(student_text="none", num_corpus_rows=20, num_updates=20, max_bytes=1)
-    score_everything(index)
-    assert index.stats()["replay/bytes"] == 600
-    assert index.lease(0) is not None
-
-
-def test_segments_are_freed_when_their_last_group_is_final():
-    index = open_index(student_text="every_update", teacher_text="none", num_updates=3)
-    draws = index.admit(4)
-    index.insert([group(draw, segment="rollout-1-0.arrow") for draw in draws])
-    assert index.freed_segments("rollout-1") == {}
-    job = index.take_for_scoring(64)
-    index.insert_scored([group(ref.draw, 1, "teacher-0.arrow") for ref in job.groups])
-    assert index.freed_segments("rollout") == {}, "another writer's"
-    assert index.freed_segments("rollout-1") == {"rollout-1-0.arrow": 4}
-    assert index.freed_segments("rollout-1") == {}
-    train(index, 0)
-    train(index, 1)
-    index.commit(1)
-    assert index.freed_segments("teacher") == {}
-    index.commit(2)
-    assert index.freed_segments("teacher") == {"teacher-0.arrow": 4}
-    assert index.stats()["replay/bytes"] == 0
-
-
-def test_a_group_that_stays_where_it_is_when_scored_is_counted_once():
-    index = open_index(teacher_text="none", num_updates=1)
-    draws = index.admit(2)
-    index.insert([group(draw) for draw in draws])
-    index.insert_scored(list(index.take_for_scoring(8).groups))
-    train(index, 0)
-    index.commit(1)
-    assert index.freed_segments("rollout") == {"rollout-0.arrow": 2}
 
 
 def test_state_holds_what_is_acknowledged_and_loads_from_json():
@@ -394,31 +197,3 @@ def test_a_learner_that_went_back_gets_its_leases_and_over_age_rollouts_are_repe
         index.advance(update + 1, version)
     assert index.lease(5) is None, "its rollouts hold tokens of update 1"
     assert [draw.number for draw in index.admit(2)] == [10, 11]
-
-
-REUSE = {"samples_per_insert": 1.0, "max_times_sampled": 2, "max_policy_age": 1, "num_updates": 9}
-
-
-def test_trained_draws_are_skipped_when_a_reusing_run_resumes():
-    index = Settings(**REUSE).index()
-    state = index.state() | {"updates_done": 2, "student_trained": {"prefix": 1, "extra": [2, 4]}}
-    index.load_state(state)
-    index.advance(2, 3)
-    assert [draw.number for draw in index.admit(100)] == [1, 3, 5, 6, 7], (
-        "eight inserts, three of them trained"
-    )
-
-
-def test_a_group_that_got_too_old_unused_is_rolled_out_again_before_new_draws():
-    index = open_index(**REUSE)
-    fill(index)
-    unused = set(range(4))
-    for update in range(2):
-        unused -= set(numbers(index, update))
-        train(index, update)
-    assert unused, "choose a seed that leaves one unused"
-    draws = [draw.number for draw in index.admit(100)]
-    assert draws[: len(unused)] == sorted(unused)
-    assert draws[len(unused) :] == list(range(4, 4 + len(draws) - len(unused)))
-    assert len(draws) == 4, "in the place of new draws, not beside them"
-    assert index.stats()["replay/num_expired"] == len(unused)

@@ -1,0 +1,144 @@
+"""The prompt table: tokens and masks, rows that are skipped, rows that are held out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from distill.data import build_prompts, heldout_rows, num_skipped_prompts, training_rows
+from distill.errors import ConfigError
+from tests.unit.data.builders import (
+    DATA,
+    STOP,
+    TEMPLATE,
+    example,
+    many,
+    only_row,
+    with_template,
+    without_template,
+    written,
+)
+
+# Tokens and masks
+
+
+def test_a_prompt_ends_where_the_assistant_begins(tokenizer):
+    row = only_row(example("u:Hi", "a:Yo"), tokenizer)
+    assert tokenizer.decode(row["prompt_tokens"]) == "<s>user\nHi</s>\n<s>assistant\n"
+    assert tokenizer.decode(row["reference_tokens"]) == "Yo</s>"
+    assert row["reference_tokens"][-1] == STOP
+    assert row["reference_mask"] is None
+    assert (row["prompt_text"], row["reference_text"]) == ("Hi", "Yo")
+
+
+def test_only_the_assistants_turns_count(tokenizer):
+    turns = ("s:Be kind", "u:Q", "a:A", "u:R", "a:BC")
+    row = only_row(example(*turns), tokenizer)
+    assert tokenizer.decode(row["prompt_tokens"]) == "<s>system\nBe kind</s>\n<s>user\nQ</s>\n<s>assistant\n"
+    reference = "A</s>\n<s>user\nR</s>\n<s>assistant\nBC</s>"
+    assert tokenizer.decode(row["reference_tokens"]) == reference
+    assert written(tokenizer, row) == "A</s>BC</s>"
+    assert row["prompt_text"] == "system: Be kind\nuser: Q"
+    messages = [
+        {"role": t.role, "content": t.content} for t in (*example(*turns).prompt, *example(*turns).reference)
+    ]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(row["prompt_tokens"]) + reference + "\n" == whole
+
+
+def test_a_users_turn_at_the_end_is_no_reference(tokenizer):
+    row = only_row(example("u:Q", "a:A", "u:R"), tokenizer)
+    assert tokenizer.decode(row["reference_tokens"]) == "A</s>"
+    assert row["reference_mask"] is None
+
+
+def test_two_turns_of_the_assistant_in_a_row(tokenizer):
+    row = only_row(example("u:Q", "a:A", "a:B"), tokenizer)
+    assert written(tokenizer, row).replace("<s>assistant\n", "") == "A</s>B</s>"
+
+
+def test_a_template_that_does_not_end_a_turn_gets_the_stop_token(tokenizer):
+    open_ended = with_template(tokenizer, "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}")
+    row = only_row(example("u:Q", "a:A"), open_ended)
+    assert row["reference_tokens"][-1] == STOP
+    assert tokenizer.decode(row["reference_tokens"]) == "A </s>"
+
+
+def test_references_are_cut(tokenizer):
+    data = dataclasses.replace(DATA, max_reference_tokens=4)
+    row = only_row(example("u:Q", "a:abcdef"), tokenizer, data)
+    assert tokenizer.decode(row["reference_tokens"]) == "abcd"
+    cut_in_users_turn = only_row(example("u:Q", "a:A", "u:R", "a:B"), tokenizer, data)
+    assert tokenizer.decode(cut_in_users_turn["reference_tokens"]) == "A</s>"
+    assert cut_in_users_turn["reference_mask"] is None
+
+
+def test_no_reference_is_null(tokenizer):
+    row = only_row(example("u:Q"), tokenizer)
+    assert (row["reference_tokens"], row["reference_mask"], row["reference_text"]) == (None, None, None)
+
+
+def test_plain_text(tokenizer):
+    data = dataclasses.replace(DATA, chat_template=False)
+    row = only_row(example("u:1+1=", "a:2"), without_template(tokenizer), data)
+    assert tokenizer.decode(row["prompt_tokens"]) == "1+1="
+    assert tokenizer.decode(row["reference_tokens"]) == "2</s>"
+    with pytest.raises(ConfigError, match=r"data.chat_template=false must be true for data of several turns"):
+        only_row(example("u:Q", "a:A", "u:R", "a:B"), tokenizer, data)
+
+
+def test_unfit_templates(tokenizer):
+    with pytest.raises(ConfigError, match=r"data.chat_template=true must be false; .* no chat template"):
+        only_row(example("u:Q", "a:A"), without_template(tokenizer))
+    counting = with_template(tokenizer, "{{ messages|length }}" + TEMPLATE)
+    with pytest.raises(ConfigError, match=r"data row 0: .* must be prefix-stable"):
+        only_row(example("u:Q", "a:A"), counting)
+    refusing = with_template(tokenizer, "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ConfigError, match=r"data row 0 must suit .* roles must alternate"):
+        only_row(example("u:Q", "a:A"), refusing)
+
+
+# The table
+
+
+def test_a_long_prompt_is_refused_or_skipped(tokenizer):
+    rows = [*many(5), example("u:" + "x" * 100, "a:A", row=5), *many(1)]
+    data = dataclasses.replace(DATA, max_prompt_tokens=60)
+    with pytest.raises(
+        ConfigError,
+        match=r"^prompt of data row 5=1\d\d tokens must be <= data\.max_prompt_tokens=60; "
+        r"raise it or set data\.on_long_prompt=skip$",
+    ):
+        build_prompts(rows, tokenizer, data, [STOP])
+    table = build_prompts(rows, tokenizer, dataclasses.replace(data, on_long_prompt="skip"), [STOP])
+    assert table.num_rows == 6
+    assert num_skipped_prompts(table) == 1
+    for row in table.to_pylist():  # the references did not slip by one
+        assert tokenizer.decode(row["reference_tokens"]) == f"answer {row['data_row']}</s>"
+
+
+def test_held_out_rows_lie_last_and_follow_the_seed(tokenizer):
+    data = dataclasses.replace(DATA, num_heldout=7)
+    table = build_prompts(many(20), tokenizer, data, [STOP], seed=3)
+    again = build_prompts(many(20), tokenizer, data, [STOP], seed=3)
+    other = build_prompts(many(20), tokenizer, data, [STOP], seed=-4)
+    assert table.equals(again)
+    assert table["data_row"].to_pylist() != other["data_row"].to_pylist()
+    assert table["heldout"].to_pylist() == [False] * 13 + [True] * 7
+    training, heldout = training_rows(table), heldout_rows(table)
+    assert training["data_row"].to_pylist() == sorted(training["data_row"].to_pylist())
+    assert sorted(training["data_row"].to_pylist() + heldout["data_row"].to_pylist()) == list(range(20))
+    assert training.equals(table.slice(0, 13))
+
+
+def test_something_must_be_left_to_train_on(tokenizer):
+    data = dataclasses.replace(DATA, num_heldout=3)
+    with pytest.raises(ConfigError, match=r"data.num_heldout=3 must be < the number of usable rows \(3\)"):
+        build_prompts(many(3), tokenizer, data, [STOP])
+
+
+def test_an_empty_prompt_is_refused(tokenizer):
+    data = dataclasses.replace(DATA, chat_template=False)
+    with pytest.raises(ConfigError, match=r"data row 0 must have a prompt of at least one token"):
+        only_row(example("u:", "a:A"), without_template(tokenizer), data)
