@@ -113,19 +113,17 @@ class CorpusActor:
     def pid(self) -> int:
         return os.getpid()
 
-    async def start(
-        self, config: RunConfig, teacher_dir: str, stop_token_ids: Sequence[int], num_tokens: int
-    ) -> None:
+    async def start(self, config: RunConfig, inputs: RunInputs) -> None:
         self.config = config
         self.rows = self.tokens = 0
         rollout = replace(config.rollout, max_num_seqs=128)
         self.rows_per_call = rollout.max_num_seqs
         self.generator = await build_generator(
-            teacher_dir,
+            inputs.teacher_dir,
             rollout,
             max_model_tokens=config.max_model_tokens,
-            stop_token_ids=stop_token_ids,
-            num_tokens=num_tokens,
+            stop_token_ids=inputs.stop_token_ids,
+            num_tokens=inputs.num_tokens,
             on_push="recompute",
             lock_step=True,
             seed=config.corpus.seed,
