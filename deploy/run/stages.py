@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from deploy.cluster.backend import Backend
 from deploy.cluster.in_process import InProcess
 from deploy.cluster.memory import MemorySampler
-from deploy.cluster.ray_cluster import Cluster
+from deploy.cluster.ray_cluster import RayCluster
 from deploy.run.preflight import Preflight
 from deploy.run.prepare import keep_proxy, prepare, proxy_in_cache, training_seconds
 from deploy.run.progress import Progress, training_line
@@ -111,9 +112,9 @@ class Run:
         self.events.write("started", incarnation=self.folder.incarnation)
         with ExitStack() as stack:
             with self._timed("start_ray"):
-                self.cluster = stack.enter_context(_cluster(self.config.cluster, self.folder.run_id))
+                self.backend = stack.enter_context(_backend(self.config.cluster, self.folder.run_id))
             self.memory = stack.enter_context(MemorySampler({"driver": os.getpid()}))
-            for pid in self.cluster.service_pids():
+            for pid in self.backend.service_pids():
                 self.memory.add("ray", pid)
             learner = self._start_learner()
             self._warm_start(learner)
@@ -168,12 +169,12 @@ class Run:
             work = learner.fit.remote(model, corpus, str(out), training)
 
             def tick() -> None:
-                facts = self.cluster.poll(learner.facts.remote()) or {}
+                facts = self.backend.poll(learner.facts.remote()) or {}
                 loss = facts.get("fit_loss")
                 shown = f", loss {loss:.3f}" if loss is not None else ""
                 self.progress.show(f"{what}: update {facts.get('fit_update', 0)}/{updates}{shown}")
 
-            totals = self.cluster.wait({"learner": work}, tick=tick)["learner"]
+            totals = self.backend.wait({"learner": work}, tick=tick)["learner"]
         self.tokens[stage] = totals["num_tokens"]
         self.progress.say(
             f"{what} done: {updates} updates, loss {totals['loss']:.3f}, {self.timing_s[stage]:.0f} s"
@@ -202,13 +203,13 @@ class Run:
             for prompts, num_prompts, samples, path in missing:
 
                 def tick(before: float = written) -> None:
-                    rows = (self.cluster.poll(writer.stats.remote()) or {}).get("corpus/num_rows", 0.0)
+                    rows = (self.backend.poll(writer.stats.remote()) or {}).get("corpus/num_rows", 0.0)
                     self.progress.show(f"teacher corpus: {before + rows:.0f}/{total} texts")
 
                 work = writer.write.remote(prompts, num_prompts, samples, path)
-                tokens += self.cluster.wait({"corpus": work}, tick=tick)["corpus"]
+                tokens += self.backend.wait({"corpus": work}, tick=tick)["corpus"]
                 written += num_prompts * samples
-            self.cluster.end_actor("corpus")
+            self.backend.end_actor("corpus")
         self.tokens["corpus"] = tokens
         self.progress.say(
             f"teacher corpus written: {total} texts, {tokens:.0f} tokens, {self.timing_s['corpus']:.0f} s"
@@ -244,7 +245,7 @@ class Run:
         shown: set[str] = set()
 
         def tick() -> None:
-            facts = self.cluster.poll(learner.facts.remote())
+            facts = self.backend.poll(learner.facts.remote())
             if facts:
                 rates.observe(facts)
                 for alarm in facts.get("alarms", ()):
@@ -253,7 +254,7 @@ class Run:
                         shown.add(alarm)
                 self.progress.show(training_line(facts | rates.outlook(), rates.tokens_per_s()))
 
-        result = self.cluster.wait(loops, tick=tick)["learner"]
+        result = self.backend.wait(loops, tick=tick)["learner"]
         for name, seconds in result["timing_s"].items():
             self.timing_s[name] = seconds
         self.tokens["learner"] = result["num_tokens"]
@@ -275,13 +276,13 @@ class Run:
         return self._actor("learner", LearnerActor, self.config.learner.num_threads, self.config)
 
     def _actor(self, name: str, actor_class: Any, num_threads: int | None, *args: object) -> Any:
-        handle = self.cluster.start_actor(name, actor_class, *args, num_threads=num_threads or usable_cores())
-        if name in self.cluster.pids:
-            self.memory.add(name, self.cluster.pids[name])
+        handle = self.backend.start_actor(name, actor_class, *args, num_threads=num_threads or usable_cores())
+        if name in self.backend.pids:
+            self.memory.add(name, self.backend.pids[name])
         return handle
 
     def _ready(self, work: dict[str, Any]) -> dict[str, Any]:
-        return self.cluster.wait(work, timeout_s=self.config.cluster.start_timeout_s)
+        return self.backend.wait(work, timeout_s=self.config.cluster.start_timeout_s)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -311,8 +312,8 @@ class Run:
         }
 
 
-def _cluster(config: ClusterConfig, run_id: str) -> Cluster | InProcess:
-    return Cluster(config, run_id) if config.backend == "ray" else InProcess(run_id)
+def _backend(config: ClusterConfig, run_id: str) -> Backend:
+    return RayCluster(config, run_id) if config.backend == "ray" else InProcess(run_id)
 
 
 def _sampler_name(config: RunConfig) -> str:
