@@ -32,7 +32,7 @@ MEASURING_CODE = ("deploy/study/measure/*.py",)
 """Code whose change makes the measures of older runs stale."""
 RESULTS_CODE = (
     *MEASURING_CODE,
-    *(f"deploy/study/tables/{name}.py" for name in ("results", "statistics", "differences")),
+    *(f"deploy/study/tables/{name}.py" for name in ("run_results", "statistics", "frontier", "differences")),
 )
 """Code whose change makes older results incomparable; the runs stay valid."""
 _OUR_PACKAGES = frozenset({"distill", "actors", "learner", "deploy"})

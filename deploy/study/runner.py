@@ -20,12 +20,12 @@ from typing import Any
 from deploy.run.preflight import Preflight
 from deploy.study.hashes import method_hash, stamps
 from deploy.study.jobs import Job, Jobs, of_recipe
-from deploy.study.measure.measures import Measures, are_measured, measures_path, teacher_measures_path
+from deploy.study.measure.measures_file import Measures, are_measured, measures_path, teacher_measures_path
 from deploy.study.pooling import pooled
 from deploy.study.processes import Command, run_all
 from deploy.study.spec import Settings, StudySpec
 from deploy.study.tables.differences import differences
-from deploy.study.tables.results import critics, curve, final, finals, texts
+from deploy.study.tables.run_results import critics, curve, final, finals, texts
 from deploy.study.tasks import registry as tasks
 from distill.errors import NO_VALUE, ConfigError, DistillError
 from distill.evaluation import direction

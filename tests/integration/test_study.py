@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deploy.report.render import markdown
 from deploy.study.processes import ProcessFailed
 from deploy.study.runner import Study, StudyUnfinished
 from deploy.study.spec import StudySpec, Tuning
 from deploy.study.tables.plots import draw
-from deploy.study.tables.report import report
+from deploy.study.tables.study_report import study_report
 from deploy.study.tasks import registry as tasks
 from distill.errors import ConfigError
 from tests.tiny import make_world, tiny_overrides
@@ -64,7 +65,7 @@ def test_a_study_and_its_second_start(tmp_path: Path) -> None:
     assert len(results["tuning"]) == 4
     assert {point["update"] for point in results["runs"][0]["evaluations"]} == {0, 1, 2}
     assert results["runs"][0]["evaluations"][-1]["train_s"] > 0
-    table = report(results)
+    table = markdown(study_report(results))
     assert table.count("\n| `") == 9  # two recipes in four tables, one with critics
     assert "nan" not in table
     assert [of_seed["seed"] for of_seed in results["teacher"]] == [0, 1]
@@ -82,7 +83,7 @@ def test_a_study_and_its_second_start(tmp_path: Path) -> None:
     assert longer["chosen"]["kd_longer"] == longer["chosen"]["kd"] == results["chosen"]["kd"]
     assert len(longer["tuning"]) == 2, "it is not tuned itself"
     assert longer["runs"][1]["evaluations"][-1]["update"] == 3
-    assert "| `kd_longer` − `kd` | " in report(longer)
+    assert "| `kd_longer` − `kd` | " in markdown(study_report(longer))
     with pytest.raises(StudyUnfinished, match="baseline=jsd must have a run that ended well"):
         Study(spec(recipes={"jsd": {}}, baseline="jsd"), folder).finished()
 
@@ -90,7 +91,7 @@ def test_a_study_and_its_second_start(tmp_path: Path) -> None:
     repeated = Study(spec(), folder, say=again.append).run()
     assert repeated == results
     assert [line for line in again[1:] if "note" not in line] == ["4/8: done before", "8/8: done before"]
-    assert report(repeated) == table
+    assert markdown(study_report(repeated)) == table
 
 
 def test_what_goes_wrong(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_a_run_that_fails_stops_a_study_and_one_that_diverges_does_not(tmp_path:
     results = Study(study, tmp_path / "study", num_jobs=2).run()
     assert [(run["recipe"], run["seed"]) for run in results["diverged"]] == [("wild", 0)]
     assert [run["recipe"] for run in results["runs"]] == ["kd"]
-    assert "left out of every table: `wild` seed 0." in report(results)
+    assert "left out of every table: `wild` seed 0." in markdown(study_report(results))
     broken = Study(spec(recipes={"kd": {}}, tuning=None), tmp_path / "broken", num_jobs=2)
     job = broken._jobs.job("kd", 1, {}, tuning=False)
     job.run_dir.parent.mkdir(parents=True)

@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike
 from sacrebleu.metrics.bleu import BLEU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deploy.study.measure.measures import (
+from deploy.study.measure.measures_file import (
     READ_AT,
     TEMPERATURES,
     measures_path,

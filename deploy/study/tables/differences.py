@@ -13,13 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from deploy.study.measure.measures import (
-    FRONTIER_SCORES,
-    TEXT_MEASURES,
-    Measures,
-    frontier_difference,
-    measures_path,
-)
+from deploy.study.measure.measures_file import FRONTIER_SCORES, TEXT_MEASURES, Measures, measures_path
+from deploy.study.tables.frontier import frontier_difference
 from deploy.study.tables.statistics import PairedPrompts, SeedDifference, seed_difference
 from distill.evaluation import Evaluation, load_evaluation
 from distill.run.folder import RunFolder

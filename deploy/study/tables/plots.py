@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from deploy.study.measure.measures import FRONTIER_SCORES, TEMPERATURES
+from deploy.study.measure.measures_file import FRONTIER_SCORES, TEMPERATURES
+from deploy.study.tables.study_report import runs_by_recipe
 from distill.files import write_bytes
 
 
@@ -21,19 +22,12 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
     return drawn
 
 
-def _runs_by_recipe(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for run in results["runs"]:
-        found.setdefault(run["recipe"], []).append(run)
-    return found
-
-
 def _curves(results: Mapping[str, Any], path: Path) -> Path:
     """A row per metric: against updates on the left, against seconds of training on the right."""
     metrics: Sequence[str] = results["metrics"]
     figure, axes = _figure(len(metrics), 2)
     for row, metric in enumerate(metrics):
-        for recipe, runs in _runs_by_recipe(results).items():
+        for recipe, runs in runs_by_recipe(results).items():
             values = np.mean(
                 [[point["values"][metric] for point in run["evaluations"]] for run in runs], axis=0
             )
@@ -50,7 +44,7 @@ def _frontier(results: Mapping[str, Any], path: Path) -> Path:
     """Scores at several temperatures against the entropy there; the teacher's own in black."""
     figure, axes = _figure(1, len(FRONTIER_SCORES))
     lines: dict[str, tuple[Sequence[Mapping[str, Any]], dict[str, Any]]] = {
-        recipe: (runs, {}) for recipe, runs in _runs_by_recipe(results).items()
+        recipe: (runs, {}) for recipe, runs in runs_by_recipe(results).items()
     }
     if results["teacher"]:
         lines["the teacher itself"] = (results["teacher"], {"color": "black", "linestyle": "--"})

@@ -12,7 +12,7 @@ import torch
 
 from deploy.study.measure import measure_run
 from deploy.study.measure.measure_run import Heldout, Models, Sums, bleu, distinct, position_logits, sample
-from deploy.study.measure.measures import Measures, are_measured
+from deploy.study.measure.measures_file import Measures, are_measured
 from distill.data import write_table
 from tests.tiny import save_tiny_llama
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from deploy.study.measure.measures import Measures, are_measured, measures_path
+from deploy.study.measure.measures_file import Measures, are_measured, measures_path
 from distill.evaluation import EXTRA_METRICS, METRICS, Evaluation, load_evaluation
 from distill.run.folder import RunFolder
 from distill.run.metrics import read_metrics

@@ -1,12 +1,12 @@
-"""Frontiers whose distance is known, and the two-sample classifier at its two ends."""
+"""Frontiers at known distances from each other."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from deploy.study.measure.measures import TEMPERATURES, Measures, frontier_difference, measures_table
-from deploy.study.measure.two_sample import correct_guesses
+from deploy.study.measure.measures_file import TEMPERATURES, Measures, measures_table
+from deploy.study.tables.frontier import frontier_difference
 from deploy.study.tables.statistics import Comparison, compare
 
 
@@ -49,14 +49,3 @@ def test_frontiers_that_share_no_entropy_are_not_compared():
     found = gain_of(apart, "rouge_l.teacher", num_draws=50)
     assert np.isnan(found.difference) and np.isnan(found.low)
     assert found.p_value == 1, "what cannot be compared is no finding"
-
-
-def texts(seed: int, low: int, num_texts: int = 120) -> list[list[int]]:
-    random = np.random.default_rng(seed)
-    return [random.integers(low, low + 40, 30).tolist() for _ in range(num_texts)]
-
-
-def test_texts_of_one_source_are_told_apart_by_chance_alone():
-    share = correct_guesses(texts(0, 0), texts(1, 0)).mean() / 2
-    assert 0.38 < share < 0.62  # 240 guesses: ± 3.7 standard errors
-    assert correct_guesses(texts(0, 0), texts(1, 8)).mean() / 2 > 0.9
