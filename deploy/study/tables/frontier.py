@@ -15,10 +15,11 @@ from deploy.study.tables.statistics import NUM_DRAWS, SeedDifference, prompt_cou
 def frontier_difference(
     pair: tuple[Measures, Measures], score: str, *, num_draws: int = NUM_DRAWS
 ) -> SeedDifference:
-    """How far the recipe's frontier lies above the baseline's in one seed; ``pair``: (recipe, baseline).
+    """How far the recipe's frontier is above the baseline's in one seed. ``pair``: (recipe, baseline).
 
-    The difference of the two piecewise linear curves score(entropy), averaged over the entropies that
-    both reach; prompts are drawn in pairs. NaN where the curves share no entropy.
+    This is the difference between the two piecewise linear curves score(entropy), averaged over the
+    entropies that both reach. The error is by bootstrap over prompts in pairs. NaN where the curves share
+    no entropy.
     """
     gain = _gain(*(_curves(measures, score, None) for measures in pair))[0]
     counts = prompt_counts(pair[0].table.num_rows, num_draws, np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""A study's plots: metrics along the runs, and scores against entropy."""
+"""Plots of a study: metrics over the course of the runs, and scores against entropy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill.files import write_bytes
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """``curves.svg``, and ``frontier.svg`` where texts were measured; means over the seeds."""
+    """Write ``curves.svg``, and ``frontier.svg`` where texts were measured; both show means over seeds."""
     drawn = [_curves(results, folder / "curves.svg")]
     if all(run["texts"] for run in results["runs"]):
         drawn.append(_frontier(results, folder / "frontier.svg"))
@@ -23,7 +23,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _curves(results: Mapping[str, Any], path: Path) -> Path:
-    """A row per metric: against updates on the left, against seconds of training on the right."""
+    """Draw a row per metric: against updates on the left, against seconds of training on the right."""
     metrics: Sequence[str] = results["metrics"]
     figure, axes = _figure(len(metrics), 2)
     for row, metric in enumerate(metrics):
@@ -41,7 +41,7 @@ def _curves(results: Mapping[str, Any], path: Path) -> Path:
 
 
 def _frontier(results: Mapping[str, Any], path: Path) -> Path:
-    """Scores at several temperatures against the entropy there; the teacher's own in black."""
+    """Draw scores against entropy at several temperatures; the teacher's curve is black."""
     figure, axes = _figure(1, len(FRONTIER_SCORES))
     lines: dict[str, tuple[Sequence[Mapping[str, Any]], dict[str, Any]]] = {
         recipe: (runs, {}) for recipe, runs in runs_by_recipe(results).items()
@@ -69,11 +69,11 @@ def _figure(rows: int, columns: int) -> tuple[Any, Any]:
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save(figure: Any, legend_beside: Any, path: Path) -> Path:
+def _save(figure: Any, legend_next_to: Any, path: Path) -> Path:
     import matplotlib
 
-    legend_beside.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    # Neither a date nor random ids: the same results give the same file.
+    legend_next_to.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    # No date and no random ids, so that the same results give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none"}):
         drawn = io.BytesIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})

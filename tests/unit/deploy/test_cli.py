@@ -162,7 +162,7 @@ def test_the_tables_of_committed_results(tmp_path: Path, capsys: pytest.CaptureF
     assert "--out" in capsys.readouterr().err
     (tmp_path / "other.json").write_text("{}")
     assert main(["study", str(tmp_path / "other.json"), "--report"]) == 2
-    assert "must hold asked" in capsys.readouterr().err
+    assert "must contain asked" in capsys.readouterr().err
 
 
 def test_the_demo_reads_its_settings_before_it_fetches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ def gain_of(pairs: list[tuple[Measures, Measures]], score: str, *, num_draws: in
 
 
 def measures(entropies: list[float], score: float, slope: float = -0.1, num_prompts: int = 50) -> Measures:
-    """Every prompt has the score ``score + slope·entropy`` up to noise that two recipes share."""
+    """Measures whose score per prompt is ``score + slope·entropy`` plus noise that two recipes share."""
     noise = np.random.default_rng(0).normal(0, 0.2, num_prompts)
     noise -= noise.mean()
     columns = {}
@@ -28,7 +28,7 @@ def measures(entropies: list[float], score: float, slope: float = -0.1, num_prom
     return Measures(measures_table(columns, {"t1.distinct_2": 0.5}, "texts-of-0"))
 
 
-def test_a_sharper_student_on_the_same_line_gains_nothing():
+def test_a_sharper_student_on_the_same_frontier_gains_nothing():
     ours, theirs = measures([1.0, 2.0, 3.0, 3.5], 1.0), measures([2.0, 3.0, 4.0, 5.0], 1.0)
     assert ours.value("t0.5.rouge_l.teacher") > theirs.value("t0.5.rouge_l.teacher")
     gain = gain_of([(ours, theirs)], "rouge_l.teacher", num_draws=50)
@@ -36,7 +36,7 @@ def test_a_sharper_student_on_the_same_line_gains_nothing():
     assert gain.low == pytest.approx(0, abs=1e-9) and gain.high == pytest.approx(0, abs=1e-9)
 
 
-def test_a_frontier_above_is_a_gain_over_the_shared_entropies():
+def test_a_higher_frontier_gains_over_the_shared_entropies():
     ours, theirs = measures([1.0, 2.0, 3.0, 3.5], 1.03), measures([2.0, 3.0, 4.0, 5.0], 1.0)
     gain = gain_of([(ours, theirs)] * 2, "rouge_l.teacher", num_draws=50)
     assert gain.difference == pytest.approx(0.03)
@@ -48,4 +48,4 @@ def test_frontiers_that_share_no_entropy_are_not_compared():
     apart = [(measures([1.0, 1.1, 1.2, 1.3], 1.0), measures([2.0, 3.0, 4.0, 5.0], 1.0))]
     found = gain_of(apart, "rouge_l.teacher", num_draws=50)
     assert np.isnan(found.difference) and np.isnan(found.low)
-    assert found.p_value == 1, "what cannot be compared is no finding"
+    assert found.p_value == 1, "recipes that cannot be compared do not differ significantly"

@@ -1,4 +1,4 @@
-"""Tables and plots from results with known values."""
+"""Reports and plots of results with known values."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ RESULTS = {
 }
 
 
-def test_equal_time_is_the_fastest_runs():
+def test_equal_time_is_that_of_the_fastest_run():
     table = text_of(RESULTS).split("At equal time")[1]
     assert "after 20 s of training" in table
     # kd: 0.3 at 20 s, and at log 20 between 0.4 at 12 s and 0.3 at 24 s; ammd is first seen at 40 s.
@@ -55,7 +55,7 @@ def test_equal_time_is_the_fastest_runs():
     assert "| `ammd` |  |  |" in table
 
 
-def test_plots_are_the_same_for_the_same_results(tmp_path: Path):
+def test_equal_results_give_identical_plots(tmp_path: Path):
     (path,) = draw(RESULTS, tmp_path)
     first = path.read_bytes()
     assert b"ammd" in first and len(first) > 1000
@@ -63,7 +63,7 @@ def test_plots_are_the_same_for_the_same_results(tmp_path: Path):
     assert path.read_bytes() == first
 
 
-def test_answers_without_thirds_do_not_drift():
+def test_recipes_without_thirds_have_no_drift():
     early_late = {
         f"{text}_text.tv_{part}": 0.2 for text in ("teacher", "student") for part in ("early", "late")
     }
@@ -73,7 +73,7 @@ def test_answers_without_thirds_do_not_drift():
     assert "| `ammd` | nan |" in table
 
 
-def test_differences_are_read_from_the_results_alone():
+def test_differences_come_from_the_results_only():
     rows = [
         {"seed": seed, "recipe": "ammd", "from": "kd", "metric": "teacher_text.tv",
          "difference": -0.1, "error": 0.001}
@@ -87,4 +87,6 @@ def test_differences_are_read_from_the_results_alone():
     assert f"| `ammd` | 2 |  | 0.3000 ({found}) |" in text
     assert f"| `ammd` − `kd` | {found} |" in text
     nothing = text_of(results | {"differences": [row | {"difference": None, "error": None} for row in rows]})
-    assert "nan" in nothing and "*" not in nothing.split("\n\n")[1], "what is not a number is no finding"
+    assert "nan" in nothing and "*" not in nothing.split("\n\n")[1], (
+        "a difference that is not a number is not significant"
+    )
