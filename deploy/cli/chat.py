@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from deploy.fetch import local_checkpoint
-from deploy.report.text import strip_control
+from deploy.report.safe_text import strip_control
 
 
 def run_chat(model: str, prompt: str | None, max_new_tokens: int) -> int:

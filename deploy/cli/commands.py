@@ -32,7 +32,8 @@ def guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespac
 
 
 def train(options: argparse.Namespace) -> int:
-    from deploy.report.report import print_report
+    from deploy.report.run_report import run_report
+    from deploy.report.terminal import print_report
     from deploy.run.progress import Progress
     from deploy.run.stages import resume
     from deploy.run.stages import train as run_train
@@ -65,7 +66,7 @@ def train(options: argparse.Namespace) -> int:
         _complain(f"the run failed: {what}")
         _complain(f"{_keep_failure(run_dir, error)}; resume with: distill train --resume {run_dir}")
         return FAILED
-    print_report(Path(run_dir), summary)
+    print_report(run_report(run_dir, summary))
     return DONE
 
 
@@ -87,7 +88,8 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    from deploy.report.report import print_report
+    from deploy.report.run_report import run_report
+    from deploy.report.terminal import print_report
     from distill.run.folder import RunFolder
 
     folder = RunFolder(options.run_dir)
@@ -100,23 +102,24 @@ def report(options: argparse.Namespace) -> int:
             "hold summary.json, which a run writes at its end",
             f"finish it with: distill train --resume {folder.path}",
         )
-    print_report(folder.path, summary)
+    print_report(run_report(folder.path, summary))
     return DONE
 
 
 def study(options: argparse.Namespace) -> int:
+    from deploy.report.render import markdown
     from deploy.study.pooling import load_earlier, load_results, only_seeds, without_seeds_of
     from deploy.study.runner import Study
     from deploy.study.spec import load_study
     from deploy.study.tables.plots import draw
-    from deploy.study.tables.report import report
+    from deploy.study.tables.study_report import study_report
     from distill.files import write_bytes
 
     if options.report and Path(options.study).suffix == ".json":
         if options.out:
             must = "be left out: results are printed, and nothing is written"
             raise ConfigError("--out", options.out, must, "name a study file to write its report")
-        print(report(load_results(Path(options.study))))
+        print(markdown(study_report(load_results(Path(options.study)))))
         return DONE
     spec = load_study(options.study)
     folder = Path(options.out or f"runs/studies/{spec.name}").resolve()
@@ -129,7 +132,7 @@ def study(options: argparse.Namespace) -> int:
         spec = without_seeds_of(spec, earlier)
     runner = Study(spec, folder, num_jobs=options.jobs, earlier=earlier)
     results = runner.finished() if options.report else runner.run()
-    text = report(results)
+    text = markdown(study_report(results))
     write_bytes(folder / "report.md", text.encode())
     print(text)
     plots = ", ".join(path.name for path in draw(results, folder))

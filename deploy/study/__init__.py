@@ -1,1 +1,1 @@
-"""Comparisons of recipes: tasks with tiny models, the runner, tables with intervals."""
+"""Studies, which compare recipes: tasks with tiny models, the runner, reports with intervals."""

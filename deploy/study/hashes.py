@@ -1,14 +1,14 @@
-"""Which code a result belongs to: hashes of the method, and of the code that turns runs into results.
+"""Hashes that identify the code of a result: the method's, and that of the code that turns runs into results.
 
-    python -m deploy.study.hashes            # of the working tree
-    python -m deploy.study.hashes 6003633    # of a commit
+    python -m deploy.study.hashes            # the method's hash in the working tree
+    python -m deploy.study.hashes 6003633    # the method's hash in a commit
 
-A hash is taken over syntax trees, definition by definition, whatever file a definition is in. So
-comments, docstrings, formatting, the order of definitions, the messages of errors, and files that are
-moved, renamed or split leave it unchanged; a changed sign, default or condition changes it. Imports of our own modules
-count only where they rename what they import: the imported definition is in the hash itself, and
-names of classes are unique in the project. Results written before this scheme carry hashes over
-bytes and paths; they have no ``hash_format`` and are never pooled with others.
+A hash is taken over syntax trees, definition by definition, regardless of the file that contains a
+definition. Comments, docstrings, formatting, the text of errors and the order of definitions leave it
+unchanged, as does moving, renaming or splitting a file; a changed sign, default or condition changes it. Imports from the project's own
+modules count only where they rename what they import, because the imported definition is itself part of the
+hash and class names are unique in the project. Results written before this scheme carry hashes over bytes
+and paths; they have no ``hash_format`` and are never pooled with others.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ import xxhash
 import distill
 
 HASH_FORMAT = 2
-"""Written beside every hash. 1, which old results lack: over the bytes and the paths of files."""
+"""Written with every hash. Results without it have format 1, over the bytes and the paths of files."""
 METHOD_CODE = ("distill/**/*.py", "actors/**/*.py", "learner/**/*.py", "deploy/run/prepare.py")
-"""Code whose change makes older runs those of another method."""
+"""A change of this code makes older runs those of another method."""
 MEASURING_CODE = ("deploy/study/measure/*.py",)
-"""Code whose change makes the measures of older runs stale."""
+"""A change of this code makes the measures of older runs stale."""
 RESULTS_CODE = (
     *MEASURING_CODE,
-    *(f"deploy/study/tables/{name}.py" for name in ("results", "statistics", "differences")),
+    *(f"deploy/study/tables/{name}.py" for name in ("run_results", "statistics", "frontier", "differences")),
 )
-"""Code whose change makes older results incomparable; the runs stay valid."""
+"""A change of this code makes older results incomparable; the runs stay valid."""
 _OUR_PACKAGES = frozenset({"distill", "actors", "learner", "deploy"})
 _ROOT = Path(distill.__file__).parent.parent
 
 
 def method_hash() -> str:
-    """Over the code of the method, 16 hexadecimal digits."""
+    """The hash of the method's code, 16 hexadecimal digits."""
     return code_hash(_working_tree(METHOD_CODE))
 
 
 @functools.cache
 def measuring_hash() -> str:
-    """Over the code that measures a run's texts, 16 hexadecimal digits."""
+    """The hash of the code that measures a run's texts, 16 hexadecimal digits."""
     return code_hash(_working_tree(MEASURING_CODE))
 
 
 def results_hash() -> str:
-    """Over the code that turns runs into results, 16 hexadecimal digits."""
+    """The hash of the code that turns runs into results, 16 hexadecimal digits."""
     return code_hash(_working_tree(RESULTS_CODE))
 
 
 def code_hash(sources: Iterable[str]) -> str:
-    """Over Python source texts, in any order and under any names.
+    """The hash of Python sources; neither their order nor their file names matter.
 
     Raises: SyntaxError.
     """
@@ -70,11 +70,11 @@ def code_hash(sources: Iterable[str]) -> str:
 
 
 def _counted(statement: ast.stmt) -> list[ast.AST]:
-    """The parts of a top-level statement that can change a number: no text, no `__all__`."""
+    """The parts of a top-level statement that can change a number: not docstrings, not `__all__`."""
     if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
         return []
     if isinstance(statement, ast.Import | ast.ImportFrom):
-        # Name by name, so that a file can be split without a change.
+        # One import per name, so that splitting a file does not change the hash.
         module = statement.module or "" if isinstance(statement, ast.ImportFrom) else None
         return [
             ast.ImportFrom(module, [name], 0) if module is not None else ast.Import([name])
@@ -85,7 +85,7 @@ def _counted(statement: ast.stmt) -> list[ast.AST]:
 
 
 def _canonical(node: object) -> object:
-    """A syntax tree as nested tuples: without positions, texts that document, and empty fields.
+    """A syntax tree as nested tuples, without positions, docstrings and empty fields.
 
     Empty fields are dropped because newer Python versions add some.
     """
@@ -108,12 +108,12 @@ def _canonical(node: object) -> object:
 
 
 def _is_text(node: object) -> bool:
-    """A docstring, or the documentation of a field."""
+    """Whether a statement is a docstring, or the documentation of a field."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _is_plain_import(node: object) -> bool:
-    """An import of our own definitions under their own names."""
+    """Whether a statement imports the project's own definitions under their own names."""
     return (
         isinstance(node, ast.ImportFrom)
         and _is_ours(node.module or "")
@@ -131,7 +131,7 @@ def _working_tree(patterns: Sequence[str], root: Path = _ROOT) -> Iterator[str]:
 
 
 def method_hash_of_commit(commit: str) -> str:
-    """The method's hash as of a commit.
+    """The method's hash in a commit.
 
     Raises: subprocess.CalledProcessError when git knows no such commit.
     """
@@ -147,14 +147,14 @@ def method_hash_of_commit(commit: str) -> str:
 
 
 def _is_method(name: PurePosixPath) -> bool:
-    """Whether a path belongs to the method, in the layout of today or of earlier commits."""
+    """Whether a path belongs to the method, in the present layout or in that of earlier commits."""
     if name.parts[0] in ("distill", "actors", "learner"):
         return True
     return name.parts[0] == "deploy" and name.name == "prepare.py"
 
 
 def stamps() -> dict[str, int | str]:
-    """What a result is stamped with."""
+    """The hashes that are written into results."""
     return {"hash_format": HASH_FORMAT, "method_hash": method_hash(), "results_hash": results_hash()}
 
 

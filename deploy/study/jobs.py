@@ -1,4 +1,4 @@
-"""The runs of a study: what each is configured with, the folder it lies in, and how it ended."""
+"""The runs of a study: their configuration, their folder, and whether they have finished or diverged."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from distill.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class Job:
-    """One run."""
+    """One run of a study."""
 
     recipe: str
     seed: int
     tuned: Settings
-    """The grid's point."""
+    """The values of the tuned settings: a point of the grid."""
     tuning: bool
     overrides: tuple[str, ...]
-    """What its configuration differs in from an empty one."""
+    """All its settings, as overrides of an empty configuration."""
     config: RunConfig
     run_dir: Path
 
@@ -38,14 +38,14 @@ class Job:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether it ended with numbers that are not finite, which says enough of its settings."""
+        """Whether the run ended because of numbers that are not finite. That is a result, not a failure."""
         failure = RunFolder(self.run_dir).read_failure()
         return failure is not None and failure["code"] == Diverged.code
 
 
 @contextlib.contextmanager
 def of_recipe(recipe: str) -> Iterator[None]:
-    """Names the recipe in errors of its configuration."""
+    """Name the recipe in errors about its configuration."""
     try:
         yield
     except ConfigError as error:
@@ -54,7 +54,7 @@ def of_recipe(recipe: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Jobs:
-    """Makes them: of one study, in one folder, by one method."""
+    """Makes the jobs of one study, in one folder, with one version of the method's code."""
 
     spec: StudySpec
     task: Task
@@ -63,7 +63,10 @@ class Jobs:
     """The method's hash."""
 
     def job(self, recipe: str, seed: int, tuned: Settings, *, tuning: bool) -> Job:
-        """Raises: ConfigError for a wrong setting."""
+        """Make a job. ``tuned``: values for the settings of the tuning grid.
+
+        Raises: ConfigError for a wrong setting.
+        """
         overrides = self._overrides(recipe, seed, tuned, tuning)
         with of_recipe(recipe):
             config = load_config(None, overrides, PRESETS)

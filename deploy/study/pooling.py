@@ -1,7 +1,7 @@
-"""A study in parts: seeds that another machine ran, or this one before its runs were lost.
+"""Pools the seeds of a study that ran in several places: on other machines, or here before runs were lost.
 
-A seed is run whole in one place, since a task's models are trained there and differ a little between
-processors; its differences are paired within itself, so seeds of several places can be pooled.
+All runs of a seed take place on one machine, because a task's models are trained there and differ slightly
+between processors. Differences are paired within a seed, so seeds from several machines can be pooled.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _KEYS = {"asked", "method_hash", "results_hash", "chosen", "tuning", *_POOLED}
 
 
 def load_results(path: Path) -> dict[str, Any]:
-    """A study's results.json, of whatever code.
+    """Load a study's ``results.json``, by any version of the code.
 
-    Raises: ConfigError when it is not there or something else.
+    Raises: ConfigError when the file is missing or is something else.
     """
     try:
         results = json.loads(path.read_text())
@@ -33,15 +33,15 @@ def load_results(path: Path) -> dict[str, Any]:
         raise ConfigError("results", path, f"be a results.json ({error})", "check the path") from None
     keys = results.keys() if isinstance(results, dict) else ()
     if missing := sorted(_KEYS - set(keys)):
-        must = f"hold {', '.join(missing)} too"
+        must = f"contain {', '.join(missing)}"
         raise ConfigError("results", path, must, "name a results.json of this version")
     return results
 
 
 def load_earlier(path: Path, spec: StudySpec) -> dict[str, Any]:
-    """Results of the same study by the same code.
+    """Load results of the same study by the same code.
 
-    Raises: ConfigError when they are not there or of something else.
+    Raises: ConfigError when the file is missing, or its results are of another study or other code.
     """
     earlier = load_results(path)
     there = flatten({**{name: earlier.get(name, 1) for name in stamps()}, "asked": earlier["asked"]})
@@ -51,34 +51,45 @@ def load_earlier(path: Path, spec: StudySpec) -> dict[str, Any]:
         if values[0] != values[1]:
             raise ConfigError(
                 f"--with: {name.removeprefix('asked.')}", values[0], f"be {values[1]}",
-                     "pool results of one study and one code (a git worktree of that code runs what is missing)"
+                "pool results of one study by one version of the code (run missing seeds in a git worktree of it)",
             )  # fmt: skip
     if missing := [recipe for recipe in spec.recipes if recipe not in earlier["chosen"]]:
         raise ConfigError(
-            "--with: chosen", ", ".join(missing), "be tuned there", "run the whole study there first"
+            "--with: chosen",
+            ", ".join(missing),
+            "be tuned in these results",
+            "run the whole study there first",
         )
     return earlier
 
 
 def only_seeds(spec: StudySpec, seeds: Sequence[int]) -> StudySpec:
-    """Raises: ConfigError when the study has no such seed."""
+    """The study with only the given seeds.
+
+    Raises: ConfigError when the study lacks one of them.
+    """
     for seed in seeds:
         if seed not in spec.seeds:
-            raise ConfigError("--seeds", seed, f"be of {list(spec.seeds)}", "choose one of the study's")
+            raise ConfigError(
+                "--seeds", seed, f"be one of {list(spec.seeds)}", "choose among the study's seeds"
+            )
     return replace(spec, seeds=tuple(seed for seed in spec.seeds if seed in seeds))
 
 
 def without_seeds_of(spec: StudySpec, earlier: Results) -> StudySpec:
-    """The seeds that are left. Raises: ConfigError when none is."""
+    """The study with the seeds that earlier results lack.
+
+    Raises: ConfigError when they lack none.
+    """
     done = {run["seed"] for run in earlier["runs"]}
     left = tuple(seed for seed in spec.seeds if seed not in done)
     if not left:
-        raise ConfigError("seeds", list(spec.seeds), "hold one that --with lacks", "add a seed")
+        raise ConfigError("seeds", list(spec.seeds), "include one that --with lacks", "add a seed")
     return replace(spec, seeds=left)
 
 
 def pooled(earlier: Results, ours: Results) -> dict[str, Any]:
-    """Both, of seeds that they do not share."""
+    """Both results as one; they must not share a seed."""
     return (
         {**ours}
         | {name: [*earlier[name], *ours[name]] for name in _POOLED}

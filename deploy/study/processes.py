@@ -1,4 +1,4 @@
-"""Processes side by side, each on cores of its own; none outlives the caller's Ctrl-C or SIGTERM."""
+"""Runs processes concurrently, each on its own cores; none outlives a Ctrl-C or SIGTERM of the caller."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from deploy.cluster.scope import SigtermAsCtrlC
 from distill.errors import DistillError
 
 _END_AFTER_S = 15.0
-"""How long an interrupted process may take to end by itself."""
+"""How long an interrupted process has to end by itself before it is killed."""
 _POLL_S = 0.2
 
 
 class ProcessFailed(DistillError, RuntimeError):
-    """A process ended with a code that it must not; the message names it and where its output is."""
+    """A process ended with an unexpected exit code; the message names it and the file of its output."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What is run."""
+    """A process to run."""
 
     name: str
     argv: tuple[str, ...]
     log: Path
-    """Where its output goes."""
+    """The file for its output."""
     may_fail: Callable[[], bool] = lambda: False
-    """Asked after another code than 0: whether that is a result too."""
+    """Called after a non-zero exit code: whether that is a valid result."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _Running:
 
 
 def core_shares(num_jobs: int) -> list[list[int]]:
-    """This process's cores in ``num_jobs`` nearly equal parts; with more jobs than cores they share."""
+    """This process's cores in ``num_jobs`` nearly equal parts; with more jobs than cores, jobs share cores."""
     cores = sorted(os.sched_getaffinity(0))
     if num_jobs >= len(cores):
         return [[cores[i % len(cores)]] for i in range(num_jobs)]
@@ -57,9 +57,12 @@ def run_all(
     on_end: Callable[[Command, float], None] = lambda *_: None,
     before_start: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run commands in order, ``num_jobs`` at a time; ``on_end`` is told each one's seconds.
+    """Run commands in order, ``num_jobs`` at a time.
 
-    Raises: ProcessFailed with the first that fails; what ``on_end`` or ``before_start`` raise. The others are ended.
+    ``on_end`` receives each command and its seconds; ``before_start`` is called before each start.
+
+    Raises: ProcessFailed for the first command that fails; whatever ``on_end`` and ``before_start`` raise.
+    In either case the other processes are terminated.
     """
     waiting, free = deque(commands), core_shares(num_jobs)
     running: list[_Running] = []
@@ -84,8 +87,8 @@ def _start(command: Command, cores: list[int]) -> _Running:
     command.log.parent.mkdir(parents=True, exist_ok=True)
     with open(command.log, "wb") as output:
         process = subprocess.Popen(command.argv, stdout=output, stderr=subprocess.STDOUT)
-    with contextlib.suppress(ProcessLookupError):  # it may have ended already
-        os.sched_setaffinity(process.pid, cores)  # before it counts its cores
+    with contextlib.suppress(ProcessLookupError):  # the process may have ended already
+        os.sched_setaffinity(process.pid, cores)  # before the process counts its cores
     return _Running(command, process, cores, time.monotonic())
 
 
@@ -93,7 +96,7 @@ def _check(one: _Running) -> None:
     code = one.process.returncode
     if code != 0 and not one.command.may_fail():
         lines = one.command.log.read_text(errors="replace").strip().splitlines()
-        last = lines[-1] if lines else "it said nothing"
+        last = lines[-1] if lines else "no output"
         raise ProcessFailed(
             f"exit code of {one.command.name}",
             code,

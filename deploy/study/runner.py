@@ -1,9 +1,9 @@
-"""`distill study`: every recipe, tuned alike, over several seeds; goes on where it stopped.
+"""`distill study`: runs every recipe, all tuned in the same way, over several seeds, and resumes.
 
-Each run is a process of its own (`distill train`), in a folder named by recipe, the fingerprint
-of its configuration and the hash of the method's code. A run whose folder is finished is not run
-again; when the code of the method changes, all are. Results are read from the run folders, so
-there is nothing else to keep in step.
+Each run is a separate process (`distill train`) in a folder that is named by recipe, the fingerprint of its
+configuration and the hash of the method's code. A run whose folder is finished is not repeated; when the
+method's code changes, every run is. Results are read from the run folders, so the study keeps no other
+state that could disagree with them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 from deploy.run.preflight import Preflight
 from deploy.study.hashes import method_hash, stamps
 from deploy.study.jobs import Job, Jobs, of_recipe
-from deploy.study.measure.measures import Measures, are_measured, measures_path, teacher_measures_path
+from deploy.study.measure.measures_file import Measures, are_measured, measures_path, teacher_measures_path
 from deploy.study.pooling import pooled
 from deploy.study.processes import Command, run_all
 from deploy.study.spec import Settings, StudySpec
 from deploy.study.tables.differences import differences
-from deploy.study.tables.results import critics, curve, final, finals, texts
+from deploy.study.tables.run_results import critic_means, curve, final_value, final_values, text_measures
 from deploy.study.tasks import registry as tasks
 from distill.errors import NO_VALUE, ConfigError, DistillError
 from distill.evaluation import direction
@@ -44,8 +44,8 @@ class Study:
         earlier: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        """``num_jobs``: runs at a time, each on its share of the cores. ``earlier``: results of other
-        seeds; what their tuning chose is taken, and they are part of the results here."""
+        """``num_jobs``: the number of concurrent runs, each on its share of the cores. ``earlier``: results
+        of other seeds, which become part of the results; the settings that their tuning chose are used."""
         self.spec = spec
         self.folder = folder
         self.num_jobs = num_jobs
@@ -56,14 +56,14 @@ class Study:
         self._jobs = Jobs(spec, self.task, folder, self.code)
 
     def run(self) -> dict[str, Any]:
-        """All runs that are not finished; returns (and writes) the results.
+        """Execute all runs that are not finished, then write and return the results.
 
         Raises: ConfigError before anything runs; FetchError; ProcessFailed; StudyUnfinished when the
-        method's code changes meanwhile, or the baseline diverges with every seed.
+        method's code changes while the study runs, or when the baseline diverges with every seed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         tuning_jobs = self._tuning_jobs()
-        # A reported run may break a rule that no tuning run does.
+        # A reported run can break a rule that no tuning run breaks.
         reported = [
             self._jobs.job(recipe, self.spec.seeds[0], {}, tuning=False) for recipe in self.spec.recipes
         ]
@@ -80,7 +80,7 @@ class Study:
         chosen = self._chosen(tuning_jobs)
         reported = [
             self._jobs.job(recipe, seed, chosen[recipe], tuning=False)
-            for seed in self.spec.seeds  # all recipes of a seed first: a study cut short is still paired
+            for seed in self.spec.seeds  # seed by seed, so that an interrupted study has complete pairs
             for recipe in self.spec.recipes
         ]
         self._train(reported, done=len(all_tuning), num_runs=num_runs)
@@ -89,7 +89,7 @@ class Study:
         return self._write_results(reported, tuning_jobs, chosen)
 
     def finished(self) -> dict[str, Any]:
-        """Results (written too) of the runs that are there, of recipes whose tuning is; runs nothing.
+        """Write and return the results of the finished runs, of recipes whose tuning is finished; run nothing.
 
         Raises: ConfigError; StudyUnfinished when the baseline has no run yet.
         """
@@ -109,13 +109,13 @@ class Study:
     # Checks
 
     def _require_same_task(self) -> None:
-        """The runs of a folder are of one teacher, one student and one set of prompts."""
+        """Require that all runs of the folder use the same teacher, student and prompts."""
         path = self.folder / "task.json"
         identity = tasks.identity(self.task.folder())
         if path.exists() and (before := json.loads(path.read_text())["identity"]) != identity:
             raise ConfigError(
-                f"task {self.spec.task}", identity, f"be what the runs in {self.folder} had, {before}",
-                     "its models were made anew; name another --out"
+                f"task {self.spec.task}", identity, f"be {before}, which the runs in {self.folder} used",
+                "name another --out, because the task's models or prompts have been rebuilt",
             )  # fmt: skip
         write_json(path, {"identity": identity})
 
@@ -125,7 +125,7 @@ class Study:
                 f"study {self.spec.name}: method hash",
                 now,
                 f"be {self.code}, as at the start",
-                "leave the code alone while a study runs (give it a git worktree), and start it again",
+                "start the study again, from a git worktree whose code does not change while it runs",
             )
 
     # Runs
@@ -145,7 +145,10 @@ class Study:
         }
 
     def _chosen(self, tuning_jobs: Mapping[str, list[Job]]) -> dict[str, Settings]:
-        """The settings of every recipe whose tuning, or that of the one it follows, is among the jobs."""
+        """The chosen settings of every recipe whose tuning is among the jobs.
+
+        The tuning of a recipe with ``tuned_as`` is that of the recipe named there.
+        """
         if self.earlier is not None:
             return {recipe: self.earlier["chosen"][recipe] for recipe in self.spec.recipes}
         chosen = {recipe: self._choose(recipe, jobs) for recipe, jobs in tuning_jobs.items()}
@@ -153,11 +156,11 @@ class Study:
         return {name: chosen[other] for name, other in followed.items() if other in chosen}
 
     def _train(self, jobs: Sequence[Job], *, done: int, num_runs: int) -> None:
-        """All that are not finished; ``done`` of ``num_runs`` came before."""
+        """Execute the runs that are not finished; ``done`` of ``num_runs`` precede these jobs."""
         missing = [job for job in jobs if not job.is_done]
         done += len(jobs) - len(missing)
         if len(missing) < len(jobs):
-            self.say(f"{done}/{num_runs}: done before")
+            self.say(f"{done}/{num_runs}: finished earlier")
 
         def on_end(command: Command, seconds: float) -> None:
             nonlocal done, left
@@ -174,20 +177,20 @@ class Study:
 
     def _command(self, job: Job) -> Command:
         name = f"{job.recipe} seed {job.seed}" + "".join(f" {k}={v}" for k, v in job.tuned.items())
-        nothing = self.folder / "empty.yaml"  # every setting is an override
-        if not nothing.exists():
-            write_bytes(nothing, b"{}\n")
-        train = (sys.executable, "-m", "deploy.cli.main", "train", str(nothing))
+        empty = self.folder / "empty.yaml"  # every setting is an override
+        if not empty.exists():
+            write_bytes(empty, b"{}\n")
+        train = (sys.executable, "-m", "deploy.cli.main", "train", str(empty))
         argv = (*train, *job.overrides, f"run_dir={job.run_dir}")
         log = self.folder / "logs" / f"{job.run_dir.name}.txt"
         return Command(name, argv, log, may_fail=lambda: job.has_diverged)
 
     def _measure(self, jobs: Sequence[Job]) -> None:
-        """The measures of the runs that lack them, then those of each seed's teacher texts."""
+        """Take the measures of the runs that lack them, then those of each seed's teacher."""
         jobs = [job for job in jobs if not job.has_diverged]
         missing = [job for job in jobs if not are_measured(measures_path(job.run_dir))]
         self._run_measures([self._measuring(job) for job in missing])
-        missing = [job for path, job in self._of_teachers(jobs).items() if not are_measured(path)]
+        missing = [job for path, job in self._teacher_measures(jobs).items() if not are_measured(path)]
         self._run_measures([self._measuring(job, "--teacher") for job in missing])
 
     def _measuring(self, job: Job, *options: str) -> Command:
@@ -208,8 +211,8 @@ class Study:
     def _teacher_texts(self) -> Path:
         return self.folder / "teacher-texts"
 
-    def _of_teachers(self, jobs: Sequence[Job]) -> dict[Path, Job]:
-        """Where the measures of a teacher lie or shall lie -> a run of it."""
+    def _teacher_measures(self, jobs: Sequence[Job]) -> dict[Path, Job]:
+        """The file for a teacher's measures -> one of the runs with that teacher's answers."""
         keys = {
             Measures.load(measures_path(job.run_dir)).texts_key: job
             for job in jobs
@@ -218,7 +221,7 @@ class Study:
         return {teacher_measures_path(self._teacher_texts, key): job for key, job in keys.items()}
 
     def _choose(self, recipe: str, jobs: list[Job]) -> Settings:
-        """The grid's best point by the mean of the metric over the tuning seeds."""
+        """The best point of the grid by the mean of the metric over the tuning seeds."""
         tuning = self.spec.tuning
         if tuning is None:
             return {}
@@ -231,15 +234,15 @@ class Study:
             raise StudyUnfinished(
                 f"study {self.spec.name}: {recipe}",
                 NO_VALUE,
-                "end well at one point of the grid at least; it diverges at every point",
+                "finish without diverging at one point of the grid at least",
                 "lower the learning rates of tuning.grid",
             )
         for name, values in tuning.grid.items():
-            ordered = all(type(value) in (int, float) for value in values)  # text, yes and no have no edge
+            ordered = all(
+                type(value) in (int, float) for value in values
+            )  # strings and booleans have no edge
             if ordered and len(values) > 1 and best[name] in (min(values), max(values)):
-                self.say(
-                    f"note: {recipe}: the best {name}={best[name]} lies at the edge of its grid {values}"
-                )
+                self.say(f"note: {recipe}: the best {name}={best[name]} is at the edge of its grid {values}")
         return best
 
     # Results
@@ -252,11 +255,11 @@ class Study:
             results = pooled(self.earlier, results)
         if self.spec.baseline not in {run["recipe"] for run in results["runs"]}:
             there = {path.name.rpartition("-")[2] for path in (self.folder / "runs").glob("*")} - {self.code}
-            older = f" by {self.code}, the code of now (runs there are by {', '.join(sorted(there))})"
+            older = f" with the present code, {self.code} (the folder has runs of {', '.join(sorted(there))})"
             raise StudyUnfinished(
                 f"study {self.spec.name}: baseline",
                 self.spec.baseline,
-                f"have a run that ended well{older if there else ''}",
+                f"have a run that finished without diverging{older if there else ''}",
                 "run the study, or name another baseline",
             )
         write_json(self.folder / "results.json", results)
@@ -283,9 +286,9 @@ class Study:
             ],
             "runs": [
                 {"recipe": job.recipe, "seed": job.seed, "run": job.run_dir.name,
-                 "final": finals(job.run_dir),
-                 "texts": texts(job.run_dir),
-                 "critics": critics(job.run_dir),
+                 "final": final_values(job.run_dir),
+                 "texts": text_measures(job.run_dir),
+                 "critics": critic_means(job.run_dir),
                  "evaluations": [asdict(point) for point in curve(job.run_dir, self.spec.metrics)]}
                 for job in jobs
             ],
@@ -293,12 +296,12 @@ class Study:
             "differences": self._differences(jobs),
             "teacher": [
                 {"seed": job.seed, "texts": Measures.load(path).values()}
-                for path, job in self._of_teachers(jobs).items() if are_measured(path)
+                for path, job in self._teacher_measures(jobs).items() if are_measured(path)
             ],
         }  # fmt: skip
 
     def _differences(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """Of every recipe from the baseline, and of the pairs that the study asks for."""
+        """The differences of every recipe from the baseline, and those of the study's ``comparisons``."""
         run_dirs: dict[int, dict[str, Path]] = {}
         for job in jobs:
             run_dirs.setdefault(job.seed, {})[job.recipe] = job.run_dir
@@ -308,10 +311,10 @@ class Study:
         return differences(run_dirs, pairs, self.spec.metrics, texts=measured)
 
     def _score(self, job: Job) -> float:
-        """What a tuning run is judged by; the worst where it has diverged."""
+        """The tuning metric of a run; the worst possible value if the run has diverged."""
         if job.has_diverged:
             return -direction(self._tuning_metric) * math.inf
-        return final(job.run_dir, self._tuning_metric)
+        return final_value(job.run_dir, self._tuning_metric)
 
     @property
     def _tuning_metric(self) -> str:
@@ -319,11 +322,14 @@ class Study:
 
 
 class StudyUnfinished(DistillError, RuntimeError):
-    """There is no result; the message says why."""
+    """A study ends without results."""
 
 
 def _preflight(job: Job) -> None:
-    """What would end its recipe's runs, before the first of any."""
+    """Check a recipe before the study's first run.
+
+    Raises: ConfigError for what would end the recipe's runs.
+    """
     checks = Preflight(replace(job.config, run_dir=str(job.run_dir)))
     checks.run()
     with of_recipe(job.recipe):

@@ -3,16 +3,16 @@
 name: tiny
 task: tiny-wiki                  # models and prompts, see deploy/study/tasks/registry.py
 seeds: [0, 1, 2]
-baseline: kd                     # differences are taken from it
+baseline: kd                     # the recipe that the others are compared with
 metrics: [teacher_text.tv, student_text.tv]
-settings: {learner: {num_updates: 1500}}      # of every run, on top of the task's
+settings: {learner: {num_updates: 1500}}      # for every run, on top of the task's
 recipes:
   kd: {}
-  triangular: {recipe.anchor_weight: 0.1}     # a preset with fields on top
+  triangular: {recipe.anchor_weight: 0.1}     # a preset with settings on top
   both: {recipe: jsd, recipe.student_text: every_update}
-  longer: {recipe: kd, tuned_as: kd, learner.num_updates: 6000}   # takes what kd's tuning chose
-comparisons: [[both, triangular]]   # further pairs, beside those with the baseline
-texts: true                      # also measure what the students write (measure_run.py)
+  longer: {recipe: kd, tuned_as: kd, learner.num_updates: 6000}   # uses the values chosen for kd
+comparisons: [[both, triangular]]   # pairs in addition to those with the baseline
+texts: true                      # also measure the students' own texts (measure_run.py)
 tuning:
   grid: {learner.learning_rate: [1.e-3, 3.e-3]}
   seeds: [100]
@@ -42,7 +42,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tuning:
-    """The same grid for every recipe, on prompts and seeds that are not reported."""
+    """How settings are chosen: one grid for every recipe, on prompts and seeds that are not reported."""
 
     grid: Mapping[str, Sequence[Any]]
     seeds: tuple[int, ...]
@@ -68,12 +68,12 @@ class StudySpec:
     settings: Settings = field(default_factory=dict)
     tuning: Tuning | None = None
     comparisons: tuple[tuple[str, str], ...] = ()
-    """Pairs of recipes beside those with the baseline."""
+    """Pairs of recipes to compare in addition to those with the baseline."""
     texts: bool = False
-    """Whether what the students write is measured too, at several temperatures (measure_run.py)."""
+    """Whether the students' own texts are measured too, at several temperatures (measure_run.py)."""
 
     def asked(self) -> dict[str, Any]:
-        """All but the seeds, as JSON has it: results of equal ones can be pooled."""
+        """Everything but the seeds, as JSON. Results of studies that ask for the same can be pooled."""
         return json.loads(json.dumps({**asdict(self), "seeds": None}))
 
 
@@ -85,69 +85,24 @@ _TUNING_KEYS = ("grid", "seeds", "settings", "metric")
 
 
 def load_study(path: str | Path) -> StudySpec:
-    """Raises: ConfigError naming the key, the rule and the remedy."""
-    tree = read_yaml(path, "study", "hold a mapping", "see docs/studies.md")
-    _known(tree, _KEYS, "")
-    for key in ("name", "task", "recipes", "seeds"):
-        if not tree.get(key):
-            raise ConfigError(key, _shown(tree.get(key)), "be given", "see docs/studies.md")
-    if not _PLAIN_NAME.fullmatch(str(tree["name"])):
-        raise ConfigError("name", tree["name"], "be letters, digits, - and _", "it names a folder")
-    _typed(tree, "recipes", dict, "be a mapping from names to settings")
-    _typed(tree, "settings", dict, "be a mapping of settings")
-    _typed(tree, "tuning", dict, f"be a mapping of {', '.join(_TUNING_KEYS)}")
-    _typed(tree, "texts", bool, "be true or false")
-    for key in ("seeds", "metrics", "comparisons"):
-        _typed(tree, key, list, "be a list")
-    for name, settings in tree["recipes"].items():
-        if not (isinstance(name, str) and _RECIPE_NAME.fullmatch(name)):
-            raise ConfigError(
-                "recipes", _shown(name), "be named by letters, digits, -, _ and .", "it names folders"
-            )
-        _typed({f"recipes.{name}": settings}, f"recipes.{name}", dict, "be a mapping of settings")
-    recipes = {name: flatten(settings or {}) for name, settings in tree["recipes"].items()}
-    for name, settings in recipes.items():
-        _not_ours(settings, f"recipes.{name}.")
-        if "tuned_as" not in settings:
-            continue
-        other = settings["tuned_as"]
-        if (
-            not isinstance(other, str)
-            or other == name
-            or other not in recipes
-            or "tuned_as" in recipes[other]
-        ):
-            must = "be another recipe, that is tuned itself"
-            raise ConfigError(f"recipes.{name}.tuned_as", _shown(other), must, "name one of this study")
-    baseline = tree.get("baseline", next(iter(recipes)))
-    if not isinstance(baseline, str) or baseline not in recipes:
-        raise ConfigError("baseline", baseline, f"be one of {', '.join(recipes)}", "choose one of them")
-    metrics = tuple(tree.get("metrics") or EVALUATION_METRICS)
-    tuning = _tuning(tree["tuning"]) if tree.get("tuning") else None
-    asked = [("metrics", metric) for metric in metrics]
-    if tuning:
-        asked.append(("tuning.metric", tuning.metric))
-    for key, metric in asked:
-        if metric not in _METRICS:
-            raise ConfigError(key, metric, f"be of {', '.join(_METRICS)}", "choose among them")
-    if tuning and direction(tuning.metric) == 0:
-        raise ConfigError(
-            "tuning.metric", tuning.metric, "have a better and a worse", "choose a distance or a score"
-        )
+    """Read a study file.
+
+    Raises: ConfigError naming the key, the rule and the remedy.
+    """
+    tree = read_yaml(path, "study", "contain a mapping", "see docs/studies.md")
+    _require_shape(tree)
+    recipes = _recipes(tree["recipes"])
     seeds = _seeds("seeds", tree["seeds"])
-    if tuning and set(tuning.seeds) & set(seeds):
-        raise ConfigError(
-            "tuning.seeds", list(tuning.seeds), "share none with seeds", "reported seeds are not tuned on"
-        )
+    tuning = _tuning(tree["tuning"], seeds) if tree.get("tuning") else None
     settings = flatten(tree.get("settings") or {})
-    _not_ours(settings, "settings.")
+    _require_free(settings, "settings.")
     return StudySpec(
         name=str(tree["name"]),
         task=str(tree["task"]),
         recipes=recipes,
         seeds=seeds,
-        baseline=baseline,
-        metrics=metrics,
+        baseline=_baseline(tree.get("baseline", next(iter(recipes))), recipes),
+        metrics=tuple(_metric("metrics", name) for name in tree.get("metrics") or EVALUATION_METRICS),
         settings=settings,
         comparisons=tuple(_pair(pair, recipes) for pair in tree.get("comparisons") or ()),
         tuning=tuning,
@@ -155,29 +110,85 @@ def load_study(path: str | Path) -> StudySpec:
     )
 
 
-def _tuning(tree: dict[str, Any]) -> Tuning:
-    _known(tree, _TUNING_KEYS, "tuning.")
-    _typed(tree, "grid", dict, "be a mapping from settings to lists of values", "tuning.")
-    _typed(tree, "settings", dict, "be a mapping of settings", "tuning.")
-    _typed(tree, "seeds", list, "be a list", "tuning.")
-    for name, values in (tree.get("grid") or {}).items():
-        _typed({name: values}, name, list, "be a list of values to try", "tuning.grid.")
-        if not values:
-            raise ConfigError(f"tuning.grid.{name}", _shown(values), "hold a value", "or leave it out")
-        for value in values:
-            if values.count(value) > 1:
-                raise ConfigError(f"tuning.grid.{name}", _shown(values), "hold each value once",
-                                       "leave the repeated one out")  # fmt: skip
-    grid = {name: list(values) for name, values in (tree.get("grid") or {}).items()}
+def _require_shape(tree: Mapping[str, Any]) -> None:
+    """Raises: ConfigError for an unknown or missing key, or a value of the wrong type."""
+    _require_known(tree, _KEYS, "")
+    for key in ("name", "task", "recipes", "seeds"):
+        if not tree.get(key):
+            raise ConfigError(key, _as_json(tree.get(key)), "be given", "see docs/studies.md")
+    if not _PLAIN_NAME.fullmatch(str(tree["name"])):
+        raise ConfigError("name", tree["name"], "be letters, digits, - and _", "it names a folder")
+    _require_type(tree, "recipes", dict, "be a mapping from names to settings")
+    _require_type(tree, "settings", dict, "be a mapping of settings")
+    _require_type(tree, "tuning", dict, f"be a mapping of {', '.join(_TUNING_KEYS)}")
+    _require_type(tree, "texts", bool, "be true or false")
+    for key in ("seeds", "metrics", "comparisons"):
+        _require_type(tree, key, list, "be a list")
+
+
+def _recipes(tree: Mapping[Any, Any]) -> dict[str, Settings]:
+    for name, settings in tree.items():
+        if not (isinstance(name, str) and _RECIPE_NAME.fullmatch(name)):
+            raise ConfigError(
+                "recipes", _as_json(name), "be named by letters, digits, -, _ and .", "it names folders"
+            )
+        _require_type({f"recipes.{name}": settings}, f"recipes.{name}", dict, "be a mapping of settings")
+    recipes = {name: flatten(settings or {}) for name, settings in tree.items()}
+    for name, settings in recipes.items():
+        _require_free(settings, f"recipes.{name}.")
+        other = settings.get("tuned_as")
+        if "tuned_as" in settings and not (
+            isinstance(other, str) and other != name and other in recipes and "tuned_as" not in recipes[other]
+        ):
+            must = "be another recipe, one that is itself tuned"
+            raise ConfigError(f"recipes.{name}.tuned_as", _as_json(other), must, "name one of this study")
+    return recipes
+
+
+def _baseline(name: Any, recipes: Mapping[str, Settings]) -> str:
+    if not isinstance(name, str) or name not in recipes:
+        raise ConfigError("baseline", name, f"be one of {', '.join(recipes)}", "choose one of them")
+    return name
+
+
+def _metric(key: str, name: Any) -> str:
+    if name not in _METRICS:
+        raise ConfigError(key, name, f"be one of {', '.join(_METRICS)}", "choose one of them")
+    return name
+
+
+def _tuning(tree: dict[str, Any], reported_seeds: Sequence[int]) -> Tuning:
+    _require_known(tree, _TUNING_KEYS, "tuning.")
+    _require_type(tree, "settings", dict, "be a mapping of settings", "tuning.")
+    _require_type(tree, "seeds", list, "be a list", "tuning.")
     settings = flatten(tree.get("settings") or {})
-    _not_ours(grid, "tuning.grid.")
-    _not_ours(settings, "tuning.settings.")
-    return Tuning(
-        grid=grid,
-        seeds=_seeds("tuning.seeds", tree.get("seeds", [100])),
-        settings=settings,
-        metric=str(tree.get("metric", "teacher_text.tv")),
-    )
+    _require_free(settings, "tuning.settings.")
+    seeds = _seeds("tuning.seeds", tree.get("seeds", [100]))
+    if set(seeds) & set(reported_seeds):
+        raise ConfigError(
+            "tuning.seeds", list(seeds), "have no seed in common with seeds", "tune on seeds that are not reported"
+        )  # fmt: skip
+    metric = _metric("tuning.metric", str(tree.get("metric", "teacher_text.tv")))
+    if direction(metric) == 0:
+        raise ConfigError("tuning.metric", metric, "have a better direction", "choose a distance or a score")
+    return Tuning(grid=_grid(tree), seeds=seeds, settings=settings, metric=metric)
+
+
+def _grid(tree: Mapping[str, Any]) -> dict[str, list[Any]]:
+    _require_type(tree, "grid", dict, "be a mapping from settings to lists of values", "tuning.")
+    grid = tree.get("grid") or {}
+    for name, values in grid.items():
+        _require_type({name: values}, name, list, "be a list of values to try", "tuning.grid.")
+        if not values:
+            raise ConfigError(
+                f"tuning.grid.{name}", _as_json(values), "contain a value", "add one, or leave the setting out"
+            )  # fmt: skip
+        if any(values.count(value) > 1 for value in values):
+            raise ConfigError(
+                f"tuning.grid.{name}", _as_json(values), "contain each value once", "remove the duplicate"
+            )
+    _require_free(grid, "tuning.grid.")
+    return {name: list(values) for name, values in grid.items()}
 
 
 def _pair(pair: Any, recipes: Mapping[str, Settings]) -> tuple[str, str]:
@@ -190,10 +201,10 @@ def _pair(pair: Any, recipes: Mapping[str, Settings]) -> tuple[str, str]:
 
 
 def _seeds(key: str, seeds: Any) -> tuple[int, ...]:
-    """Raises: ConfigError unless they are whole numbers >= 0, each once."""
+    """Raises: ConfigError unless the seeds are distinct whole numbers >= 0."""
     numbers = [seed for seed in seeds or () if type(seed) is int and seed >= 0]
     if not numbers or len(set(numbers)) != len(seeds):
-        raise ConfigError(key, _shown(seeds), "be whole numbers >= 0, each once", "write [0, 1, 2]")
+        raise ConfigError(key, _as_json(seeds), "be distinct whole numbers >= 0", "write [0, 1, 2]")
     return tuple(numbers)
 
 
@@ -201,29 +212,29 @@ _PLAIN_NAME = re.compile(r"[\w-]+")
 _RECIPE_NAME = re.compile(r"\w[\w.-]*")
 
 
-def _known(tree: Mapping[str, Any], keys: Sequence[str], prefix: str) -> None:
+def _require_known(tree: Mapping[str, Any], keys: Sequence[str], prefix: str) -> None:
     for key in tree:
         if key not in keys:
             remedy = did_you_mean(str(key), keys, f"there are {', '.join(keys)}", prefix=prefix)
             raise ConfigError(f"{prefix}{key}", NO_VALUE, "be a key of a study", remedy)
 
 
-def _not_ours(settings: Mapping[str, Any], prefix: str) -> None:
-    """Raises: ConfigError for a setting that the study gives each run itself."""
+def _require_free(settings: Mapping[str, Any], prefix: str) -> None:
+    """Raises: ConfigError for a setting that the study itself sets for every run."""
     for name, remedy in {
         "seed": "list it under seeds",
-        "run_dir": "name the study's folder by --out",
+        "run_dir": "name the study's folder with --out",
     }.items():
         if name in settings:
-            raise ConfigError(f"{prefix}{name}", _shown(settings[name]), "be left out", remedy)
+            raise ConfigError(f"{prefix}{name}", _as_json(settings[name]), "be left out", remedy)
 
 
-def _shown(value: Any) -> str:
+def _as_json(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def _typed(tree: Mapping[str, Any], key: str, kind: type, must: str, prefix: str = "") -> None:
-    """An absent or null entry is no mistake here."""
+def _require_type(tree: Mapping[str, Any], key: str, kind: type, must: str, prefix: str = "") -> None:
+    """Raises: ConfigError for a value of another type; an absent or null entry passes."""
     value = tree.get(key)
     if value is not None and not isinstance(value, kind):
         raise ConfigError(f"{prefix}{key}", value, must, "see docs/studies.md")

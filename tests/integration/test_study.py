@@ -1,4 +1,4 @@
-"""A study from its file to its table: real runs of a random tiny Llama, each a process of its own."""
+"""Whole studies: real runs of a random tiny Llama, each in its own process."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deploy.report.render import markdown
 from deploy.study.processes import ProcessFailed
 from deploy.study.runner import Study, StudyUnfinished
 from deploy.study.spec import StudySpec, Tuning
 from deploy.study.tables.plots import draw
-from deploy.study.tables.report import report
+from deploy.study.tables.study_report import study_report
 from deploy.study.tasks import registry as tasks
 from distill.errors import ConfigError
 from tests.tiny import make_world, tiny_overrides
@@ -54,17 +55,17 @@ def spec(**changes: object) -> StudySpec:
     return StudySpec(**(values | changes))  # type: ignore[arg-type]
 
 
-def test_a_study_and_its_second_start(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_study_runs_and_resumes(tmp_path: Path) -> None:
+    messages: list[str] = []
     folder = tmp_path / "study"
-    results = Study(spec(), folder, num_jobs=2, say=said.append).run()
+    results = Study(spec(), folder, num_jobs=2, say=messages.append).run()
     assert [(run["recipe"], run["seed"]) for run in results["runs"]] == [
         ("kd", 0), ("ammd", 0), ("kd", 1), ("ammd", 1),
     ]  # fmt: skip
     assert len(results["tuning"]) == 4
     assert {point["update"] for point in results["runs"][0]["evaluations"]} == {0, 1, 2}
     assert results["runs"][0]["evaluations"][-1]["train_s"] > 0
-    table = report(results)
+    table = markdown(study_report(results))
     assert table.count("\n| `") == 9  # two recipes in four tables, one with critics
     assert "nan" not in table
     assert [of_seed["seed"] for of_seed in results["teacher"]] == [0, 1]
@@ -72,28 +73,35 @@ def test_a_study_and_its_second_start(tmp_path: Path) -> None:
     assert {path.name for path in draw(results, folder)} == {"curves.svg", "frontier.svg"}
     assert "learning_rate" in table
 
-    assert Study(spec(), folder, say=said.append).finished() == results
-    more = Study(spec(recipes={"kd": {}, "ammd": {"recipe.beta": 0.5}, "jsd": {}}), folder, say=said.append)
-    assert more.finished() | {"asked": results["asked"]} == results, "a recipe that has not run shows up"
+    assert Study(spec(), folder, say=messages.append).finished() == results
+    more = Study(
+        spec(recipes={"kd": {}, "ammd": {"recipe.beta": 0.5}, "jsd": {}}), folder, say=messages.append
+    )
+    assert more.finished() | {"asked": results["asked"]} == results, (
+        "a recipe that has not run must not appear"
+    )
     follows = {"kd": {}, "kd_longer": {"recipe": "kd", "tuned_as": "kd", "learner.num_updates": 3}}
     longer = Study(
-        spec(recipes=follows, seeds=(0,), comparisons=(("kd_longer", "kd"),)), folder, say=said.append
+        spec(recipes=follows, seeds=(0,), comparisons=(("kd_longer", "kd"),)), folder, say=messages.append
     ).run()
     assert longer["chosen"]["kd_longer"] == longer["chosen"]["kd"] == results["chosen"]["kd"]
-    assert len(longer["tuning"]) == 2, "it is not tuned itself"
+    assert len(longer["tuning"]) == 2, "kd_longer must not be tuned itself"
     assert longer["runs"][1]["evaluations"][-1]["update"] == 3
-    assert "| `kd_longer` − `kd` | " in report(longer)
-    with pytest.raises(StudyUnfinished, match="baseline=jsd must have a run that ended well"):
+    assert "| `kd_longer` − `kd` | " in markdown(study_report(longer))
+    with pytest.raises(StudyUnfinished, match="baseline=jsd must have a run that finished without diverging"):
         Study(spec(recipes={"jsd": {}}, baseline="jsd"), folder).finished()
 
     again: list[str] = []
     repeated = Study(spec(), folder, say=again.append).run()
     assert repeated == results
-    assert [line for line in again[1:] if "note" not in line] == ["4/8: done before", "8/8: done before"]
-    assert report(repeated) == table
+    assert [line for line in again[1:] if "note" not in line] == [
+        "4/8: finished earlier",
+        "8/8: finished earlier",
+    ]
+    assert markdown(study_report(repeated)) == table
 
 
-def test_what_goes_wrong(tmp_path: Path) -> None:
+def test_wrong_studies_fail_before_any_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="recipe=kdd must be one of"):
         Study(spec(recipes={"kd": {}, "kdd": {}}), tmp_path / "a").run()
     with pytest.raises(ConfigError, match="task=tinny must be one of tiny"):
@@ -101,30 +109,30 @@ def test_what_goes_wrong(tmp_path: Path) -> None:
     too_high = spec(recipes={"kd": {}, "ammd": {"critic.rank": 9999}}, tuning=None)
     with pytest.raises(ConfigError, match=r"recipes.ammd: critic.rank=9999 must be <= the hidden size"):
         Study(too_high, tmp_path / "e").run()
-    assert not (tmp_path / "e" / "runs").exists(), "before the runs of kd"
+    assert not (tmp_path / "e" / "runs").exists(), "the error must come before the runs of kd"
     reported = spec(settings={"evaluation.num_prompts": 9}, tuning=Tuning(
         grid={}, seeds=(9,), settings={"evaluation.num_prompts": 4}, metric="teacher_text.tv",
     ))  # fmt: skip
-    said: list[str] = []
+    messages: list[str] = []
     with pytest.raises(ConfigError, match=r"evaluation.num_prompts=9 must be <= data\.num_heldout"):
-        Study(reported, tmp_path / "d", say=said.append).run()
-    assert said == []  # before the runs that tune
+        Study(reported, tmp_path / "d", say=messages.append).run()
+    assert messages == [], "the error must come before the tuning runs"
     nowhere = spec(recipes={"kd": {}, "ammd": {"data.path": "/nowhere.jsonl"}}, tuning=None)
     with pytest.raises(ConfigError, match=r"recipes.ammd: data.path=/nowhere.jsonl"):
         Study(nowhere, tmp_path / "c").run()
 
 
-def test_a_run_that_fails_stops_a_study_and_one_that_diverges_does_not(tmp_path: Path) -> None:
+def test_a_failed_run_stops_a_study_and_a_diverged_run_does_not(tmp_path: Path) -> None:
     wild = {"recipe": "kd", "learner.learning_rate": 1e30, "learner.max_grad_norm": 1e30}
     study = spec(recipes={"kd": {}, "wild": wild}, seeds=(0,), tuning=None, texts=False)
     results = Study(study, tmp_path / "study", num_jobs=2).run()
     assert [(run["recipe"], run["seed"]) for run in results["diverged"]] == [("wild", 0)]
     assert [run["recipe"] for run in results["runs"]] == ["kd"]
-    assert "left out of every table: `wild` seed 0." in report(results)
+    assert "left out of every table: `wild` seed 0." in markdown(study_report(results))
     broken = Study(spec(recipes={"kd": {}}, tuning=None), tmp_path / "broken", num_jobs=2)
     job = broken._jobs.job("kd", 1, {}, tuning=False)
     job.run_dir.parent.mkdir(parents=True)
-    job.run_dir.write_text("a file where the run's folder is to be")
+    job.run_dir.write_text("a file where the run's folder belongs")
     with pytest.raises(
         ProcessFailed, match=r"exit code of kd seed 1=2 must be 0 \(.*run_dir=.*\); read its output in"
     ):

@@ -10,7 +10,8 @@ import pytest
 
 from deploy.cli.main import parser
 from deploy.config_docs import config_docs
-from deploy.study.tables.report import report
+from deploy.report.render import markdown
+from deploy.study.tables.study_report import study_report
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,7 @@ def test_links_between_documents_lead_somewhere() -> None:
 def test_committed_reports_are_what_their_results_say(folder: Path):
     """And the page that tells of them names the code that they are of."""
     results = json.loads((folder / "results.json").read_text())
-    assert report(results) == (folder / "report.md").read_text()
+    assert markdown(study_report(results)) == (folder / "report.md").read_text()
     assert f"`{results['method_hash']}`" in (ROOT / "docs" / "results.md").read_text()
 
 

@@ -1,16 +1,15 @@
-"""What a finished run's student writes, beyond the run's own evaluations.
+"""Measures a finished run's student beyond the run's own evaluations, mostly by the text it writes.
 
     python -m deploy.study.measure.measure_run RUN FOLDER [--teacher]
 
-Quality is a frontier: a sharper student scores higher on ROUGE-L at temperature 1 for free, so the
-score is taken at several temperatures beside the entropy there. The rest: the teacher's
-log-probability of the student's text, distinct n-grams, a classifier's accuracy in telling the two
-apart (two_sample.py), bits per byte of the references, and the distance to the teacher of the
-student read at a temperature (which costs nothing and mends an over-dispersed student). With
-``--teacher`` the teacher is measured in the student's place: the ceiling.
+Quality is a frontier: a sharper student scores higher on ROUGE-L at temperature 1 for free, so scores are
+taken at several temperatures, together with the entropy at each. The other measures are the teacher's
+log-probability of the student's text, distinct n-grams, the accuracy of a classifier that distinguishes
+student from teacher (two_sample.py), bits per byte of the references, and the distance between the teacher
+and the student read at a temperature, which costs nothing and corrects an over-dispersed student. With
+``--teacher`` the teacher takes the student's place, which gives the ceiling of every measure.
 
-Every number is kept as sums and weights per prompt, as an evaluation's are (distill.evaluation).
-Shapes: T response tokens, V vocabulary.
+Measures are stored as sums and weights per prompt, in the form of an evaluation (distill.evaluation).
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +28,9 @@ import torch
 import xxhash
 from numpy.typing import ArrayLike
 from sacrebleu.metrics.bleu import BLEU
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deploy.study.measure.measures import (
+from deploy.study.measure.inference import Models, Tokens, position_logits, sample
+from deploy.study.measure.measures_file import (
     READ_AT,
     TEMPERATURES,
     measures_path,
@@ -43,54 +41,20 @@ from deploy.study.measure.two_sample import correct_guesses
 from distill.config import RunConfig
 from distill.config.load import load_config
 from distill.data import read_table, write_table
-from distill.errors import ConfigError
+from distill.errors import DistillError
 from distill.evaluation import divergences, rouge_l
-from distill.machine.vector_math import settle_vector_math
 from distill.run.folder import RunFolder
-
-_BATCH = 256
-_SCORING_ROWS = 32
-
-Tokens = list[list[int]]
-
-
-@dataclass(frozen=True)
-class Models:
-    """Teacher and student of a run in float32, with their common vocabulary and tokenizer."""
-
-    teacher: Any
-    student: Any
-    tokenizer: Any
-    num_tokens: int
-
-    @classmethod
-    def of(cls, teacher: str, student: str) -> Models:
-        ours, theirs = (_model(path) for path in (student, teacher))
-        num_tokens = min(ours.config.vocab_size, theirs.config.vocab_size)
-        return cls(theirs, ours, AutoTokenizer.from_pretrained(teacher), num_tokens)
-
-    def of_teacher(self) -> Models:
-        """The teacher in the student's place."""
-        return replace(self, student=self.teacher)
-
-    def text(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-def _model(path: str) -> Any:
-    settle_vector_math()
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 class Sums:
-    """Sums and weights of named measures, one of each per prompt."""
+    """Sums and weights of named measures, one pair per prompt."""
 
     def __init__(self, num_prompts: int) -> None:
         self.num_prompts = num_prompts
         self.columns: dict[str, np.ndarray] = {}
 
     def put(self, name: str, sums: ArrayLike, weights: ArrayLike | None = None) -> None:
-        """``weights``: absent, 1 each."""
+        """Set a measure. ``sums`` and ``weights``: [m], one per prompt; without weights each is 1."""
         self.columns[f"{name}.sum"] = np.asarray(sums, np.float64)
         ones = np.ones(self.num_prompts) if weights is None else weights
         self.columns[f"{name}.weight"] = np.asarray(ones, np.float64)
@@ -107,15 +71,16 @@ class Heldout:
     max_new_tokens: int
     seed: int
     key: str
-    """Of the teacher's answers."""
+    """Names the file of the teacher's answers."""
 
 
 def measure_run(run_dir: Path, texts_folder: Path, *, of_teacher: bool = False) -> None:
-    """Writes the run's measures, or those of its teacher. ``texts_folder``: where the teacher's answers
-    to held-out prompts are kept, by teacher, prompts and seed; made when absent, and shared by the
-    runs of a seed.
+    """Write the measures of a run's student, or of its teacher.
 
-    Raises: ConfigError when the run is not there.
+    ``texts_folder``: keeps the teacher's answers to held-out prompts, by teacher, prompts and seed. They
+    are sampled when absent; the runs of a seed share them.
+
+    Raises: ConfigError when the run does not exist.
     """
     folder = RunFolder(run_dir)
     folder.require()
@@ -152,7 +117,7 @@ def _heldout(folder: RunFolder, config: RunConfig, teacher: Any, texts_folder: P
 
 
 def _measures(models: Models, heldout: Heldout) -> pa.Table:
-    sums, of_all = Sums(len(heldout.prompts)), {}
+    sums, corpus_measures = Sums(len(heldout.prompts)), {}
     for temperature in TEMPERATURES:
         texts = sample(
             models.student,
@@ -164,58 +129,13 @@ def _measures(models: Models, heldout: Heldout) -> pa.Table:
         name = f"t{temperature:g}"
         _measure_texts(models, heldout, texts, temperature, name, sums)
         for length in (1, 2, 3):
-            of_all[f"{name}.distinct_{length}"] = distinct(texts, length)
+            corpus_measures[f"{name}.distinct_{length}"] = distinct(texts, length)
         if temperature == 1.0:
             guesses = correct_guesses(texts, heldout.answers).tolist()
             sums.put("two_sample", guesses, [2.0] * len(guesses))
     _measure_read_at(models, heldout, sums)
     _measure_references(models, heldout, sums)
-    return measures_table(sums.columns, of_all, heldout.key)
-
-
-@torch.inference_mode()
-def sample(
-    model: Any, prompts: Tokens, *, temperature: float, max_new_tokens: int, stream: str
-) -> list[list[int]]:
-    """One answer a prompt, the stop token included.
-
-    ``stream``: names the random numbers. Those of the teacher's answers are no student's: two models that
-    draw with the same ones write alike where they are alike, and would look closer than they are.
-    """
-    stop = model.generation_config.eos_token_id
-    stops = {stop} if isinstance(stop, int) else set(stop)
-    answers: Tokens = []
-    torch.manual_seed(xxhash.xxh3_64_intdigest(stream.encode()) >> 1)
-    for first in range(0, len(prompts), _BATCH):
-        batch = prompts[first : first + _BATCH]
-        width = max(map(len, batch))
-        rows = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-        made = model.generate(
-            rows, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-            max_new_tokens=max_new_tokens, pad_token_id=next(iter(stops)),
-        )  # fmt: skip
-        answers += [_until_stop(row, stops) for row in made[:, width:].tolist()]
-    return answers
-
-
-def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:
-    end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens) - 1)
-    return tokens[: end + 1]
-
-
-@torch.inference_mode()
-def position_logits(models: Sequence[Any], prompts: Tokens, responses: Tokens) -> Iterator[tuple[Any, ...]]:
-    """(row, logits [T, V] of each model) for every row, at the positions that predict its response."""
-    for first in range(0, len(prompts), _SCORING_ROWS):
-        rows = range(first, min(first + _SCORING_ROWS, len(prompts)))
-        whole = [prompts[i] + responses[i] for i in rows]
-        width = max(map(len, whole))
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in whole])  # causal: the tail is unseen
-        outputs = [model(tokens).logits for model in models]
-        for place, i in enumerate(rows):
-            start, length = len(prompts[i]) - 1, len(responses[i])
-            yield i, *(logits[place, start : start + length].float() for logits in outputs)
+    return measures_table(sums.columns, corpus_measures, heldout.key)
 
 
 def _measure_texts(
@@ -242,8 +162,11 @@ def _measure_texts(
 
 
 def bleu(text: str, reference: str) -> float:
-    """Of one sentence, 0 to 1: sacrebleu's (Post, 2018), orders that neither has left out, exponential
-    smoothing. A mean of these over prompts is no corpus BLEU, but has an interval."""
+    """BLEU of one sentence, 0 to 1, by sacrebleu (Post, 2018).
+
+    N-gram orders longer than the texts are left out, and smoothing is exponential. The mean over prompts
+    is not a corpus BLEU, but it has an interval.
+    """
     return _BLEU.sentence_score(text, [reference]).score / 100
 
 
@@ -251,7 +174,7 @@ _BLEU = BLEU(effective_order=True)
 
 
 def _measure_read_at(models: Models, heldout: Heldout, sums: Sums) -> None:
-    """The student read at a temperature against the teacher at 1, on the teacher's text."""
+    """Measure the student read at a temperature against the teacher at 1, on the teacher's text."""
     prompts, answers = heldout.prompts, heldout.answers
     found = {(at, kind): np.zeros(len(prompts)) for at in (*READ_AT, 1.0) for kind in ("tv", "forward_kl")}
     for i, student, teacher in position_logits([models.student, models.teacher], prompts, answers):
@@ -267,7 +190,7 @@ def _measure_read_at(models: Models, heldout: Heldout, sums: Sums) -> None:
 
 
 def _measure_references(models: Models, heldout: Heldout, sums: Sums) -> None:
-    """Bits per byte of the references' tokens, given the prompt."""
+    """Measure the student's bits per byte of the references, given the prompts."""
     given = [list(reference or []) for reference in heldout.reference_tokens]
     bits, num_bytes = np.zeros(len(given)), np.zeros(len(given))
     for i, student in position_logits([models.student], heldout.prompts, given):
@@ -278,22 +201,24 @@ def _measure_references(models: Models, heldout: Heldout, sums: Sums) -> None:
 
 
 def distinct(texts: Tokens, length: int) -> float:
-    """Distinct n-grams of all texts over their number (Li et al., 2016)."""
+    """The number of distinct n-grams over that of all n-grams, in all texts (Li et al., 2016)."""
     ngrams = [tuple(text[i : i + length]) for text in texts for i in range(len(text) - length + 1)]
     return len(set(ngrams)) / max(len(ngrams), 1)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure what a finished run's student writes.")
+    parser = argparse.ArgumentParser(
+        description="Measure the student of a finished run by the text it writes."
+    )
     parser.add_argument("run", type=Path)
-    parser.add_argument("folder", type=Path, help="where the teacher's answers are kept")
-    parser.add_argument("--teacher", action="store_true", help="measure the teacher instead")
+    parser.add_argument("folder", type=Path, help="folder for the teacher's answers, which runs share")
+    parser.add_argument("--teacher", action="store_true", help="measure the teacher instead of the student")
     arguments = parser.parse_args()
     try:
         measure_run(arguments.run, arguments.folder, of_teacher=arguments.teacher)
-    except ConfigError as error:
+    except DistillError as error:
         print(f"distill: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     return 0
 
 

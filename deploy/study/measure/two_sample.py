@@ -1,8 +1,8 @@
-"""Classifier two-sample test: can a stranger tell the student's texts from the teacher's?
+"""Classifier two-sample test: can an independent classifier distinguish student and teacher text?
 
-Lopez-Paz & Oquab, "Revisiting Classifier Two-Sample Tests" (2017). The classifier sees counts of
-token n-grams and nothing of either model, so it judges a critic's student by an extractor that
-is not the critic's. 0.5 is indistinguishable.
+Lopez-Paz & Oquab, "Revisiting Classifier Two-Sample Tests" (2017). The classifier sees counts of token
+n-grams and nothing of either model, so its features are independent of those of a recipe's critic. An
+accuracy of 0.5 means that the texts are indistinguishable.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ NUM_FEATURES = 4096
 LONGEST_NGRAM = 3
 NUM_FOLDS = 5
 L2 = 1.0
-"""Penalty ½ L2 |w|² beside the summed log-loss."""
+"""The penalty ½ L2 |w|² is added to the summed log-loss."""
 
 
 def correct_guesses(left: Sequence[Sequence[int]], right: Sequence[Sequence[int]]) -> np.ndarray:
-    """[n]: how many of the two texts of prompt i a classifier trained on other prompts' texts names
-    rightly: 0, 1 or 2.
+    """[n]: how many of the two answers to each prompt are classified correctly: 0, 1 or 2.
 
-    ``left[i]`` and ``right[i]``: token ids of two answers to prompt i.
+    ``left[i]`` and ``right[i]``: token ids of two answers to prompt i. The classifier that judges them is
+    trained on the answers to other prompts.
     """
     features = torch.stack([_features(text) for texts in (left, right) for text in texts])
     features = features.view(2, len(left), NUM_FEATURES)
@@ -34,13 +34,13 @@ def correct_guesses(left: Sequence[Sequence[int]], right: Sequence[Sequence[int]
     for held_out in range(NUM_FOLDS):
         test = torch.from_numpy(fold == held_out)
         weights, bias = _fit(features[:, ~test])
-        scores = features[:, test] @ weights + bias  # positive: right
+        scores = features[:, test] @ weights + bias  # positive: from the right
         correct[fold == held_out] = ((scores[0] < 0).int() + (scores[1] > 0).int()).numpy()
     return correct
 
 
 def _features(tokens: Sequence[int]) -> Tensor:
-    """log(1 + count) of hashed 1- to 3-grams, scaled to length 1."""
+    """log(1 + count) of hashed 1- to 3-grams, scaled to unit norm."""
     hashes = [
         xxhash.xxh3_64_intdigest(np.asarray(tokens[start : start + length], np.int64).tobytes())
         % NUM_FEATURES
@@ -53,7 +53,7 @@ def _features(tokens: Sequence[int]) -> Tensor:
 
 
 def _fit(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Logistic regression on [2, n, F], the second half against the first."""
+    """Fit a logistic regression on features [2, n, F]: the second half against the first."""
     inputs = features.flatten(0, 1)
     labels = torch.cat([torch.zeros(features.shape[1]), torch.ones(features.shape[1])])
     weights = torch.zeros(NUM_FEATURES, requires_grad=True)

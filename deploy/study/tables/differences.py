@@ -1,7 +1,8 @@
-"""What one recipe has over another in one seed, from their run folders: all that a table needs of them.
+"""Differences between two recipes within a seed, computed from their run folders.
 
-A difference comes with its standard error over prompts, so that results.json alone says what the
-tables say: per-prompt sums stay with the runs, which are large and on the machine that made them.
+Each difference comes with its standard error over prompts, so that the tables can be made from
+``results.json`` alone. The per-prompt sums stay in the run folders, which are large and remain on the
+machine that made them.
 """
 
 from __future__ import annotations
@@ -13,19 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from deploy.study.measure.measures import (
-    FRONTIER_SCORES,
-    TEXT_MEASURES,
-    Measures,
-    frontier_difference,
-    measures_path,
-)
+from deploy.study.measure.measures_file import FRONTIER_SCORES, TEXT_MEASURES, Measures, measures_path
+from deploy.study.tables.frontier import frontier_difference
 from deploy.study.tables.statistics import PairedPrompts, SeedDifference, seed_difference
 from distill.evaluation import Evaluation, load_evaluation
 from distill.run.folder import RunFolder
 
 FRONTIER = "frontier "
-"""Before the score's name, in the metric of a frontier's gain."""
+"""Prefix of a score's name in the metric of a frontier's gain."""
 
 
 def differences(
@@ -35,8 +31,10 @@ def differences(
     *,
     texts: bool,
 ) -> list[dict[str, Any]]:
-    """One row for each seed, pair and metric. ``run_dirs``: seed -> recipe -> its run; pairs that a seed
-    lacks are left out. ``texts``: also of what the students write.
+    """One row for each seed, pair and metric.
+
+    ``run_dirs``: seed -> recipe -> its run; pairs that are incomplete in a seed are left out. ``texts``:
+    whether to compare the measures of the students' texts too.
 
     Raises: ValueError when two recipes of a seed were not evaluated on the same prompts.
     """
@@ -45,7 +43,9 @@ def differences(
         for ours, theirs in pairs:
             if ours in by_recipe and theirs in by_recipe:
                 both = by_recipe[ours], by_recipe[theirs]
-                found = dict(_of_evaluations(*both, metrics)) | (dict(_of_texts(*both)) if texts else {})
+                found = dict(_evaluation_differences(*both, metrics)) | (
+                    dict(_text_differences(*both)) if texts else {}
+                )
                 rows += [
                     {"seed": seed, "recipe": ours, "from": theirs, "metric": metric,
                      "difference": _rounded(each.difference), "error": _rounded(each.error)}
@@ -54,7 +54,9 @@ def differences(
     return rows
 
 
-def _of_evaluations(ours: Path, theirs: Path, metrics: Sequence[str]) -> Iterator[tuple[str, SeedDifference]]:
+def _evaluation_differences(
+    ours: Path, theirs: Path, metrics: Sequence[str]
+) -> Iterator[tuple[str, SeedDifference]]:
     both = [load_evaluation(RunFolder(path).evaluation("after")) for path in (ours, theirs)]
     for metric in metrics:
         yield metric, seed_difference(_paired(both[0], both[1], metric))
@@ -66,7 +68,7 @@ def _paired(ours: Evaluation, theirs: Evaluation, metric: str) -> PairedPrompts:
     return PairedPrompts.of(ours.per_prompt(metric), theirs.per_prompt(metric))
 
 
-def _of_texts(ours: Path, theirs: Path) -> Iterator[tuple[str, SeedDifference]]:
+def _text_differences(ours: Path, theirs: Path) -> Iterator[tuple[str, SeedDifference]]:
     both = Measures.load(measures_path(ours)), Measures.load(measures_path(theirs))
     for name in TEXT_MEASURES:
         yield name, seed_difference(PairedPrompts.of(*(measures.per_prompt(name) for measures in both)))
@@ -75,5 +77,5 @@ def _of_texts(ours: Path, theirs: Path) -> Iterator[tuple[str, SeedDifference]]:
 
 
 def _rounded(value: float) -> float | None:
-    """None: not a number, which JSON cannot say."""
+    """None for what is not finite, because JSON cannot represent it."""
     return round(value, 8) if math.isfinite(value) else None

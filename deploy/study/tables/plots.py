@@ -1,4 +1,4 @@
-"""A study's plots: metrics along the runs, and scores against entropy."""
+"""Plots of a study: metrics over the course of the runs, and scores against entropy."""
 
 from __future__ import annotations
 
@@ -9,31 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from deploy.study.measure.measures import FRONTIER_SCORES, TEMPERATURES
+from deploy.study.measure.measures_file import FRONTIER_SCORES, TEMPERATURES
+from deploy.study.tables.study_report import runs_by_recipe
 from distill.files import write_bytes
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """``curves.svg``, and ``frontier.svg`` where texts were measured; means over the seeds."""
+    """Write ``curves.svg``, and ``frontier.svg`` where texts were measured; both show means over seeds."""
     drawn = [_curves(results, folder / "curves.svg")]
     if all(run["texts"] for run in results["runs"]):
         drawn.append(_frontier(results, folder / "frontier.svg"))
     return drawn
 
 
-def _runs_by_recipe(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for run in results["runs"]:
-        found.setdefault(run["recipe"], []).append(run)
-    return found
-
-
 def _curves(results: Mapping[str, Any], path: Path) -> Path:
-    """A row per metric: against updates on the left, against seconds of training on the right."""
+    """Draw a row per metric: against updates on the left, against seconds of training on the right."""
     metrics: Sequence[str] = results["metrics"]
     figure, axes = _figure(len(metrics), 2)
     for row, metric in enumerate(metrics):
-        for recipe, runs in _runs_by_recipe(results).items():
+        for recipe, runs in runs_by_recipe(results).items():
             values = np.mean(
                 [[point["values"][metric] for point in run["evaluations"]] for run in runs], axis=0
             )
@@ -47,10 +41,10 @@ def _curves(results: Mapping[str, Any], path: Path) -> Path:
 
 
 def _frontier(results: Mapping[str, Any], path: Path) -> Path:
-    """Scores at several temperatures against the entropy there; the teacher's own in black."""
+    """Draw scores against entropy at several temperatures; the teacher's curve is black."""
     figure, axes = _figure(1, len(FRONTIER_SCORES))
     lines: dict[str, tuple[Sequence[Mapping[str, Any]], dict[str, Any]]] = {
-        recipe: (runs, {}) for recipe, runs in _runs_by_recipe(results).items()
+        recipe: (runs, {}) for recipe, runs in runs_by_recipe(results).items()
     }
     if results["teacher"]:
         lines["the teacher itself"] = (results["teacher"], {"color": "black", "linestyle": "--"})
@@ -75,11 +69,11 @@ def _figure(rows: int, columns: int) -> tuple[Any, Any]:
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save(figure: Any, legend_beside: Any, path: Path) -> Path:
+def _save(figure: Any, legend_next_to: Any, path: Path) -> Path:
     import matplotlib
 
-    legend_beside.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    # Neither a date nor random ids: the same results give the same file.
+    legend_next_to.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    # No date and no random ids, so that the same results give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none"}):
         drawn = io.BytesIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})

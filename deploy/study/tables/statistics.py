@@ -1,10 +1,11 @@
 """Paired comparisons of two recipes: over prompts by bootstrap, over seeds by Student's t.
 
-Within a seed both recipes answer the same held-out prompts, so prompts are drawn in pairs. Another
-seed is another split, another start and other samples: what a recipe gains differs between seeds by
-more than prompts explain. Three seeds drawn with replacement give ten different draws, and three
-differences of one sign give an interval that leaves out 0 every fourth time by chance; so the seeds'
-own spread is taken with t's quantiles, which is wide with three seeds, and right.
+Within a seed both recipes answer the same held-out prompts, so the bootstrap draws prompts in pairs. Another
+seed means another split, another start and other samples, and a recipe's gain differs between seeds by more
+than the choice of prompts explains. A bootstrap over three seeds would have only ten different draws, and
+its interval would exclude 0 whenever the three differences have one sign, which happens by chance one time
+in four. The spread between seeds is therefore scaled by the quantiles of Student's t, whose intervals are
+wide with three seeds and have the right coverage.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ NUM_DRAWS = 1000
 
 @dataclass(frozen=True)
 class PairedPrompts:
-    """One seed: sums and weights of a metric on the same prompts, of two recipes.
+    """The sums and weights of a metric in one seed, of two recipes on the same prompts.
 
     A metric is a ratio Σ sums / Σ weights over prompts (:mod:`distill.evaluation`).
     """
 
     sums: np.ndarray
-    """[2, m]: of the recipe, of the baseline."""
+    """[2, m]: the recipe's and the baseline's."""
     weights: np.ndarray
     """[2, m]."""
 
     @classmethod
     def of(cls, *both: tuple[np.ndarray, np.ndarray]) -> PairedPrompts:
-        """From (sums, weights) of the recipe and of the baseline."""
+        """From the (sums, weights) of the recipe and of the baseline."""
         return cls(*(np.stack(parts) for parts in zip(*both, strict=True)))
 
     def difference(self) -> float:
@@ -50,7 +51,7 @@ class Comparison:
     """Lower end of the 95 % interval."""
     high: float
     p_value: float
-    """Two-sided; 1 with one seed, which says nothing about another."""
+    """Two-sided; 1 with a single seed, which says nothing about other seeds."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,17 @@ class SeedDifference:
 def seed_difference(
     pair: PairedPrompts, *, num_draws: int = NUM_DRAWS, random: np.random.Generator | None = None
 ) -> SeedDifference:
-    """Of a metric, by bootstrap over prompts in pairs."""
+    """The difference in a metric, with its error by bootstrap over prompts in pairs."""
     draws = _draws(pair, num_draws, random or np.random.default_rng(0))
     return SeedDifference(pair.difference(), float(draws.std(ddof=1)))
 
 
 def compare(seeds: Sequence[SeedDifference]) -> Comparison:
-    """Interval and p from each seed's difference.
+    """The mean over seeds with its interval and p.
 
-    The error of the mean is the seeds' own, s/√S, and no less than what prompts alone give it; t has
-    S − 1 degrees of freedom. With one seed: the interval over prompts. What is not a number has no
-    interval and p 1: nothing is claimed.
+    The error of the mean is that between seeds, s/√S, but no less than the error over prompts; t has S − 1
+    degrees of freedom. With a single seed the interval is over prompts. A difference that is not a number
+    has no interval, and its p is 1, so that nothing is claimed.
     """
     differences, errors = [each.difference for each in seeds], [each.error for each in seeds]
     num_seeds, mean = len(seeds), float(np.mean(differences))
@@ -102,7 +103,7 @@ def _draws(pair: PairedPrompts, num_draws: int, random: np.random.Generator) -> 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: reject where the adjusted value is below the level.
+    """p-values by Holm's step-down adjustment: reject where the adjusted value is below the level.
 
     Holm, "A simple sequentially rejective multiple test procedure" (1979).
     """

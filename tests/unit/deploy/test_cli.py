@@ -88,7 +88,10 @@ def test_a_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
             ["learner.device=cuda must be there", "auto"],
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"),
         ),
-        ("learner.max_grad_norm=-1", ["learner.max_grad_norm=-1.0 must be > 0; correct the value (the default is 1.0)"]),
+        (
+            "learner.max_grad_norm=-1",
+            ["learner.max_grad_norm=-1.0 must be > 0; correct the value (the default is 1.0)"],
+        ),
     ],
 )
 def test_a_wrong_setting(complaint: Complaint, override: str, parts: list[str]) -> None:
@@ -163,7 +166,7 @@ def test_the_tables_of_committed_results(tmp_path: Path, capsys: pytest.CaptureF
     assert "--out" in capsys.readouterr().err
     (tmp_path / "other.json").write_text("{}")
     assert main(["study", str(tmp_path / "other.json"), "--report"]) == 2
-    assert "must hold asked" in capsys.readouterr().err
+    assert "must contain asked" in capsys.readouterr().err
 
 
 def test_the_demo_reads_its_settings_before_it_fetches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The hash of the method sees what can change a number, and nothing else."""
+"""The hash of the method changes with everything that can change a number, and with nothing else."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ HASH = hashes.code_hash([SOURCE])
         ("p must be a matrix", "p must have two dimensions"),
     ],
 )
-def test_text_and_places_do_not_count(old: str, new: str):
+def test_documentation_formatting_and_module_paths_do_not_count(old: str, new: str):
     changed = SOURCE.replace(old, new)
     assert changed != SOURCE
     if new.startswith("("):
@@ -87,13 +87,13 @@ def test_text_and_places_do_not_count(old: str, new: str):
         ("raise ValueError", "raise KeyError"),
     ],
 )
-def test_what_is_computed_counts(old: str, new: str):
+def test_changes_of_the_computation_count(old: str, new: str):
     changed = SOURCE.replace(old, new)
     assert changed != SOURCE
     assert hashes.code_hash([changed]) != HASH
 
 
-def test_a_split_file_and_another_order_are_the_same_code():
+def test_splitting_and_reordering_files_does_not_count():
     body, model = SOURCE.split("\n\nclass Model")
     head = "import torch\nfrom torch import Tensor, nn\n\n"
     assert hashes.code_hash([f"{head}class Model{model}", body]) == HASH
@@ -103,8 +103,8 @@ def method(root: Path) -> str:
     return hashes.code_hash(hashes._working_tree(hashes.METHOD_CODE, root))
 
 
-def test_a_moved_file_a_docstring_and_a_sign_of_the_method(tmp_path: Path):
-    """On a copy of the real code: the first two leave the hash alone, the third does not."""
+def test_moving_a_file_does_not_count_and_a_sign_does(tmp_path: Path):
+    """On a copy of the real code. A changed docstring does not count either."""
     for package in ("distill", "actors", "learner", "deploy"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     before = method(tmp_path)
@@ -122,20 +122,20 @@ def test_a_moved_file_a_docstring_and_a_sign_of_the_method(tmp_path: Path):
     assert method(tmp_path) != before
 
 
-def test_every_pattern_names_files():
+def test_every_pattern_matches_files():
     for pattern in (*hashes.METHOD_CODE, *hashes.RESULTS_CODE):
-        assert list(ROOT.glob(pattern)), f"{pattern} names no file"
+        assert list(ROOT.glob(pattern)), f"{pattern} matches no file"
 
 
-def test_a_commit_has_the_hash_of_its_tree():
-    """The files of a commit are found by the same rule as those of the working tree."""
+def test_commits_and_the_working_tree_select_the_same_files():
+    """Otherwise a commit would have another hash when it is checked out."""
     paths = {path.relative_to(ROOT) for pattern in hashes.METHOD_CODE for path in ROOT.glob(pattern)}
     sources = {path.relative_to(ROOT) for path in ROOT.glob("*/**/*.py") if ".venv" not in path.parts}
     assert {path for path in sources if hashes._is_method(path)} == paths
 
 
 def test_names_of_classes_are_unique():
-    """What the hash relies on where it drops imports: a class's name says which class it is."""
+    """The hash relies on this where it ignores imports: the name alone identifies the class."""
     names = Counter(
         node.name
         for pattern in ("distill/**/*.py", "actors/**/*.py", "learner/**/*.py", "deploy/**/*.py")

@@ -1,4 +1,4 @@
-"""What a student's texts are measured by, against one row at a time."""
+"""Measures of texts against computations on one row at a time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.study.measure import measure_run
-from deploy.study.measure.measure_run import Heldout, Models, Sums, bleu, distinct, position_logits, sample
-from deploy.study.measure.measures import Measures, are_measured
+from deploy.study.measure import inference, measure_run
+from deploy.study.measure.inference import Models, position_logits, sample
+from deploy.study.measure.measure_run import Heldout, Sums, bleu, distinct
+from deploy.study.measure.measures_file import Measures, are_measured
 from distill.data import write_table
 from tests.tiny import save_tiny_llama
 
@@ -31,28 +32,28 @@ def heldout(answers: list[list[int]]) -> Heldout:
     return Heldout(PROMPTS, answers, ["a", None, "b"], [[40, 41], None, [42]], 6, seed=0, key="k")
 
 
-def alone(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+def single_row_logits(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
 
 
-def test_logits_are_those_of_a_row_alone(models, monkeypatch):
-    monkeypatch.setattr(measure_run, "_SCORING_ROWS", 2)
+def test_batched_logits_equal_those_of_single_rows(models, monkeypatch):
+    monkeypatch.setattr(inference, "_SCORING_ROWS", 2)
     responses = [[20, 21], [22, 23, 24, 25], [26]]
     found = list(position_logits([models.student, models.teacher], PROMPTS, responses))
     assert [row for row, *_ in found] == [0, 1, 2]
     for row, student, teacher in found:
         for model, logits in ((models.student, student), (models.teacher, teacher)):
-            expected = alone(model, PROMPTS[row], responses[row])
+            expected = single_row_logits(model, PROMPTS[row], responses[row])
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_cold_samples_are_greedy_whatever_the_padding(models):
+def test_cold_samples_are_greedy_with_any_padding(models):
     cold = sample(models.student, PROMPTS, temperature=1e-3, max_new_tokens=6, stream="0")
     for prompt, answer in zip(PROMPTS, cold, strict=True):
         assert 1 <= len(answer) <= 6
-        assert alone(models.student, prompt, answer).argmax(-1).tolist() == answer
-        assert 1 not in answer[:-1], "nothing comes after the stop token"
+        assert single_row_logits(models.student, prompt, answer).argmax(-1).tolist() == answer
+        assert 1 not in answer[:-1], "nothing follows the stop token"
 
 
 def test_measures_of_texts_are_sums_over_tokens(models):
@@ -61,9 +62,9 @@ def test_measures_of_texts_are_sums_over_tokens(models):
     measure_run._measure_texts(models, heldout(texts), texts, temperature, "t0.7", sums)
     entropy, likelihood = 0.0, 0.0
     for prompt, text in zip(PROMPTS, texts, strict=True):
-        policy = (alone(models.student, prompt, text) / temperature).softmax(-1)
+        policy = (single_row_logits(models.student, prompt, text) / temperature).softmax(-1)
         entropy -= float((policy * policy.log()).sum())
-        given = alone(models.teacher, prompt, text).log_softmax(-1)
+        given = single_row_logits(models.teacher, prompt, text).log_softmax(-1)
         likelihood += float(sum(given[t, token] for t, token in enumerate(text)))
     assert sums.columns["t0.7.entropy.sum"].sum() == pytest.approx(entropy, rel=1e-4)
     assert sums.columns["t0.7.teacher_logprob.sum"].sum() == pytest.approx(likelihood, rel=1e-4)
@@ -76,7 +77,7 @@ def test_bits_per_byte_of_the_references(models):
     sums = Sums(3)
     measure_run._measure_references(models, heldout([[], [], []]), sums)
     expected = -sum(
-        float(alone(models.student, prompt, text).log_softmax(-1)[t, token])
+        float(single_row_logits(models.student, prompt, text).log_softmax(-1)[t, token])
         for prompt, text in ((PROMPTS[0], [40, 41]), (PROMPTS[2], [42]))
         for t, token in enumerate(text)
     ) / np.log(2)
@@ -92,11 +93,11 @@ def test_distinct_ngrams():
 def test_bleu_of_a_sentence():
     assert bleu("the cat sat on the mat", "the cat sat on the mat") == pytest.approx(1)
     assert bleu("a dog", "the cat sat on the mat") == 0
-    # Shorter than four words: only the orders that it has; then the penalty exp(1 − 6/2) for its length.
+    # A text of two words has only two orders; exp(1 − 6/2) is the penalty for its length.
     assert bleu("the cat", "the cat sat on the mat") == pytest.approx(np.exp(-2))
 
 
-def test_the_teacher_in_the_students_place_is_the_ceiling(models):
+def test_the_teacher_in_place_of_the_student_is_the_ceiling(models):
     answers = sample(models.teacher, PROMPTS, temperature=1.0, max_new_tokens=6, stream="0")
     ceiling = Measures(measure_run._measures(models.of_teacher(), heldout(answers)))
     student = Measures(measure_run._measures(models, heldout(answers)))
@@ -106,8 +107,9 @@ def test_the_teacher_in_the_students_place_is_the_ceiling(models):
     assert ceiling.values().keys() == student.values().keys()
 
 
-def test_a_student_equal_to_the_teacher_writes_other_texts(models, tmp_path):
-    """With the same random numbers it would write the same, and every score against the teacher's would flatter."""
+def test_a_student_equal_to_the_teacher_writes_different_texts(models, tmp_path):
+    """With the same random numbers it would write the same texts, and every score against the teacher's
+    would be too good."""
     twin = replace(models, student=models.teacher)
     given = heldout(sample(models.teacher, PROMPTS, temperature=1.0, max_new_tokens=6, stream="teacher 0"))
     found = Measures(measure_run._measures(twin, given))
@@ -116,4 +118,4 @@ def test_a_student_equal_to_the_teacher_writes_other_texts(models, tmp_path):
     write_table(found.table, path)
     assert are_measured(path)
     write_table(found.table.replace_schema_metadata({}), path)
-    assert not are_measured(path), "of other code"
+    assert not are_measured(path), "measures by other code are taken again"

@@ -1,4 +1,4 @@
-"""A study in parts: what is refused, what is left to run, and both together."""
+"""Pooling seeds: which results are rejected, which seeds remain to run, and the pooled results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def written(tmp_path: Path, **changes: object) -> Path:
     return path
 
 
-def test_the_rest_is_run_as_tuned_there_and_pooled(tmp_path: Path):
+def test_remaining_seeds_use_the_earlier_tuning_and_are_pooled(tmp_path: Path):
     earlier = load_earlier(written(tmp_path), SPEC)
     rest = without_seeds_of(SPEC, earlier)
     assert rest.seeds == (1,)
@@ -51,12 +51,12 @@ def test_the_rest_is_run_as_tuned_there_and_pooled(tmp_path: Path):
         *({"asked": SPEC.asked() | {name: "other"}} for name in ("task", "baseline", "settings", "recipes")),
     ],
 )
-def test_results_of_something_else_are_refused(tmp_path: Path, changes: dict[str, object]):
+def test_results_of_another_study_or_code_are_rejected(tmp_path: Path, changes: dict[str, object]):
     with pytest.raises(ConfigError, match="--with: "):
         load_earlier(written(tmp_path, **changes), SPEC)
 
 
-def test_nothing_left_or_nothing_there_is_said(tmp_path: Path):
+def test_errors_when_no_seed_remains_and_when_results_cannot_be_read(tmp_path: Path):
     with pytest.raises(ConfigError, match="add a seed"):
         without_seeds_of(SPEC, EARLIER | {"runs": [{"seed": 0}, {"seed": 1}]})
     with pytest.raises(ConfigError, match="check the path"):
@@ -67,7 +67,7 @@ def test_nothing_left_or_nothing_there_is_said(tmp_path: Path):
             load_earlier(tmp_path / "old.json", SPEC)
 
 
-def test_some_of_the_seeds():
+def test_only_seeds():
     assert only_seeds(SPEC, [1]).seeds == (1,)
     with pytest.raises(ConfigError, match="--seeds=2"):
         only_seeds(SPEC, [0, 2])

@@ -1,4 +1,4 @@
-"""Processes side by side: order, cores, failure, and none that outlives its caller."""
+"""Concurrent processes: their order, cores and failures; none outlives its caller."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def children_with(code: str) -> list[psutil.Process]:
     return [process for process in psutil.Process(os.getpid()).children() if code in process.cmdline()]
 
 
-def test_each_runs_on_its_share_of_the_cores(tmp_path: Path):
+def test_each_process_runs_on_its_share_of_the_cores(tmp_path: Path):
     commands = [python(tmp_path, str(i), PRINT_CORES) for i in range(3)]
     ended = []
     run_all(commands, 2, lambda command, seconds: ended.append((command.name, seconds > 0.2)))
     assert sorted(ended) == [("0", True), ("1", True), ("2", True)]
     shares = [str(cores) for cores in core_shares(2)]
-    said = [command.log.read_text().strip() for command in commands]
-    assert said[:2] == shares and said[2] in shares
+    printed = [command.log.read_text().strip() for command in commands]
+    assert printed[:2] == shares and printed[2] in shares
 
 
-def test_shares_are_all_cores_once(monkeypatch: pytest.MonkeyPatch):
+def test_shares_partition_the_cores(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 7, 8})
     assert core_shares(1) == [[2, 3, 5, 7, 8]]
     assert core_shares(2) == [[2, 3], [5, 7, 8]]
     assert core_shares(7) == [[2], [3], [5], [7], [8], [2], [3]]
 
 
-def test_the_first_that_fails_ends_the_others(tmp_path: Path):
+def test_the_first_failure_ends_the_other_processes(tmp_path: Path):
     fails = python(tmp_path, "fails", "print('why'); raise SystemExit(3)")
     with pytest.raises(
         ProcessFailed,
@@ -52,7 +52,7 @@ def test_the_first_that_fails_ends_the_others(tmp_path: Path):
     assert not children_with(WAIT)
 
 
-def test_sigterm_ends_what_runs(tmp_path: Path):
+def test_sigterm_ends_all_processes(tmp_path: Path):
     child = "import os, signal, time; time.sleep(0.5); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -61,14 +61,14 @@ def test_sigterm_ends_what_runs(tmp_path: Path):
     assert not children_with(child) and not children_with(WAIT)
 
 
-def test_a_failure_that_is_a_result(tmp_path: Path):
+def test_a_failure_that_counts_as_a_result(tmp_path: Path):
     fails = python(tmp_path, "fails", "raise SystemExit(3)")
     ended: list[str] = []
     run_all([replace(fails, may_fail=lambda: True)], 1, lambda command, _: ended.append(command.name))
     assert ended == ["fails"]
 
 
-def test_what_is_asked_before_a_start_can_stop_the_rest(tmp_path: Path):
+def test_before_start_can_stop_the_remaining_commands(tmp_path: Path):
     started: list[int] = []
 
     def before_start() -> None:

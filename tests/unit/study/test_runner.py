@@ -1,4 +1,4 @@
-"""What a study's runs are named by, which of them count, and what stops it."""
+"""When a study stops, and how runs that diverged count."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_changed_code_stops_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(runner, "method_hash", lambda: "other")
     with pytest.raises(
         runner.StudyUnfinished,
-        match=rf"^study s: method hash=other must be {study.code}, as at the start; leave the code alone",
+        match=rf"^study s: method hash=other must be {study.code}, as at the start; start the study again, from a git worktree",
     ):
         study._require_same_code()
 
 
-def test_a_folder_holds_runs_on_one_set_of_models(tmp_path: Path):
+def test_all_runs_of_a_folder_use_the_same_models(tmp_path: Path):
     made = tmp_path / "task"
     made.mkdir()
     (made / "prompts.jsonl").write_text("{}")
@@ -43,7 +43,7 @@ def test_a_folder_holds_runs_on_one_set_of_models(tmp_path: Path):
     (made / "prompts.jsonl").write_text("{} ")
     with pytest.raises(
         ConfigError,
-        match=rf"^task tiny-wiki={identity(made)} must be what the runs in .* had, {before}; .*name another --out$",
+        match=rf"^task tiny-wiki={identity(made)} must be {before}, which the runs in .* used; name another --out, because",
     ):
         study._require_same_task()
 
@@ -60,21 +60,21 @@ def job(run_dir: Path, rate: float, *, failure: Exception) -> Job:
     return Job("kd", 100, {"learner.learning_rate": rate}, True, (), config, run_dir)
 
 
-def test_a_run_that_diverged_is_done_and_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_diverged_run_is_done_and_scores_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     diverged = job(tmp_path / "a", 1.0, failure=DIVERGED)
     broken = job(tmp_path / "b", 0.1, failure=OSError("the disk is full"))
     assert diverged.is_done and not broken.is_done
-    monkeypatch.setattr(runner, "final", lambda run_dir, metric: 0.3)
+    monkeypatch.setattr(runner, "final_value", lambda run_dir, metric: 0.3)
     study = runner.Study(SPEC, tmp_path, say=lambda _: None)
     assert study._choose("kd", [diverged, broken]) == {"learner.learning_rate": 0.1}
     with pytest.raises(
         runner.StudyUnfinished,
-        match=r"^study s: kd must end well at one point .* diverges at every point; lower the learning rates of tuning\.grid$",
+        match=r"^study s: kd must finish without diverging at one point of the grid at least; lower the learning rates of tuning\.grid$",
     ):
         study._choose("kd", [diverged, replace(diverged, tuned=broken.tuned)])
 
 
-def test_a_reported_run_that_diverged_is_named_and_counts_nowhere(tmp_path: Path):
+def test_a_diverged_reported_run_is_listed_and_excluded(tmp_path: Path):
     diverged = job(tmp_path / "a", 1.0, failure=DIVERGED)
     study = runner.Study(replace(SPEC, tuning=None), tmp_path, say=lambda _: None)
     results = study._results([diverged], {}, {})
@@ -82,6 +82,6 @@ def test_a_reported_run_that_diverged_is_named_and_counts_nowhere(tmp_path: Path
     assert results["runs"] == results["differences"] == []
     with pytest.raises(
         runner.StudyUnfinished,
-        match=r"^study s: baseline=kd must have a run that ended well; run the study, or name another",
+        match=r"^study s: baseline=kd must have a run that finished without diverging; run the study, or name another",
     ):
         study._write_results([diverged], {}, {})

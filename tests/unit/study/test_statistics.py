@@ -1,4 +1,4 @@
-"""Intervals that hold what they promise, and Holm's procedure by hand."""
+"""The coverage of intervals, and Holm's procedure against values computed by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deploy.study.tables.statistics import Comparison, PairedPrompts, holm, seed
 
 
 def seeds(effect: float, *, num_seeds: int = 5, num_prompts: int = 60, seed: int = 0) -> list[PairedPrompts]:
-    """Prompts of unequal length; what both recipes share by prompt is far larger than the effect."""
+    """Prompts of unequal length whose spread, which both recipes share, is far larger than the effect."""
     random = np.random.default_rng(seed)
     found = []
     for _ in range(num_seeds):
@@ -26,7 +26,7 @@ def compare(pairs: list[PairedPrompts], *, num_draws: int = 1000) -> Comparison:
     return statistics.compare([seed_difference(pair, num_draws=num_draws, random=random) for pair in pairs])
 
 
-def test_the_difference_is_the_mean_of_the_seeds_ratios():
+def test_the_difference_is_the_mean_over_seeds_of_the_ratios_difference():
     pairs = seeds(0.3)
     expected = np.mean(
         [p.sums[0].sum() / p.weights[0].sum() - p.sums[1].sum() / p.weights[1].sum() for p in pairs]
@@ -36,7 +36,7 @@ def test_the_difference_is_the_mean_of_the_seeds_ratios():
     assert found.low < found.difference < found.high
 
 
-def test_pairing_sees_what_is_small_beside_the_prompts_spread():
+def test_pairing_detects_effects_smaller_than_the_spread_of_prompts():
     found = compare(seeds(0.05))
     assert found.low > 0 and found.p_value < 0.01
     assert compare(seeds(-0.05)).high < 0
@@ -45,8 +45,8 @@ def test_pairing_sees_what_is_small_beside_the_prompts_spread():
 
 
 @pytest.mark.parametrize(("between", "most"), [(0.0, 100), (0.1, 99)])
-def test_intervals_cover(between, most):
-    """95 % and a little more with three seeds, whether recipes differ from seed to seed or not."""
+def test_intervals_have_their_nominal_coverage(between, most):
+    """At 95 % or a little more with three seeds, whether or not the effect varies between seeds."""
     found = []
     for number in range(200):
         random = np.random.default_rng(1000 + number)
@@ -60,7 +60,7 @@ def test_intervals_cover(between, most):
     assert all((each.p_value < 0.05) == (not each.low < 0 < each.high) for each in found)
 
 
-def test_one_seed_has_an_interval_over_prompts_and_no_finding():
+def test_one_seed_has_an_interval_over_prompts_and_no_significance():
     found = compare(seeds(0.5, num_seeds=1))
     assert 0 < found.low < found.difference < found.high and found.p_value == 1
 

@@ -1,4 +1,4 @@
-"""The tasks' settings: what every run of a study has in common."""
+"""The settings that all runs of a task share, and the hash of its models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distill.config.load import load_config
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_studys_numbers_do_not_hang_on_what_the_processor_computes_fast(task, tmp_path):
+def test_precision_does_not_depend_on_the_processor(task, tmp_path):
     empty = tmp_path / "empty.yaml"
     empty.write_text("{}\n")
     overrides = [f"{name}={value}" for name, value in TASKS[task].settings(False).items()]
@@ -18,7 +18,7 @@ def test_a_studys_numbers_do_not_hang_on_what_the_processor_computes_fast(task, 
     assert config.rollout.dtype == config.scoring.dtype == config.learner.precision == "float32"
 
 
-def test_a_making_that_was_killed_is_no_part_of_a_task(tmp_path):
+def test_unfinished_folders_do_not_change_the_identity(tmp_path):
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "model.safetensors").write_bytes(b"weights")
     whole = identity(tmp_path)

@@ -1,4 +1,4 @@
-"""What is taken from a dictionary's lines, and what is kept apart."""
+"""Parsing dictionary entries, and separating training pairs from prompts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_entries_are_the_first_alternatives_without_notes():
     ]
 
 
-def test_no_german_side_is_trained_on_and_asked(monkeypatch):
+def test_no_german_side_is_in_both_training_and_prompts(monkeypatch):
     monkeypatch.setattr(task, "NUM_PROMPTS", 2)
     long = "eins zwei drei vier fünf sechs"
     pairs = [(long, "one two three four five six"), ("kurz und gut", "short and good"),
@@ -34,7 +34,7 @@ def test_no_german_side_is_trained_on_and_asked(monkeypatch):
     assert train == [("kurz und gut", "short and good")]
 
 
-def test_without_apt_the_user_is_told_where_the_file_belongs(tmp_path, monkeypatch):
+def test_without_apt_the_error_names_the_place_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
@@ -45,6 +45,6 @@ def test_without_apt_the_user_is_told_where_the_file_belongs(tmp_path, monkeypat
         task._dictionary(lambda text: None)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "de-en").write_text(LINES)
-    said = []
-    assert task._dictionary(said.append) == LINES
-    assert "another version" in said[0]
+    messages = []
+    assert task._dictionary(messages.append) == LINES
+    assert "another version" in messages[0]

@@ -1,0 +1,126 @@
+"""The model of a report: its contents, free of any markup.
+
+``run_report.py`` builds the report of a run and ``deploy/study/tables/study_report.py`` that of a study.
+The renderers (``terminal.py``, ``render.py``) turn either into text. A cell or a paragraph is a line: a
+sequence of pieces, which are plain text or values that know how many digits they have. A renderer adds
+markup around pieces and takes their text from :func:`piece_text`, so that numbers look alike everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from deploy.report.safe_text import strip_control
+
+
+class Tone(Enum):
+    """How a reader should take a piece of text."""
+
+    GOOD = "good"
+    BAD = "bad"
+    FAINT = "faint"
+
+
+@dataclass(frozen=True)
+class Toned:
+    """Text with a tone."""
+
+    text: str
+    tone: Tone | None = None
+
+
+@dataclass(frozen=True)
+class Code:
+    """A name or a command that the user writes in exactly this way."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Number:
+    """A value, with its standard error if it has one."""
+
+    value: float
+    digits: int = 4
+    signed: bool = False
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference with its confidence interval."""
+
+    difference: float
+    low: float
+    high: float
+    significant: bool
+    """Significant differences are marked with a star."""
+
+
+Piece = str | Code | Toned | Number | Interval
+Line = tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    line: Line
+
+
+@dataclass(frozen=True)
+class Column:
+    heading: str
+    numeric: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells, one cell per column; the first cell names the row."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Line, ...], ...]
+    title: str = ""
+    note: str = ""
+    """Explains the columns."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and the answers to it. All of it is text from models or data, so it is made safe here."""
+
+    title: str
+    prompt: str
+    answers: tuple[tuple[str, str], ...]
+    """(who answered, the answer)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", strip_control(self.prompt))
+        safe = tuple((who, strip_control(answer)) for who, answer in self.answers)
+        object.__setattr__(self, "answers", safe)
+
+
+Block = Paragraph | Table | Sample
+
+
+@dataclass(frozen=True)
+class Report:
+    title: str
+    blocks: tuple[Block, ...]
+
+
+def piece_text(piece: Piece) -> str:
+    """The text of a piece without markup."""
+    match piece:
+        case str():
+            return piece
+        case Code() | Toned():
+            return piece.text
+        case Number():
+            shown = f"{piece.value:{'+' if piece.signed else ''}.{piece.digits}f}"
+            if piece.stderr is None or math.isnan(piece.stderr):
+                return shown
+            return f"{shown} ± {piece.stderr:.{piece.digits}f}"
+        case Interval():
+            star = "*" if piece.significant else ""
+            return f"{piece.difference:+.4f}{star} [{piece.low:+.4f}, {piece.high:+.4f}]"
