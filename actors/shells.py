@@ -116,15 +116,17 @@ class CorpusActor:
     def pid(self) -> int:
         return os.getpid()
 
-    async def start(self, config: RunConfig, inputs: RunInputs) -> None:
+    async def start(
+        self, config: RunConfig, teacher_dir: str, stop_token_ids: Sequence[int], num_tokens: int
+    ) -> None:
         self.config = config
         self.num_rows = self.num_tokens = 0
         self.generator = await build_generator(
-            inputs.teacher_dir,
+            teacher_dir,
             replace(config.rollout, max_num_seqs=CORPUS_ROWS_PER_CALL),
             max_model_tokens=config.max_model_tokens,
-            stop_token_ids=inputs.stop_token_ids,
-            num_tokens=inputs.num_tokens,
+            stop_token_ids=stop_token_ids,
+            num_tokens=num_tokens,
             on_push="recompute",
             lock_step=True,
             seed=config.corpus.seed,

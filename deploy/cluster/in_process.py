@@ -1,6 +1,6 @@
 """The actors of a run as objects of one process: for tiny models, where Ray costs more than it gives.
 
-:class:`InProcess` is a :class:`deploy.cluster.backend.Backend`. All actors live on one event
+:class:`InProcess` has the methods of :class:`deploy.cluster.ray_cluster.Cluster`. All actors live on one event
 loop in a thread; a handle's methods are called as Ray's are (``handle.method.remote(...)``) and
 answer with a :class:`Call`, which the driver's thread waits for and the loop can await.
 """
@@ -16,11 +16,8 @@ from collections.abc import Callable, Generator
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
-from deploy.cluster.failures import ActorFailed, root_cause
+from deploy.cluster.ray_cluster import ActorFailed, root_cause
 from deploy.cluster.scope import SharedFolder, SigtermAsCtrlC
-
-_END_AFTER_S = 30.0
-"""How long an actor may take to close, or the calls under way to end."""
 
 
 class Call:
@@ -75,10 +72,7 @@ class InProcess:
 
     def start_actor(self, name: str, actor_class: Any, *args: object, num_threads: int) -> Handle:
         """``num_threads`` is the process's own affair: its engines set it."""
-        try:
-            handle = Handle(actor_class(*args), self._loop)
-        except Exception as error:
-            raise ActorFailed.raised(name, root_cause(error)) from error
+        handle = Handle(actor_class(*args), self._loop)
         self.handles[name] = handle
         return handle
 
@@ -90,7 +84,7 @@ class InProcess:
         interval_s: float = 1.0,
         timeout_s: float | None = None,
     ) -> dict[str, Any]:
-        """As :meth:`deploy.cluster.backend.Backend.wait`."""
+        """As :meth:`deploy.cluster.ray_cluster.Cluster.wait`."""
         names = {call.future: name for name, call in work.items()}
         results: dict[str, Any] = {}
         start = time.monotonic()
@@ -111,6 +105,7 @@ class InProcess:
         return results
 
     def poll(self, call: Call, timeout_s: float = 2.0) -> Any | None:
+        """The value of a call if it comes in time, else None."""
         try:
             return call.future.result(timeout_s)
         except Exception:
@@ -120,7 +115,7 @@ class InProcess:
         """Close an actor and forget it."""
         handle = self.handles.pop(name)
         if hasattr(handle._actor, "close"):
-            self.poll(handle.close.remote(), _END_AFTER_S)
+            self.poll(handle.close.remote(), timeout_s=30.0)
 
     def __exit__(
         self,
@@ -129,19 +124,15 @@ class InProcess:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self.poll(Call(asyncio.run_coroutine_threadsafe(self._cancel_calls(), self._loop)), _END_AFTER_S)
+            self._loop.call_soon_threadsafe(self._cancel_all)
             for name in list(self.handles):
                 self.end_actor(name)
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=10.0)
-            if not self._thread.is_alive():
-                self._loop.close()
             self._shared.release()
             self._sigterm.restore()
 
-    async def _cancel_calls(self) -> None:
-        calls = asyncio.all_tasks() - {asyncio.current_task()}
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
+    def _cancel_all(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()

@@ -10,16 +10,15 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
 import psutil
 
-from deploy.cluster.failures import ActorFailed, root_cause
 from deploy.cluster.scope import SharedFolder, SigtermAsCtrlC
 from distill.config import ClusterConfig
-from distill.errors import NO_VALUE, first_line
+from distill.errors import NO_VALUE, DistillError, first_line
 
 _END_AFTER_S = 3.0
 """How long actors and engines may take to end by themselves before Ray kills them."""
@@ -27,8 +26,31 @@ _KILL_AFTER_S = 1.5
 """How long Ray may take to kill an actor before its processes are killed from here."""
 
 
-class RayCluster:
-    """A :class:`deploy.cluster.backend.Backend`: Ray is up inside it, and nothing of the run is left after it."""
+class ActorFailed(DistillError, RuntimeError):
+    """An actor raised an error, died, or did not answer in time."""
+
+    code = "actor"
+
+    @classmethod
+    def raised(cls, actor: str, cause: BaseException) -> DistillError:
+        """What an actor raised: its own error where that is one for the user, with the actor's name."""
+        if isinstance(cause, DistillError):
+            return cause.within(actor)
+        return cls(actor, NO_VALUE, f"finish its work; it raised {type(cause).__name__}: {cause}")
+
+    @classmethod
+    def late(cls, actors: Iterable[str], timeout_s: float) -> ActorFailed:
+        return cls(
+            ", ".join(sorted(actors)), NO_VALUE, f"answer within {timeout_s:.0f} s",
+            "raise cluster.start_timeout_s, or look at the actors' logs under /tmp/ray",
+        )  # fmt: skip
+
+
+class Cluster:
+    """A context manager: Ray is up inside it, and nothing of the run is left after it.
+
+    SIGTERM inside it is a KeyboardInterrupt, as Ctrl-C is: job schedulers end a run by it.
+    """
 
     def __init__(self, config: ClusterConfig, run_id: str) -> None:
         self.config = config
@@ -37,7 +59,7 @@ class RayCluster:
         self.handles: dict[str, Any] = {}
         self.pids: dict[str, int] = {}
 
-    def __enter__(self) -> RayCluster:
+    def __enter__(self) -> Cluster:
         self._shared.claim()
         self._sigterm = SigtermAsCtrlC()
         # Ray reads these when it is imported. No usage report: a run tells nobody about itself.
@@ -97,7 +119,11 @@ class RayCluster:
         interval_s: float = 1.0,
         timeout_s: float | None = None,
     ) -> dict[str, Any]:
-        """As :meth:`deploy.cluster.backend.Backend.wait`; a call is an object reference."""
+        """Wait for one call per actor, ticking meanwhile; the first failure ends the wait.
+
+        ``work``: actor name -> object reference. Returns the results by name.
+        Raises: ActorFailed, or the actor's own DistillError, naming the actor.
+        """
         import ray
 
         pending = {reference: name for name, reference in work.items()}
@@ -115,12 +141,13 @@ class RayCluster:
                 raise ActorFailed.late(pending.values(), timeout_s)
         return results
 
-    def poll(self, call: Any, timeout_s: float = 2.0) -> Any | None:
+    def poll(self, reference: Any, timeout_s: float = 2.0) -> Any | None:
+        """The value of a reference if it comes in time, else None."""
         import ray
         from ray.exceptions import RayError
 
         try:
-            return ray.get(call, timeout=timeout_s)
+            return ray.get(reference, timeout=timeout_s)
         except RayError:
             return None
 
@@ -187,6 +214,17 @@ def _loopback(run_id: str) -> str | None:
         return None
     number = int(run_id, 16)
     return f"127.{1 + number % 254}.{number // 254 % 256}.{1 + number // 65024 % 254}"
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first failure inside groups and chains: what the user has to know."""
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif getattr(error, "cause", None) is not None and isinstance(error.cause, BaseException):  # pyright: ignore
+            error = error.cause  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            return error
 
 
 def _tree(pid: int | None) -> list[psutil.Process]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import xxhash
@@ -21,20 +21,48 @@ from distill.data import corpus_table, heldout_rows, reference_corpus, training_
 from distill.files import new_folder, write_json
 from distill.machine.hardware import resolve_dtype
 from distill.run.folder import RunFolder
-from distill.run.inputs import RunInputs
-from distill.schema import trajectory_schema
 
-_NODE = "local"
 _PIECES, _PIECE_BYTES = 64, 1 << 16
 """What is read of a file of weights to know it again."""
 _TRAINING_FILE = "training.json"
 """In a proxy's folder in the cache: what its training took."""
 
 
-def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> RunInputs:
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Paths and counts that the stages go on with."""
+
+    teacher_dir: Path
+    student_init: Path
+    """The student before the warm start."""
+    proxy_init: Path | None
+    """What stands in for the teacher, before its training; None: the student's start, or nothing."""
+    train_prompts: Path
+    heldout_prompts: Path
+    references: Path | None
+    """References of the training prompts as a corpus; None when the data has none."""
+    num_prompts: int
+    stop_token_ids: tuple[int, ...]
+    num_tokens: int
+    """Common vocabulary of teacher and student."""
+    teacher_corpus: Path
+    """Where the teacher's text on the training prompts is, or is to be written."""
+    heldout_corpus: Path
+    num_corpus_prompts: int
+    """Training prompts that the teacher answers; 0 when the recipe does not use its text."""
+
+
+def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Prepared:
     """Write the tables; cut the student when it is to be cut."""
-    train, heldout = training_rows(preflight.prompts), heldout_rows(preflight.prompts)
-    tables = _write_tables(config, preflight, folder.path / "data")
+    data = folder.path / "data"
+    paths = {name: data / f"{name}.parquet" for name in ("train", "heldout", "references")}
+    table = preflight.prompts
+    train, heldout = training_rows(table), heldout_rows(table)
+    if not paths["train"].exists():
+        write_table(train, paths["train"])
+        write_table(heldout, paths["heldout"])
+        if preflight.num_references:
+            write_table(corpus_table(reference_corpus(table)), paths["references"])
     teacher_dir = preflight.teacher.folder
     num_corpus = 0
     if config.recipe.teacher_text == "sampled":
@@ -50,46 +78,20 @@ def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> RunIn
     }
     samples = {"samples_per_prompt": config.corpus.samples_per_prompt}  # held-out prompts have one each
     corpora = cache_dir() / "corpora"
-    if config.recipe.teacher_text == "sampled":
-        teacher_text = corpora / f"{_hash(identity | samples, train, num_corpus)}.parquet"
-    else:
-        teacher_text = tables["references" if config.recipe.teacher_text == "reference" else "no-text"]
-    student_dir = _student(config, preflight, folder)
-    scoring_dir = teacher_dir
-    if config.recipe.teacher_gives == "text":
-        scoring_dir = preflight.proxy.folder if preflight.proxy is not None else student_dir
-    return RunInputs(
-        run_dir=str(folder.path),
-        run_id=folder.run_id,
-        node=_NODE,
-        teacher_dir=str(teacher_dir),
-        scoring_dir=str(scoring_dir),
-        student_dir=str(student_dir),
-        train_prompts=str(tables["train"]),
+    return Prepared(
+        teacher_dir=teacher_dir,
+        student_init=_student(config, preflight, folder),
+        proxy_init=preflight.proxy.folder if preflight.proxy is not None else None,
+        train_prompts=paths["train"],
+        heldout_prompts=paths["heldout"],
+        references=paths["references"] if preflight.num_references else None,
         num_prompts=train.num_rows,
-        heldout_prompts=str(tables["heldout"]),
-        references=str(tables["references"]) if "references" in tables else None,
-        teacher_text=str(teacher_text),
-        num_corpus_prompts=num_corpus,
-        heldout_corpus=str(corpora / f"{_hash(identity, heldout, config.evaluation.num_prompts)}.parquet"),
         stop_token_ids=preflight.teacher.stop_token_ids,
         num_tokens=preflight.num_tokens,
+        teacher_corpus=corpora / f"{_hash(identity | samples, train, num_corpus)}.parquet",
+        heldout_corpus=corpora / f"{_hash(identity, heldout, config.evaluation.num_prompts)}.parquet",
+        num_corpus_prompts=num_corpus,
     )
-
-
-def _write_tables(config: RunConfig, preflight: Preflight, folder: Path) -> dict[str, Path]:
-    """Write the tables that are missing; returns the paths of all, by name."""
-    prompts = preflight.prompts
-    tables = {"train": training_rows(prompts), "heldout": heldout_rows(prompts)}
-    if preflight.num_references:
-        tables["references"] = corpus_table(reference_corpus(prompts))
-    if config.recipe.teacher_text == "none":
-        tables["no-text"] = trajectory_schema().empty_table()
-    paths = {name: folder / f"{name}.parquet" for name in tables}
-    for name, path in paths.items():
-        if not path.exists():
-            write_table(tables[name], path)
-    return paths
 
 
 def _student(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Path:

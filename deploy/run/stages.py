@@ -12,28 +12,29 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deploy.cluster.backend import Backend
 from deploy.cluster.in_process import InProcess
 from deploy.cluster.memory import MemorySampler
-from deploy.cluster.ray_cluster import RayCluster
+from deploy.cluster.ray_cluster import Cluster
 from deploy.run.preflight import Preflight
-from deploy.run.prepare import keep_proxy, prepare, proxy_in_cache, training_seconds
+from deploy.run.prepare import Prepared, keep_proxy, prepare, proxy_in_cache, training_seconds
 from deploy.run.progress import Progress, training_line
 from deploy.run.rates import Rates
 from distill.config import ClusterConfig, RunConfig, SftConfig
 from distill.config.load import load_config
 from distill.config.tree import fingerprint, flat_settings, to_yaml
-from distill.data import read_table
+from distill.data import read_table, write_table
 from distill.errors import ConfigError
 from distill.evaluation import load_evaluation
 from distill.machine.hardware import usable_cores
 from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
 from distill.run.metrics import EventLog
+from distill.schema import trajectory_schema
+
+NODE = "local"
 
 
 def train(config: RunConfig, progress: Progress) -> dict[str, Any]:
@@ -95,11 +96,10 @@ def _refuse_another_config(folder: RunFolder, config: RunConfig) -> None:
 class Run:
     """The stages of one run."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, inputs: RunInputs, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, prepared: Prepared, progress: Progress) -> None:
         self.config = config
         self.folder = folder
-        self.inputs = inputs
-        """Of the stage to come: one that makes a checkpoint puts it in."""
+        self.prepared = prepared
         self.progress = progress
         self.events = EventLog(folder.path)
         self.timing_s: dict[str, float] = {}
@@ -112,15 +112,15 @@ class Run:
         self.events.write("started", incarnation=self.folder.incarnation)
         with ExitStack() as stack:
             with self._timed("start_ray"):
-                self.backend = stack.enter_context(_backend(self.config.cluster, self.folder.run_id))
+                self.cluster = stack.enter_context(_cluster(self.config.cluster, self.folder.run_id))
             self.memory = stack.enter_context(MemorySampler({"driver": os.getpid()}))
-            for pid in self.backend.service_pids():
+            for pid in self.cluster.service_pids():
                 self.memory.add("ray", pid)
             learner = self._start_learner()
-            self._warm_start(learner)
+            student_dir = self._warm_start(learner)
             self._write_corpora()
-            self._train_proxy(learner)
-            result = self._distil(learner)
+            scoring_dir = self._train_proxy(learner, student_dir)
+            result = self._distil(learner, self._inputs(student_dir, scoring_dir))
             peak = self.memory.stop()
         summary = self._summary(result, peak)
         self.folder.write_summary(summary)
@@ -129,52 +129,50 @@ class Run:
 
     # Stages
 
-    def _warm_start(self, learner: Any) -> None:
+    def _warm_start(self, learner: Any) -> Path:
         """The student that distillation starts from."""
         if not self.config.sft.enabled:
-            return
+            return self.prepared.student_init
         out = self.folder.path / "sft"
-        if not out.exists():
-            assert self.inputs.references is not None
-            self._fit(
-                learner, "warm start", self.inputs.student_dir, self.inputs.references, out, self.config.sft
-            )
-        self.inputs = replace(self.inputs, student_dir=str(out))
+        if out.exists():
+            return out
+        assert self.prepared.references is not None
+        self._fit(learner, "warm start", self.prepared.student_init, self.prepared.references, out,
+                  self.config.sft)  # fmt: skip
+        return out
 
-    def _train_proxy(self, learner: Any) -> None:
+    def _train_proxy(self, learner: Any, student_dir: Path) -> Path:
         """The model whose states are scored: the teacher, or what stands in for its probabilities."""
         if self.config.recipe.teacher_gives == "probabilities":
-            return
-        inputs = self.inputs
-        start = inputs.student_dir if self.config.proxy.model is None else inputs.scoring_dir
-        self.inputs = replace(inputs, scoring_dir=start)
+            return self.prepared.teacher_dir
+        start, corpus = self.prepared.proxy_init or student_dir, self.prepared.teacher_corpus
         if self.config.proxy.num_updates == 0:
-            return
-        cached = proxy_in_cache(self.config, Path(start), Path(inputs.teacher_text))
+            return start
+        cached = proxy_in_cache(self.config, start, corpus)
         if cached.exists():
             self.progress.say("proxy: in the cache")
         else:
             out = self.folder.path / "proxy"
-            totals = self._fit(learner, "proxy", start, inputs.teacher_text, out, self.config.proxy.training)
+            totals = self._fit(learner, "proxy", start, corpus, out, self.config.proxy.training)
             keep_proxy(out, cached, totals["seconds"])
         self.proxy_training_s = training_seconds(cached)
-        self.inputs = replace(inputs, scoring_dir=str(cached))
+        return cached
 
     def _fit(
-        self, learner: Any, what: str, model: str, corpus: str, out: Path, training: SftConfig
+        self, learner: Any, what: str, model: Path, corpus: Path, out: Path, training: SftConfig
     ) -> dict[str, float]:
         """A stage of cross-entropy, whose result is the checkpoint ``out``; returns its totals."""
         stage, updates = out.name, training.num_updates
         with self._timed(stage):
-            work = learner.fit.remote(model, corpus, str(out), training)
+            work = learner.fit.remote(str(model), str(corpus), str(out), training)
 
             def tick() -> None:
-                facts = self.backend.poll(learner.facts.remote()) or {}
+                facts = self.cluster.poll(learner.facts.remote()) or {}
                 loss = facts.get("fit_loss")
                 shown = f", loss {loss:.3f}" if loss is not None else ""
                 self.progress.show(f"{what}: update {facts.get('fit_update', 0)}/{updates}{shown}")
 
-            totals = self.backend.wait({"learner": work}, tick=tick)["learner"]
+            totals = self.cluster.wait({"learner": work}, tick=tick)["learner"]
         self.tokens[stage] = totals["num_tokens"]
         self.progress.say(
             f"{what} done: {updates} updates, loss {totals['loss']:.3f}, {self.timing_s[stage]:.0f} s"
@@ -183,13 +181,13 @@ class Run:
 
     def _write_corpora(self) -> None:
         """The teacher's text, where the cache has none of this fingerprint."""
-        inputs = self.inputs
+        prepared = self.prepared
         wanted = [
-            (inputs.heldout_prompts, self.config.evaluation.num_prompts, 1, inputs.heldout_corpus),
-            (inputs.train_prompts, inputs.num_corpus_prompts, self.config.corpus.samples_per_prompt,
-             inputs.teacher_text),
+            (prepared.heldout_prompts, self.config.evaluation.num_prompts, 1, prepared.heldout_corpus),
+            (prepared.train_prompts, prepared.num_corpus_prompts, self.config.corpus.samples_per_prompt,
+             prepared.teacher_corpus),
         ]  # fmt: skip
-        missing = [work for work in wanted if work[1] and not Path(work[3]).exists()]
+        missing = [work for work in wanted if work[1] and not work[3].exists()]
         if not missing:
             self.progress.say("teacher corpus: in the cache")
             return
@@ -197,32 +195,63 @@ class Run:
 
         with self._timed("corpus"):
             writer = self._actor("corpus", CorpusActor, self.config.rollout.num_threads)
-            self._ready({"corpus": writer.start.remote(self.config, inputs)})
+            self._ready(
+                {
+                    "corpus": writer.start.remote(
+                        self.config, str(prepared.teacher_dir), prepared.stop_token_ids, prepared.num_tokens
+                    )
+                }
+            )
             total = sum(num_prompts * samples for _, num_prompts, samples, _ in missing)
             written = tokens = 0.0
             for prompts, num_prompts, samples, path in missing:
 
                 def tick(before: float = written) -> None:
-                    rows = (self.backend.poll(writer.stats.remote()) or {}).get("corpus/num_rows", 0.0)
+                    rows = (self.cluster.poll(writer.stats.remote()) or {}).get("corpus/num_rows", 0.0)
                     self.progress.show(f"teacher corpus: {before + rows:.0f}/{total} texts")
 
-                work = writer.write.remote(prompts, num_prompts, samples, path)
-                tokens += self.backend.wait({"corpus": work}, tick=tick)["corpus"]
+                work = writer.write.remote(str(prompts), num_prompts, samples, str(path))
+                tokens += self.cluster.wait({"corpus": work}, tick=tick)["corpus"]
                 written += num_prompts * samples
-            self.backend.end_actor("corpus")
+            self.cluster.end_actor("corpus")
         self.tokens["corpus"] = tokens
         self.progress.say(
             f"teacher corpus written: {total} texts, {tokens:.0f} tokens, {self.timing_s['corpus']:.0f} s"
         )
 
-    def _distil(self, learner: Any) -> dict[str, Any]:
+    def _inputs(self, student_dir: Path, scoring_dir: Path) -> RunInputs:
+        prepared = self.prepared
+        text = {"sampled": prepared.teacher_corpus, "reference": prepared.references, "none": None}[
+            self.config.recipe.teacher_text
+        ]
+        if text is None:
+            text = self.folder.path / "data" / "no-text.parquet"
+            write_table(trajectory_schema().empty_table(), text)
+        return RunInputs(
+            run_dir=str(self.folder.path),
+            run_id=self.folder.run_id,
+            node=NODE,
+            teacher_dir=str(prepared.teacher_dir),
+            scoring_dir=str(scoring_dir),
+            student_dir=str(student_dir),
+            train_prompts=str(prepared.train_prompts),
+            heldout_prompts=str(prepared.heldout_prompts),
+            text_corpus=str(text),
+            heldout_corpus=str(prepared.heldout_corpus),
+            stop_token_ids=prepared.stop_token_ids,
+            num_tokens=prepared.num_tokens,
+        )
+
+    def _distil(self, learner: Any, inputs: RunInputs) -> dict[str, Any]:
         from actors.shells import ReplayActor, RolloutActor, TeacherActor
 
-        config, inputs = self.config, self.inputs
+        config = self.config
         with self._timed("start_engines"):
             self.progress.show("starting engines", force=True)
-            num_teacher_rows = read_table(inputs.teacher_text).num_rows
-            replay = self._actor("replay", ReplayActor, 1, config, inputs.num_prompts, num_teacher_rows)
+            num_teacher_rows = read_table(inputs.text_corpus).num_rows
+            replay = self._actor(
+                "replay", ReplayActor, 1, config, self.prepared.num_prompts, num_teacher_rows
+            )
             rollout = self._actor(_sampler_name(config), RolloutActor, config.rollout.num_threads)
             scorer = teacher = self._actor("teacher", TeacherActor, config.scoring.num_threads)
             starting = {
@@ -245,7 +274,7 @@ class Run:
         shown: set[str] = set()
 
         def tick() -> None:
-            facts = self.backend.poll(learner.facts.remote())
+            facts = self.cluster.poll(learner.facts.remote())
             if facts:
                 rates.observe(facts)
                 for alarm in facts.get("alarms", ()):
@@ -254,7 +283,7 @@ class Run:
                         shown.add(alarm)
                 self.progress.show(training_line(facts | rates.outlook(), rates.tokens_per_s()))
 
-        result = self.backend.wait(loops, tick=tick)["learner"]
+        result = self.cluster.wait(loops, tick=tick)["learner"]
         for name, seconds in result["timing_s"].items():
             self.timing_s[name] = seconds
         self.tokens["learner"] = result["num_tokens"]
@@ -276,13 +305,13 @@ class Run:
         return self._actor("learner", LearnerActor, self.config.learner.num_threads, self.config)
 
     def _actor(self, name: str, actor_class: Any, num_threads: int | None, *args: object) -> Any:
-        handle = self.backend.start_actor(name, actor_class, *args, num_threads=num_threads or usable_cores())
-        if name in self.backend.pids:
-            self.memory.add(name, self.backend.pids[name])
+        handle = self.cluster.start_actor(name, actor_class, *args, num_threads=num_threads or usable_cores())
+        if name in self.cluster.pids:
+            self.memory.add(name, self.cluster.pids[name])
         return handle
 
     def _ready(self, work: dict[str, Any]) -> dict[str, Any]:
-        return self.backend.wait(work, timeout_s=self.config.cluster.start_timeout_s)
+        return self.cluster.wait(work, timeout_s=self.config.cluster.start_timeout_s)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -312,8 +341,8 @@ class Run:
         }
 
 
-def _backend(config: ClusterConfig, run_id: str) -> Backend:
-    return RayCluster(config, run_id) if config.backend == "ray" else InProcess(run_id)
+def _cluster(config: ClusterConfig, run_id: str) -> Cluster | InProcess:
+    return Cluster(config, run_id) if config.backend == "ray" else InProcess(run_id)
 
 
 def _sampler_name(config: RunConfig) -> str:

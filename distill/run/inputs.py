@@ -1,4 +1,4 @@
-"""What a run's stages and actors start from: paths and ids, decided once by the composition root."""
+"""What a run's actors start from: paths and ids, decided once by the composition root."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class RunInputs:
-    """Plain values only: it crosses processes.
-
-    A stage that makes another checkpoint replaces ``student_dir`` or ``scoring_dir``.
-    """
+    """Plain values only: it crosses processes."""
 
     run_dir: str
     """The run folder."""
@@ -22,23 +19,15 @@ class RunInputs:
     teacher_dir: str
     """The teacher's checkpoint."""
     scoring_dir: str
-    """The checkpoint whose states are the payload: the teacher's, or its proxy's. Before the proxy
-    stage it is the one that the proxy's training starts from."""
+    """The checkpoint whose states are the payload: the teacher's, or its proxy's."""
     student_dir: str
-    """The checkpoint that the next stage starts from: distillation's, after the warm start."""
+    """The checkpoint that distillation starts from (after the warm start)."""
     train_prompts: str
     """Parquet: the prompt table of training."""
-    num_prompts: int
-    """Rows of ``train_prompts``."""
     heldout_prompts: str
     """Parquet: the held-out prompt table."""
-    references: str | None
-    """Parquet: the references of the training prompts, in the trajectory schema; None when the data has none."""
-    teacher_text: str
-    """Parquet: the recipe's teacher text, in the trajectory schema; it has no rows when the recipe uses none.
-    Text sampled from the teacher is written by the corpus stage, where the cache has none."""
-    num_corpus_prompts: int
-    """Training prompts that the teacher answers for ``teacher_text``; 0 when it is not sampled."""
+    text_corpus: str
+    """Parquet: the recipe's off-policy text, in the trajectory schema; may have no rows."""
     heldout_corpus: str
     """Parquet: the teacher's text on the first held-out prompts."""
     stop_token_ids: tuple[int, ...]

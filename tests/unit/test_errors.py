@@ -15,7 +15,7 @@ import pytest
 from ray import cloudpickle
 
 from deploy.cli.commands import guarded
-from deploy.cluster.failures import ActorFailed
+from deploy.cluster.ray_cluster import ActorFailed
 from distill.errors import NO_VALUE, ConfigError, DistillError, Diverged, did_you_mean, first_line
 from distill.interfaces import SegmentMissing, WeightPushError
 from distill.schema import SchemaError

@@ -39,8 +39,7 @@ def complaint(
     def no_engine(*_: object) -> None:
         raise AssertionError("an engine was about to start")
 
-    monkeypatch.setattr("deploy.run.stages.RayCluster", no_engine)
-    monkeypatch.setattr("deploy.run.stages.InProcess", no_engine)
+    monkeypatch.setattr("deploy.run.stages.Cluster", no_engine)
 
     def run(*overrides: str, arguments: list[str] | None = None) -> str:
         every = [*tiny_overrides(world), f"run_dir={tmp_path}/run", *overrides]
