@@ -1,6 +1,6 @@
-# make demo    a real distillation on this machine, from nothing, in about 20 minutes;
-#              settings on top: make demo ARGS="seed=1"
-# make test    linters, unit tests, integration tests with real Ray and real vLLM
+# make demo    run a real distillation on this machine, including its setup, in about 20 minutes;
+#              override settings with: make demo ARGS="seed=1"
+# make test    run linters, unit tests, and integration tests with real Ray and real vLLM
 
 PYTHON_BIN := .venv/bin
 

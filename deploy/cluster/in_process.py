@@ -1,8 +1,6 @@
-"""The actors of a run as objects of one process: for tiny models, where Ray costs more than it gives.
+"""Actors as objects of the driver's process, for tiny models: there, Ray costs more time than it saves.
 
-:class:`InProcess` has the methods of :class:`deploy.cluster.ray_cluster.Cluster`. All actors live on one event
-loop in a thread; a handle's methods are called as Ray's are (``handle.method.remote(...)``) and
-answer with a :class:`Call`, which the driver's thread waits for and the loop can await.
+All actors live on one event loop in a thread. The handle of an actor has the form of Ray's.
 """
 
 from __future__ import annotations
@@ -14,14 +12,18 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from types import SimpleNamespace, TracebackType
-from typing import Any
+from typing import Any, Self
 
-from deploy.cluster.ray_cluster import ActorFailed, root_cause
+from deploy.cluster.backend import Backend
+from deploy.cluster.failures import ActorFailed
 from deploy.cluster.scope import SharedFolder, SigtermAsCtrlC
+
+_CLOSE_TIMEOUT_S = 30.0
+_JOIN_TIMEOUT_S = 10.0
 
 
 class Call:
-    """A method call under way on the actors' loop."""
+    """A method call in progress on the actors' loop."""
 
     def __init__(self, future: concurrent.futures.Future[Any]) -> None:
         self.future = future
@@ -31,7 +33,7 @@ class Call:
 
 
 class Handle:
-    """An actor as others see it."""
+    """An actor as the driver and other actors see it."""
 
     def __init__(self, actor: Any, loop: asyncio.AbstractEventLoop) -> None:
         self._actor = actor
@@ -41,8 +43,8 @@ class Handle:
         method = getattr(self._actor, name)
 
         async def call(*args: object) -> Any:
-            answer = method(*args)
-            return await answer if inspect.isawaitable(answer) else answer
+            result = method(*args)
+            return await result if inspect.isawaitable(result) else result
 
         def remote(*args: object) -> Call:
             return Call(asyncio.run_coroutine_threadsafe(call(*args), self._loop))
@@ -50,18 +52,16 @@ class Handle:
         return SimpleNamespace(remote=remote)
 
 
-class InProcess:
-    """A context manager: the loop runs inside it; leaving it closes every actor."""
+class InProcess(Backend):
+    """A :class:`Backend` whose loop runs while the context is open."""
 
     def __init__(self, run_id: str) -> None:
         self._shared = SharedFolder(run_id)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="actors", daemon=True)
-        self.handles: dict[str, Handle] = {}
-        self.pids: dict[str, int] = {}
-        """Processes of actors: none but the driver's."""
+        self._actors: dict[str, Any] = {}
 
-    def __enter__(self) -> InProcess:
+    def __enter__(self) -> Self:
         self._shared.claim()
         self._sigterm = SigtermAsCtrlC()
         self._thread.start()
@@ -71,21 +71,25 @@ class InProcess:
         return []
 
     def start_actor(self, name: str, actor_class: Any, *args: object, num_threads: int) -> Handle:
-        """``num_threads`` is the process's own affair: its engines set it."""
-        handle = Handle(actor_class(*args), self._loop)
-        self.handles[name] = handle
-        return handle
+        """``num_threads`` has no effect: the actors share the process's threads, whose number engines set."""
+        try:
+            self._actors[name] = actor_class(*args)
+        except Exception as error:
+            raise ActorFailed.raised(name, error) from error
+        return Handle(self._actors[name], self._loop)
+
+    def actor_pid(self, name: str) -> int | None:
+        return None
 
     def wait(
         self,
-        work: dict[str, Call],
+        calls: dict[str, Call],
         *,
         tick: Callable[[], None] = lambda: None,
         interval_s: float = 1.0,
         timeout_s: float | None = None,
     ) -> dict[str, Any]:
-        """As :meth:`deploy.cluster.ray_cluster.Cluster.wait`."""
-        names = {call.future: name for name, call in work.items()}
+        names = {call.future: name for name, call in calls.items()}
         results: dict[str, Any] = {}
         start = time.monotonic()
         pending = set(names)
@@ -97,39 +101,35 @@ class InProcess:
                 try:
                     results[names[future]] = future.result()
                 except Exception as error:
-                    cause = root_cause(error)
-                    raise ActorFailed.raised(names[future], cause) from error
+                    raise ActorFailed.raised(names[future], error) from error
             tick()
             if timeout_s is not None and pending and time.monotonic() - start > timeout_s:
                 raise ActorFailed.late((names[future] for future in pending), timeout_s)
         return results
 
     def poll(self, call: Call, timeout_s: float = 2.0) -> Any | None:
-        """The value of a call if it comes in time, else None."""
         try:
             return call.future.result(timeout_s)
         except Exception:
             return None
 
     def end_actor(self, name: str) -> None:
-        """Close an actor and forget it."""
-        handle = self.handles.pop(name)
-        if hasattr(handle._actor, "close"):
-            self.poll(handle.close.remote(), timeout_s=30.0)
+        actor = self._actors.pop(name)
+        if hasattr(actor, "close"):
+            self.poll(Handle(actor, self._loop).close.remote(), _CLOSE_TIMEOUT_S)
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
             self._loop.call_soon_threadsafe(self._cancel_all)
-            for name in list(self.handles):
+            for name in list(self._actors):
                 self.end_actor(name)
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(timeout=10.0)
+            self._thread.join(timeout=_JOIN_TIMEOUT_S)
+            if not self._thread.is_alive():
+                self._loop.close()
             self._shared.release()
             self._sigterm.restore()
 

@@ -1,46 +1,42 @@
-"""Peak memory of a run's processes, measured so that shared pages count once.
+"""Peak memory of a run's processes, with shared pages counted once.
 
-Each process is charged its proportional set size (PSS, ``/proc/<pid>/smaps_rollup``): a page
-mapped by three processes adds a third to each, so a sum over processes is memory that is
-really used. RSS would count a mapped replay segment once per reader. Not seen: files in
-/dev/shm that nobody maps at the moment.
+The measure of a process is its proportional set size (PSS): a page that three processes map adds a third
+to each, so the sum over processes is memory in use. RSS would count a mapped replay segment once per
+reader. Files in /dev/shm that no process maps at the moment are not included.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 
 import psutil
 
 Process = tuple[int, float]
-"""(pid, time of creation): a pid alone may be another process by now."""
+"""(pid, time of creation): the system reuses pids."""
 
 
 def pss_bytes(pid: int) -> int:
-    """PSS of a process, or its RSS where the kernel has no smaps_rollup; 0 once it is gone."""
+    """PSS of a process, or its RSS where the system does not reveal the PSS; 0 once it has ended."""
     try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return psutil.Process(pid).memory_info().rss
+        process = psutil.Process(pid)
+        try:
+            memory = process.memory_full_info()
+        except psutil.AccessDenied:
+            memory = process.memory_info()
     except psutil.Error:
         return 0
+    return getattr(memory, "pss", memory.rss)
 
 
 class MemorySampler:
     """Samples named process trees every ``interval_s`` on a thread and keeps the peaks.
 
-    ``roots``: name -> pid. A process belongs to its nearest ancestor among the roots, so a
-    learner below the driver is not counted twice: ``driver`` is then what no other root
-    claims. Children are found anew at each sample: give the driver and, for a local Ray, the
-    raylet and the GCS, and all workers and engine processes below them are included. A process
-    once seen is followed on after its parent died (an engine core that outlives its actor
-    still fills the memory).
+    ``roots``: name -> pid. A process belongs to its nearest ancestor among the roots, so a learner below
+    the driver is not counted twice: ``driver`` covers the processes that no other root claims. Each sample
+    looks for children anew. With the driver and, for a local Ray, the raylet and the GCS as roots, all
+    worker and engine processes are included. A process that was seen once is followed after its parent's
+    death, because an engine core that outlives its actor still uses memory.
     """
 
     def __init__(self, roots: Mapping[str, int], interval_s: float = 5.0):
@@ -55,9 +51,9 @@ class MemorySampler:
             self.add(name, pid)
 
     def add(self, name: str, pid: int) -> None:
-        """Follow another tree, e.g. of an actor that was started again under its name."""
+        """Follow one more tree; trees can share a name."""
         if name == "total":
-            raise ValueError("name=total is taken by the sum; choose another")
+            raise ValueError("name=total must differ from the sum's; choose another name")
         with self._guard:
             self._roots[pid] = name
             self._peaks.setdefault(name, 0)
@@ -70,7 +66,7 @@ class MemorySampler:
         self._stop_thread()
 
     def stop(self) -> dict[str, int]:
-        """One last sample, then the peaks."""
+        """Take a last sample; returns the peaks."""
         self._stop_thread()
         self.sample()
         return self.peaks()
@@ -81,12 +77,12 @@ class MemorySampler:
             self._thread.join()
 
     def peaks(self) -> dict[str, int]:
-        """Bytes per name. ``total`` is the peak of the sum at one moment, so at most the sum of the peaks."""
+        """Bytes per name. ``total`` is the peak of the sum over all trees, hence at most the sum of the peaks."""
         with self._guard:
             return dict(self._peaks)
 
     def sample(self) -> dict[str, int]:
-        """What the trees hold now."""
+        """Bytes per name at this moment."""
         with self._guard:
             self._owner = self._owners(_processes())
             now = dict.fromkeys(self._roots.values(), 0)
@@ -103,7 +99,7 @@ class MemorySampler:
             self._stopped.wait(self._interval_s)
 
     def _owners(self, parents: Mapping[Process, int]) -> dict[Process, str]:
-        """Which name each living process belongs to."""
+        """The name that each living process belongs to."""
         by_pid = {process[0]: process for process in parents}
         owners: dict[Process, str] = {}
         for process in parents:

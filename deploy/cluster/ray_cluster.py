@@ -1,7 +1,7 @@
-"""Ray for one run: a local single-node cluster of its own, or a given address.
+"""Actors as processes of Ray: a local cluster that serves one run, or the cluster at a given address.
 
-Everything that two runs could share carries the run id: the namespace, the actors' names and
-the folder in shared memory. Leaving the context ends every actor and its engine processes.
+The run id is part of everything that two runs could share: the namespace of the actors' names, and the
+folder in shared memory. Leaving the context ends every actor with its engine processes.
 """
 
 from __future__ import annotations
@@ -10,94 +10,76 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
+from deploy.cluster.backend import Backend
+from deploy.cluster.failures import ActorFailed
 from deploy.cluster.scope import SharedFolder, SigtermAsCtrlC
 from distill.config import ClusterConfig
-from distill.errors import NO_VALUE, DistillError, first_line
+from distill.errors import NO_VALUE, first_line
 
 _END_AFTER_S = 3.0
-"""How long actors and engines may take to end by themselves before Ray kills them."""
+"""Time that actors and engines have to end by themselves before Ray kills them."""
 _KILL_AFTER_S = 1.5
-"""How long Ray may take to kill an actor before its processes are killed from here."""
+"""Time that Ray has to kill an actor before the driver kills its processes."""
+_RESULT_TIMEOUT_S = 60.0
+"""Time for fetching the result of a call that has returned."""
 
 
-class ActorFailed(DistillError, RuntimeError):
-    """An actor raised an error, died, or did not answer in time."""
+class RayCluster(Backend):
+    """A :class:`Backend` that runs Ray while the context is open.
 
-    code = "actor"
-
-    @classmethod
-    def raised(cls, actor: str, cause: BaseException) -> DistillError:
-        """What an actor raised: its own error where that is one for the user, with the actor's name."""
-        if isinstance(cause, DistillError):
-            return cause.within(actor)
-        return cls(actor, NO_VALUE, f"finish its work; it raised {type(cause).__name__}: {cause}")
-
-    @classmethod
-    def late(cls, actors: Iterable[str], timeout_s: float) -> ActorFailed:
-        return cls(
-            ", ".join(sorted(actors)), NO_VALUE, f"answer within {timeout_s:.0f} s",
-            "raise cluster.start_timeout_s, or look at the actors' logs under /tmp/ray",
-        )  # fmt: skip
-
-
-class Cluster:
-    """A context manager: Ray is up inside it, and nothing of the run is left after it.
-
-    SIGTERM inside it is a KeyboardInterrupt, as Ctrl-C is: job schedulers end a run by it.
+    SIGTERM raises KeyboardInterrupt meanwhile, because job schedulers end a run by that signal.
     """
 
     def __init__(self, config: ClusterConfig, run_id: str) -> None:
-        self.config = config
-        self.run_id = run_id
+        self._config = config
+        self._run_id = run_id
         self._shared = SharedFolder(run_id)
-        self.handles: dict[str, Any] = {}
-        self.pids: dict[str, int] = {}
+        self._handles: dict[str, Any] = {}
+        self._pids: dict[str, int] = {}
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> Self:
         self._shared.claim()
         self._sigterm = SigtermAsCtrlC()
-        # Ray reads these when it is imported. No usage report: a run tells nobody about itself.
+        # Ray reads these when it is imported. The first one turns usage reports off.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
-        # An actor that fails is reported by whoever waits for it, in one line.
+        # `wait` reports the failure of an actor, in one line.
         logging.getLogger("ray").setLevel(logging.CRITICAL)
-        local = self.config.address is None
+        local = self._config.address is None
         ray.init(
-            address="local" if local else self.config.address,
-            namespace=f"distill-{self.run_id}",
+            address="local" if local else self._config.address,
+            namespace=f"distill-{self._run_id}",
             include_dashboard=False if local else None,
-            object_store_memory=self.config.object_store_bytes if local else None,
-            _node_ip_address=_loopback(self.run_id) if local else None,  # pyright: ignore[reportArgumentType]
+            object_store_memory=self._config.object_store_bytes if local else None,
+            _node_ip_address=_loopback(self._run_id) if local else None,  # pyright: ignore[reportArgumentType]
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=False,
         )
-        self._sigterm.take()  # Ray has set a handler that leaves without unwinding
+        self._sigterm.take()  # Ray has installed a handler that exits without unwinding
         return self
 
     def service_pids(self) -> list[int]:
-        """Processes of a local Ray itself, from which those of the actors descend."""
-        return [child.pid for child in psutil.Process().children() if self.config.address is None]
+        """A local Ray's own processes, which are the parents of those of the actors."""
+        return [child.pid for child in psutil.Process().children() if self._config.address is None]
 
     def start_actor(self, name: str, actor_class: Any, *args: object, num_threads: int) -> Any:
-        """Create an actor under the run's namespace with its own thread budget."""
         import ray
 
         environment = {
             "OMP_NUM_THREADS": str(num_threads),
-            # Idle threads sleep: spinning ones take the cores from the role whose turn it is.
+            # Idle threads sleep, because spinning ones take the cores from the actor that works.
             "OMP_WAIT_POLICY": "passive",
-            # Freed tensors stay with the process (glibc): given back, they would be faulted in
-            # again by the next pass. One arena, since each thread of a pool would otherwise keep
-            # an update's gigabytes of its own.
+            # glibc keeps the memory of freed tensors, because the next pass would fault returned pages
+            # in again. There is one arena, because otherwise each thread of a pool keeps gigabytes.
             "MALLOC_ARENA_MAX": "1",
             "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
             "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
@@ -107,64 +89,57 @@ class Cluster:
         handle = remote_class.options(
             name=name, runtime_env={"env_vars": environment}, max_concurrency=1000
         ).remote(*args)
-        self.handles[name] = handle
-        self.pids[name] = self._get(name, handle.pid.remote(), self.config.start_timeout_s)
+        self._handles[name] = handle
+        self._pids[name] = self._get(name, handle.pid.remote(), self._config.start_timeout_s)
         return ray.get_actor(name)
+
+    def actor_pid(self, name: str) -> int | None:
+        return self._pids[name]
 
     def wait(
         self,
-        work: dict[str, Any],
+        calls: dict[str, Any],
         *,
         tick: Callable[[], None] = lambda: None,
         interval_s: float = 1.0,
         timeout_s: float | None = None,
     ) -> dict[str, Any]:
-        """Wait for one call per actor, ticking meanwhile; the first failure ends the wait.
-
-        ``work``: actor name -> object reference. Returns the results by name.
-        Raises: ActorFailed, or the actor's own DistillError, naming the actor.
-        """
         import ray
 
-        pending = {reference: name for name, reference in work.items()}
+        pending = {call: name for name, call in calls.items()}
         results: dict[str, Any] = {}
         start = time.monotonic()
         while pending:
             done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=interval_s)
             if not done and pending:
                 done, _ = ray.wait(list(pending), num_returns=1, timeout=0)
-            for reference in done:
-                name = pending.pop(reference)
-                results[name] = self._get(name, reference, 60.0)
+            for call in done:
+                name = pending.pop(call)
+                results[name] = self._get(name, call, _RESULT_TIMEOUT_S)
             tick()
             if timeout_s is not None and pending and time.monotonic() - start > timeout_s:
                 raise ActorFailed.late(pending.values(), timeout_s)
         return results
 
-    def poll(self, reference: Any, timeout_s: float = 2.0) -> Any | None:
-        """The value of a reference if it comes in time, else None."""
+    def poll(self, call: Any, timeout_s: float = 2.0) -> Any | None:
         import ray
         from ray.exceptions import RayError
 
         try:
-            return ray.get(reference, timeout=timeout_s)
+            return ray.get(call, timeout=timeout_s)
         except RayError:
             return None
 
     def end_actor(self, name: str) -> None:
-        """Close an actor and kill it with all its processes."""
         self._end([name])
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         import ray
 
         try:
-            self._end(list(self.handles))
+            self._end(list(self._handles))
         finally:
             ray.shutdown()
             self._shared.release()
@@ -173,16 +148,16 @@ class Cluster:
     def _end(self, names: Sequence[str]) -> None:
         import ray
 
-        processes = [process for name in names for process in _tree(self.pids.get(name))]
-        handles = [self.handles.pop(name) for name in names if name in self.handles]
+        processes = [process for name in names for process in _tree(self._pids.get(name))]
+        handles = [self._handles.pop(name) for name in names if name in self._handles]
         closing = [handle.close.remote() for handle in handles if hasattr(handle, "close")]
         for name in names:
-            self.pids.pop(name, None)
+            self._pids.pop(name, None)
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=_END_AFTER_S)
         for handle in handles:
             ray.kill(handle)
-        # Killed at once, a process would look like a crash to Ray, which reports it on the terminal.
+        # Killing a process at once would look like a crash to Ray, which prints crashes to the terminal.
         _, left = psutil.wait_procs(processes, timeout=_KILL_AFTER_S)
         for process in left:
             try:
@@ -191,24 +166,28 @@ class Cluster:
                 continue
         psutil.wait_procs(left, timeout=_END_AFTER_S)
 
-    def _get(self, name: str, reference: Any, timeout_s: float) -> Any:
+    def _get(self, name: str, call: Any, timeout_s: float) -> Any:
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
         try:
-            return ray.get(reference, timeout=timeout_s)
+            return ray.get(call, timeout=timeout_s)
         except RayTaskError as error:
-            cause = root_cause(error.cause if isinstance(error.cause, BaseException) else error)
-            raise ActorFailed.raised(name, cause) from error
+            raise ActorFailed.raised(name, error) from error
         except RayActorError as error:
+            if error.actor_init_failed:  # Ray keeps the error only as text, whose last line names it
+                cause = str(error).splitlines()[-1].strip()
+                raise ActorFailed(name, NO_VALUE, f"finish its work; it raised {cause}") from error
             raise ActorFailed(name, NO_VALUE, f"live; it died ({first_line(error)})") from error
+        except GetTimeoutError as error:
+            raise ActorFailed.late([name], timeout_s) from error
 
 
 def _loopback(run_id: str) -> str | None:
-    """A loopback address of this run's own, so that two runs never want the same port.
+    """A loopback address that only this run uses, so that two runs never need the same port.
 
-    All of 127/8 is loopback on Linux. Ray replaces 127.0.0.1 itself by the machine's outward
-    address. Elsewhere Ray is on loopback by its own default.
+    All of 127/8 is loopback on Linux. The address is never 127.0.0.1, which Ray replaces by the machine's
+    outward address. On other systems Ray listens on loopback by default.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -216,19 +195,8 @@ def _loopback(run_id: str) -> str | None:
     return f"127.{1 + number % 254}.{number // 254 % 256}.{1 + number // 65024 % 254}"
 
 
-def root_cause(error: BaseException) -> BaseException:
-    """The first failure inside groups and chains: what the user has to know."""
-    while True:
-        if isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        elif getattr(error, "cause", None) is not None and isinstance(error.cause, BaseException):  # pyright: ignore
-            error = error.cause  # pyright: ignore[reportAttributeAccessIssue]
-        else:
-            return error
-
-
 def _tree(pid: int | None) -> list[psutil.Process]:
-    """A process and its descendants, deepest last; none when it is gone or was never known."""
+    """A process and its descendants, deepest last; empty for None and for a process that has ended."""
     if pid is None:
         return []
     try:

@@ -1,4 +1,4 @@
-"""What a run holds of its machine while it lives: its folder in shared memory, and its end by signal."""
+"""A run's folder in shared memory, and its end by signal."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from distill.errors import NO_VALUE, DistillError
 from distill.replay.segments import sweep
 from distill.run.inputs import shared_memory_root
 
 CLAIM_TIMEOUT_S = 60.0
-"""For which a driver waits while others claim their folders, which takes each of them moments."""
+"""How long a driver waits while others claim their folders, which takes each of them moments."""
 _DRIVER_LOCK = ".driver"
-"""Locked by the driver while it lives, in the run's folder in shared memory."""
+"""A file in the run's folder in shared memory, which the driver locks while it lives."""
+
+
+class ClaimFailed(DistillError, RuntimeError):
+    """A folder in shared memory that a driver could not claim in time."""
 
 
 class SharedFolder:
-    """The run's folder in shared memory, and the removal of those whose driver is gone.
+    """The run's folder in shared memory.
 
-    A driver holds a lock on a file in its folder; the kernel drops it with the process.
+    The driver holds a lock on a file in the folder, which the kernel releases when the process ends.
     """
 
     def __init__(self, run_id: str) -> None:
@@ -31,8 +36,12 @@ class SharedFolder:
         self._path = shared_memory_root() / f"distill-{run_id}"
 
     def claim(self) -> None:
+        """Create the folder, empty, and remove the folders of runs whose driver has ended.
+
+        Raises: ClaimFailed.
+        """
         root = shared_memory_root()
-        # One at a time: between another driver's mkdir and its lock, its folder looks like nobody's.
+        # One driver at a time, because a folder looks abandoned between its creation and its lock.
         path = root / f".distill-claim-{os.getuid()}"
         with open(path, "w") as claiming:
             _lock(claiming, path)
@@ -53,15 +62,17 @@ class SharedFolder:
 
 
 class SigtermAsCtrlC:
-    """SIGTERM raises KeyboardInterrupt from now on: job schedulers end a run by it, and what the
-    run holds is given back as after Ctrl-C. Only the main thread can take signals."""
+    """Makes SIGTERM raise KeyboardInterrupt, so that a run which a job scheduler ends cleans up as after Ctrl-C.
+
+    It has no effect outside the main thread, which alone receives signals.
+    """
 
     def __init__(self) -> None:
         self._previous = signal.getsignal(signal.SIGTERM)
         self.take()
 
     def take(self) -> None:
-        """Once more, after a library has set a handler of its own."""
+        """Install the handler; again after a library has installed its own."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -71,7 +82,7 @@ class SigtermAsCtrlC:
 
 
 def _lock(file: TextIO, path: Path) -> None:
-    """Raises: TimeoutError."""
+    """Lock a file. Raises: ClaimFailed after ``CLAIM_TIMEOUT_S``."""
     deadline = time.monotonic() + CLAIM_TIMEOUT_S
     while True:
         try:
@@ -79,15 +90,15 @@ def _lock(file: TextIO, path: Path) -> None:
             return
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"{path} must be free within {CLAIM_TIMEOUT_S:g} s and is locked by another driver that "
-                    "starts; look for one that is stopped (fuser shows it), or end it"
-                ) from None
+                raise ClaimFailed(
+                    path, NO_VALUE, f"be free within {CLAIM_TIMEOUT_S:g} s (another driver has locked it)",
+                    "find that process with fuser, and continue or end it",
+                ) from None  # fmt: skip
             time.sleep(0.05)
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock; a folder without a lock file is nobody's."""
+    """Whether a living process holds the lock; False when there is no file."""
     try:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What a run will need on one CPU node, reckoned before it starts."""
+"""Estimates of the memory that a run needs on one CPU node, before it starts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from deploy.run.model_facts import ModelFacts
-from distill.config import RunConfig
+from distill.config import RolloutConfig, RunConfig, ScoringConfig
 from distill.machine.hardware import resolve_dtype, resolve_micro_batch_tokens
 from distill.replay.draws import BatchPlan
 
 _PROCESS_BYTES = 450 << 20
-"""Interpreter, torch and libraries of one actor (PSS, measured)."""
+"""One actor's interpreter, torch and other libraries (PSS, measured)."""
 _ENGINE_BYTES = 1300 << 20
-"""What a process of vLLM's CPU engine holds beside weights and cache (PSS, measured)."""
+"""A process of vLLM's CPU engine, without weights and cache (PSS, measured)."""
 _RAY_BYTES = 700 << 20
-"""A local Ray: raylet, GCS, agents and its object store's pages in use (PSS, measured)."""
+"""A local Ray: raylet, GCS, agents, and the pages of its object store that are in use (PSS, measured)."""
+
+
+def sampler_name(config: RunConfig) -> str:
+    """The name of the actor that samples the student: ``sampler`` when it does so only for evaluations."""
+    return "rollout" if config.recipe.uses_student_text else "sampler"
 
 
 @dataclass(frozen=True)
@@ -26,18 +31,30 @@ class Estimates:
     config: RunConfig
     teacher: ModelFacts
     student: ModelFacts
-    """Of the checkpoint given; for a student that is cut, the teacher's."""
+    """Facts of the checkpoint that is given; the teacher's for a student that is cut from it."""
     proxy: ModelFacts | None
     scored: ModelFacts
-    """The model whose states are the payload."""
+    """The model whose hidden states are the payload."""
     prompts: pa.Table
 
     def memory(self) -> dict[str, int]:
-        """Bytes per role on one CPU node, all at their peak."""
+        """Bytes per actor on one CPU node, all at their peak."""
         config = self.config
-        rollout_bytes = 2 if resolve_dtype(config.rollout.dtype, "cpu") == "bfloat16" else 4
-        scoring_bytes = 2 if resolve_dtype(config.scoring.dtype, "cpu") == "bfloat16" else 4
-        student = self.student_parameters()
+        estimate = {
+            "teacher": self._scorer(self.teacher.num_parameters),
+            "learner": self._learner(),
+            "ray": _RAY_BYTES,
+            sampler_name(config): self._sampler(),
+        }
+        if config.recipe.teacher_gives == "text":
+            # The teacher stays for evaluations, and the learner has both unembeddings.
+            size = self.proxy.num_parameters if self.proxy is not None else self.student_parameters()
+            estimate["proxy"] = self._scorer(size)
+            estimate["learner"] += 4 * self.scored.vocab_size * self.scored.hidden_size
+        return estimate
+
+    def _learner(self) -> int:
+        config = self.config
         vocabulary_rows = config.learner.vocabulary_chunk * self.teacher.vocab_size * 4
         # Weights, gradient and two moments in float32; about twelve full-vocabulary tensors of a
         # chunk; activations of a micro-batch at about forty numbers of width D per layer.
@@ -46,36 +63,36 @@ class Estimates:
         if config.learner.keep_activations:
             tokens = max(tokens, self._update_tokens())
         activations = tokens * self.student.hidden_size * 40 * layers * 4
-        learner = (
-            student * 16
+        return (
+            self.student_parameters() * 16
             + 12 * vocabulary_rows
             + activations
             + 4 * self.teacher.vocab_size * self.teacher.hidden_size
+            + _PROCESS_BYTES
         )
-        teacher = self.teacher.num_parameters * scoring_bytes + int(config.scoring.kv_cache_gib * 2**30)
-        estimate = {
-            "teacher": teacher + self._engine_bytes(config.scoring.engine),
-            "learner": learner + _PROCESS_BYTES,
-            "ray": _RAY_BYTES,
-        }
-        if config.recipe.teacher_gives == "text":
-            # Beside the teacher, which evaluates; its head beside the teacher's in the learner.
-            size = self.proxy.num_parameters if self.proxy is not None else student
-            cache = int(config.scoring.kv_cache_gib * 2**30)
-            estimate["proxy"] = size * scoring_bytes + cache + self._engine_bytes(config.scoring.engine)
-            estimate["learner"] += 4 * self.scored.vocab_size * self.scored.hidden_size
-        if config.recipe.uses_student_text:
-            rollout = student * rollout_bytes + int(config.rollout.kv_cache_gib * 2**30)
-            # vLLM's engine core is a process beside the actor.
-            estimate["rollout"] = rollout + _PROCESS_BYTES + self._engine_bytes(config.rollout.engine)
-        return estimate
+
+    def _scorer(self, num_parameters: int) -> int:
+        scoring = self.config.scoring
+        return self._engine_bytes(scoring.engine) + self._model(num_parameters, scoring)
+
+    def _sampler(self) -> int:
+        rollout = self.config.rollout
+        # vLLM's engine core is a process in addition to the actor's.
+        processes = _PROCESS_BYTES + self._engine_bytes(rollout.engine)
+        return processes + self._model(self.student_parameters(), rollout)
+
+    @staticmethod
+    def _model(num_parameters: int, engine: RolloutConfig | ScoringConfig) -> int:
+        """Weights and KV cache."""
+        weight_bytes = 2 if resolve_dtype(engine.dtype, "cpu") == "bfloat16" else 4
+        return num_parameters * weight_bytes + int(engine.kv_cache_gib * 2**30)
 
     @staticmethod
     def _engine_bytes(engine: str) -> int:
         return _ENGINE_BYTES if engine == "vllm" else _PROCESS_BYTES
 
     def _update_tokens(self) -> int:
-        """Inputs of one update: prompts of the mean length, responses at their limits."""
+        """Input tokens of one update, with prompts of the mean length and responses at their limits."""
         config = self.config
         prompt = len(self.prompts["prompt_tokens"].combine_chunks().flatten()) / len(self.prompts)
         samples = config.learner.prompts_per_update * config.rollout.samples_per_prompt
@@ -95,7 +112,7 @@ class Estimates:
         return embedding + int(share * (self.teacher.num_parameters - embedding))
 
     def window(self) -> int:
-        """Bytes of the rows of all updates in flight, every response at its limit."""
+        """Bytes of the rows of all updates in flight, with every response at its limit."""
         config = self.config
         plan = BatchPlan.of(config)
         updates = min(config.replay.max_policy_age + 2, config.learner.num_updates)
@@ -103,6 +120,6 @@ class Estimates:
         row = response * (2 * self.scored.hidden_size + 16) + 4 * config.data.max_prompt_tokens + 512
         students = plan.prompts_per_update * config.rollout.samples_per_prompt if plan.may_use_student else 0
         texts = plan.teacher_rows_per_update
-        # Where an update has one or the other, a coin or a growing share may give either every time.
+        # When an update has one text or the other, chance or a growing share can pick the same every time.
         each = students + texts if plan.both_texts else max(students, texts)
         return updates * each * row

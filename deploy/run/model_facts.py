@@ -1,6 +1,6 @@
-"""What can be known of a checkpoint without loading it: sizes, vocabulary, context, stop ids.
+"""Facts of a checkpoint that need no loading: sizes, vocabulary, context, stop ids.
 
-Reads config.json, generation_config.json and the headers of the safetensors files.
+They come from config.json, generation_config.json and the headers of the safetensors files.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class ModelFacts:
 
     @classmethod
     def read(cls, folder: str | Path, setting: str) -> ModelFacts:
-        """Facts of a checkpoint; ``setting`` names it in errors.
+        """Read the facts of a checkpoint; ``setting`` is its name in errors.
 
-        Raises: ConfigError when the folder is no Hugging Face checkpoint of safetensors.
+        Raises: ConfigError when the folder is not a Hugging Face checkpoint in safetensors.
         """
         folder = Path(folder)
         config = _json(folder / "config.json", setting)
@@ -57,9 +57,9 @@ class ModelFacts:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """xxh3 over what decides the ids: vocabulary, added tokens, and how a probe is split.
+    """Hash what decides the ids of a text: the vocabulary, added tokens, and the split of a probe.
 
-    Padding and truncation settings, which differ between checkpoints of one family, are not in it.
+    Padding and truncation settings are left out, because they differ between checkpoints of one family.
     """
     probe = "Héllo, wörld! 12345\n\tif x != y: return 'ok'  <|im_start|> 東京 🙂"
     facts = {
@@ -74,7 +74,7 @@ def _json(path: Path, setting: str) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(
-            setting, path.parent, f"hold {path.name}", "give the folder of a Hugging Face checkpoint"
+            setting, path.parent, f"contain {path.name}", "give the folder of a Hugging Face checkpoint"
         ) from error
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(setting, path, f"be readable JSON ({error})", "save the model again") from error
@@ -86,19 +86,19 @@ def _num_parameters(folder: Path, setting: str) -> int:
         raise ConfigError(
             setting,
             folder,
-            "hold safetensors",
-            "convert it with save_pretrained; pickled weights are not read",
+            "contain safetensors files (pickled weights are not read)",
+            "convert it with save_pretrained",
         )
     try:
         return sum(_elements(path) for path in files)
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            setting, folder, f"hold whole safetensors files ({error})", "fetch or save the model again"
+            setting, folder, f"contain whole safetensors files ({error})", "fetch or save the model again"
         ) from error
 
 
 def _elements(path: Path) -> int:
-    with safe_open(path, framework="numpy") as file:  # checks that header and tensors cover the file
+    with safe_open(path, framework="numpy") as file:  # fails unless header and tensors cover the file
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 

@@ -1,8 +1,8 @@
-"""What is checked before any engine starts: by `distill train`, and alone by `distill doctor`.
+"""The checks before any engine starts. `distill train` begins with them; `distill doctor` does only them.
 
-Each check finds one thing that would end a run later, when devices are already held. A check
-that cannot be made since an earlier one failed is left out. What the checks load on their way
-(tokenizers, rows, model facts) is what :mod:`deploy.run.prepare` goes on with.
+Each check finds one cause of a failure that would otherwise end a run later, when its devices are in use.
+The first failure ends the checks. :mod:`deploy.run.prepare` uses what the checks have loaded: prompts and
+model facts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deploy.run.model_facts import ModelFacts, tokenizer_fingerprint
 from distill.config import RunConfig
 from distill.config.tree import flat_settings
 from distill.data import build_prompts, load_rows, num_skipped_prompts
-from distill.errors import ConfigError
+from distill.errors import ConfigError, first_line
 from distill.run.folder import RunFolder
 from distill.run.inputs import shared_memory_root
 
@@ -41,9 +41,14 @@ class Check:
     message: str
     remedy: str = ""
 
+    @property
+    def text(self) -> str:
+        """The message, with the remedy if there is one."""
+        return f"{self.message}; {self.remedy}" if self.remedy else self.message
+
 
 def failed(name: str, error: ConfigError) -> Check:
-    """The check that an error ended."""
+    """The outcome of a check that raised ``error``."""
     return Check(name, "fail", error.statement, error.remedy)
 
 
@@ -54,26 +59,26 @@ class Preflight:
         self.config = config
         self.teacher: ModelFacts
         self.student: ModelFacts
-        """Of the checkpoint given; for a student that is cut, the teacher's."""
+        """Facts of the checkpoint that is given; the teacher's for a student that is cut from it."""
         self.tokenizer: Any
         self.prompts: pa.Table
         self.num_references = 0
         """Prompts that have a reference."""
         self.proxy: ModelFacts | None = None
-        """What stands in for a teacher of text alone, if it is not the student."""
+        """The model that provides probabilities when the teacher gives only text, if it is not the student."""
         self.checks: list[Check] = []
         self.failure: ConfigError | None = None
-        """The error of the check that failed."""
+        """The error of the failed check."""
 
     @property
     def num_tokens(self) -> int:
-        """Vocabulary that both models have."""
+        """Size of the vocabulary that the models have in common."""
         models = [self.teacher, self.student, *([self.proxy] if self.proxy is not None else [])]
         return min(model.vocab_size for model in models)
 
     @property
     def scored(self) -> ModelFacts:
-        """The model whose states are the payload: the teacher, or what stands in for it."""
+        """The model whose hidden states are the payload: the teacher, or its proxy."""
         if self.config.recipe.teacher_gives == "probabilities":
             return self.teacher
         return self.proxy or self.student
@@ -83,8 +88,8 @@ class Preflight:
         return Estimates(self.config, self.teacher, self.student, self.proxy, self.scored, self.prompts)
 
     def run(self) -> list[Check]:
-        """Make all checks; a failed one ends those that need it."""
-        stages: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+        """Make the checks, up to the first that fails."""
+        checks: list[tuple[str, Callable[[], Iterator[Check]]]] = [
             ("configuration", self._configuration),
             ("engines", self._engines),
             ("teacher", self._teacher),
@@ -99,7 +104,7 @@ class Preflight:
             ("disk", self._disk),
             ("ports", self._ports),
         ]
-        for name, check in stages:
+        for name, check in checks:
             try:
                 self.checks += list(check())
             except ConfigError as error:
@@ -109,7 +114,7 @@ class Preflight:
         return self.checks
 
     def require(self) -> None:
-        """Raises: ConfigError with the first failure, as the one line the user sees."""
+        """Raises: ConfigError of the check that failed, if one did."""
         if self.failure is not None:
             raise self.failure
 
@@ -118,14 +123,12 @@ class Preflight:
 
     def _configuration(self) -> Iterator[Check]:
         self.config.validate()
-        yield Check("configuration", "pass", "every rule holds")
+        yield Check("configuration", "pass", "the settings break no rule")
         recipe = self.config.recipe
-        needs = "token probabilities" if recipe.payload == "hidden" else "text alone"
-        giver = "teacher" if recipe.teacher_gives == "probabilities" else "proxy"
+        needs = "token probabilities" if recipe.payload == "hidden" else "only text"
+        source = "teacher" if recipe.teacher_gives == "probabilities" else "proxy"
         yield Check(
-            "payload",
-            "pass",
-            f"recipe {recipe.name} needs {needs}; the {giver} gives its hidden states",
+            "payload", "pass", f"recipe {recipe.name} needs {needs}; the {source} provides hidden states"
         )
 
     def _engines(self) -> Iterator[Check]:
@@ -143,8 +146,8 @@ class Preflight:
                 raise ConfigError(
                     "learner.device",
                     "cuda",
-                    "be there (torch sees no GPU)",
-                    "leave it at auto, or take a GPU",
+                    "be available (torch finds no GPU)",
+                    "set it to auto, or use a machine with a GPU",
                 )
         yield Check(
             "engines",
@@ -160,7 +163,7 @@ class Preflight:
         if not self.teacher.stop_token_ids:
             raise ConfigError(
                 "teacher.model", folder, "name an eos_token_id in its generation_config.json",
-                     "without one no text ever ends; add it"
+                     "add one, because no text ends without it"
             )  # fmt: skip
         yield self._transform("teacher", self.teacher)
 
@@ -174,7 +177,7 @@ class Preflight:
                     "student.init.num_layers",
                     wanted,
                     f"be <= the teacher's {layers}",
-                    "keep fewer layers",
+                    "lower it",
                 )
             self.student = self.teacher
             yield Check("student", "pass", f"{wanted} of the teacher's {layers} layers, evenly spaced")
@@ -189,7 +192,7 @@ class Preflight:
         if self.config.recipe.teacher_gives == "probabilities":
             return
         if proxy.model is None:
-            yield Check("proxy", "pass", "the student's start, trained on the teacher's text")
+            yield Check("proxy", "pass", "trained from the student's checkpoint on the teacher's text")
             return
         self.proxy = ModelFacts.read(
             local_checkpoint(proxy.model, proxy.revision, "proxy.model"), "proxy.model"
@@ -200,7 +203,7 @@ class Preflight:
     def _model(self, role: str, facts: ModelFacts) -> Check:
         if "auto_map" in facts.config:
             raise ConfigError(
-                f"{role}.model", facts.folder, "need no code of its own (it has auto_map)",
+                f"{role}.model", facts.folder, "not need code from its folder (it has auto_map)",
                      "use a built-in architecture"
             )  # fmt: skip
         wanted = self.config.max_model_tokens
@@ -232,38 +235,38 @@ class Preflight:
             if other != fingerprint:
                 raise ConfigError(
                     f"{role} tokenizer", other, f"be the teacher's ({fingerprint})",
-                         f"token probabilities are compared id by id; choose a {role} of the teacher's family"
+                         f"choose a {role} of the teacher's family, because probabilities are compared token by token"
                 )  # fmt: skip
-        yield Check("tokenizers", "pass", f"one vocabulary, fingerprint {fingerprint}")
+        yield Check("tokenizers", "pass", f"all models have the same one, fingerprint {fingerprint}")
 
     def _vocabulary(self) -> Iterator[Check]:
         teacher, student, used = self.teacher.vocab_size, self.student.vocab_size, len(self.tokenizer)
         if self.num_tokens < used:
             raise ConfigError(
                 "vocabulary", self.num_tokens, f"be >= the tokenizer's {used} ids",
-                     "the model cannot name every token; choose a matching one"
+                     "choose models that have a logit for every token"
             )  # fmt: skip
         if teacher != student:
             yield Check(
                 "vocabulary",
                 "warn",
-                f"padded to {teacher} (teacher) and {student} (student) rows: the first "
-                f"{self.num_tokens} are compared and sampled, the tail is masked",
+                f"padded to {teacher} rows in the teacher and {student} in the student: the first "
+                f"{self.num_tokens} are compared and sampled, the rest are masked",
             )
         else:
-            yield Check("vocabulary", "pass", f"{teacher} rows, {used} of them used")
+            yield Check("vocabulary", "pass", f"{teacher} rows, of which the tokenizer uses {used}")
 
     def _critics(self) -> Iterator[Check]:
         critic = self.config.critic
         if not self.config.method.learns_critics:
-            yield Check("critics", "pass", "none are learned")
+            yield Check("critics", "pass", "the recipe learns no critic")
             return
         models = [self.scored, *([self.student] if critic.features == "both" else [])]
         size = min(model.hidden_size for model in models)
         if critic.rank is not None and critic.rank > size:
             raise ConfigError(
-                "critic.rank", critic.rank, f"be <= the hidden size of the states it sees, {size}",
-                     "a higher rank adds nothing; null is a dense head"
+                "critic.rank", critic.rank, f"be <= the hidden size of the states that it reads, {size}",
+                     "lower it, or set it to null for a dense head"
             )  # fmt: skip
         shape = f"rank {critic.rank}" if critic.rank else f"dense, {self.num_tokens} rows of {size}"
         count = "two" if self.config.recipe.uses_student_text else "one"
@@ -282,13 +285,13 @@ class Preflight:
         recipe = self.config.recipe
         if self.num_references == 0 and (self.config.sft.enabled or recipe.teacher_text == "reference"):
             raise ConfigError(
-                "data", data.path, "have references (completions) for the warm start and this recipe",
-                     "set sft.enabled=false and a recipe on teacher text, or give completions"
+                "data", data.path, "have references (completions), which the warm start or the recipe uses",
+                     "add completions, or set sft.enabled=false and recipe.teacher_text=sampled"
             )  # fmt: skip
         num_skipped = num_skipped_prompts(self.prompts)
-        skipped = f", {num_skipped} too long and left out" if num_skipped else ""
-        template = "the teacher's chat template" if data.chat_template else "no template"
-        yield Check("data", "pass", f"{train} prompts to train on, {heldout} held out{skipped}; {template}")
+        skipped = f", {num_skipped} skipped because they are too long" if num_skipped else ""
+        template = "the teacher's chat template" if data.chat_template else "no chat template"
+        yield Check("data", "pass", f"{train} training prompts, {heldout} held out{skipped}; {template}")
 
     def _buffer(self) -> Iterator[Check]:
         config = self.config
@@ -296,18 +299,18 @@ class Preflight:
         if need > config.replay.max_bytes:
             raise ConfigError(
                 "replay.max_bytes", config.replay.max_bytes,
-                     f"be >= the groups of {config.replay.max_policy_age + 2} updates, {need} bytes",
-                     "otherwise the learner waits for rows that do not fit; raise it or use smaller batches"
+                     f"be >= the size of the rows of {config.replay.max_policy_age + 2} updates, {need} bytes",
+                     "raise it or use smaller batches, because the learner waits for all rows of an update"
             )  # fmt: skip
         yield Check(
-            "buffer", "pass", f"{need >> 20} MiB of at most {config.replay.max_bytes >> 20} MiB in use"
+            "buffer", "pass", f"needs {need >> 20} MiB of at most {config.replay.max_bytes >> 20} MiB"
         )
 
     def _memory(self) -> Iterator[Check]:
         need = sum(self.estimates.memory().values())
         available = psutil.virtual_memory().available
         parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in self.estimates.memory().items())
-        message = f"about {need / 2**30:.1f} GiB of {available / 2**30:.1f} GiB available ({parts})"
+        message = f"needs about {need / 2**30:.1f} GiB of {available / 2**30:.1f} GiB available ({parts})"
         if need > available:
             yield Check("memory", "warn", message,
                         "lower kv_cache_gib or learner.micro_batch_tokens, or set learner.keep_activations=false")  # fmt: skip
@@ -319,12 +322,14 @@ class Preflight:
         run_dir = Path(config.run_dir).absolute()
         place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
         if not place.is_dir():
-            raise ConfigError("run_dir", run_dir, f"be a folder ({place} is none)", "choose another")
+            raise ConfigError(
+                "run_dir", run_dir, f"be a folder ({place} is a file)", "choose another run_dir"
+            )
         RunFolder(run_dir).refuse_foreign_files()
         if not os.access(place, os.W_OK):
             raise ConfigError("run_dir", run_dir, f"be writable ({place} is not)", "choose another run_dir")
         student = self.estimates.student_parameters()
-        # A checkpoint is weights and two moments; one more is written before the oldest goes.
+        # A checkpoint contains weights and two moments. A new one is complete before the oldest is deleted.
         need = student * 12 * (config.checkpoint.keep + 1) + student * 4 * 4
         free = shutil.disk_usage(place).free
         if free < need:
@@ -340,15 +345,17 @@ class Preflight:
                      "lower replay.memory_bytes, or give the container a larger /dev/shm"
             )  # fmt: skip
         yield Check(
-            "disk", "pass", f"{need >> 20} MiB of {free >> 20} MiB free; {wanted >> 20} MiB of shared memory"
+            "disk",
+            "pass",
+            f"needs {need >> 20} MiB of {free >> 20} MiB free, and {wanted >> 20} MiB of shared memory",
         )
 
     def _ports(self) -> Iterator[Check]:
         if self.config.cluster.backend == "in_process":
-            yield Check("ports", "pass", "none needed: all actors in one process")
+            yield Check("ports", "pass", "not needed, because all actors live in one process")
             return
         if self.config.cluster.address is not None:
-            yield Check("ports", "pass", f"Ray at {self.config.cluster.address}")
+            yield Check("ports", "pass", f"those of the Ray cluster at {self.config.cluster.address}")
             return
         try:
             with socket.socket() as probe:
@@ -358,9 +365,9 @@ class Preflight:
                 "loopback",
                 "127.0.0.1",
                 f"have a free port ({error})",
-                "local Ray listens on loopback only",
+                "free one, because a local Ray listens on loopback",
             ) from error
-        yield Check("ports", "pass", "a local Ray on free loopback ports")
+        yield Check("ports", "pass", "loopback has free ports for a local Ray")
 
 
 def _load_tokenizer(folder: Path, setting: str) -> Any:
@@ -369,7 +376,6 @@ def _load_tokenizer(folder: Path, setting: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
         raise ConfigError(
-            setting, folder, f"hold a tokenizer ({first})", "save one beside the model"
+            setting, folder, f"contain a tokenizer ({first_line(error)})", "save one in the model's folder"
         ) from error

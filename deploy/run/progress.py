@@ -1,4 +1,4 @@
-"""The live line of a long command: one line that changes on a terminal, plain lines elsewhere."""
+"""The progress of a long command: one changing line on a terminal, and plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.status import Status
 
 _PLAIN_INTERVAL_S = 15.0
-"""Without a terminal: seconds between lines of the same stage."""
+"""Seconds between plain lines of one stage."""
 
 
 class Progress:
-    """What the user sees while a run goes on."""
+    """What the user sees while a command runs."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
@@ -37,11 +37,11 @@ class Progress:
             self._status = None
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.console.print(f"[{_clock(time.monotonic() - self._start)}] {text}", markup=False)
 
     def show(self, text: str, *, force: bool = False) -> None:
-        """The line of this moment."""
+        """Replace the changing line. Without a terminal, print it if the last one is old or with ``force``."""
         if self._status is not None:
             self._status.update(text.replace("[", r"\["))
             return
@@ -54,7 +54,7 @@ class Progress:
 
 
 def training_line(facts: dict[str, object], rates: dict[str, float]) -> str:
-    """``update 7/20 | rollout 310 tok/s | ... | age 0 | ETA 6:10`` from the learner's facts."""
+    """Format the learner's facts: ``update 7/20 | rollout 310 tok/s | ... | policy age 0 | ETA 6:10``."""
     parts = [f"update {facts.get('update', 0)}/{facts.get('num_updates', '?')}"]
     parts += [f"{stage} {rate:.0f} tok/s" for stage, rate in rates.items()]
     parts.append(f"policy age {facts.get('policy_age', 0)}")

@@ -1,4 +1,4 @@
-"""Tokens per second of each stage and what is left, from the learner's last rows of metrics."""
+"""Tokens per second of each actor and the time left, from the learner's last rows of metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _COUNTERS = {"rollout": "rollout/num_tokens", "teacher": "teacher/num_tokens"}
 
 
 class Rates:
-    """Rates over the last updates that were seen."""
+    """Rates over the last ``window`` updates."""
 
     def __init__(self, window: int = 5) -> None:
         self.window = window
@@ -16,7 +16,7 @@ class Rates:
         self._num_updates = 0
 
     def observe(self, facts: dict[str, Any]) -> None:
-        """``facts`` as the learner reports them; a repeated update changes nothing."""
+        """Take the facts that the learner reports; a repeated update changes nothing."""
         update, row = facts.get("update"), facts.get("row")
         self._num_updates = facts.get("num_updates", 0)
         if update is None or row is None or (self._rows and self._rows[-1][0] == update):
@@ -24,7 +24,7 @@ class Rates:
         self._rows = [*self._rows, (update, row)][-self.window - 1 :]
 
     def tokens_per_s(self) -> dict[str, float]:
-        """Per second of the whole loop, so the numbers of all stages can be compared."""
+        """Tokens per second of the whole loop, so that the actors' numbers can be compared."""
         if not self._rows:
             return {}
         seconds = self._seconds()
@@ -42,7 +42,7 @@ class Rates:
         return rates
 
     def outlook(self) -> dict[str, float]:
-        """``eta_s``: seconds left at the pace of the last updates, evaluations not counted."""
+        """Return ``eta_s``: the seconds left at the pace of the last updates, without evaluations."""
         if not self._rows:
             return {}
         recent = self._recent()

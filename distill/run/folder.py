@@ -74,6 +74,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.failure = self.path / "failure.json"
         self.traceback = self.path / "failure.txt"
+        self.data = self.path / "data"
         self.replay = self.path / "replay"
         self.checkpoints = self.path / "checkpoints"
         self.student = self.path / "student"
@@ -244,7 +245,8 @@ class RunFolder:
             raise ConfigError("run_dir", self.path, must, "choose another run_dir")
 
     def _begin_incarnation(self, fingerprint: str) -> None:
-        remove_temporaries(self.path)
+        for folder in (self.path, self.data, self.checkpoints, self.evaluations):
+            remove_temporaries(folder)
         for failure in (self.failure, self.traceback):  # of an earlier incarnation
             failure.unlink(missing_ok=True)
         now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""What a run's actors start from: paths and ids, decided once by the composition root."""
+"""What the processes of a run start from: paths, counts and ids, as plain values."""
 
 from __future__ import annotations
 
@@ -8,33 +8,45 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class RunInputs:
-    """Plain values only: it crosses processes."""
+    """The inputs of one run. It contains only plain values, because it crosses processes.
+
+    ``deploy.run.prepare`` makes it; a stage that finds or trains a checkpoint returns a copy with the
+    field replaced.
+    """
 
     run_dir: str
     """The run folder."""
     run_id: str
-    """Carried by every name that two runs could share."""
+    """Part of every name that two runs could share."""
     node: str
-    """Name of the node whose shared memory holds segments and weights."""
+    """Name of the node whose shared memory contains the segments and the weights."""
     teacher_dir: str
     """The teacher's checkpoint."""
     scoring_dir: str
-    """The checkpoint whose states are the payload: the teacher's, or its proxy's."""
+    """The checkpoint whose hidden states are the payload: the teacher's, or its proxy's once that is trained."""
     student_dir: str
-    """The checkpoint that distillation starts from (after the warm start)."""
+    """The student's checkpoint: the one to start from, then the result of the warm start."""
+    proxy_init: str | None
+    """The proxy's checkpoint before its training; None when the student's is used, or no proxy."""
     train_prompts: str
-    """Parquet: the prompt table of training."""
+    """Parquet: the prompt table for training."""
     heldout_prompts: str
     """Parquet: the held-out prompt table."""
-    text_corpus: str
-    """Parquet: the recipe's off-policy text, in the trajectory schema; may have no rows."""
+    num_prompts: int
+    """Rows of ``train_prompts``."""
+    references: str | None
+    """Parquet: the references of the training prompts as a corpus; None when the data has no references."""
+    teacher_text: str
+    """Parquet: the recipe's teacher text as a corpus. It has no rows when the recipe uses none, and the
+    corpus stage writes it when it is sampled."""
+    num_corpus_prompts: int
+    """Training prompts that the teacher answers for ``teacher_text``; 0 when that text is not sampled."""
     heldout_corpus: str
     """Parquet: the teacher's text on the first held-out prompts."""
     stop_token_ids: tuple[int, ...]
-    """Ids that end a text, of the teacher's generation config: one list for engine and learner."""
-
+    """Ids that end a text, from the teacher's generation config: engines and learner use the same ones."""
     num_tokens: int
-    """Vocabulary that both models have: they may pad theirs to different sizes."""
+    """Size of the vocabulary that the models have in common; each may be padded to a larger size."""
 
     @property
     def has_proxy(self) -> bool:
@@ -55,6 +67,6 @@ class RunInputs:
 
 
 def shared_memory_root() -> Path:
-    """Where segments and weights lie: /dev/shm, or the temporary folder of systems without it."""
+    """The folder for segments and weights: /dev/shm, or /tmp on systems without it."""
     shm = Path("/dev/shm")
     return shm if shm.is_dir() else Path("/tmp")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from ray import cloudpickle
 
-from deploy.cli.commands import guarded
-from deploy.cluster.ray_cluster import ActorFailed
+from deploy.cluster.failures import ActorFailed
+from deploy.exits import guarded
 from distill.errors import NO_VALUE, ConfigError, DistillError, Diverged, did_you_mean, first_line
 from distill.interfaces import SegmentMissing, WeightPushError
 from distill.schema import SchemaError
@@ -179,7 +179,7 @@ def test_the_command_line_takes_the_exit_code_from_the_class(kind, capsys):
     def command(_: object) -> int:
         raise kind("a", 1, "be 2", "take 2")
 
-    assert guarded(command, None) == kind.exit_code  # pyright: ignore[reportArgumentType]
+    assert guarded(command, None) == kind.exit_code
     assert capsys.readouterr().err.strip().endswith("a=1 must be 2; take 2")
 
 

@@ -1,4 +1,4 @@
-"""Bad input: exit code 2 and one line with the remedy, before any engine starts."""
+"""Wrong requests: exit code 2 and one line with the remedy, before any engine starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deploy import PRESETS
 from deploy.cli.main import main
 from deploy.demo import demo
 from distill.config.tree import fingerprint, to_yaml
-from distill.errors import ConfigError, Diverged
+from distill.errors import ConfigError
 from distill.run.folder import RunFolder
 from tests.tiny import make_world, save_tiny_llama, tiny_config, tiny_overrides, tiny_tokenizer
 
@@ -34,12 +34,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def complaint(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Complaint:
-    """Runs `distill train` with overrides and returns its one line on stderr."""
+    """A function that runs `distill train` with overrides and returns its one line on stderr."""
 
     def no_engine(*_: object) -> None:
         raise AssertionError("an engine was about to start")
 
-    monkeypatch.setattr("deploy.run.stages.Cluster", no_engine)
+    monkeypatch.setattr("deploy.run.context._backend", no_engine)
 
     def run(*overrides: str, arguments: list[str] | None = None) -> str:
         every = [*tiny_overrides(world), f"run_dir={tmp_path}/run", *overrides]
@@ -52,7 +52,7 @@ def complaint(
     return run
 
 
-def test_a_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
+def test_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
     line = complaint(arguments=["train", str(tmp_path / "none.yaml")])
     assert "none.yaml" in line
 
@@ -84,8 +84,8 @@ def test_a_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
         ),
         pytest.param(
             "learner.device=cuda",
-            ["learner.device=cuda must be there", "auto"],
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"),
+            ["learner.device=cuda must be available", "auto"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
         (
             "learner.max_grad_norm=-1",
@@ -93,12 +93,12 @@ def test_a_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_setting(complaint: Complaint, override: str, parts: list[str]) -> None:
+def test_wrong_setting(complaint: Complaint, override: str, parts: list[str]) -> None:
     line = complaint(override)
     assert all(part in line for part in parts), line
 
 
-def test_a_broken_line_is_named(complaint: Complaint, tmp_path: Path) -> None:
+def test_broken_line_of_data_is_named(complaint: Complaint, tmp_path: Path) -> None:
     rows = [json.dumps({"prompt": f"p{i}", "completion": "c"}) for i in range(30)]
     rows[16] = '{"prompt": "p16", "completion": '
     path = tmp_path / "broken.jsonl"
@@ -107,12 +107,12 @@ def test_a_broken_line_is_named(complaint: Complaint, tmp_path: Path) -> None:
     assert f"{path} line 17" in line
 
 
-def test_an_empty_data_set(complaint: Complaint, tmp_path: Path) -> None:
+def test_empty_data_set(complaint: Complaint, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     assert "at least one row" in complaint(f"data.path={tmp_path}/empty.jsonl")
 
 
-def test_two_tokenizers(complaint: Complaint, tmp_path: Path) -> None:
+def test_student_with_another_tokenizer(complaint: Complaint, tmp_path: Path) -> None:
     other = save_tiny_llama(tmp_path / "other")
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<extra>"])
@@ -121,13 +121,13 @@ def test_two_tokenizers(complaint: Complaint, tmp_path: Path) -> None:
     assert "tokenizer" in line
 
 
-def test_a_rank_above_the_smaller_of_both_models(complaint: Complaint, tmp_path: Path) -> None:
+def test_rank_above_the_smaller_hidden_size(complaint: Complaint, tmp_path: Path) -> None:
     narrow = save_tiny_llama(tmp_path / "narrow", hidden_size=32)
     student = [f"student.model={narrow}", "student.init.from=null", "student.init.num_layers=null"]
     assert "32; " in complaint(*student, "critic.features=both", "critic.rank=33")
 
 
-def test_half_a_checkpoint(complaint: Complaint, tmp_path: Path) -> None:
+def test_truncated_checkpoint(complaint: Complaint, tmp_path: Path) -> None:
     half = save_tiny_llama(tmp_path / "half")
     (file,) = half.glob("*.safetensors")
     whole = file.read_bytes()
@@ -135,20 +135,20 @@ def test_half_a_checkpoint(complaint: Complaint, tmp_path: Path) -> None:
     for broken in (whole[:4], whole[:100], whole[:-1], pointer):
         file.write_bytes(broken)
         line = complaint(f"teacher.model={half}")
-        assert "must hold whole safetensors files" in line and "again" in line
+        assert "must contain whole safetensors files" in line and "again" in line
 
 
-def test_a_run_folder_that_cannot_be(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The doctor finds it too, not only the run."""
+def test_impossible_run_folder(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The doctor finds it as well."""
     (tmp_path / "file").write_text("precious")
-    for run_dir, said in (("file/run", "be a folder"), (".", "it holds file")):
+    for run_dir, part in (("file/run", "be a folder"), (".", "it holds file")):
         doctor = ["doctor", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/{run_dir}"]
         assert main([*doctor, "--json"]) == 2
         last = json.loads(capsys.readouterr().out)["checks"][-1]
-        assert last["status"] == "fail" and said in last["message"]
+        assert last["status"] == "fail" and part in last["message"]
 
 
-def test_a_study_folder_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_study_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main(["study", str(PRESETS / "studies/tiny.yaml"), "--out", f"{tmp_path}/file/x"]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -157,7 +157,9 @@ def test_a_study_folder_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--out=" in (line := capsys.readouterr().err) and "must be a folder" in line
 
 
-def test_the_tables_of_committed_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_study_prints_the_tables_of_committed_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = ROOT / "docs/results/lead"
     assert main(["study", str(results / "results.json"), "--report"]) == 0
     assert capsys.readouterr().out.strip() == (results / "report.md").read_text().strip()
@@ -168,7 +170,7 @@ def test_the_tables_of_committed_results(tmp_path: Path, capsys: pytest.CaptureF
     assert "must contain asked" in capsys.readouterr().err
 
 
-def test_the_demo_reads_its_settings_before_it_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_checks_its_settings_before_it_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploy.demo.subprocess.run", lambda *_: pytest.fail("fetched"))
     with pytest.raises(ConfigError, match=r"^sed must be the name of a setting; did you mean seed\?$"):
         demo(["sed=1"])
@@ -178,7 +180,7 @@ def test_the_demo_reads_its_settings_before_it_fetches(monkeypatch: pytest.Monke
         demo(["--help"])
 
 
-def test_an_unknown_logit_transform(complaint: Complaint, tmp_path: Path) -> None:
+def test_unknown_logit_transform(complaint: Complaint, tmp_path: Path) -> None:
     other = save_tiny_llama(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "frobnicator"}))
@@ -186,7 +188,7 @@ def test_an_unknown_logit_transform(complaint: Complaint, tmp_path: Path) -> Non
     assert "frobnicator" in line
 
 
-def test_padded_vocabularies_are_said(
+def test_doctor_warns_of_padded_vocabularies(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     padded = save_tiny_llama(tmp_path / "padded", vocab_size=320)
@@ -198,7 +200,7 @@ def test_padded_vocabularies_are_said(
     assert "first 258" in checks["vocabulary"]["message"]
 
 
-def test_the_doctor_says_what_is_wrong_and_how_to_mend_it(
+def test_doctor_reports_every_check_and_a_remedy(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["doctor", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]
@@ -212,7 +214,7 @@ def test_the_doctor_says_what_is_wrong_and_how_to_mend_it(
     assert last["status"] == "fail" and last["remedy"]
 
 
-def test_a_folder_of_another_config(complaint: Complaint, world: Path, tmp_path: Path) -> None:
+def test_run_folder_with_another_configuration(complaint: Complaint, world: Path, tmp_path: Path) -> None:
     config = tiny_config(world, f"run_dir={tmp_path}/run", "seed=5")
     with RunFolder(config.run_dir) as folder:
         folder.create(to_yaml(config), fingerprint(config))
@@ -220,13 +222,13 @@ def test_a_folder_of_another_config(complaint: Complaint, world: Path, tmp_path:
     assert "run_dir" in line and "seed" in line
 
 
-def test_resume_and_report_of_what_is_not_there(complaint: Complaint, tmp_path: Path) -> None:
+def test_resume_and_report_without_a_run(complaint: Complaint, tmp_path: Path) -> None:
     for arguments in (["train", "--resume", f"{tmp_path}/none"], ["report", f"{tmp_path}/none"]):
         line = complaint(arguments=arguments)
         assert "none" in line and "run" in line
 
 
-def test_half_a_summary(complaint: Complaint, world: Path, tmp_path: Path) -> None:
+def test_truncated_summary(complaint: Complaint, world: Path, tmp_path: Path) -> None:
     config = tiny_config(world, f"run_dir={tmp_path}/run")
     with RunFolder(config.run_dir) as folder:
         folder.create(to_yaml(config), fingerprint(config))
@@ -235,11 +237,11 @@ def test_half_a_summary(complaint: Complaint, world: Path, tmp_path: Path) -> No
     assert "summary.json must be JSON" in line and "--resume" in line
 
 
-def test_a_configuration_or_a_run_to_resume(complaint: Complaint) -> None:
+def test_train_needs_a_configuration_or_a_run_to_resume(complaint: Complaint) -> None:
     assert "--resume" in complaint(arguments=["train"])
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from deploy.cli.main import parser; parser().format_help();"
         "print(sorted({'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)))"
@@ -248,67 +250,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert out.stdout.strip() == "[]"
 
 
-def test_a_failure_of_the_driver_is_one_line_and_a_file(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-
-    def full(*_: object) -> None:
-        run.mkdir()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("deploy.run.stages.train", full)
-    assert main(["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={run}"]) == 1
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert "No space left on device" in lines[0]
-    assert len(lines) == 2
-    assert "Traceback" in (run / "failure.txt").read_text()
-    assert RunFolder(run).read_failure() == {
-        "code": "unexpected",
-        "message": "OSError: [Errno 28] No space left on device",
-    }
-
-
-def test_a_run_that_fails_keeps_the_error_as_data(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    error = Diverged("the student's loss", float("nan"), "be finite", "lower the rate").within("learner")
-
-    def diverge(*_: object) -> None:
-        run.mkdir()
-        raise error
-
-    monkeypatch.setattr("deploy.run.stages.train", diverge)
-    assert main(["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={run}"]) == 1
-    failed, where = capsys.readouterr().err.strip().splitlines()
-    assert failed.endswith("the run failed: learner: the student's loss=nan must be finite; lower the rate")
-    assert where.endswith(f"traceback in {run}/failure.txt; resume with: distill train --resume {run}")
-    assert RunFolder(run).read_failure() == error.parts()
-    assert "Diverged" in (run / "failure.txt").read_text()
-
-
-def test_a_full_disk_does_not_hide_the_failure(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    def diverge(*_: object) -> None:
-        run.mkdir()
-        monkeypatch.setattr("distill.run.folder.write_json", full)
-        raise Diverged("the loss", float("nan"), "be finite")
-
-    monkeypatch.setattr("deploy.run.stages.train", diverge)
-    assert main(["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={run}"]) == 1
-    failed, where = capsys.readouterr().err.strip().splitlines()
-    assert "the loss=nan must be finite" in failed
-    assert "could not be written" in where and "No space left" in where
-
-
-def test_the_doctor_tells_the_rule_from_the_remedy(
+def test_doctor_separates_rule_and_remedy(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["doctor", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]
@@ -320,3 +262,31 @@ def test_the_doctor_tells_the_rule_from_the_remedy(
         "message": "recipe.beta=2.0 must lie in [0, 1]",
         "remedy": "correct the value (the default is 0.25)",
     }
+
+
+def test_tokenizer_error_without_text(complaint: Complaint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    assert "must contain a tokenizer (OSError); save one in the model's folder" in complaint()
+
+
+def test_run_folder_in_use_is_left_alone(complaint: Complaint, world: Path, tmp_path: Path) -> None:
+    config = tiny_config(world, f"run_dir={tmp_path}/run")
+    with RunFolder(config.run_dir) as folder:
+        folder.create(to_yaml(config), fingerprint(config))
+        assert "must be used by one process at a time" in complaint()
+        assert folder.read_failure() is None
+
+
+def test_interrupt_before_the_run_exists_offers_no_resume(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deploy.run.preflight.Preflight.run", interrupt)
+    arguments = ["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]
+    assert main(arguments) == 130
+    assert capsys.readouterr().err == "distill: interrupted\n"

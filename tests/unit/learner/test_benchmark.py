@@ -1,4 +1,4 @@
-"""The learner's benchmark runs, and says what it measured."""
+"""The learner's benchmark runs and prints its measurements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from deploy.benchmarks import learner_update
 
 
-def test_a_line_per_recipe_and_setting(capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_prints_a_line_per_recipe_and_setting(capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--student", "tiny", "--teacher-width", "64", "--texts", "2", "--length", "8", "--repeats", "1"]
     settings = ["--settings", "", "--settings", "learner.vocabulary_chunk=8"]
     assert learner_update.main([*short, "--recipes", "kd", "ammd", *settings, "--peak-tflops", "1"]) == 0
@@ -24,15 +24,15 @@ def test_a_line_per_recipe_and_setting(capsys: pytest.CaptureFixture[str]) -> No
         assert re.search(r"[0-9]+ input tokens/s, peak .* of the peak$", line), line
 
 
-def test_a_mistake_is_one_line_before_anything_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_setting_is_one_line_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert learner_update.main(["--recipes", "ammd", "--settings", "learner.vocabulary_chunk=0"]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("distill: learner.vocabulary_chunk=0 must be >= 1")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("distill: learner.vocabulary_chunk=0 must be >= 1")
 
 
-def test_what_an_update_cannot_do_without() -> None:
-    """By hand: one layer of width 2 and a square key, value and MLP of width 3, 10 inputs, 4 positions of 5 tokens."""
+def test_operations_of_an_update() -> None:
+    """Counted by hand: one layer of width 2 with an MLP of width 3, 10 inputs, 4 positions, 5 tokens in the vocabulary."""
     shape = learner_update.Shape(2, 1, 3, 1, 1, 5)
     weights = 4 * 4 + 3 * 6
     plain = 6 * weights * 10 + 4 * 5 * (6 * 2 + 2 * 7)

@@ -258,6 +258,34 @@ def test_a_new_incarnation_has_not_failed_yet(tmp_path):
         assert not folder.failure.exists() and not folder.traceback.exists()
 
 
+def test_new_incarnation_removes_what_dead_writers_left(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.create("a", "abc")
+    parts = (folder.path, folder.data, folder.checkpoints, folder.evaluations)
+    for part in parts:
+        part.mkdir(exist_ok=True)
+        (part / ".step-1.1-0.tmp").mkdir()
+        (part / ".step-1.1-0.tmp" / "shard").write_text("half")
+        (part / ".a.parquet.1-1.tmp").write_text("half")
+        (part / "whole").write_text("kept")
+    with RunFolder(tmp_path) as folder:
+        folder.create("a", "abc")
+        for part in parts:
+            assert not list(part.glob(".*.tmp"))
+            assert (part / "whole").exists()
+
+
+def test_folder_in_use_keeps_its_unfinished_files(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.create("a", "abc")
+        folder.checkpoints.mkdir()
+        writing = folder.checkpoints / ".step-1.1-0.tmp"
+        writing.mkdir()
+        with pytest.raises(ConfigError, match="one process at a time"):
+            RunFolder(tmp_path).create("a", "abc")
+        assert writing.exists()
+
+
 # Memory of process trees
 
 

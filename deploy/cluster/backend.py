@@ -1,0 +1,62 @@
+"""What the stages of a run require of the place where its actors live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+
+class Backend(Protocol):
+    """Starts actors, waits for their calls and ends them. A context manager: nothing of the run outlives it.
+
+    ``start_actor`` returns a handle; ``handle.method.remote(...)`` starts a call and returns at once. The
+    driver's thread waits for a call with :meth:`wait` or :meth:`poll`, and another actor awaits it.
+    """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close every actor and remove the run's folder in shared memory."""
+        ...
+
+    def service_pids(self) -> list[int]:
+        """Processes of the backend itself, apart from those of the actors and the driver."""
+        ...
+
+    def start_actor(self, name: str, actor_class: Any, *args: object, num_threads: int) -> Any:
+        """Construct an actor with a budget of threads; returns its handle.
+
+        Raises: ActorFailed, or the constructor's own DistillError, with the actor's name.
+        """
+        ...
+
+    def actor_pid(self, name: str) -> int | None:
+        """The process of an actor; None when that is the driver's."""
+        ...
+
+    def wait(
+        self,
+        calls: dict[str, Any],
+        *,
+        tick: Callable[[], None] = lambda: None,
+        interval_s: float = 1.0,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Wait for one call per actor; returns the results by actor.
+
+        ``tick`` runs about every ``interval_s``. The first failure ends the wait.
+
+        Raises: ActorFailed, or the actor's own DistillError, with the actor's name.
+        """
+        ...
+
+    def poll(self, call: Any, timeout_s: float = 2.0) -> Any | None:
+        """The result of a call, or None when it fails or does not return in time."""
+        ...
+
+    def end_actor(self, name: str) -> None:
+        """Close an actor and its processes."""
+        ...

@@ -1,0 +1,40 @@
+"""How the failure of an actor reaches the driver, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from distill.errors import NO_VALUE, DistillError
+
+
+class ActorFailed(DistillError, RuntimeError):
+    """An actor raised an error, died, or did not answer in time."""
+
+    code = "actor"
+
+    @classmethod
+    def raised(cls, actor: str, error: BaseException) -> DistillError:
+        """The error for what an actor raised: a DistillError keeps its class and gains the actor's name."""
+        cause = root_cause(error)
+        if isinstance(cause, DistillError):
+            return cause.within(actor)
+        return cls(actor, NO_VALUE, f"finish its work; it raised {type(cause).__name__}: {cause}")
+
+    @classmethod
+    def late(cls, actors: Iterable[str], timeout_s: float) -> ActorFailed:
+        """The error for actors that have not answered in time."""
+        return cls(
+            ", ".join(sorted(actors)), NO_VALUE, f"answer within {timeout_s:.0f} s",
+            "raise cluster.start_timeout_s, or read the actors' logs under /tmp/ray",
+        )  # fmt: skip
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first failure inside exception groups and Ray's wrappers, which have it as ``cause``."""
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif isinstance(cause := getattr(error, "cause", None), BaseException):
+            error = cause
+        else:
+            return error

@@ -1,0 +1,76 @@
+"""What runs share through the cache: teacher corpora and trained proxies, found by fingerprint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import xxhash
+
+from deploy.fetch import cache_dir
+from distill.config import RunConfig
+from distill.files import new_folder, write_json
+
+_PIECES, _PIECE_BYTES = 64, 1 << 16
+"""How much of a weight file its fingerprint covers."""
+_TRAINING_FILE = "training.json"
+"""A file in a cached proxy's folder: the cost of its training."""
+
+
+def corpus_file(sampling: Mapping[str, object], prompts: pa.Table, num_prompts: int) -> Path:
+    """The file of a teacher corpus. ``sampling``: the teacher, and every setting that its text depends on.
+
+    The name covers the tokens of the first ``num_prompts`` prompts as well.
+    """
+    tokens = prompts["prompt_tokens"].slice(0, num_prompts).to_pylist()
+    text = json.dumps([sampling, tokens], sort_keys=True)
+    return cache_dir() / "corpora" / f"{xxhash.xxh3_128_hexdigest(text.encode())}.parquet"
+
+
+def proxy_folder(config: RunConfig, start: Path, corpus: Path) -> Path:
+    """The folder of the proxy that ``config`` trains from ``start`` on ``corpus``.
+
+    Runs that differ only in settings of the student share a proxy.
+    """
+    learner = config.learner
+    identity = {
+        "start": weights_fingerprint(start),
+        "corpus": corpus.stem,
+        "training": asdict(config.proxy.training),
+        "optimizer": [learner.beta1, learner.beta2, learner.weight_decay, learner.max_grad_norm],
+        "precision": learner.precision,
+        "seed": config.seed,
+    }
+    text = json.dumps(identity, sort_keys=True)
+    return cache_dir() / "proxies" / xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def keep_proxy(trained: Path, cached: Path, training_s: float) -> None:
+    """Move a trained proxy into the cache. A folder that another run has put there meanwhile stays."""
+    write_json(trained / _TRAINING_FILE, {"training_s": round(training_s, 2)})
+    with new_folder(cached, if_exists="keep") as arriving:
+        for file in trained.iterdir():
+            shutil.move(file, arriving)
+    trained.rmdir()
+
+
+def proxy_training_s(proxy: Path) -> float:
+    """Seconds that a cached proxy's training took, in the run that trained it."""
+    return json.loads((proxy / _TRAINING_FILE).read_text())["training_s"]
+
+
+def weights_fingerprint(model: Path) -> str:
+    """A hash of a checkpoint's weights: the size of every file, and pieces from its start to its end."""
+    state = xxhash.xxh3_64()
+    for path in sorted(model.glob("*.safetensors")):
+        size = path.stat().st_size
+        state.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for piece in range(_PIECES):
+                file.seek(max(0, size - _PIECE_BYTES) * piece // (_PIECES - 1))
+                state.update(file.read(_PIECE_BYTES))
+    return state.hexdigest()

@@ -1,0 +1,66 @@
+"""What the stages of a run share: a backend with the learner on it, the record, and the live line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from deploy.cluster.backend import Backend
+from deploy.cluster.in_process import InProcess
+from deploy.cluster.memory import MemorySampler
+from deploy.cluster.ray_cluster import RayCluster
+from deploy.run.progress import Progress
+from deploy.run.record import RunRecord
+from distill.config import ClusterConfig, RunConfig
+from distill.machine.hardware import usable_cores
+
+
+class RunContext:
+    """Starts actors, waits for them, and attributes memory to them. The learner starts with the context."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        record: RunRecord,
+        progress: Progress,
+        backend: Backend,
+        memory: MemorySampler,
+    ) -> None:
+        from learner.process.shell import LearnerActor
+
+        self.config = config
+        self.record = record
+        self.progress = progress
+        self.backend = backend
+        self._memory = memory
+        self.learner = self.start_actor("learner", LearnerActor, config.learner.num_threads, config)
+
+    def start_actor(self, name: str, actor_class: Any, num_threads: int | None, *args: object) -> Any:
+        """Start an actor and return its handle. ``num_threads=None`` gives it every usable core."""
+        handle = self.backend.start_actor(name, actor_class, *args, num_threads=num_threads or usable_cores())
+        if (pid := self.backend.actor_pid(name)) is not None:
+            self._memory.add(name, pid)
+        return handle
+
+    def wait_for_start(self, calls: dict[str, Any]) -> dict[str, Any]:
+        """Wait at most ``cluster.start_timeout_s`` for one call per actor; returns the results by actor."""
+        return self.backend.wait(calls, timeout_s=self.config.cluster.start_timeout_s)
+
+
+@contextmanager
+def run_context(config: RunConfig, record: RunRecord, progress: Progress) -> Iterator[RunContext]:
+    """Start the backend and the memory sampler. A run that succeeds has its peaks of memory in the record."""
+    with ExitStack() as stack:
+        with record.timed("start_ray"):
+            backend = stack.enter_context(_backend(config.cluster, record.folder.run_id))
+        memory = stack.enter_context(MemorySampler({"driver": os.getpid()}))
+        for pid in backend.service_pids():
+            memory.add("ray", pid)
+        yield RunContext(config, record, progress, backend, memory)
+        record.peak_pss_bytes = memory.stop()
+
+
+def _backend(config: ClusterConfig, run_id: str) -> Backend:
+    return RayCluster(config, run_id) if config.backend == "ray" else InProcess(run_id)

@@ -1,0 +1,64 @@
+"""What a run measures of itself, from its first stage to ``summary.json``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from distill.config import RunConfig
+from distill.evaluation import load_evaluation
+from distill.run.folder import RunFolder
+from distill.run.metrics import EventLog
+
+
+class RunRecord:
+    """Times, tokens and memory of one incarnation. Stages fill it in; :meth:`finish` writes the summary."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+        self.config = config
+        self.folder = folder
+        self.timing_s: dict[str, float] = {}
+        """By stage, and by what an actor was busy with."""
+        self.tokens: dict[str, float] = {}
+        """By stage or actor."""
+        self.updates = self.policy_version = 0
+        self.proxy_training_s: float | None = None
+        """Of the proxy in use, in whichever run trained it."""
+        self.peak_pss_bytes: dict[str, int] = {}
+        """By actor."""
+        self._events = EventLog(folder.path)
+        self._start = time.monotonic()
+        self._events.write("started", incarnation=folder.incarnation)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Record the duration of a stage, and its start and end as events."""
+        start = time.monotonic()
+        self._events.write("stage_started", stage=stage)
+        yield
+        self.timing_s[stage] = time.monotonic() - start
+        self._events.write("stage_finished", stage=stage, seconds=self.timing_s[stage])
+
+    def finish(self) -> dict[str, Any]:
+        """Write and return the summary."""
+        before, after = (load_evaluation(self.folder.evaluation(label)) for label in ("before", "after"))
+        summary = {
+            "updates": self.updates,
+            "policy_version": self.policy_version,
+            "recipe": self.config.recipe.name,
+            "engine": self.config.rollout.engine,
+            "before": before.to_dict(),
+            "after": after.to_dict(),
+            "best": self.folder.read_best(),
+            "timing_s": {name: round(seconds, 2) for name, seconds in self.timing_s.items()},
+            "proxy_training_s": self.proxy_training_s,
+            "tokens": {name: int(count) for name, count in self.tokens.items()},
+            "peak_pss_bytes": self.peak_pss_bytes,
+            "wall_s": round(time.monotonic() - self._start, 2),
+            "incarnations": self.folder.incarnation,
+        }
+        self.folder.write_summary(summary)
+        self._events.write("finished", updates=self.updates)
+        return summary
