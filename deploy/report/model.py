@@ -28,7 +28,7 @@ class Toned:
     """Text with a tone."""
 
     text: str
-    tone: Tone | None = None
+    tone: Tone
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from deploy.report.model import Block, Line, Paragraph, Report, Sample, Table, T
 
 LOG_WIDTH = 120
 """Characters per line where there is no terminal to ask for its width."""
-_STYLES = {Tone.GOOD: "green", Tone.BAD: "red", Tone.FAINT: "dim", None: ""}
+_STYLES = {Tone.GOOD: "green", Tone.BAD: "red", Tone.FAINT: "dim"}
 
 
 def print_report(report: Report, console: Console | None = None) -> None:

@@ -59,7 +59,8 @@ class Study:
         """Execute all runs that are not finished, then write and return the results.
 
         Raises: ConfigError before anything runs; FetchError; ProcessFailed; StudyUnfinished when the
-        method's code changes while the study runs, or when the baseline diverges with every seed.
+        method's code changes while the study runs, when a recipe diverges at every point of the grid, or
+        when the baseline diverges with every seed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         tuning_jobs = self._tuning_jobs()
@@ -91,7 +92,8 @@ class Study:
     def finished(self) -> dict[str, Any]:
         """Write and return the results of the finished runs, of recipes whose tuning is finished; run nothing.
 
-        Raises: ConfigError; StudyUnfinished when the baseline has no run yet.
+        Raises: ConfigError; StudyUnfinished when a recipe diverged at every point of the grid, or when the
+        baseline has no run yet.
         """
         tuning_jobs = {
             recipe: jobs for recipe, jobs in self._tuning_jobs().items() if all(job.is_done for job in jobs)
@@ -238,9 +240,8 @@ class Study:
                 "lower the learning rates of tuning.grid",
             )
         for name, values in tuning.grid.items():
-            ordered = all(
-                type(value) in (int, float) for value in values
-            )  # strings and booleans have no edge
+            # Strings and booleans have no edge.
+            ordered = all(type(value) in (int, float) for value in values)
             if ordered and len(values) > 1 and best[name] in (min(values), max(values)):
                 self.say(f"note: {recipe}: the best {name}={best[name]} is at the edge of its grid {values}")
         return best

@@ -64,7 +64,7 @@ def test_verdicts_have_tones():
     paired = {"teacher_text.tv": Estimate(-0.1, 0.01), "student_text.tv": Estimate(0.1, 0.01)}
     table = before_after_table(summary(0.3, 40.0), summary(0.2, 40.0), paired)
     toned = [piece for row in table.rows for piece in row[-1] if isinstance(piece, Toned)]
-    assert {(piece.text, piece.tone.value) for piece in toned if piece.tone} == {
+    assert {(piece.text, piece.tone.value) for piece in toned} == {
         ("↓ better", "good"),
         ("↑ worse", "bad"),
     }
