@@ -28,6 +28,7 @@ from deploy import PRESETS
 from deploy.exits import DONE, guarded
 from distill.config import RunConfig
 from distill.config.load import load_config
+from distill.machine.bfloat16 import to_bits
 from distill.schema import Trajectory, trajectory_batch, with_teacher_hidden
 from learner.distiller import Distiller
 from learner.model.student import Student

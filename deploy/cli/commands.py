@@ -36,7 +36,7 @@ def train(options: argparse.Namespace) -> int:
         complain(str(failure))
         complain(f"{failure.where}; {then}")
         return exit_code(failure.error)
-    print_report(Path(config.run_dir), summary)
+    print_report(run_report(config.run_dir, summary))
     return DONE
 
 
