@@ -111,7 +111,7 @@ def test_errors_of_a_whole_file(load, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message_is"),
+    ("wrong", "expected"),
     [
         ("recipe.off_policy_text=teacher", "recipe.off_policy_text must be the name of a setting; use its new name, recipe.teacher_text"),
         ("recipe.teacher=text", "recipe.teacher must be the name of a setting; use its new name, recipe.teacher_gives"),
@@ -122,8 +122,8 @@ def test_errors_of_a_whole_file(load, tmp_path):
         ("weights.backend=auto", "weights.backend must be the name of a setting; leave it out: every push goes through shared memory"),
     ],
 )  # fmt: skip
-def test_retired_settings_are_answered_with_what_to_write_instead(load, wrong, message_is):
-    assert message(load, "", wrong) == message_is
+def test_retired_settings_are_answered_with_what_to_write_instead(load, wrong, expected):
+    assert message(load, "", wrong) == expected
     assert {wrong, wrong.partition("=")[0]} & set(RETIRED)
 
 

@@ -102,11 +102,11 @@ def test_each_rule_is_broken_by_some_value(load, monkeypatch):
 def test_a_broken_rule_names_the_setting(load, overrides):
     with pytest.raises(ConfigError) as caught:
         load(STUDENT, overrides.split())
-    error, said = caught.value, str(caught.value)
-    assert said == f"{error.name}={error.value} must {error.must}; {error.remedy}" and "\n" not in said
+    error, message = caught.value, str(caught.value)
+    assert message == f"{error.name}={error.value} must {error.must}; {error.remedy}" and "\n" not in message
     assert error.must and error.remedy
     names = [override.split("=")[0] for override in overrides.split()]
-    assert any(name in said for name in names)
+    assert any(name in message for name in names)
     assert error.name in setting_names()
 
 
@@ -143,7 +143,7 @@ def test_no_number_may_be_negative():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"samples_per_insert": 0.5},
          "replay.samples_per_insert=0.5 must be >= 1; set it to 1 to use each group once, because groups that are never used only grow old"),
@@ -156,10 +156,10 @@ def test_no_number_may_be_negative():
          "choose the text of the updates that use no student text"),
     ],
 )  # fmt: skip
-def test_settings_that_starve_the_learner_are_rejected(settings, said):
+def test_settings_that_starve_the_learner_are_rejected(settings, message):
     """The rate limiter and the batch plan rely on the configuration to reject them."""
     found = [str(error) for error in Settings(**settings).config.violations()]
-    assert any(line.startswith(said) for line in found), found
+    assert any(line.startswith(message) for line in found), found
 
 
 def test_a_replay_without_student_text_can_insert_more_than_it_uses():

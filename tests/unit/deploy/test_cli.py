@@ -87,7 +87,10 @@ def test_a_missing_config_file(complaint: Complaint, tmp_path: Path) -> None:
             ["learner.device=cuda must be there", "auto"],
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"),
         ),
-        ("learner.max_grad_norm=-1", ["learner.max_grad_norm=-1.0 must be > 0; correct the value (the default is 1.0)"]),
+        (
+            "learner.max_grad_norm=-1",
+            ["learner.max_grad_norm=-1.0 must be > 0; correct the value (the default is 1.0)"],
+        ),
     ],
 )
 def test_a_wrong_setting(complaint: Complaint, override: str, parts: list[str]) -> None:
