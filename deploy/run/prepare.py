@@ -32,12 +32,12 @@ def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> RunIn
             folder.data / "references.parquet", corpus_table(reference_corpus(preflight.prompts))
         )
     sampling = _sampling(config, preflight)
-    # The held-out prompts have one sample each, whatever the corpus has.
-    sampling_train = sampling | {"samples_per_prompt": config.corpus.samples_per_prompt}
     num_corpus_prompts = 0
     if config.recipe.teacher_text == "sampled":
         num_corpus_prompts = min(config.corpus.num_prompts or train.num_rows, train.num_rows)
-        teacher_text = corpus_file(sampling_train, train, num_corpus_prompts)
+        # Held-out prompts have one sample each, so their corpus does not depend on this number.
+        samples = {"samples_per_prompt": config.corpus.samples_per_prompt}
+        teacher_text = corpus_file(sampling | samples, train, num_corpus_prompts)
     elif config.recipe.teacher_text == "reference":
         assert references is not None  # the preflight has checked it
         teacher_text = references

@@ -2,9 +2,9 @@
 
     warm start -> teacher corpora -> proxy -> distillation, with its evaluations
 
-A stage receives the run's inputs and returns them with what it has found or trained. It leaves a file or
-folder that shows that it is done, so a resumed run skips it. The driver that executes the stages loads
-no rows and no model: it starts actors, waits for them and shows their progress.
+A stage receives the run's inputs and returns them with the checkpoint that it has found or trained. It
+leaves a file or folder that shows that it is done, so a resumed run skips it. The driver, which executes the
+stages, loads no rows and no model: it starts actors, waits for them and shows their progress.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from deploy.run.cache import keep_proxy, proxy_folder, proxy_training_s
 from deploy.run.context import RunContext
 from deploy.run.estimates import sampler_name
 from deploy.run.progress import training_line
 from deploy.run.rates import Rates
 from distill.config import SftConfig
-from distill.data import read_table
 from distill.run.inputs import RunInputs
 
 
@@ -36,7 +37,7 @@ def warm_start(run: RunContext, inputs: RunInputs) -> RunInputs:
 
 
 def write_corpora(run: RunContext, inputs: RunInputs) -> RunInputs:
-    """Sample the teacher's text on training and held-out prompts, where the cache does not have it."""
+    """Sample the teacher's text on the training and the held-out prompts, unless the cache has it."""
     from actors.shells import CorpusActor
 
     heldout = _Corpus(inputs.heldout_prompts, run.config.evaluation.num_prompts, 1, inputs.heldout_corpus)
@@ -82,7 +83,7 @@ def write_corpora(run: RunContext, inputs: RunInputs) -> RunInputs:
 
 
 def train_proxy(run: RunContext, inputs: RunInputs) -> RunInputs:
-    """Train the model that provides the probabilities that the teacher does not give, if the recipe has one."""
+    """Train the proxy, which provides probabilities when the teacher gives only text."""
     if run.config.recipe.teacher_gives == "probabilities":
         return inputs
     start = inputs.proxy_init or inputs.student_dir
@@ -171,7 +172,7 @@ def _start_distillation(run: RunContext, inputs: RunInputs) -> _Distillation:
     from actors.shells import ReplayActor, RolloutActor, TeacherActor
 
     config = run.config
-    num_teacher_rows = read_table(inputs.teacher_text).num_rows
+    num_teacher_rows = pq.read_metadata(inputs.teacher_text).num_rows
     replay = run.start_actor("replay", ReplayActor, 1, config, inputs.num_prompts, num_teacher_rows)
     sampler = run.start_actor(sampler_name(config), RolloutActor, config.rollout.num_threads)
     models = {"teacher": inputs.teacher_dir} | ({"proxy": inputs.scoring_dir} if inputs.has_proxy else {})

@@ -1,7 +1,7 @@
 """`distill train` with real Ray and real engines on a random tiny Llama.
 
-Each run is a process of its own, as a user starts it. vLLM is used where it is what is tested;
-the transformers engine where it is not, because it starts in a third of the time.
+Each run is a separate process, as when a user starts it. Tests use vLLM where they are about it, and
+otherwise the transformers engine, because that starts in a third of the time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.tiny import make_world, save_tiny_llama, tiny_overrides
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PLAIN = ["rollout.engine=transformers", "scoring.engine=transformers"]
-"""Engines that start fast."""
+"""Settings for engines that start fast."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def start(world: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def train(world: Path, run: str, *overrides: str) -> Path:
-    """Run to the end; returns the run folder."""
+    """Train to the end; returns the run folder."""
     process = start(world, *train_arguments(world, run, *overrides))
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output[-4000:]
@@ -64,7 +64,7 @@ def train_arguments(world: Path, run: str, *overrides: str) -> list[str]:
 
 
 def different_metrics(run: Path, other: Path) -> dict[str, list[tuple[object, object]]]:
-    """Metrics in which two runs differ that should be equal, with their values; to the last bit."""
+    """The reproducible metrics that differ between two runs in any bit, with their values."""
     table, reference = (reproducible(read_metrics(folder)) for folder in (run, other))
     assert table.column_names == reference.column_names
     pairs = {name: (table[name].to_pylist(), reference[name].to_pylist()) for name in table.column_names}
@@ -81,12 +81,12 @@ def vllm_run(world: Path) -> Path:
     return train(world, "vllm")
 
 
-def test_the_run_folder_holds_what_it_should(vllm_run: Path) -> None:
+def test_run_folder_is_complete(vllm_run: Path) -> None:
     for name in ("config.yaml", "metrics.parquet", "events.jsonl", "summary.json", "student", "best"):
         assert (vllm_run / name).exists(), name
     summary = json.loads((vllm_run / "summary.json").read_text())
     assert summary["updates"] == 2
-    assert summary["policy_version"] >= 3  # at the start and after each update
+    assert summary["policy_version"] >= 3  # one push at the start and one after each update
     assert (summary["recipe"], summary["engine"]) == ("ammd", "vllm")
     for label in ("before", "after"):
         evaluation = summary[label]
@@ -103,13 +103,13 @@ def test_the_run_folder_holds_what_it_should(vllm_run: Path) -> None:
     assert metrics["policy/age_max"].to_pylist() == [0, 0]
 
 
-def test_behaviour_and_learner_logprobs_agree(vllm_run: Path) -> None:
-    """Engine and learner are two implementations of one policy: float32, the same weights."""
+def test_engine_and_learner_logprobs_agree(vllm_run: Path) -> None:
+    """Engine and learner implement the same policy in float32, with the same weights."""
     gaps = read_metrics(vllm_run)["policy/behavior_gap"].to_pylist()
     assert all(abs(gap) <= 1e-4 for gap in gaps), gaps
 
 
-def test_the_parity_report_of_a_run(vllm_run: Path) -> None:
+def test_parity_of_a_run(vllm_run: Path) -> None:
     exact = ["--dtype", "float32", "--learner-dtype", "float32"]
     command = [sys.executable, "-m", "deploy.benchmarks.parity", str(vllm_run), *exact, "--prompts", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
@@ -117,7 +117,7 @@ def test_the_parity_report_of_a_run(vllm_run: Path) -> None:
     assert 0 < float(figures["mean"]) <= float(figures["largest"]) < 1e-4
 
 
-def test_the_checkpoint_is_whole_and_names_the_ledger(vllm_run: Path) -> None:
+def test_checkpoint_is_complete(vllm_run: Path) -> None:
     newest = Checkpoints(vllm_run / "checkpoints", keep=2).latest()
     assert newest is not None and newest.name == "step-2"
     tensors, state = Checkpoints.load(newest)
@@ -125,7 +125,7 @@ def test_the_checkpoint_is_whole_and_names_the_ledger(vllm_run: Path) -> None:
     assert any(name.startswith("critic.teacher_text") for name in tensors)
 
 
-def test_the_student_loads_in_transformers_and_in_vllm(vllm_run: Path) -> None:
+def test_student_loads_in_transformers_and_in_vllm(vllm_run: Path) -> None:
     code = f"""
 import asyncio, torch
 from transformers import AutoModelForCausalLM
@@ -151,20 +151,26 @@ if __name__ == "__main__":
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_lock_step_with_the_same_seed_twice(world: Path, vllm_run: Path) -> None:
+def test_same_seed_in_lock_step_gives_the_same_numbers(world: Path, vllm_run: Path) -> None:
     again = train(world, "vllm-again")
     assert different_metrics(again, vllm_run) == {}
 
 
-def test_the_corpus_is_used_again(world: Path, vllm_run: Path) -> None:
+def test_runs_that_sample_alike_share_corpora(world: Path, vllm_run: Path) -> None:
+    """The engine that scores does not matter."""
     del vllm_run
-    corpora = sorted((world / "cache" / "corpora").iterdir())
-    before = [path.stat().st_mtime_ns for path in corpora]
-    train(world, "again", *PLAIN, "recipe.beta=0.5", "learner.num_updates=1")
-    assert [path.stat().st_mtime_ns for path in corpora] == before
+
+    def corpora() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (world / "cache" / "corpora").iterdir()}
+
+    before = corpora()
+    settings = ["scoring.engine=transformers", "recipe.beta=0.5", "learner.num_updates=1"]
+    run = train(world, "again", *settings)
+    assert corpora() == before
+    assert "corpus" not in json.loads((run / "summary.json").read_text())["timing_s"]
 
 
-def test_in_one_process_a_run_has_the_same_numbers(world: Path) -> None:
+def test_backends_give_the_same_numbers(world: Path) -> None:
     settings = [*PLAIN, "recipe=ammd_paper", "learner.num_updates=3"]
     with_ray = train(world, "with-ray", *settings)
     in_process = train(world, "in-process", *settings, "cluster.backend=in_process")
@@ -189,48 +195,49 @@ def test_other_recipes(world: Path, recipe: str) -> None:
         assert all((on == 0) != (off == 0) for on, off in zip(is_student_text, off_policy, strict=True))
 
 
-def test_distillms_share_of_student_text_follows_the_evaluations(world: Path) -> None:
+def test_share_of_student_text_in_distillm_follows_the_evaluations(world: Path) -> None:
     settings = ["recipe=distillm", "learner.num_updates=9", "recipe.fraction_step=1", "recipe.fraction_tolerance=-100",
                 "replay.max_policy_age=1", "replay.samples_per_insert=1", "evaluation.every=2",
                 "cluster.backend=in_process"]  # fmt: skip
     run = train(world, "distillm", *PLAIN, *settings)
     with_student = [tokens > 0 for tokens in read_metrics(run)["policy/student_text.num_tokens"].to_pylist()]
-    # The evaluation after update 2 raises it; text is admitted through update 4 by then.
+    # The evaluation after update 2 raises the share, when text is already admitted through update 4.
     assert with_student == [False] * 4 + [True] * 5
     assert "student_share" in events(run)
 
 
-def test_a_teacher_of_text_alone(world: Path) -> None:
+def test_teacher_that_gives_only_text(world: Path) -> None:
     proxy = save_tiny_llama(world / "proxy", seed=5)
     settings = [*PLAIN, "recipe=ammd_blackbox", f"proxy.model={proxy}", "proxy.num_updates=3",
                 "proxy.rows_per_update=4", "learner.num_updates=3"]  # fmt: skip
     run = train(world, "blackbox", *settings)
     summary = json.loads((run / "summary.json").read_text())
-    assert {"proxy", "teacher", "sampler"} <= set(summary["peak_pss_bytes"])  # the teacher evaluates
+    assert {"proxy", "teacher", "sampler"} <= set(
+        summary["peak_pss_bytes"]
+    )  # the teacher scores for evaluations
     assert all(summary["tokens"][name] > 0 for name in ("teacher_scored", "proxy_scored"))
     assert "proxy_update" in events(run)
     other = train(world, "blackbox-2", *settings, "learner.learning_rate=1e-4", "cluster.backend=in_process")
-    assert "proxy_update" not in events(other), "the same proxy is in the cache"
+    assert "proxy_update" not in events(other), "the proxy comes from the cache"
     there = json.loads((other / "summary.json").read_text())
     assert there["proxy_training_s"] == summary["proxy_training_s"] > 0
     metrics = read_metrics(run)
     assert all(gap != 0 for gap in metrics["critic/teacher_text.d_mm"].to_pylist())
     before = load_evaluation(run / "evaluations" / "before.parquet")
     plain = load_evaluation(train(world, "plain-before", *PLAIN, "recipe=fkl") / "evaluations/before.parquet")
-    assert before.value("teacher_text.tv") == plain.value(
-        "teacher_text.tv"
-    )  # from the teacher, not the proxy
+    # Evaluations compare with the teacher, not with the proxy.
+    assert before.value("teacher_text.tv") == plain.value("teacher_text.tv")
 
 
-def test_a_student_with_a_longer_vocabulary(world: Path) -> None:
-    """Random weights would sample the 62 ids that the teacher lacks in every fifth token."""
+def test_student_with_a_longer_vocabulary(world: Path) -> None:
+    """Random weights would sample one of the 62 ids that the teacher lacks in every fifth token."""
     padded = save_tiny_llama(world / "padded", seed=3, vocab_size=320)
     student = [f"student.model={padded}", "student.init.from=null", "student.init.num_layers=null"]
     run = train(world, "padded-run", *PLAIN, *student)
     losses = read_metrics(run)["policy/loss"].to_pylist()
     assert len(losses) == 2
     gaps = read_metrics(run)["policy/behavior_gap"].to_pylist()
-    assert max(map(abs, gaps)) < 1e-4  # both are probabilities over the common prefix
+    assert max(map(abs, gaps)) < 1e-4  # both normalize over the common vocabulary
 
 
 def test_several_updates_in_flight(world: Path) -> None:
@@ -241,8 +248,9 @@ def test_several_updates_in_flight(world: Path) -> None:
 
 
 def interrupt(process: subprocess.Popen[str], run: Path, number: int) -> None:
-    """Signal a run's driver, and see that everything ends within 10 s and is told to the user."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    """Signal a run's driver; check that all its processes end within 10 s and that the user can resume."""
+    driver = psutil.Process(process.pid)
+    family = [driver, *driver.children(recursive=True)]
     began = time.monotonic()
     os.kill(process.pid, number)
     output, _ = process.communicate(timeout=60)
@@ -254,7 +262,7 @@ def interrupt(process: subprocess.Popen[str], run: Path, number: int) -> None:
     assert not (run / "summary.json").exists()
 
 
-def test_ctrl_c_and_sigterm_leave_nothing_behind_and_resume_equals_the_uninterrupted_run(world: Path) -> None:
+def test_interrupted_run_leaves_nothing_behind_and_resumes_with_the_same_numbers(world: Path) -> None:
     settings = [*PLAIN, "learner.num_updates=9", "checkpoint.every=1", "evaluation.every=0"]
     whole = train(world, "whole", *settings)
     run = world / "cut"
@@ -273,14 +281,14 @@ def test_ctrl_c_and_sigterm_leave_nothing_behind_and_resume_equals_the_uninterru
         "policy/version",
         *(name for name in read_metrics(run).column_names if name.startswith("replay/")),
     }
-    names |= {"rollout/num_tokens", "rollout/num_samples"}  # since the process started
+    names |= {"rollout/num_tokens", "rollout/num_samples"}  # counted since the process started
 
     assert different_metrics(run, whole).keys() <= names
     after = [load_evaluation(folder / "evaluations" / "after.parquet") for folder in (run, whole)]
     assert after[0].table.equals(after[1].table)
 
 
-def test_two_runs_at_once_do_not_meet(world: Path) -> None:
+def test_two_runs_at_once_do_not_interfere(world: Path) -> None:
     runs = [start(world, *train_arguments(world, f"pair-{i}", *PLAIN, f"seed={i}")) for i in (1, 2)]
     for process in runs:
         output, _ = process.communicate(timeout=400)
@@ -289,7 +297,7 @@ def test_two_runs_at_once_do_not_meet(world: Path) -> None:
         assert_nothing_shared(world / f"pair-{i}")
 
 
-def test_a_dead_engine_ends_the_run_with_one_line(world: Path) -> None:
+def test_dead_engine_ends_the_run_with_one_line(world: Path) -> None:
     process = start(
         world,
         *train_arguments(
