@@ -89,7 +89,10 @@ def test_plain_text(tokenizer):
 
 
 def test_unfit_templates(tokenizer):
-    with pytest.raises(ConfigError, match=r"data.chat_template=true must be false; .* no chat template"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data.chat_template=true must be false for a tokenizer without chat template; set it to false",
+    ):
         only_row(example("u:Q", "a:A"), without_template(tokenizer))
     counting = with_template(tokenizer, "{{ messages|length }}" + TEMPLATE)
     with pytest.raises(ConfigError, match=r"data row 0: .* must be prefix-stable"):
@@ -108,7 +111,7 @@ def test_a_long_prompt_is_refused_or_skipped(tokenizer):
     with pytest.raises(
         ConfigError,
         match=r"^prompt of data row 5=1\d\d tokens must be <= data\.max_prompt_tokens=60; "
-        r"raise it or set data\.on_long_prompt=skip$",
+        r"raise it, or set data\.on_long_prompt=skip$",
     ):
         build_prompts(rows, tokenizer, data, [STOP])
     table = build_prompts(rows, tokenizer, dataclasses.replace(data, on_long_prompt="skip"), [STOP])

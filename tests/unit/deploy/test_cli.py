@@ -138,7 +138,7 @@ def test_half_a_checkpoint(complaint: Complaint, tmp_path: Path) -> None:
 def test_a_run_folder_that_cannot_be(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The doctor finds it too, not only the run."""
     (tmp_path / "file").write_text("precious")
-    for run_dir, said in (("file/run", "be a folder"), (".", "it holds file")):
+    for run_dir, said in (("file/run", "be a folder"), (".", "it contains file")):
         doctor = ["doctor", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/{run_dir}"]
         assert main([*doctor, "--json"]) == 2
         last = json.loads(capsys.readouterr().out)["checks"][-1]

@@ -27,7 +27,7 @@ class Settings:
     min_size_to_sample: int = 0
     max_bytes: int = 1 << 40
     num_prompts: int = 7
-    num_corpus_rows: int = 5
+    num_teacher_rows: int = 5
     seed: int = 3
 
     @property
@@ -63,7 +63,7 @@ class Settings:
             replay=self.config.replay,
             plan=self.plan,
             student_order=DrawOrder("student_text", self.num_prompts, self.seed),
-            teacher_order=DrawOrder("teacher_text", self.num_corpus_rows, self.seed),
+            teacher_order=DrawOrder("teacher_text", self.num_teacher_rows, self.seed),
             num_updates=self.num_updates,
         )
 
@@ -83,7 +83,7 @@ def group(
     return GroupRef(draw=draw, location=location, num_rows=2, num_tokens=9, oldest_version=version)
 
 
-def text_group(draw: Draw, segment: str = "teacher-0.arrow", num_bytes: int = 100) -> GroupRef:
+def teacher_group(draw: Draw, segment: str = "teacher-0.arrow", num_bytes: int = 100) -> GroupRef:
     return group(draw, None, segment, num_bytes)
 
 
@@ -91,7 +91,7 @@ def score_everything(index: ReplayIndex) -> None:
     """A teacher that is never late."""
     while job := index.take_for_scoring(64):
         scored = [group(ref.draw, ref.oldest_version, "teacher-0.arrow", 100) for ref in job.groups]
-        index.insert_scored(scored + [text_group(draw) for draw in job.teacher_draws])
+        index.insert_scored(scored + [teacher_group(draw) for draw in job.teacher_draws])
 
 
 def fill(index: ReplayIndex, version: int = 1) -> list[Draw]:

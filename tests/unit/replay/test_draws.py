@@ -43,7 +43,7 @@ def test_orders_differ_by_seed_table_and_epoch():
 def test_an_empty_table_is_refused():
     with pytest.raises(
         ConfigError,
-        match=r"^rows of the teacher_text table=0 must be >= 1; the data set has no row left to draw$",
+        match=r"^rows of the teacher_text table=0 must be >= 1; use a data set with more rows$",
     ):
         DrawOrder("teacher_text", 0, 0)
 
@@ -51,8 +51,8 @@ def test_an_empty_table_is_refused():
 @pytest.mark.parametrize(
     ("student_text", "teacher_text", "expected"),
     [
-        ("none", "teacher", (0, 3)),
-        ("every_update", "teacher", (2, 3)),
+        ("none", "sampled", (0, 3)),
+        ("every_update", "sampled", (2, 3)),
         ("every_update", "none", (2, 0)),
     ],
 )
@@ -69,7 +69,7 @@ def test_mixed_flips_one_coin_per_update():
     assert set(batches) == {(2, 0), (0, 3)}
     assert 60 < batches.count((2, 0)) < 140
     other = Settings(student_text="mixed", teacher_rows_per_update=3).plan
-    assert other.student_groups(199) == batches[199][0], "a coin depends on what was asked before"
+    assert other.student_groups(199) == batches[199][0], "a coin depends on earlier calls"
     assert plan.student_through(200) == sum(students for students, _ in batches)
     assert plan.teacher_through(200) == sum(rows for _, rows in batches)
 
@@ -92,9 +92,7 @@ def test_a_share_set_later_changes_only_later_updates():
     assert [plan.student_groups(update) for update in range(20)] == before[:20]
     assert {plan.student_groups(update) for update in range(20, 50)} == {2}
     plan.set_share(20, 0.0)
-    assert {plan.teacher_rows(update) for update in range(20, 50)} == {3}, (
-        "said again from the same update on"
-    )
+    assert {plan.teacher_rows(update) for update in range(20, 50)} == {3}, "set again from the same update on"
     plan.set_share(30, 1.0)
     loaded = Settings(student_text="mixed", teacher_rows_per_update=3).plan
     assert loaded.teacher_through(40) != plan.teacher_through(40)

@@ -33,7 +33,7 @@ def runs(draw: st.DrawFn, lock_step: bool = False) -> Settings:
         min_size_to_sample=draw(st.integers(0, batch * (age + 1))),
         max_bytes=draw(st.sampled_from([1, 200, 1 << 40])),
         num_prompts=draw(st.integers(1, 9)),
-        num_corpus_rows=draw(st.integers(1, 9)),
+        num_teacher_rows=draw(st.integers(1, 9)),
         seed=draw(st.integers(0, 9)),
     )
 

@@ -200,7 +200,7 @@ def test_release_waits_for_groups_that_are_not_announced_yet(make_store, tmp_pat
     assert first not in files(tmp_path / "memory")
     with pytest.raises(
         SegmentMissing,
-        match=rf"^segment {first} must lie in .*memory or .*spill: .*; resume from the newest checkpoint$",
+        match=rf"^segment {first} must be in .*memory or .*spill; .*; resume from the newest checkpoint$",
     ):
         store.read(refs[0])
 

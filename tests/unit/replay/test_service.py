@@ -9,7 +9,7 @@ import pytest
 from distill.interfaces import Replay
 from distill.replay.ledger import ReplayError
 from distill.replay.service import ReplayService
-from tests.unit.replay.builders import Settings, fill, group, text_group
+from tests.unit.replay.builders import Settings, fill, group, teacher_group
 
 
 def make(**settings: object) -> ReplayService:
@@ -37,7 +37,7 @@ async def test_calls_wait_for_their_answer_and_no_longer():
     await replay.insert([group(draw) for draw in draws])
     assert [ref.draw for ref in (await waiting).groups] == draws
 
-    await replay.insert_scored([text_group(draw) for draw in job.teacher_draws])
+    await replay.insert_scored([teacher_group(draw) for draw in job.teacher_draws])
     assert await still_waits(leased)
     await replay.insert_scored([group(draw, segment="teacher-0.arrow") for draw in draws])
     lease = await leased
@@ -66,7 +66,7 @@ async def test_stop_ends_waits_now_and_later():
     assert await still_waits(waits[0])
     await replay.stop()
     assert await asyncio.gather(*waits) == [[], None]
-    assert not await replay.take_for_scoring(8), "text is due, but the run was stopped"
+    assert not await replay.take_for_scoring(8), "teacher draws are due, but the run was stopped"
 
 
 async def test_a_learner_that_went_back_gets_its_lease_after_the_last_update():
@@ -85,7 +85,7 @@ async def test_an_error_reaches_its_caller_and_nobody_else():
     with pytest.raises(ReplayError):
         await replay.acknowledge(0)
     with pytest.raises(
-        ReplayError, match=r"^update=2 must lie in \[0, 0\].*; resume from the newest checkpoint$"
+        ReplayError, match=r"^update=2 must be in \[0, 0\].*; resume from the newest checkpoint$"
     ):
         await replay.lease(2)
     assert await still_waits(other)

@@ -48,7 +48,7 @@ def test_another_configuration_is_refused_and_leaves_the_folder_alone(tmp_path):
     with RunFolder(tmp_path) as folder:
         folder.create("a", "abc")
     with pytest.raises(
-        ConfigError, match=r"run_dir=.* must be new or hold a run of this configuration.*xyz.*abc"
+        ConfigError, match=r"run_dir=.* must be new or contain a run of this configuration.*xyz.*abc"
     ):
         RunFolder(tmp_path).create("b", "xyz")
     with RunFolder(tmp_path) as folder:
@@ -63,10 +63,10 @@ def test_no_run_and_foreign_folders_are_refused(tmp_path):
     RunFolder(tmp_path / "none").refuse_foreign_files()
     assert not (tmp_path / "none").exists()
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ConfigError, match=r"it holds thesis\.tex"):
+    with pytest.raises(ConfigError, match=r"it contains thesis\.tex"):
         RunFolder(tmp_path).create("a", "abc")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="must be a folder that can be made"):
+    with pytest.raises(ConfigError, match="must be a folder that can be created"):
         RunFolder(tmp_path / "file").create("a", "abc")
 
 
@@ -116,7 +116,7 @@ def test_the_lock_holds_within_a_process_and_ends_with_close(tmp_path):
     folder.create("a", "abc")
     with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
         RunFolder(tmp_path).create("a", "abc")
-    with pytest.raises(RuntimeError, match="open already"):
+    with pytest.raises(RuntimeError, match="already open"):
         folder.create("a", "abc")
     folder.close()
     folder.close()
@@ -196,10 +196,12 @@ def test_summary_and_json(tmp_path):
         found = {"tv": None, "n": 3, "pairs": [1.5, 2.0], "path": str(tmp_path)}
         assert folder.read_summary() == whole | found
         folder.write_summary(given)
-        with pytest.raises(ConfigError, match=r"summary=.* must hold updates, .*; remove it: `distill train"):
+        with pytest.raises(
+            ConfigError, match=r"summary=.* must contain updates, .*; remove it, and let `distill train"
+        ):
             folder.read_summary()
         (tmp_path / "run.json").write_text("{")
-        with pytest.raises(ConfigError, match=r"run=.*run.json must be JSON .*; nothing else tells"):
+        with pytest.raises(ConfigError, match=r"run=.*run.json must be JSON .*; start the run again"):
             _ = folder.run_id
 
 
