@@ -1,8 +1,8 @@
 """Protocols between the loops of :mod:`distill.algorithm` and the parts that do the work.
 
-Every part has a real implementation (vLLM, Ray, torch) and a fake in ``tests/fakes.py``;
-both pass one contract suite. Values that cross a process boundary are small frozen dataclasses of
-plain values; a group of rows crosses it as a :class:`GroupRef`, never by value.
+All engines pass one contract suite (tests/integration/test_engine_contract.py); ``tests/fakes.py`` has
+fakes of the engines and the learner for tests of the loops. Values that cross a process boundary
+are small frozen dataclasses of plain values; a group of rows crosses it as a :class:`GroupRef`.
 """
 
 from __future__ import annotations

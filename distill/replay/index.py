@@ -132,7 +132,7 @@ class ReplayIndex:
     def lease(self, update: int) -> Lease | None:
         """Return the groups of ``update``: student groups by draw number, then teacher rows.
 
-        The result is None while some are missing. An update has the same lease until it is
+        Returns None while some are missing. An update has the same lease until it is
         committed. A call for an acknowledged update means that the learner went back to its checkpoint.
 
         Raises: ReplayError when updates are leased out of order.

@@ -21,7 +21,7 @@ def test_an_epoch_draws_every_row_once(num_rows, seed, epoch):
     assert {draw.epoch for draw in draws} == {epoch}
 
 
-def test_a_draw_depends_on_nothing_but_its_number():
+def test_a_draw_depends_only_on_its_number():
     forward = [DrawOrder("teacher_text", 9, 1).draw(number) for number in range(40)]
     order = DrawOrder("teacher_text", 9, 1)
     assert [order.draw(number) for number in reversed(range(40))][::-1] == forward
@@ -40,7 +40,7 @@ def test_orders_differ_by_seed_table_and_epoch():
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_an_empty_table_is_refused():
+def test_an_empty_table_is_rejected():
     with pytest.raises(
         ConfigError,
         match=r"^rows of the teacher_text table=0 must be >= 1; use a data set with more rows$",
@@ -75,7 +75,7 @@ def test_mixed_flips_one_coin_per_update():
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, (0, 3)), (1.0, (2, 0))])
-def test_mixed_at_its_ends(fraction, expected):
+def test_mixed_with_fraction_zero_and_one(fraction, expected):
     config = RunConfig(
         recipe=RecipeConfig(student_text="mixed", student_fraction=fraction),
         learner=LearnerConfig(prompts_per_update=2, teacher_rows_per_update=3),

@@ -59,14 +59,14 @@ def test_a_lease_is_the_same_until_its_update_is_committed():
 
 
 @pytest.mark.parametrize(("call", "value"), [("lease", 1), ("acknowledge", 0), ("commit", 1), ("advance", 1)])
-def test_updates_come_in_order(call, value):
+def test_updates_out_of_order_are_rejected(call, value):
     index = open_index()
     fill(index)
     with pytest.raises(ReplayError, match=r"^update(s_done)?=\d must .*; \w"):
         index.advance(value, 9) if call == "advance" else getattr(index, call)(value)
 
 
-def test_groups_that_nobody_expects_are_refused():
+def test_unexpected_groups_are_rejected():
     index = open_index()
     draws = index.admit(2)
     index.insert([group(draws[0])])
@@ -86,7 +86,7 @@ def test_groups_that_nobody_expects_are_refused():
     index.insert([group(draws[1])])  # the refused calls changed nothing
 
 
-def test_a_refused_scoring_changes_nothing():
+def test_a_rejected_scoring_changes_nothing():
     index = open_index()
     index.insert([group(index.admit(1)[0])])
     job = index.take_for_scoring(8)
@@ -100,7 +100,7 @@ def test_a_refused_scoring_changes_nothing():
     index.insert_scored([group(job.groups[0].draw)])
 
 
-def test_work_of_a_dead_teacher_is_handed_out_again():
+def test_the_job_of_a_dead_teacher_is_issued_again():
     index = open_index()
     index.insert([group(draw) for draw in index.admit(2)])
     job = index.take_for_scoring(64)
@@ -116,7 +116,7 @@ def test_work_of_a_dead_teacher_is_handed_out_again():
     assert index.take_for_scoring(64) == job
 
 
-def test_state_holds_what_is_acknowledged_and_loads_from_json():
+def test_state_contains_acknowledged_updates_and_loads_from_json():
     index = open_index(num_updates=6, max_policy_age=1)
     fill(index)
     train(index, 0)
@@ -135,7 +135,7 @@ def test_state_holds_what_is_acknowledged_and_loads_from_json():
 
 
 @pytest.mark.parametrize("max_policy_age", [0, 2])
-def test_a_share_grows_from_the_first_update_that_is_not_admitted(max_policy_age):
+def test_a_new_share_applies_from_the_first_update_without_admitted_draws(max_policy_age):
     settings = {"student_text": "mixed", "student_fraction": 0.0, "fraction_step": 0.5,
                 "max_policy_age": max_policy_age, "num_updates": 12}  # fmt: skip
     index = open_index(**settings)
@@ -159,7 +159,7 @@ def test_a_share_grows_from_the_first_update_that_is_not_admitted(max_policy_age
         train(resumed, update)
 
 
-def test_state_of_another_plan_is_refused():
+def test_the_state_of_a_different_plan_is_rejected():
     index = Settings(prompts_per_update=2).index()
     state = index.state() | {"updates_done": 1, "student_trained": {"prefix": 3, "extra": []}}
     with pytest.raises(
@@ -180,7 +180,7 @@ def test_trained_draws_stay_compact():
     assert len(trained) == 4
 
 
-def test_a_learner_that_went_back_gets_its_leases_and_over_age_rollouts_are_repeated():
+def test_a_learner_that_went_back_gets_its_leases_again_and_old_rollouts_are_repeated():
     index = open_index(max_policy_age=1, num_updates=10)
     for update in range(4):
         fill(index, version=update + 1)

@@ -21,7 +21,7 @@ async def still_waits(task: asyncio.Task) -> bool:
     return not task.done()
 
 
-async def test_calls_wait_for_their_answer_and_no_longer():
+async def test_calls_wait_for_their_result_and_no_longer():
     replay: Replay = make(num_updates=1, teacher_rows_per_update=1)
     admitted = asyncio.create_task(replay.admit(8))
     leased = asyncio.create_task(replay.lease(0))
@@ -79,7 +79,7 @@ async def test_a_learner_that_went_back_gets_its_lease_after_the_last_update():
     assert await replay.lease(0) == lease
 
 
-async def test_an_error_reaches_its_caller_and_nobody_else():
+async def test_an_error_reaches_only_its_caller():
     replay = make()
     other = asyncio.create_task(replay.admit(1))
     with pytest.raises(ReplayError):
@@ -93,7 +93,7 @@ async def test_an_error_reaches_its_caller_and_nobody_else():
     assert await other
 
 
-async def test_a_cancelled_wait_leaves_the_others_alone():
+async def test_a_cancelled_wait_does_not_disturb_the_others():
     replay = make()
     first, second = asyncio.create_task(replay.admit(1)), asyncio.create_task(replay.admit(1))
     await asyncio.sleep(0)
@@ -115,7 +115,7 @@ async def test_seconds_waited_count_by_caller_while_the_wait_lasts():
     assert (await replay.stats())["timing/rollout_blocked_s"] >= stats["timing/rollout_blocked_s"]
 
 
-async def test_requeue_wakes_an_actor_and_a_checkpoint_travels():
+async def test_requeue_wakes_an_actor_and_a_checkpoint_is_restored():
     replay = make(max_policy_age=0, teacher_text="none")
     await replay.advance(0, 1)
     draws = await replay.admit(1)

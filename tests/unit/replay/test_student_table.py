@@ -65,7 +65,7 @@ def test_min_size_is_capped_where_the_run_ends():
     assert numbers(index, 1) == [2, 3], "only two groups can still exist"
 
 
-def test_student_groups_are_used_in_draw_order_whatever_is_ready_first():
+def test_student_groups_are_used_in_draw_order_regardless_of_completion_order():
     index = open_index(max_policy_age=1)
     draws = index.admit(4)
     score_everything(index)
@@ -78,7 +78,7 @@ def test_student_groups_are_used_in_draw_order_whatever_is_ready_first():
     assert numbers(index, 0, "teacher_text") == [0, 1]
 
 
-def test_ages_count_updates_between_the_oldest_token_and_the_use():
+def test_ages_count_updates_from_the_oldest_token_to_its_use():
     index = open_index(max_policy_age=2, num_updates=6)
     fill(index)
     train(index, 0)
@@ -124,7 +124,7 @@ def test_reuse_draws_without_replacement_and_up_to_the_bound():
     assert used != sorted(used)
 
 
-def test_draws_of_a_dead_rollout_actor_come_first():
+def test_draws_of_a_dead_rollout_actor_are_issued_first():
     index = open_index(max_policy_age=1)
     draws = index.admit(2)
     assert index.requeue([draw.draw_id for draw in draws[:1]]) == 1
@@ -146,7 +146,7 @@ def test_trained_draws_are_skipped_when_a_reusing_run_resumes():
     )
 
 
-def test_a_group_that_got_too_old_unused_is_rolled_out_again_before_new_draws():
+def test_an_unused_group_that_became_too_old_is_rolled_out_before_new_draws():
     index = open_index(**REUSE)
     fill(index)
     unused = set(range(4))

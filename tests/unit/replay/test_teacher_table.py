@@ -27,12 +27,12 @@ def test_a_corpus_row_is_scored_once_and_shared_by_later_draws():
     assert index.stats()["replay/bytes"] == 200
 
 
-def test_text_is_prefetched_one_update_beyond_the_age_bound():
+def test_teacher_rows_are_scored_one_update_beyond_the_age_bound():
     index = open_index(student_text="none", num_teacher_rows=50, max_policy_age=1, num_updates=8)
     assert [draw.number for draw in index.take_for_scoring(64).teacher_draws] == [0, 1, 2, 3, 4, 5]
 
 
-def test_payload_over_the_bound_goes_least_recently_used_first_but_never_from_the_window():
+def test_payload_over_the_bound_is_evicted_but_never_that_of_admitted_draws():
     index = open_index(
         student_text="none", num_teacher_rows=20, max_policy_age=0, num_updates=20, max_bytes=450
     )
@@ -58,7 +58,7 @@ def test_the_row_used_last_stays_longest():
     assert [cache.pin(index) is not None for index in range(3)] == [True, False, True]
 
 
-def test_nothing_of_the_window_is_evicted():
+def test_rows_of_admitted_draws_are_never_evicted():
     index = open_index(student_text="none", num_teacher_rows=20, num_updates=20, max_bytes=1)
     score_everything(index)
     assert index.stats()["replay/bytes"] == 600

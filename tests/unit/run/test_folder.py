@@ -1,4 +1,4 @@
-"""Who may use a run folder, and what survives a kill."""
+"""Who may use a run folder, what survives a kill, and the memory of process trees."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_new_folder_and_its_paths(tmp_path):
         assert (folder.incarnation, folder.fingerprint) == (1, "abc")
 
 
-def test_the_same_configuration_goes_on_under_the_same_id(tmp_path):
+def test_the_same_configuration_resumes_with_the_same_id(tmp_path):
     with RunFolder(tmp_path) as folder:
         folder.create("a", "abc")
         first = folder.run_id
@@ -44,7 +44,7 @@ def test_the_same_configuration_goes_on_under_the_same_id(tmp_path):
         assert (folder.run_id, folder.incarnation) == (first, 3)
 
 
-def test_another_configuration_is_refused_and_leaves_the_folder_alone(tmp_path):
+def test_a_different_configuration_is_rejected_and_changes_nothing(tmp_path):
     with RunFolder(tmp_path) as folder:
         folder.create("a", "abc")
     with pytest.raises(
@@ -57,7 +57,7 @@ def test_another_configuration_is_refused_and_leaves_the_folder_alone(tmp_path):
         assert folder.incarnation == 2
 
 
-def test_no_run_and_foreign_folders_are_refused(tmp_path):
+def test_missing_runs_and_foreign_folders_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match="must be the folder of a run"):
         RunFolder(tmp_path / "none").require()
     RunFolder(tmp_path / "none").refuse_foreign_files()
@@ -111,7 +111,7 @@ def test_two_processes_never_hold_one_folder(tmp_path):
         assert folder.incarnation == 2
 
 
-def test_the_lock_holds_within_a_process_and_ends_with_close(tmp_path):
+def test_the_lock_works_within_a_process_and_ends_with_close(tmp_path):
     folder = RunFolder(tmp_path)
     folder.create("a", "abc")
     with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
@@ -168,7 +168,7 @@ def test_the_version_is_on_disk_before_it_is_returned(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "policy_version.json").read_text()) == {"policy_version": version}
 
 
-def test_processes_that_ask_together_get_different_versions(tmp_path):
+def test_concurrent_processes_get_different_versions(tmp_path):
     code = COUNT.replace("while True", "for _ in range(40)")
     with start(code, str(tmp_path)) as one, start(code, str(tmp_path)) as two:
         seen = [int(line) for other in (one, two) for line in other.stdout]
@@ -205,7 +205,7 @@ def test_summary_and_json(tmp_path):
             _ = folder.run_id
 
 
-def test_the_best_student_is_named_by_the_learner(tmp_path):
+def test_the_best_student_is_recorded_without_the_lock(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.read_best() is None
     folder.write_best({"update": 20, "metric": "teacher_text.tv", "value": 0.25})
@@ -250,7 +250,7 @@ def test_a_traceback_contains_the_one_below_it(tmp_path):
     assert kept.index("in the actor") < kept.index("in the driver")
 
 
-def test_a_new_incarnation_has_not_failed_yet(tmp_path):
+def test_a_new_incarnation_removes_the_old_failure(tmp_path):
     with RunFolder(tmp_path) as folder:
         folder.create("a", "abc")
         folder.write_failure(OSError("full"))
@@ -276,7 +276,7 @@ time.sleep(60)
 """
 
 
-def test_a_tree_counts_once_and_is_followed_after_its_root_died():
+def test_a_tree_counts_once_and_is_followed_after_its_root_dies():
     with start(TREE, "parent", TREE) as parent:
         child = int(parent.stdout.readline())
         try:
