@@ -1,24 +1,25 @@
-"""The method as one page: three loops over protocols.
+"""The pipeline: which part runs when, and what each part waits for.
 
     prompts ─► rollout_loop ─► store, replay ─► score_loop ─► store, replay ─► train_loop
                     ▲                               ▲                             │
-                    │ weights v+1                   │ corpus text                 │
+                    │ weights v+1                   │ teacher text                │
                     └───────────────────────────────┴──────── publisher ◄─────────┘
 
-| loop           | consumes               | produces             | waits for                            |
-|----------------|------------------------|----------------------|--------------------------------------|
-| `rollout_loop` | admitted draws         | student groups       | the rate limiter (`replay.admit`)    |
-| `score_loop`   | groups, corpus draws   | groups with payload  | something unscored                   |
-| `train_loop`   | the groups of update u | weights of version v | all groups of u scored and young     |
+| loop           | consumes                | produces             | waits for                            |
+|----------------|-------------------------|----------------------|--------------------------------------|
+| `rollout_loop` | admitted draws          | student groups       | the rate limiter (`replay.admit`)    |
+| `score_loop`   | groups, teacher draws   | groups with payload  | something unscored                   |
+| `train_loop`   | the groups of update u  | weights of version v | all groups of u scored and young     |
 
-Symbols (docs/method.md): the policy π is the student, π* the teacher, f1 and f2 the critics on
-the teacher's and on the student's text. An update trains the critics first, on this update's
-text, then the student against them. A group is all rollouts of one draw; it is stored before
-it is announced, so whoever is told of it can read it. `policy_version` counts pushes, age
-counts updates.
+The three loops are written against the protocols of :mod:`distill.interfaces`. What one update
+computes is elsewhere: ``learner/update/update.py`` contains the method and
+:mod:`distill.objectives` its formulas.
 
-In one process the loops run under ``asyncio.gather`` (tests/unit/test_algorithm.py); in a
-cluster each runs in its own actor, with a remote replay. They are the same functions.
+A group consists of all rollouts of one draw. It is stored before it is announced, so that every
+process that receives its reference can read it. ``policy_version`` counts pushes, ages count updates.
+
+In one process the loops run under ``asyncio.gather`` (tests/unit/test_algorithm.py). In a cluster
+each runs in an actor of its own with a remote replay. The functions are the same.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class RunStopped(DistillError, RuntimeError):
 
 
 class Milestones(Protocol):
-    """What happens around the updates: records, evaluations, checkpoints."""
+    """The work around the updates: records, evaluations, checkpoints."""
 
     async def before_training(self, updates_done: int, policy_version: int) -> None: ...
 
@@ -64,8 +65,8 @@ async def rollout_loop(
 ) -> None:
     """Answer every admitted draw with the student's samples.
 
-    ``together``: sample an admission as one call (lock-step, where its order is part of the
-    result); else each draw on its own, so that a finished group does not wait for others.
+    ``together``: sample all draws of an admission in one call (in lock-step their order is part of
+    the result). Otherwise each draw is a call, so that a finished group does not wait for others.
     """
     async with asyncio.TaskGroup() as running:
         while draws := await replay.admit(max_draws):
@@ -91,13 +92,13 @@ async def roll_out(
 async def score_loop(
     replay: Replay, corpus: Corpus, teacher: Teacher, store: Store, *, max_groups: int
 ) -> None:
-    """Fill the teacher's payload of rolled-out groups and of corpus draws."""
+    """Add the teacher's payload to rolled-out groups and to rows of teacher text."""
     while job := await replay.take_for_scoring(max_groups):
         await replay.insert_scored(await score(job, corpus, teacher, store))
 
 
 async def score(job: ScoringJob, corpus: Corpus, teacher: Teacher, store: Store) -> list[GroupRef]:
-    """Score a job in one call of the teacher and store the groups with their payload."""
+    """Score a job in one call to the teacher and store the groups with their payload."""
     draws = [group.draw for group in job.groups] + list(job.teacher_draws)
     batches = [store.read(group) for group in job.groups] + corpus.rows(job.teacher_draws)
     prompts = [tokens for batch in batches for tokens in batch.column("prompt_tokens").to_pylist()]
@@ -124,10 +125,10 @@ async def train_loop(
 ) -> None:
     """Train from ``updates_done`` to ``num_updates``.
 
-    The push comes before the milestones so that an evaluation samples from the weights it is
-    about; ``advance`` comes last since it admits the next rollouts.
+    The push comes before the milestones so that an evaluation samples from the weights that it
+    measures. ``advance`` comes last because it admits the next rollouts.
 
-    Raises: RunStopped when the replay ends early; WeightPushError; whatever an update raises.
+    Raises: RunStopped when the replay ends early; WeightPushError; any error of an update.
     """
     version = await publisher.publish(updates_done)
     await milestones.before_training(updates_done, version)

@@ -1,10 +1,10 @@
 """Credit of a token for the costs that follow it: returns, baseline, advantage, ratios.
 
-Called by ``learner.update.credit_step`` between the critic steps and the student step, without gradients.
-One convention: costs lie padded as ``[B, T]``, row i holding the cost at response token t (the
-moment gap before it, or what the token itself costs), with a mask that is true where the row has
-a token; :func:`to_rows` brings flat positions there. What is not masked counts 0: after a row's
-end everything is 0.
+``learner.update.credit_step`` calls it between the critic steps and the student step, without gradients.
+By convention, costs are padded to ``[B, T]``: row i contains the cost at response token t (the moment
+gap before it, or the cost of the token itself), with a mask that is true where the row has a token.
+:func:`to_rows` scatters flat positions into this form. Entries where the mask is false count 0, so
+everything after a row's end is 0.
 
 Legend: B rows, T longest response, N positions. t counts from 0; the symbols of the method,
 G and R, count it from 1, which changes nothing but the name.
@@ -23,9 +23,9 @@ from torch import Tensor
 def to_rows(
     values: Float[Tensor, " N"], row: Int[Tensor, " N"], step: Int[Tensor, " N"], num_rows: int
 ) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Scatter flat positions to ``[B, T]`` and say where they went.
+    """Scatter flat positions to ``[B, T]``; the mask marks where they are.
 
-    ``rows[row, step]`` is the way back.
+    ``rows[row, step]`` is the inverse.
     """
     length = int(step.max()) + 1 if len(step) else 0
     rows = values.new_zeros(num_rows, length)
@@ -36,7 +36,7 @@ def to_rows(
 
 
 Span = Literal["future", "own", "all"]
-"""Costs that a token answers for: of later tokens, its own, or both."""
+"""The costs that a token gets credit for: those of later tokens, its own, or both."""
 
 
 def future_returns(
@@ -47,8 +47,8 @@ def future_returns(
 ) -> Float[Tensor, "B T"]:
     """G_t = Σ_{t'>t} γ^(t'−t) (Π_{t<u<t'} r_u) c_t', strictly future.
 
-    Token t does not change the gap before it. ``ratios``: r_u of text that an older policy wrote,
-    whose continuation after t is thereby brought to the policy of now; None: 1.
+    Token t does not change the gap before it. ``ratios``: the importance ratios r_u of text that an
+    older policy wrote, which correct its continuation after t to the current policy; None: all 1.
     """
     costs = costs * mask
     returns = torch.zeros_like(costs)
@@ -67,7 +67,7 @@ def returns(
     normalize: Literal["discount", "length", "none"] = "discount",
     ratios: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T"]:
-    """What follows a token: of the costs in its span a sum, or a mean.
+    """The sum or mean of the costs in a token's span.
 
     ``normalize``: ``discount`` divides by the sum of the discounts, R_t = G_t / Σ_{k=1..T−t} γ^k
     for the future, so that equal costs c give c; ``length`` by the number of tokens in the span;
@@ -93,9 +93,9 @@ def leave_one_out(
 ) -> Float[Tensor, "B T"]:
     """b_t: the mean of the returns at the same t over the *other* rows of the group.
 
-    A member that has ended counts 0 and stays in the mean. Rows that are alone in their
-    group, rows of group −1 (text that no group sampled) and rows without any token are
-    left alone: b = 0. Independent of the row's own tokens, so it adds no bias.
+    A row that has ended counts 0 and stays in the mean. Rows that are the only one of their group,
+    rows of group −1 (text that no group sampled) and rows without any token have b = 0. The baseline
+    does not depend on the row's own tokens, so it adds no bias.
     """
     member = (mask.any(dim=1) & (group >= 0)).to(returns.dtype)
     own = returns * mask * member[:, None]
@@ -109,9 +109,9 @@ def leave_one_out(
 def whiten(
     values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], total: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Float[Tensor, "B T"]:
-    """Mean 0 and variance 1 (of the population) over the tokens: (v − mean) / √(var + 1e-8).
+    """Whiten to mean 0 and population variance 1 over the tokens: (v − mean) / √(var + 1e-8).
 
-    ``total``: a sum to that over all ranks, when these are some of the rows.
+    ``total``: turns a sum into the sum over all ranks, when these are only some of the rows.
     """
     count = total(mask.sum()).clamp_min(1)
     mean = total((values * mask).sum()) / count
@@ -131,11 +131,11 @@ def advantages(
     ratios: Float[Tensor, "B T"] | None = None,
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Float[Tensor, "B T"]:
-    """A_t = R_t − b_t, detached: what the score-function term multiplies ∇log π(a_t) with.
+    """A_t = R_t − b_t, detached: the factor of ∇log π(a_t) in the score-function term.
 
     With costs −(log π* − log π) of the tokens, span ``all``, ``length`` and ``whiten`` this is the
-    negative of the advantage in the code published with MiniLLM (Gu et al. 2024), which calls
-    rewards what is a cost here.
+    negative of the advantage in the code published with MiniLLM (Gu et al. 2024), which maximises
+    rewards instead of minimising costs.
     """
     found = returns(costs.detach(), mask, gamma, span=span, normalize=normalize, ratios=ratios)
     if baseline == "whiten":
@@ -144,5 +144,5 @@ def advantages(
 
 
 def products_before(ratios: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Π_{u<t} r_u: how much likelier the policy of now is to have come to step t."""
+    """Π_{u<t} r_u: how much likelier the current policy is to reach step t."""
     return torch.cat([torch.ones_like(ratios[:, :1]), ratios[:, :-1]], dim=1).cumprod(dim=1)

@@ -1,8 +1,8 @@
-"""Errors as data: what every failure that a user can act on consists of.
+"""Errors as data: the parts of every failure that a user can act on.
 
-Used by all packages. An error names the thing it is about, its value, the rule that the value breaks,
-and the remedy; the one line that the user reads is formatted here and nowhere else. The command line
-takes its exit code from the error's class, and a failed run writes the parts to ``failure.json``.
+An error names the thing that is wrong, its value, the rule that the value breaks, and the remedy. Only
+this module formats them as the line that the user reads. The command line takes its exit code from
+the error's class, and a failed run writes the parts to ``failure.json``.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ class _Missing(Enum):
 
 
 NO_VALUE = _Missing.MISSING
-"""For errors about a thing that has no value worth printing."""
+"""The value of an error about a thing that has no printable value."""
 
 
 class DistillError(Exception):
     """A failure with a name, a value, a rule and a remedy; ``str()`` is the line for the user."""
 
     code = "failed"
-    """Stable name of the kind of failure, for programs that read ``failure.json``."""
+    """A stable name for the kind of failure, for programs that read ``failure.json``."""
     exit_code = 1
-    """Of a command that ends with this error."""
+    """The exit code of a command that ends with this error."""
 
     def __init__(self, name: str | Path, value: object, must: str, remedy: str = "") -> None:
-        # All arguments go to Exception, which pickles them: errors cross processes.
+        # Exception pickles its arguments, so it gets all of them: errors cross processes.
         super().__init__(name, value, must, remedy)
         self.name = str(name)
         self.value = value
@@ -51,11 +51,11 @@ class DistillError(Exception):
         return f"{self.statement}; {self.remedy}" if self.remedy else self.statement
 
     def within(self, context: str) -> Self:
-        """The same error with the place it belongs to before its name."""
+        """Return the same error with ``context`` before its name."""
         return type(self)(f"{context}: {self.name}", self.value, self.must, self.remedy)
 
     def parts(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the parts for JSON."""
         value = None if self.value is NO_VALUE else str(self.value)
         return {
             "code": self.code,
@@ -83,14 +83,14 @@ class Diverged(DistillError, FloatingPointError):
 def did_you_mean(
     wrong: str, names: Iterable[str], otherwise: str = "choose one of them", *, prefix: str = ""
 ) -> str:
-    """A remedy for a mistyped name: the nearest of ``names``, or ``otherwise``.
+    """Return the remedy for a mistyped name: the nearest of ``names``, or ``otherwise``.
 
-    ``prefix``: what stands before the name where the user writes it.
+    ``prefix``: the text that precedes the name where the user writes it.
     """
     near = difflib.get_close_matches(wrong, list(names), 1)
     return f"did you mean {prefix}{near[0]}?" if near else otherwise
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error, without its final punctuation; its class when it is empty."""
+    """Return the first line of an error without its final punctuation, or the error's class if it has no text."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".;")

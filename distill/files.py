@@ -1,9 +1,9 @@
-"""Durable writes: the one way in which the project makes a file or a folder appear.
+"""Durable writes: the project replaces files and folders only through this module.
 
-A file or folder is written beside its place under a temporary name and then renamed, so a reader
-never meets half of one and a crash never leaves one. Data reaches the disk before the rename does,
-and the rename before the call returns. A process that dies while it writes leaves a name for which
-:func:`is_temporary` is true; :func:`remove_temporaries` deletes those.
+A file or folder is written under a temporary name next to its destination and then renamed, so that
+neither a reader nor a crash can see half of it. The data reaches the disk before the rename, and the
+rename before the call returns. A process that dies while it writes leaves a name for which
+:func:`is_temporary` is true; :func:`remove_temporaries` deletes such files and folders.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _numbers = itertools.count()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file: after a crash there is the old one or the new one, both complete."""
+    """Replace a file. After a crash either the old or the new file is there, complete."""
     with replacing_file(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON file. Numbers that JSON has no word for (NaN, infinity) become null."""
+    """Replace a JSON file. Numbers that JSON cannot represent (NaN, infinity) become null."""
     write_bytes(path, (json.dumps(plain(value), indent=2, allow_nan=False) + "\n").encode())
 
 
 @contextmanager
 def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A temporary path, to be written by the caller; it takes the place of ``path`` on leaving.
+    """Yield a temporary path for the caller to write, and rename it to ``path`` at the end.
 
-    On an exception nothing changes. ``durable=False`` skips the waits for the disk: for files in
-    memory, or ones that can be made again.
+    On an exception nothing changes. ``durable=False`` does not wait for the disk; it is meant for
+    files in memory and for those that can be produced again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -55,11 +55,11 @@ def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, *, if_exists: Literal["replace", "keep"] = "replace") -> Iterator[Path]:
-    """An empty temporary folder, to be filled by the caller; it becomes ``path`` on leaving.
+    """Yield an empty temporary folder for the caller to fill, and rename it to ``path`` at the end.
 
-    ``if_exists``: what happens to a folder that has the name by then. ``replace``: the new one takes
-    its place. ``keep``: it stays and the new one is deleted, for folders that two processes may make
-    at once with equal contents. On an exception nothing changes.
+    ``if_exists`` decides what happens if ``path`` is a folder by then. ``replace``: the new folder
+    replaces it. ``keep``: it stays and the new one is deleted, for folders that two processes may
+    create at the same time with equal contents. On an exception nothing changes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -73,7 +73,7 @@ def new_folder(path: Path, *, if_exists: Literal["replace", "keep"] = "replace")
 
 
 def put_folder(made: Path, place: Path, *, if_exists: Literal["replace", "keep"]) -> None:
-    """Give a finished folder its name; see :func:`new_folder`. Both lie on one file system."""
+    """Rename a finished folder to its destination on the same file system; see :func:`new_folder`."""
     for path in (*made.rglob("*"), made):
         sync(path)
     if if_exists == "keep":
@@ -98,7 +98,7 @@ def put_folder(made: Path, place: Path, *, if_exists: Literal["replace", "keep"]
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's contents, or a folder's entries, are on the disk."""
+    """Wait until the contents of a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -107,12 +107,12 @@ def sync(path: Path) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a name is one that an unfinished write has."""
+    """Return whether an unfinished write has this name."""
     return name.startswith(".") and name.endswith(".tmp")
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what dead writers left in a folder. No writer may be at work in it."""
+    """Delete what dead writers left in a folder. The caller ensures that no writer is active in it."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if is_temporary(path.name):
             if path.is_dir() and not path.is_symlink():
@@ -122,7 +122,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON has it: numpy numbers and paths unpacked, non-finite numbers null."""
+    """Convert ``value`` to plain JSON types; numbers that are not finite become null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -137,9 +137,10 @@ def plain(value: Any) -> Any:
 
 
 def _temporary(path: Path) -> Path:
-    """A name beside ``path`` that no other writer, of this process or another, uses.
+    """Return a name next to ``path`` that no other writer uses, in this process or another.
 
-    A dead process may have had this one's number, in a container it often has: names it left are skipped.
+    A dead process can have had the pid of this one, which is common in containers, so names that
+    already exist are skipped.
     """
     while True:
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_numbers)}.tmp")

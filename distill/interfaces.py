@@ -1,8 +1,8 @@
 """Protocols between the loops of :mod:`distill.algorithm` and the parts that do the work.
 
-Every part has a real implementation (vLLM, Ray, torch) and a fake in ``tests/fakes.py``;
-both pass one contract suite. Values that cross a process are small frozen dataclasses of
-plain numbers; rows cross as :class:`Location`, never by value.
+All engines pass one contract suite (tests/integration/test_engine_contract.py); ``tests/fakes.py`` has
+fakes of the engines and the learner for tests of the loops. Values that cross a process boundary
+are small frozen dataclasses of plain values; a group of rows crosses it as a :class:`GroupRef`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import pyarrow as pa
 from distill.errors import DistillError
 
 Table = Literal["student_text", "teacher_text", "heldout"]
-"""``student``: prompts to roll out; ``text``: rows of the corpus (teacher samples or references);
-``heldout``: evaluation, never in the replay index."""
+"""``student_text``: prompts to roll out; ``teacher_text``: rows of teacher text (samples of the teacher
+or references); ``heldout``: prompts of the evaluation, which are never in the replay index."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
     """One draw of the data order: the unit of the ledger.
 
-    ``number`` counts draws of the table from 0; ``index`` is the row of the prompt table
-    (``student``) or of the corpus (``text``) that it fell on.
+    ``number`` counts the draws of the table from 0; ``index`` is the row that was drawn, of the prompt
+    table (``student_text``, ``heldout``) or of the corpus (``teacher_text``).
     """
 
     table: Table
@@ -41,7 +41,7 @@ class Draw:
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """Where a group's record batch lies: one Arrow IPC message in a segment file."""
+    """Where a group's record batch is stored: one Arrow IPC message in a segment file."""
 
     node: str
     segment: str
@@ -51,7 +51,7 @@ class Location:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRef:
-    """A group that is stored: what the replay index keeps of it."""
+    """A stored group, as the replay index knows it."""
 
     draw: Draw
     location: Location
@@ -59,12 +59,12 @@ class GroupRef:
     num_tokens: int
     """Response tokens of all rows."""
     oldest_version: int | None
-    """Oldest policy version that sampled one of its tokens; None for corpus text."""
+    """Oldest policy version that sampled one of its tokens; None for teacher text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringJob:
-    """What the teacher is to do next: rolled-out groups to read, corpus draws to look up."""
+    """The teacher's next work: rolled-out groups to read, and draws to look up in the corpus."""
 
     groups: tuple[GroupRef, ...] = ()
     teacher_draws: tuple[Draw, ...] = ()
@@ -75,13 +75,13 @@ class ScoringJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
-    """The groups of one update. Acknowledged after the update; re-issued if never."""
+    """The groups of one update: acknowledged after it, issued again otherwise."""
 
     update: int
     """Number of the update that uses it, from 0."""
     groups: tuple[GroupRef, ...]
     policy_ages: tuple[int, ...]
-    """Age in updates of each student group, by its oldest token."""
+    """Age of each student group in updates, by its oldest token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +95,10 @@ class SampleRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What a generator answers to a :class:`SampleRequest`."""
+    """A generator's response to a :class:`SampleRequest`."""
 
     response_tokens: list[int]
-    """The stop token included when one ended the text."""
+    """Includes the stop token if one ended the text."""
     logprobs: list[float]
     """Nats, one per response token, under the weights that sampled it."""
     policy_versions: list[tuple[int, int]]
@@ -108,11 +108,11 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightManifest:
-    """A push: where the bytes are, which version they are, and what they must hash to."""
+    """A push: where its bytes are, their version and their checksum."""
 
     policy_version: int
     update: int
-    """Updates applied to these weights."""
+    """Number of updates applied to these weights."""
     path: str
     """A safetensors file in shared memory on this node."""
     num_bytes: int
@@ -121,21 +121,21 @@ class WeightManifest:
 
 
 class Generator(Protocol):
-    """Samples responses from the current student (or, for the corpus, from the teacher)."""
+    """Samples responses from the current student, or from the teacher when a corpus is written."""
 
     async def generate(self, requests: Sequence[SampleRequest]) -> list[Completion]:
-        """Sample all requests, admitted together; answers in the order of the requests."""
+        """Sample all requests as one batch; returns the responses in the order of the requests."""
         ...
 
     async def update_weights(self, manifest: WeightManifest) -> None:
-        """Load a push. Requests in flight go on under the new weights.
+        """Load a push. Requests in flight continue with the new weights.
 
-        Raises: WeightPushError when checksum, size or version is not what the manifest says.
+        Raises: WeightPushError when checksum, size or version differ from the manifest.
         """
         ...
 
     async def policy_version(self) -> int:
-        """The version that samples now; 0 before the first push."""
+        """Return the version that samples now; 0 before the first push."""
         ...
 
     async def close(self) -> None:
@@ -151,7 +151,7 @@ class Teacher(Protocol):
     async def hidden_states(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
-        """Final-norm hidden state before each response token.
+        """Compute the final-norm hidden state before each response token.
 
         Returns one uint16 array [T, D] (bf16 bits) per pair, in order.
         """
@@ -161,44 +161,46 @@ class Teacher(Protocol):
 
 
 class Replay(Protocol):
-    """The index of the replay buffer: waits are long polls, an empty answer means the run is over."""
+    """The index of the replay buffer. Its waits are long polls; an empty result means that the run is over."""
 
     async def admit(self, max_draws: int) -> list[Draw]:
-        """Prompts to roll out next. Waits for the rate limiter."""
+        """Return the prompts to roll out next. Waits for the rate limiter."""
         ...
 
     async def insert(self, groups: Sequence[GroupRef]) -> None:
-        """Rolled-out groups, already written to the store."""
+        """Add rolled-out groups that are already in the store."""
         ...
 
     async def take_for_scoring(self, max_groups: int) -> ScoringJob:
-        """Groups and corpus draws that the teacher has not scored. Waits for some."""
+        """Return groups and teacher draws that have no payload yet. Waits until there are some."""
         ...
 
-    async def insert_scored(self, groups: Sequence[GroupRef]) -> None: ...
+    async def insert_scored(self, groups: Sequence[GroupRef]) -> None:
+        """Add groups with their payload."""
+        ...
 
     async def lease(self, update: int) -> Lease | None:
-        """The groups of ``update``. Waits until all are scored; None when the run is over."""
+        """Return the groups of ``update``. Waits until all are scored; None when the run is over."""
         ...
 
     async def acknowledge(self, update: int) -> None:
-        """The update was applied: its groups are trained, provisionally until ``commit``."""
+        """Record that the update was applied: its groups are trained, provisionally until ``commit``."""
         ...
 
     async def advance(self, updates_done: int, policy_version: int) -> None:
-        """``policy_version`` (weights after ``updates_done`` updates) is live in every engine."""
+        """Record that ``policy_version`` (weights after ``updates_done`` updates) is live in every engine."""
         ...
 
 
 class Prompts(Protocol):
-    """The prompt table, and the data order's rows as requests."""
+    """The prompt table: draws as sample requests, and responses as groups."""
 
     def requests(self, draws: Sequence[Draw]) -> list[SampleRequest]:
-        """``samples_per_prompt`` requests per draw, in draw order, seeded by (run, draw, sample)."""
+        """Return ``samples_per_prompt`` requests per draw, in draw order, seeded by (run, draw, sample)."""
         ...
 
     def groups(self, draws: Sequence[Draw], completions: Sequence[Completion]) -> list[pa.RecordBatch]:
-        """One validated batch per draw from the answers to :meth:`requests`."""
+        """Build one validated batch per draw from the responses to :meth:`requests`."""
         ...
 
 
@@ -206,15 +208,15 @@ class Corpus(Protocol):
     """Fixed text, one row per corpus index, in the trajectory schema without payload."""
 
     def rows(self, draws: Sequence[Draw]) -> list[pa.RecordBatch]:
-        """One batch of one row per draw, its draw id filled in."""
+        """Return one batch of one row per draw, with the ids of the draw."""
         ...
 
 
 class Store(Protocol):
-    """Segment files of this process, and reading of everybody's."""
+    """Writes this process's segment files and reads those of every process."""
 
     def append(self, draw: Draw, batch: pa.RecordBatch) -> GroupRef:
-        """Write one group; durable against the death of this process when it returns."""
+        """Write one group. When this returns, the group survives the death of this process."""
         ...
 
     def read(self, group: GroupRef) -> pa.RecordBatch:
@@ -229,7 +231,7 @@ class Learner(Protocol):
     """Critics and student: one update from one batch."""
 
     def update(self, batches: Sequence[pa.RecordBatch]) -> dict[str, float]:
-        """Critic steps, then the student step. Returns the metrics of this update."""
+        """Take the critic steps, then the student step; returns the metrics of this update."""
         ...
 
 
@@ -237,7 +239,7 @@ class Publisher(Protocol):
     """Pushes the learner's weights into every generator."""
 
     async def publish(self, updates_done: int) -> int:
-        """A transaction with a deadline; returns the new policy version.
+        """Push as one transaction with a deadline; returns the new policy version.
 
         Raises: WeightPushError.
         """
@@ -245,12 +247,12 @@ class Publisher(Protocol):
 
 
 class WeightPushError(DistillError, RuntimeError):
-    """A push that did not arrive whole, in time, or under the right version."""
+    """A push that did not arrive complete, in time and under the right version."""
 
 
 class EngineDied(DistillError, RuntimeError):
-    """A process of an inference engine has ended by itself."""
+    """A process of an inference engine ended unexpectedly."""
 
 
 class SegmentMissing(DistillError, LookupError):
-    """A location whose segment file is in neither shared memory nor the spill folder."""
+    """A group whose segment is in neither shared memory nor the spill folder, or is too short to contain it."""

@@ -8,11 +8,11 @@ Legend: N states, V vocabulary. p = π(·|s) the policy (the student, trained), 
 teacher (fixed), m = (p + q)/2, f(s, ·) a critic's values. Policy first, teacher second, always;
 both are log-probabilities in nats over the same V tokens.
 
-Every function takes ``policy_probs`` and ``teacher_probs``, the exponentials of its first two
-arguments, when the caller has them: at V = 49,152 an exponential costs as much as four
+A function that needs the exponentials of its first two arguments accepts them as ``policy_probs`` and
+``teacher_probs`` from callers that have them: at V = 49,152 an exponential costs as much as four
 products. A masked token (log-probability -inf) has probability 0 and counts 0, in the value
-and in the gradient; a token that only the policy masks costs the teacher's mass times
-``-LOG_FLOOR`` nats instead of infinity.
+and in the gradient. A token that only the policy masks costs the teacher's mass times ``-LOG_FLOOR``
+nats instead of infinity.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 LOG_FLOOR = -1e4
-"""Stands in for log 0 where it is multiplied by a probability, so that 0 · log 0 = 0."""
+"""Replaces log 0 where it is multiplied by a probability, so that 0 · log 0 = 0."""
 
 DEAD_ZONE = 1e-2
-"""Nats by which two log-probabilities differ at least where :func:`sign_critic` takes a side: the
-teacher's states come as bfloat16, and what that moves must not count as a difference."""
+"""Least difference of two log-probabilities, in nats, at which :func:`sign_critic` is not 0. The
+teacher's states are bfloat16, and their rounding must not count as a difference."""
 
 _TINY = 1e-37
 """Least float32 denominator: 0/0 becomes 0 and no other quotient changes visibly."""
@@ -78,12 +78,12 @@ def generalized_jsd(
     Agarwal et al., "On-Policy Distillation of Language Models" (GKD, 2023), eq. 1, with
     P = teacher and Q = policy; also what TRL's GKD trainer computes. JSD_b / b → KL(q || p)
     as b → 0 and JSD_b / (1−b) → KL(p || q) as b → 1; the value itself vanishes at both ends,
-    where TRL returns those limits instead, so the ends are refused here.
+    where TRL returns those limits instead, so this function rejects the ends.
 
     Raises: ValueError when beta is not inside (0, 1).
     """
     if not 0 < beta < 1:
-        raise ValueError(f"beta={beta} must lie in (0, 1); use forward_kl or reverse_kl for the two limits")
+        raise ValueError(f"beta={beta} must be in (0, 1); use forward_kl or reverse_kl for the two limits")
     policy_probs = _probs(policy_logprobs, policy_probs)
     teacher_probs = _probs(teacher_logprobs, teacher_probs)
     mixture_logprobs = torch.lerp(policy_probs, teacher_probs, beta).clamp_min(_TINY).log()
@@ -136,7 +136,7 @@ def entropy(
 
 
 def cross_entropy(policy_logprobs: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """−log p(y) of the token that the text has."""
+    """−log p(y) of the text's token y."""
     return -policy_logprobs.gather(-1, targets[:, None]).squeeze(-1)
 
 
@@ -150,8 +150,8 @@ def moment_gap(
 ) -> Float[Tensor, " N"]:
     """g_f = Σ_a (q(a) − p(a)) f(a), exact over the vocabulary.
 
-    As the student's loss f is detached by the caller; the gradient in the policy's logits is
-    then −p(a) (f(a) − E_p f), and the value is 0 at p = q for any f.
+    For the student's loss the caller detaches f. The gradient in the policy's logits is then
+    −p(a) (f(a) − E_p f), and the value is 0 at p = q for any f.
     """
     return _dot(_difference(policy_logprobs, teacher_logprobs, policy_probs, teacher_probs), f)
 
@@ -167,14 +167,14 @@ def critic_loss(
 ) -> Float[Tensor, " N"]:
     """−g_f + (λ/2) Var_m f: what a critic minimises. Gradient in f: −(q−p) + λ m (f − E_m f).
 
-    Both policies are detached by the caller. The negative of it, with f detached instead, is
-    the student's loss of the zero-sum game.
+    The caller detaches both policies. The negative, with f detached instead, is the student's loss
+    in the zero-sum game.
     """
     policy_probs = _probs(policy_logprobs, policy_probs)
     teacher_probs = _probs(teacher_logprobs, teacher_probs)
     mean_probs = (policy_probs + teacher_probs) * 0.5
-    # Both terms ignore a constant in f, so f is centred once. The centre needs no gradient:
-    # the variance is stationary in it, Σ_a m(a) (f(a) − E_m f) = 0.
+    # A constant in f changes neither term, so f is centred once. The centre needs no gradient
+    # because the variance is stationary in it: Σ_a m(a) (f(a) − E_m f) = 0.
     centred = f - _dot(mean_probs, f).detach()[:, None]
     variance = _dot(mean_probs, centred.square())
     return 0.5 * variance_penalty * variance - _dot(teacher_probs - policy_probs, centred)
@@ -190,9 +190,9 @@ def sampled_critic_loss(
 ) -> Float[Tensor, " N"]:
     """−(f(y) − E_p f) + (λ/4) (E_p f² + f(y)²): :func:`critic_loss` from one token y ~ q a state.
 
-    For a teacher that gives text alone. Unbiased, but for the penalty's centre, which is taken as
-    0. At the optimum it is, as long as λ >= 2/B (nothing is clipped there): E_m (q−p)/(q+p) = 0, and both
-    losses have the same minimiser.
+    For a teacher that gives text only. It is unbiased except that it takes the penalty's centre to
+    be 0. At the optimum the centre is 0 as long as λ >= 2/B, where nothing is clipped:
+    E_m (q−p)/(q+p) = 0, and both losses have the same minimiser.
     """
     policy_probs = _probs(policy_logprobs, policy_probs)
     at_token = f.gather(-1, targets[:, None]).squeeze(-1)
@@ -249,8 +249,8 @@ def sign_critic(
 ) -> Float[Tensor, "N V"]:
     """f = B sign(q − p), the best of all bounded critics: its moment gap is 2B·TV.
 
-    0 where |log ρ| < :data:`DEAD_ZONE`: there the sign is rounding noise, and at p = q the
-    student would be pushed by it. No gradient flows.
+    f is 0 where |log ρ| < :data:`DEAD_ZONE`, because the sign is rounding noise there and would push
+    the student away from p = q. No gradient flows.
     """
     with torch.no_grad():
         difference = _difference(policy_logprobs, teacher_logprobs, policy_probs, teacher_probs)
@@ -263,8 +263,8 @@ def policy_gradient(
 ) -> Float[Tensor, " N"]:
     """log p(a_t) · sg(A_t): its gradient is the score-function part of the gradient of L_on.
 
-    A_t is what choosing a_t adds to the moment gaps that follow, so minimising this makes
-    tokens that lead to large gaps less likely. Targets must be sampled from the policy.
+    A_t is the amount that choosing a_t adds to the moment gaps that follow, so minimising this makes
+    tokens that lead to large gaps less likely. The targets must be sampled from the policy.
     """
     return -cross_entropy(policy_logprobs, targets) * advantages.detach()
 

@@ -1,12 +1,12 @@
 """The Arrow schema of a trajectory row: the one contract between actors and learner.
 
-A row is one prompt and one response. Rollout actors fill everything but the teacher's
-payload; the teacher actor fills the payload; the learner reads. A *group* is all the
-rows of one draw and is always one record batch. Nothing travels as Python lists: rows
-are built once, by :func:`trajectory_batch`, and stay Arrow from there on.
+A row is one prompt and one response. Rollout actors fill all columns except the teacher's
+payload, the teacher actor fills the payload, and the learner reads both. A *group* consists of all
+rows of one draw and is always one record batch. Rows are built once, by :func:`trajectory_batch`,
+and are stored as Arrow; engines and tokenizers receive lists of tokens read from the batches.
 
-Rows of a text corpus (teacher samples, references) have the same schema, with the
-columns of a behaviour policy null.
+Rows of teacher text (samples of the teacher, or references) have the same schema. Their columns
+for a behaviour policy are null.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pyarrow as pa
 from distill.errors import NO_VALUE, DistillError
 
 SCHEMA_VERSION = "1"
-"""Written in the schema's metadata; a reader refuses another one."""
+"""Written to the schema's metadata; a reader rejects any other version."""
 
 SOURCES = ("student", "teacher", "reference")
 FINISH_REASONS = ("stop", "length")
@@ -32,16 +32,16 @@ POLICY_SPAN = pa.struct([("start", pa.int32()), ("version", pa.int64())])
 
 
 class SchemaError(DistillError, ValueError):
-    """A batch that breaks the contract: names the column, what it holds in which row, and what it must hold."""
+    """A batch that breaks the contract: the column, its value and row, and the rule."""
 
     code = "schema"
 
 
 def hidden_type(hidden_size: int) -> pa.DataType:
-    """Type of one row's hidden payload: T states of ``hidden_size`` bf16 numbers, held as uint16.
+    """Type of one row's hidden payload: T states of ``hidden_size`` bf16 numbers, stored as uint16.
 
-    Arrow has no bf16; the bits are kept in uint16 and viewed as bf16 by the learner. The
-    outer list has 64-bit offsets: a column passes 2**31 numbers at about 3.7 M tokens of
+    Arrow has no bf16, so the bits are stored as uint16 and the learner views them as bf16. The
+    outer list has 64-bit offsets because a column exceeds 2**31 numbers at about 3.7 M tokens of
     width 576.
     """
     return pa.large_list(pa.list_(pa.uint16(), hidden_size))
@@ -50,15 +50,15 @@ def hidden_type(hidden_size: int) -> pa.DataType:
 def trajectory_schema(hidden_size: int | None = None) -> pa.Schema:
     """The schema of a trajectory batch.
 
-    ``hidden_size``: width of the teacher's hidden states; None for a corpus or a rollout
-    that no teacher has scored (the payload column is then absent).
+    ``hidden_size``: width of the teacher's hidden states; None for rows that no teacher has scored,
+    which have no payload column.
     """
     fields = [
-        # Unique in a run: "<draw_id>/<sample>". Filled by whoever makes the row. Never null.
+        # "<draw_id>/<sample>", unique in a run. Never null.
         pa.field("trajectory_id", pa.string(), nullable=False),
-        # The draw (table, number) this row answers. Never null.
+        # The draw (table, epoch, number) that the row belongs to. Never null.
         pa.field("draw_id", pa.string(), nullable=False),
-        # All rows of one draw share it; the unit of leasing, age and eviction. Never null.
+        # Shared by all rows of one draw: the unit of leasing, age and eviction. Never null.
         pa.field("group_id", pa.string(), nullable=False),
         # Who wrote the response: student | teacher | reference. Never null.
         pa.field("source", pa.string(), nullable=False),
@@ -70,16 +70,16 @@ def trajectory_schema(hidden_size: int | None = None) -> pa.Schema:
         pa.field("prompt_tokens", pa.list_(pa.int32()), nullable=False),
         # Token ids a_1..a_T of the response, the stop token included. T >= 1. Never null.
         pa.field("response_tokens", pa.list_(pa.int32()), nullable=False),
-        # Per response token: does the loss count it. Null: all of them (false only for the
+        # Per response token: whether the loss counts it. Null: all count (false only for the
         # user's turns inside a reference of several turns).
         pa.field("loss_mask", pa.list_(pa.bool_())),
         # Per response token: log-probability in nats under the policy that sampled it, at
-        # temperature 1. Filled by the rollout actor; null where no policy of ours sampled.
+        # temperature 1. Filled by the rollout actor; null for rows that the student did not sample.
         pa.field("behavior_logprobs", pa.list_(pa.float32())),
         # Which weights sampled which tokens: spans by first token, versions ascending.
-        # Filled by the rollout actor; null for corpus rows.
+        # Filled by the rollout actor; null for teacher text.
         pa.field("policy_versions", pa.list_(POLICY_SPAN)),
-        # stop: a stop token ended it; length: the limit cut it. Null for references.
+        # stop: a stop token ended the response; length: the limit cut it. Null for references.
         pa.field("finish_reason", pa.string()),
         # When the response was complete (UTC). Null for references.
         pa.field("generated_at", pa.timestamp("us", tz="UTC")),
@@ -95,7 +95,7 @@ def trajectory_schema(hidden_size: int | None = None) -> pa.Schema:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """One row before it is Arrow: what a generator or a corpus reader hands over."""
+    """One row before it becomes Arrow, with the values of a generator or a data set."""
 
     draw_id: str
     source: str
@@ -112,7 +112,7 @@ class Trajectory:
 
 
 def trajectory_batch(rows: Sequence[Trajectory]) -> pa.RecordBatch:
-    """The rows of one group, or of a corpus, as one batch without payload.
+    """Build the batch of one group, or of a whole corpus, without payload.
 
     Raises: SchemaError (see :func:`validate`).
     """
@@ -147,11 +147,11 @@ def trajectory_batch(rows: Sequence[Trajectory]) -> pa.RecordBatch:
 def with_teacher_hidden(
     batch: pa.RecordBatch, hidden: Sequence[np.ndarray], scored_at: datetime | None = None
 ) -> pa.RecordBatch:
-    """The batch with its hidden payload filled.
+    """Return the batch with its hidden payload.
 
     ``hidden``: one uint16 array [T, D] (bf16 bits) per row, in row order.
 
-    Raises: SchemaError when a row has another number of states than response tokens.
+    Raises: SchemaError when the numbers of states and response tokens of a row differ.
     """
     width = hidden[0].shape[1]
     lengths = np.fromiter((states.shape[0] for states in hidden), np.int64, len(hidden))
@@ -169,7 +169,7 @@ def with_teacher_hidden(
 
 
 def hidden_rows(batch: pa.RecordBatch) -> list[np.ndarray]:
-    """The hidden payload of each row as a uint16 array [T, D], without copying."""
+    """Return the hidden payload of each row as a uint16 array [T, D], without copying."""
     column = batch.column("teacher_hidden")
     width = column.type.value_type.list_size
     values = column.values.values.to_numpy(zero_copy_only=True).reshape(-1, width)
@@ -178,7 +178,7 @@ def hidden_rows(batch: pa.RecordBatch) -> list[np.ndarray]:
 
 
 def oldest_version(batch: pa.RecordBatch) -> int | None:
-    """The oldest policy version that sampled any token of the batch; None for corpus rows."""
+    """Return the oldest policy version that sampled any token of the batch; None for teacher text."""
     spans = batch.column("policy_versions")
     if spans.null_count == len(spans):
         return None
@@ -188,7 +188,7 @@ def oldest_version(batch: pa.RecordBatch) -> int | None:
 def validate(batch: pa.RecordBatch) -> None:
     """Check a batch against the contract.
 
-    Raises: SchemaError naming column, expected, got and row.
+    Raises: SchemaError with the column, the value, its row and the rule.
     """
     hidden = batch.schema.field("teacher_hidden") if "teacher_hidden" in batch.schema.names else None
     width = hidden.type.value_type.list_size if hidden is not None else None
@@ -212,7 +212,7 @@ def _check_types(batch: pa.RecordBatch, expected: pa.Schema) -> None:
         )
     for field in expected:
         if field.name not in batch.schema.names:
-            raise SchemaError(f"column {field.name}", "none", f"be there, as {field.type}")
+            raise SchemaError(f"column {field.name}", "none", f"exist with type {field.type}")
         got = batch.schema.field(field.name).type
         if got != field.type:
             raise SchemaError(f"column {field.name}", got, f"be {field.type}")

@@ -1,7 +1,6 @@
-"""Stand-ins for the engines and the learner, for tests of the loops alone.
+"""Fakes of the engines and the learner, for tests of the loops.
 
-They pass the same contract suite as the real parts where there is one
-(tests/integration/test_engine_contract_*.py cover generators and teachers).
+The real ones have tests of their own: tests/integration/test_engine_contract.py, tests/unit/learner.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from distill.schema import Trajectory, trajectory_batch
 
 
 class FakeGenerator:
-    """Answers with tokens that depend on the seed alone, after ``delay(request)`` seconds."""
+    """Returns tokens that depend only on the seed, after one to three times ``delay_s`` seconds."""
 
     def __init__(self, delay_s: float = 0.0) -> None:
         self.version = 0
@@ -51,7 +50,7 @@ class FakeGenerator:
 
 
 class FakeTeacher:
-    """Hidden states that are the response's tokens, so a mix-up of rows is seen."""
+    """Returns the response's tokens as hidden states, so that tests detect mixed-up rows."""
 
     hidden_size = 4
 
@@ -66,7 +65,7 @@ class FakeTeacher:
 
 
 class FakeLearner:
-    """Remembers what it was given."""
+    """Records the batches of every update."""
 
     def __init__(self) -> None:
         self.seen: list[list[str]] = []
@@ -79,7 +78,7 @@ class FakeLearner:
 
 
 class FakePublisher:
-    """Counts versions and tells the generator at once."""
+    """Counts versions and sets the generator's version at once."""
 
     def __init__(self, generator: FakeGenerator, first_version: int = 1) -> None:
         self.generator = generator
@@ -92,7 +91,7 @@ class FakePublisher:
 
 
 class FakeMilestones:
-    """Remembers when it was called and with which lease."""
+    """Records its calls and their leases."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, int]] = []
@@ -109,7 +108,7 @@ class FakeMilestones:
 
 
 def corpus_rows(num_rows: int, source: str = "teacher") -> pa.Table:
-    """A text corpus of short rows with distinct tokens."""
+    """Return a corpus of teacher text with short rows."""
     rows = [
         Trajectory(
             draw_id=f"row-{i}",

@@ -2,8 +2,8 @@
 
 :mod:`~distill.data.rows` reads a data set of any known format; :mod:`~distill.data.prompts`
 turns its rows into the prompt table, the only place where text becomes tokens;
-:mod:`~distill.data.tables` answers the draws of the loops. The tokenizer is passed in;
-nothing here needs torch.
+:mod:`~distill.data.tables` turns draws into requests and trajectory rows. The caller passes the
+tokenizer, and this package does not import torch.
 """
 
 from distill.data.prompts import (

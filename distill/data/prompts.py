@@ -1,7 +1,7 @@
 """The prompt table: the only place where text becomes tokens.
 
-Generator, teacher and learner all see its token ids. One row per prompt, training rows
-first, held-out rows after them, both in the order of the data set.
+Generator, teacher and learner all use its token ids. It has one row per prompt: the training rows
+come first and the held-out rows after them, both in the order of the data set.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ PROMPT_SCHEMA = pa.schema(
         # Token ids of the prompt, chat template applied. Never null, never empty.
         pa.field("prompt_tokens", pa.list_(pa.int32()), nullable=False),
         # Token ids of the reference, stop token included unless the length limit cut it.
-        # Null: the data has none for this prompt.
+        # Null: the data set has none for this prompt.
         pa.field("reference_tokens", pa.list_(pa.int32())),
-        # Per reference token: does the loss count it. Null: all (false only for what the
-        # assistant did not write inside a reference of several turns).
+        # Per reference token: whether the loss counts it. Null: all count (false only for text that
+        # the assistant did not write inside a reference of several turns).
         pa.field("reference_mask", pa.list_(pa.bool_())),
         # The prompt as its author wrote it, without template; several turns as "role: text".
         pa.field("prompt_text", pa.string(), nullable=False),
-        # The reference likewise, uncut. Null where reference_tokens is.
+        # The reference in the same form, never cut. Null where reference_tokens is null.
         pa.field("reference_text", pa.string()),
         # Kept out of training, for evaluation.
         pa.field("heldout", pa.bool_(), nullable=False),
@@ -52,21 +52,21 @@ def build_prompts(
     stop_token_ids: Sequence[int],
     seed: int = 0,
 ) -> pa.Table:
-    """The prompt table (columns: ``PROMPT_SCHEMA``).
+    """Build the prompt table (columns: ``PROMPT_SCHEMA``).
 
-    ``stop_token_ids``: the teacher's, the first is what ends a reference that the template
-    does not end. ``seed`` chooses the held-out rows.
+    ``stop_token_ids``: those of the teacher; the first one ends a reference that the template does
+    not end. ``seed`` determines which rows are held out.
 
-    Raises: ConfigError for a prompt over the limit, a template that is missing or unfit, or
-    fewer rows than are to be held out.
+    Raises: ConfigError for an empty prompt or one over the limit, for a template that is missing or
+    unsuitable, and when no row would be left to train on.
     """
     if data.chat_template and not tokenizer.chat_template:
         raise ConfigError(
-            "data.chat_template", "true", "be false", "the teacher's tokenizer has no chat template"
+            "data.chat_template", "true", "be false for a tokenizer without chat template", "set it to false"
         )
     render = _render_chat if data.chat_template else _render_plain
     rendered = [render(example, tokenizer) for example in rows]
-    # A template writes its own special tokens; plain text gets what the tokenizer puts before a text.
+    # A template writes its own special tokens. Plain text gets those that the tokenizer adds to a text.
     prompts = _tokenize(
         tokenizer, [prompt for prompt, _ in rendered], add_special_tokens=not data.chat_template
     )
@@ -91,17 +91,17 @@ def build_prompts(
 
 
 def training_rows(table: pa.Table) -> pa.Table:
-    """The part of a prompt table that is not held out; a row keeps its number."""
+    """Return the rows of a prompt table that are not held out; each row keeps its number."""
     return table.filter(pa.array(~table["heldout"].to_numpy()))
 
 
 def heldout_rows(table: pa.Table) -> pa.Table:
-    """The held-out part of a prompt table, as a table of its own: rows count from 0."""
+    """Return the held-out rows of a prompt table as a separate table, whose rows count from 0."""
     return table.filter(table["heldout"])
 
 
 def num_skipped_prompts(table: pa.Table) -> int:
-    """Rows of the data set that ``data.on_long_prompt=skip`` left out."""
+    """Return the number of rows of the data set that ``data.on_long_prompt=skip`` left out."""
     return int((table.schema.metadata or {}).get(_SKIPPED_KEY, b"0"))
 
 
@@ -112,11 +112,11 @@ class _Piece:
 
 
 def _render_chat(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[_Piece]]:
-    """The prompt up to where the assistant begins, and what follows cut where the writer changes.
+    """Render the prompt up to the assistant's first turn, and the rest in pieces of one writer each.
 
-    Found by rendering ever more turns: with the generation prompt before an assistant's
-    turn, without it after. Each rendering must begin with the one before it, or the tokens
-    trained on would not be those that generation sees.
+    The pieces are found by rendering one turn more each time: with the generation prompt before an
+    assistant's turn and without it after the turn. Each rendering must begin with the previous one;
+    otherwise the learner would train on tokens that generation never produces.
     """
     turns = [{"role": turn.role, "content": turn.content} for turn in (*example.prompt, *example.reference)]
     start = _apply_template(example.row, tokenizer, turns[: len(example.prompt)], generation=True)
@@ -146,7 +146,7 @@ def _apply_template(
             f"data row {row}",
             NO_VALUE,
             f"suit the tokenizer's chat template: {first_line(error)}",
-            "mend or drop the row",
+            "correct or remove the row",
         ) from None
 
 
@@ -155,7 +155,7 @@ def _rest(text: str, prefix: str, row: int) -> str:
         raise ConfigError(
             f"data row {row}: the tokenizer's chat template",
             NO_VALUE,
-            "be prefix-stable (more turns only add text at the end), or loss masks would be wrong",
+            "be prefix-stable (more turns only add text at the end); otherwise loss masks would be wrong",
             "use another template, or data.chat_template=false",
         )
     return text[len(prefix) :]
@@ -167,7 +167,7 @@ def _render_plain(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple
         raise ConfigError(
             
                 "data.chat_template", "false", f"be true for data of several turns (row {example.row})",
-                "only a template says where a turn begins",
+                "set it to true, because only a template marks where a turn begins",
             
         )  # fmt: skip
     return prompt, [_Piece(text=turn.content, by_assistant=True) for turn in example.reference]
@@ -187,14 +187,14 @@ def _tokenize(
 def _prompt_fits(row: int, num_tokens: int, data: DataConfig) -> bool:
     if num_tokens == 0:
         raise ConfigError(
-            f"data row {row}", NO_VALUE, "have a prompt of at least one token", "mend or drop the row"
+            f"data row {row}", NO_VALUE, "have a prompt of at least one token", "correct or remove the row"
         )
     if num_tokens > data.max_prompt_tokens and data.on_long_prompt == "error":
         raise ConfigError(
             f"prompt of data row {row}",
             f"{num_tokens} tokens",
             f"be <= data.max_prompt_tokens={data.max_prompt_tokens}",
-            "raise it or set data.on_long_prompt=skip",
+            "raise it, or set data.on_long_prompt=skip",
         )
     return num_tokens <= data.max_prompt_tokens
 
@@ -202,10 +202,10 @@ def _prompt_fits(row: int, num_tokens: int, data: DataConfig) -> bool:
 def _join_reference(
     pieces: Sequence[_Piece], tokens: Sequence[list[int]], stop_token_ids: Sequence[int], limit: int
 ) -> tuple[list[int] | None, list[bool] | None]:
-    """Token ids and mask of a reference: every assistant's turn up to and with its stop token.
+    """Join the pieces of a reference to token ids and a mask, which covers the assistant's turns.
 
-    What a template writes after the stop token (a line break) is context for the next turn
-    and nothing at the end.
+    Each turn counts up to and including its stop token. Text that the template writes after the
+    stop token (a line break) is context for the next turn and is dropped at the end.
     """
     joined: list[int] = []
     mask: list[bool] = []
@@ -238,7 +238,7 @@ def _choose_heldout(num_rows: int, num_heldout: int, seed: int) -> np.ndarray:
     if num_heldout >= num_rows:
         raise ConfigError(
             "data.num_heldout", num_heldout, f"be < the number of usable rows ({num_rows})",
-                 "no row would be left to train on; lower it"
+                 "lower it, because no row would be left to train on"
         )  # fmt: skip
     heldout = np.zeros(num_rows, bool)
     heldout[np.random.default_rng(seed % 2**64).permutation(num_rows)[:num_heldout]] = True

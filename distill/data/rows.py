@@ -1,4 +1,4 @@
-"""Data sets of any known format as :class:`Example`\\ s: files, `datasets` ids, data known by name."""
+"""Reads data sets of any known format as examples: files, `datasets` ids, and data sets known by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill.config import DataConfig
 from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
 
 KNOWN_DATA: Mapping[str, str] = {"alpaca-demo": "data/alpaca-demo.json"}
-"""Data sets that can be had by name -> their file in the cache."""
+"""Data sets that ``data.path`` can name -> their file in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,29 +26,29 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One row of a data set, whatever its format was."""
+    """One row of a data set, independent of its format."""
 
     row: int
     """Row of the data set, from 0."""
     prompt: tuple[Turn, ...]
-    """The turns before the first one of the assistant. At least one."""
+    """The turns before the assistant's first turn. At least one."""
     reference: tuple[Turn, ...] = ()
-    """The first turn of the assistant and all after it; empty: no reference."""
+    """The assistant's first turn and all later ones; empty: no reference."""
 
 
 # Loading
 
 
 def load_rows(data: DataConfig, cache: Path) -> list[Example]:
-    """All rows of ``data.path``.
+    """Load all rows of ``data.path``.
 
-    ``cache``: the folder in which data sets known by name lie once fetched.
+    ``cache``: the folder that contains fetched data sets known by name.
 
-    Raises: ConfigError naming file and line, or row and columns.
+    Raises: ConfigError with file and line, or with row and columns.
     """
     rows = _read_rows(data, cache)
     if not rows:
-        raise ConfigError("data.path", data.path, "have at least one row", "it is empty")
+        raise ConfigError("data.path", data.path, "have at least one row", "choose another data set")
     name = data.format if data.format != "auto" else _detect_format(data.path, rows[0])
     read = _FORMATS[name].read
     examples = []
@@ -59,8 +59,8 @@ def load_rows(data: DataConfig, cache: Path) -> list[Example]:
             raise ConfigError(
                 where,
                 NO_VALUE,
-                f"have a value in column {missing[0]} (format {name}), has {_columns(row)}",
-                "mend the row or set data.format",
+                f"have a value in column {missing[0]} (format {name}); it has {_columns(row)}",
+                "correct the row, or set data.format",
             )
         examples.append(_split_turns(index, read(row, where), where))
     return examples
@@ -96,17 +96,19 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ConfigError(where, NO_VALUE, f"be UTF-8, byte {error.start} is not", "mend the line") from None
+        raise ConfigError(
+            where, NO_VALUE, f"be UTF-8, but byte {error.start} is not", "correct the line"
+        ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(
-            where, NO_VALUE, f"be JSON: {error.msg} in column {error.colno}", "mend the line"
+            where, NO_VALUE, f"be JSON: {error.msg} in column {error.colno}", "correct the line"
         ) from None
     return _as_object(row, where)
 
 
 def _as_object(row: object, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ConfigError(where, NO_VALUE, f"be a JSON object, is {_json_kind(row)}", "write {...}")
+        raise ConfigError(where, NO_VALUE, f"be a JSON object, not {_json_kind(row)}", "write {...}")
     return row
 
 
@@ -114,17 +116,19 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ConfigError(path, NO_VALUE, f"be UTF-8, byte {error.start} is not", "mend the file") from None
+        raise ConfigError(
+            path, NO_VALUE, f"be UTF-8, but byte {error.start} is not", "convert the file to UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{path} line {error.lineno}",
             NO_VALUE,
             f"be JSON: {error.msg} in column {error.colno}",
-            "mend it (a file of one object per line is named .jsonl)",
+            "correct it, or name it .jsonl if it has one object per line",
         ) from None
     if not isinstance(rows, list):
         raise ConfigError(
-            path, NO_VALUE, f"be a JSON list of objects, is {_json_kind(rows)}", "write [{...}, ...]"
+            path, NO_VALUE, f"be a JSON list of objects, not {_json_kind(rows)}", "write [{...}, ...]"
         )
     return [_as_object(row, f"{path} row {index}") for index, row in enumerate(rows)]
 
@@ -134,7 +138,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         return pq.read_table(path).to_pylist()
     except pa.ArrowException as error:
         raise ConfigError(
-            path, NO_VALUE, f"be a Parquet file: {first_line(error)}", "write it again"
+            path, NO_VALUE, f"be a Parquet file: {first_line(error)}", "check the file or write it again"
         ) from None
 
 
@@ -185,26 +189,26 @@ def _read_instruction(row: Mapping[str, Any], where: str) -> list[Turn]:
 
 
 def _turns(value: object, role: str, where: str) -> list[Turn]:
-    """A text is one turn of ``role``; a list is turns that name their role; null is none."""
+    """Return the turns of a column: text is one turn of ``role``, a list contains turns with roles, null is empty."""
     if value is None:
         return []
     if isinstance(value, str):
         return [Turn(role=role, content=value)]
     if not isinstance(value, list):
         raise ConfigError(
-            where, NO_VALUE, f"be a text or a list of turns, is {_json_kind(value)}", "mend the row"
+            where, NO_VALUE, f"be text or a list of turns, not {_json_kind(value)}", "correct the row"
         )
     turns = []
     for number, turn in enumerate(value):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise ConfigError(f"{where} turn {number}", NO_VALUE, "have role and content", "mend the row")
+            raise ConfigError(f"{where} turn {number}", NO_VALUE, "have role and content", "correct the row")
         content = turn.get("content")
         if not isinstance(content, str):
             raise ConfigError(
                 f"{where} turn {number}",
                 NO_VALUE,
-                f"have a text as content, has {_json_kind(content)}",
-                "mend the row",
+                f"have text as content, not {_json_kind(content)}",
+                "correct the row",
             )
         turns.append(Turn(role=turn["role"], content=content))
     return turns
@@ -213,14 +217,16 @@ def _turns(value: object, role: str, where: str) -> list[Turn]:
 def _split_turns(row: int, turns: Sequence[Turn], where: str) -> Example:
     first = next((number for number, turn in enumerate(turns) if turn.role == "assistant"), len(turns))
     if first == 0:
-        raise ConfigError(where, NO_VALUE, "have a turn before the assistant's first", "drop the row")
+        raise ConfigError(
+            where, NO_VALUE, "have a turn before the assistant's first", "correct or remove the row"
+        )
     return Example(row=row, prompt=tuple(turns[:first]), reference=tuple(turns[first:]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Format:
     columns: tuple[str, ...]
-    """Columns without which a row is refused; the reference's may be null or missing."""
+    """Columns that a row must have; those of the reference can be null or missing."""
     read: Callable[[Mapping[str, Any], str], list[Turn]]
 
 
@@ -237,11 +243,11 @@ def _detect_format(path: str, row: Mapping[str, Any]) -> str:
             return name
     wanted = ", or ".join(format_.columns[0] for format_ in _FORMATS.values())
     raise ConfigError(
-        "data.path", f"{path} row 0", f"have a column {wanted}, has {_columns(row)}", "rename the columns"
+        "data.path", f"{path} row 0", f"have a column {wanted}; it has {_columns(row)}", "rename the columns"
     )
 
 
-# Words of messages
+# Parts of messages
 
 
 def _columns(row: Mapping[str, Any]) -> str:
@@ -249,5 +255,5 @@ def _columns(row: Mapping[str, Any]) -> str:
 
 
 def _json_kind(value: object) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return kinds.get(type(value), "a number")

@@ -1,4 +1,4 @@
-"""Table rows as what the loops ask for: requests, trajectory rows; and the tables on disk."""
+"""Turns table rows into the requests and trajectory rows of the loops, and keeps tables on disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PromptTable:
 
     @classmethod
     def read(cls, path: str | Path, *, samples_per_prompt: int, max_new_tokens: int, seed: int) -> Self:
-        """From the Parquet file of a prompt table."""
+        """Read the Parquet file of a prompt table."""
         table = read_table(path)
         return cls(table, samples_per_prompt=samples_per_prompt, max_new_tokens=max_new_tokens, seed=seed)
 
@@ -39,7 +39,7 @@ class PromptTable:
         return len(self._prompts)
 
     def requests(self, draws: Sequence[Draw]) -> list[SampleRequest]:
-        """``samples_per_prompt`` requests per draw, in draw order, seeded by (run, draw, sample)."""
+        """Return ``samples_per_prompt`` requests per draw, in draw order, seeded by (run, draw, sample)."""
         return [
             SampleRequest(
                 prompt_tokens=prompt_tokens,
@@ -52,7 +52,7 @@ class PromptTable:
         ]
 
     def groups(self, draws: Sequence[Draw], completions: Sequence[Completion]) -> list[pa.RecordBatch]:
-        """One validated batch per draw from the answers to :meth:`requests`.
+        """Build one validated batch per draw from the responses to :meth:`requests`.
 
         Raises: ValueError when there are not ``samples_per_prompt`` completions per draw.
         """
@@ -85,11 +85,11 @@ class PromptTable:
 
 
 _NAME_IN_SEED: Mapping[Table, str] = {"student_text": "student", "teacher_text": "text", "heldout": "heldout"}
-"""Part of every seed, so these names never change: with others, no committed result could be repeated."""
+"""Part of every seed. These names never change, because committed results could not be repeated with others."""
 
 
 def sample_seed(run_seed: int, draw: Draw, sample: int) -> int:
-    """The seed of one response: the same on every machine, in the 31 bits that engines accept."""
+    """Return the seed of one response: the same on every machine, in the 31 bits that engines accept."""
     name = f"{run_seed}/{_NAME_IN_SEED[draw.table]}-{draw.epoch}-{draw.number}/{sample}"
     return xxhash.xxh3_64_intdigest(name.encode()) & 0x7FFFFFFF
 
@@ -105,7 +105,7 @@ class TextCorpus:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """From the Parquet file of a corpus."""
+        """Read the Parquet file of a corpus."""
         return cls(read_table(path))
 
     @property
@@ -113,11 +113,11 @@ class TextCorpus:
         return self._rows.num_rows
 
     def rows(self, draws: Sequence[Draw]) -> list[pa.RecordBatch]:
-        """One batch of one row per draw: a group of its own, so its sample number is 0."""
+        """Return one batch of one row per draw. Each row is a group, so its sample number is 0."""
         return [self._row(draw) for draw in draws]
 
     def _row(self, draw: Draw) -> pa.RecordBatch:
-        row = self._rows.take(pa.array([draw.index]))  # a copy: a slice would drag the corpus along
+        row = self._rows.take(pa.array([draw.index]))  # a copy: a slice would keep the whole corpus
         filled = {
             "trajectory_id": pa.array([f"{draw.draw_id}/0"]),
             "draw_id": pa.array([draw.draw_id]),
@@ -129,9 +129,9 @@ class TextCorpus:
 
 
 def reference_corpus(table: pa.Table) -> list[Trajectory]:
-    """The references of the training rows of a prompt table as trajectory rows, in table order.
+    """Return the references of a prompt table's training rows as trajectory rows, in table order.
 
-    Raises: ConfigError when there is none.
+    Raises: ConfigError when no training row has a reference.
     """
     rows = [
         Trajectory(
@@ -150,14 +150,14 @@ def reference_corpus(table: pa.Table) -> list[Trajectory]:
         raise ConfigError(
             "data.path",
             NO_VALUE,
-            "have references for this recipe or for sft.enabled=true, has none",
-            "add completions, or choose recipe.teacher_text=sampled and sft.enabled=false",
+            "have references, which this recipe or sft.enabled=true needs",
+            "add completions, or set recipe.teacher_text=sampled and sft.enabled=false",
         )
     return rows
 
 
 def corpus_table(rows: Sequence[Trajectory]) -> pa.Table:
-    """Trajectory rows as the table that :class:`TextCorpus` reads."""
+    """Build the table that :class:`TextCorpus` reads from trajectory rows."""
     return pa.Table.from_batches([trajectory_batch(rows)])
 
 
@@ -180,11 +180,11 @@ def _validate_corpus(batch: pa.RecordBatch) -> None:
 
 
 def write_table(table: pa.Table, path: str | Path) -> None:
-    """Write Parquet so that ``path`` is always absent, the old file, or the whole new one."""
+    """Write a Parquet file atomically."""
     with replacing_file(Path(path)) as temporary:
         pq.write_table(table, temporary, use_compliant_nested_type=False)  # lists read back as written
 
 
 def read_table(path: str | Path) -> pa.Table:
-    """A table that :func:`write_table` wrote, schema metadata included."""
+    """Read a table that :func:`write_table` wrote, including its schema metadata."""
     return pq.read_table(path)

@@ -1,7 +1,8 @@
-"""The data order: which row a draw falls on, and which draws an update uses.
+"""The data order: which row a draw selects, and which draws an update uses.
 
-Both are pure functions of the seed and a number, so the cursor of the data is one integer
-and a resumed run needs nothing but that integer. Called by the replay index.
+Both are pure functions of the settings, the seed and a number, so the position in the data is one
+integer and a resumed run needs only that integer (and the shares, if they were changed). Called by
+the replay index.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from distill.interfaces import Draw, Table
 
 
 class Purpose(IntEnum):
-    """What a random number is for: tells the generators of one seed apart."""
+    """What a random number is for: distinguishes the generators of one seed."""
 
     STUDENT_ORDER = 0
     TEACHER_ORDER = 1
@@ -27,8 +28,8 @@ class Purpose(IntEnum):
 
 
 def seeded_generator(seed: int, purpose: Purpose, number: int) -> np.random.Generator:
-    """The generator of (seed, purpose, number)."""
-    # SeedSequence takes no negative numbers; a user's seed may be one.
+    """Return the generator of (seed, purpose, number)."""
+    # SeedSequence rejects negative numbers, but a user's seed can be negative.
     return np.random.default_rng([seed % 2**64, purpose, number])
 
 
@@ -38,7 +39,7 @@ class DrawOrder:
     def __init__(self, table: Table, num_rows: int, seed: int) -> None:
         if num_rows < 1:
             raise ConfigError(
-                f"rows of the {table} table", num_rows, "be >= 1", "the data set has no row left to draw"
+                f"rows of the {table} table", num_rows, "be >= 1", "use a data set with more rows"
             )
         self.table: Table = table
         self.num_rows = num_rows
@@ -46,13 +47,13 @@ class DrawOrder:
         self._permutations: dict[int, np.ndarray] = {}
 
     def draw(self, number: int) -> Draw:
-        """Draw ``number`` of the table, counted from 0."""
+        """Return draw ``number`` of the table, counted from 0."""
         epoch, place = divmod(number, self.num_rows)
         return Draw(table=self.table, number=number, epoch=epoch, index=int(self._permutation(epoch)[place]))
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
-            # Draws move forward; two epochs are enough for the ones around a boundary.
+            # Draws move forward, so two epochs are enough around a boundary.
             while len(self._permutations) >= 2:
                 del self._permutations[next(iter(self._permutations))]
             purpose = Purpose.STUDENT_ORDER if self.table == "student_text" else Purpose.TEACHER_ORDER
@@ -63,24 +64,24 @@ class DrawOrder:
 
 @dataclass(kw_only=True)
 class BatchPlan:
-    """How many student groups and text rows each update uses."""
+    """How many student groups and teacher rows each update uses."""
 
     shares: list[tuple[int, float]]
-    """From which update on which probability that an update uses student groups; 0 and 1 are certain."""
+    """Entries (first update, share): from that update on, the probability that an update uses student groups."""
     may_use_student: bool
-    """Whether there is, or may come to be, an update with student groups."""
+    """Whether some update uses student groups, or can after a later :meth:`set_share`."""
     both_texts: bool
-    """Whether an update with student groups uses text as well."""
+    """Whether an update with student groups uses teacher rows as well."""
     prompts_per_update: int
     teacher_rows_per_update: int
-    """0 without off-policy text."""
+    """0 for a recipe without teacher text."""
     seed: int
     _student_updates: list[int] = field(default_factory=lambda: [0], init=False, repr=False)
-    """Entry u: updates before u that use student groups. Grows as it is asked for."""
+    """Entry u: the number of updates before u that use student groups. Computed on demand."""
 
     @staticmethod
     def of(config: RunConfig) -> BatchPlan:
-        """The plan of a recipe whose configuration is valid."""
+        """Return the plan of a valid configuration."""
         recipe, learner = config.recipe, config.learner
         shares = {"none": 0.0, "every_update": 1.0, "mixed": recipe.student_fraction}
         share = shares[recipe.student_text]
@@ -94,29 +95,29 @@ class BatchPlan:
         )
 
     def student_groups(self, update: int) -> int:
-        """Student groups that ``update`` uses."""
+        """Return the number of student groups that ``update`` uses."""
         return self.student_through(update + 1) - self.student_through(update)
 
     def teacher_rows(self, update: int) -> int:
-        """Corpus rows that ``update`` uses."""
+        """Return the number of teacher rows that ``update`` uses."""
         return self.teacher_through(update + 1) - self.teacher_through(update)
 
     def student_through(self, updates: int) -> int:
-        """Student groups that the first ``updates`` updates use."""
+        """Return the number of student groups that the first ``updates`` updates use."""
         return self._student_updates_before(updates) * self.prompts_per_update
 
     def teacher_through(self, updates: int) -> int:
-        """Corpus rows that the first ``updates`` updates use."""
-        with_text = updates if self.both_texts else updates - self._student_updates_before(updates)
-        return with_text * self.teacher_rows_per_update
+        """Return the number of teacher rows that the first ``updates`` updates use."""
+        teacher_updates = updates if self.both_texts else updates - self._student_updates_before(updates)
+        return teacher_updates * self.teacher_rows_per_update
 
     def set_share(self, from_update: int, share: float) -> None:
-        """Another share from this update on; nothing of it or a later one may be in flight."""
+        """Change the share from this update on. No draw of it or a later update may be in flight."""
         self.shares = [entry for entry in self.shares if entry[0] < from_update] + [(from_update, share)]
         del self._student_updates[from_update + 1 :]
 
     def load_shares(self, shares: list[tuple[int, float]]) -> None:
-        """Those of a checkpoint."""
+        """Restore the shares of a checkpoint."""
         self.shares = shares
         del self._student_updates[1:]
 

@@ -1,8 +1,8 @@
 """The replay index: the ledger of draws and the groups of each update, without rows, files or clock.
 
-Every method returns at once; "nothing now" is an empty answer. :mod:`distill.replay.service`
-turns those into waits. The tables hold the draws, the index holds what is between them:
-leases, acknowledgements, commits, versions, and the state that a checkpoint carries.
+Every method returns at once, with an empty result when there is nothing to return now;
+:mod:`distill.replay.service` turns empty results into waits. The two tables contain the draws. The
+index connects them: leases, acknowledgements, commits, versions, and the state for a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from distill.replay.teacher_table import TeacherTable
 
 
 class ReplayIndex:
-    """Draws go drawn -> dispatched -> generated -> scored -> leased -> trained.
+    """Draws pass through drawn -> dispatched -> generated -> scored -> leased -> trained.
 
-    Three counters say how far a run is: ``updates_committed`` (in a durable checkpoint) <=
-    ``updates_acknowledged`` (applied) <= ``next_update`` (leased). ``updates_done`` is the
-    update of the weights that the engines hold; it opens admission (see RateLimiter). Student
-    draws wait for the first ``advance``: until then the engines hold nobody knows which weights.
+    Three counters describe the progress of a run: ``updates_committed`` (in a durable checkpoint) <=
+    ``updates_acknowledged`` (applied) <= ``next_update`` (leased). ``updates_done`` is the number of
+    updates in the engines' weights; it bounds admission (see RateLimiter). Student draws wait for the
+    first ``advance``, because until then the engines' weights are in an unknown state.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ReplayIndex:
         self._plan = plan
         self._limiter = RateLimiter(replay, plan, num_updates)
         self._student_order = student_order
-        self._text_order = teacher_order
+        self._teacher_order = teacher_order
         self.num_updates = num_updates
         self._start(0, TrainedDraws(), VersionHistory())
 
@@ -59,7 +59,7 @@ class ReplayIndex:
             self._replay, self._plan, self._limiter, self._student_order, self._segments, trained, versions
         )
         self._teacher = TeacherTable(
-            self._plan, self._text_order, self._cache, self._replay.lock_step, updates_done
+            self._plan, self._teacher_order, self._cache, self._replay.lock_step, updates_done
         )
         self._teacher.admit_through(self._limiter.teacher_updates(updates_done))
 
@@ -75,36 +75,39 @@ class ReplayIndex:
     # Rollout actors
 
     def admit(self, max_draws: int) -> list[Draw]:
-        """Prompts to roll out next; in lock-step all of the update's, whatever ``max_draws``."""
+        """Return the prompts to roll out next; in lock-step all of the update's, regardless of ``max_draws``."""
         if not self._open or self.finished:
             return []
         return self._student.admit(max_draws, self.updates_done, self.next_update)
 
     def insert(self, groups: Sequence[GroupRef]) -> None:
-        """Rolled-out groups, all or none.
+        """Add rolled-out groups, all or none.
 
-        Raises: ReplayError for a draw that is unknown, already here, or given to another actor.
+        Raises: ReplayError for a draw that is unknown, already inserted, or no longer dispatched.
         """
         self._student.insert(groups)
         self._cache.evict()
 
     def requeue(self, draw_ids: Iterable[str], stage: Stage | None = None) -> int:
-        """Give back the draws that a dead actor held; returns how many it still did.
+        """Give back the draws of a dead actor; returns how many of them it still had.
 
-        ``stage``: what the actor did. Say it when its list may hold draws that it had
-        finished: those may be with a live actor of the other kind by now.
+        ``stage``: the actor's work. Pass it when ``draw_ids`` can include draws that the actor had
+        finished, because a live actor of the other kind can have those by now.
         """
         tables = {"student_text": self._student, "teacher_text": self._teacher}
-        held = 0
+        num_returned = 0
         for draw_id in draw_ids:
             table, _, rest = draw_id.partition("-")
-            held += tables[table].requeue(draw_id, int(rest.partition("-")[2]), stage)
-        return held
+            num_returned += tables[table].requeue(draw_id, int(rest.partition("-")[2]), stage)
+        return num_returned
 
     # Teacher actors
 
     def take_for_scoring(self, max_groups: int) -> ScoringJob:
-        """Student groups first, since they age, then text; in lock-step one update's of one kind."""
+        """Return student groups first, because they age, then teacher draws.
+
+        In lock-step a job is of one update and one kind.
+        """
         if self._replay.lock_step:
             groups = self._student.take_for_scoring(max_groups)
             draws = [] if groups else self._teacher.take_for_scoring(max_groups)
@@ -114,9 +117,9 @@ class ReplayIndex:
         return ScoringJob(groups=tuple(groups), teacher_draws=tuple(draws))
 
     def insert_scored(self, groups: Sequence[GroupRef]) -> None:
-        """Groups with their payload, all or none.
+        """Add groups with their payload, all or none.
 
-        Raises: ReplayError as :meth:`insert`.
+        Raises: ReplayError for a draw that no teacher actor was scoring.
         """
         rows = [group for group in groups if group.draw.table == "teacher_text"]
         self._teacher.check_expected(rows)
@@ -127,10 +130,10 @@ class ReplayIndex:
     # Learner
 
     def lease(self, update: int) -> Lease | None:
-        """The groups of ``update``: student groups by draw number, then text. None while some lack.
+        """Return the groups of ``update``: student groups by draw number, then teacher rows.
 
-        The same update gives the same groups until it is committed. Asking for one that was
-        acknowledged means that the learner went back to its checkpoint.
+        Returns None while some are missing. An update has the same lease until it is
+        committed. A call for an acknowledged update means that the learner went back to its checkpoint.
 
         Raises: ReplayError when updates are leased out of order.
         """
@@ -140,8 +143,8 @@ class ReplayIndex:
             raise ReplayError(
                 "update",
                 update,
-                f"lie in [{self.updates_committed}, {self.next_update}]: updates below are committed, "
-                "updates above come after one that is not leased",
+                f"be in [{self.updates_committed}, {self.next_update}]: earlier updates are committed, "
+                "later ones follow an update that is not leased",
                 "resume from the newest checkpoint",
             )
         if update == self.next_update:
@@ -151,22 +154,22 @@ class ReplayIndex:
         return self._leases[update]
 
     def _new_lease(self, update: int) -> Lease | None:
-        text = self._teacher.select(update)
-        students = self._student.select(update, self.updates_done)
-        if text is None or students is None:
+        teacher_rows = self._teacher.select(update)
+        student_groups = self._student.select(update, self.updates_done)
+        if teacher_rows is None or student_groups is None:
             return None
-        for item in [*students, *text]:
+        for item in [*student_groups, *teacher_rows]:
             item.lease(update)
-        self._num_sampled += len(students)
+        self._num_sampled += len(student_groups)
         self._leases[update] = Lease(
             update=update,
-            groups=tuple(item.stored for item in [*students, *text]),
-            policy_ages=tuple(self._student.age(item, update) for item in students),
+            groups=tuple(item.stored for item in [*student_groups, *teacher_rows]),
+            policy_ages=tuple(self._student.age(item, update) for item in student_groups),
         )
         return self._leases[update]
 
     def acknowledge(self, update: int) -> None:
-        """The update was applied; provisional until ``commit``."""
+        """Record that the update was applied, provisionally until ``commit``."""
         if update < self.updates_acknowledged:
             return
         if update != self.updates_acknowledged or update not in self._leases:
@@ -180,15 +183,15 @@ class ReplayIndex:
         self._mark_leased_items()
 
     def advance(self, updates_done: int, policy_version: int) -> None:
-        """Every engine holds ``policy_version``, the weights after ``updates_done`` updates.
+        """Record that every engine has ``policy_version``, the weights after ``updates_done`` updates.
 
-        Fewer updates than before mean that the learner went back to its checkpoint.
+        If ``updates_done`` falls, the learner went back to its checkpoint.
         """
         if not self.updates_committed <= updates_done <= self.next_update:
             raise ReplayError(
                 "updates_done",
                 updates_done,
-                f"lie in [{self.updates_committed}, {self.next_update}]: no other updates are committed or leased",
+                f"be in [{self.updates_committed}, {self.next_update}]: no other updates are committed or leased",
                 "resume from the newest checkpoint",
             )
         self._student.versions.record(policy_version, updates_done)
@@ -200,15 +203,15 @@ class ReplayIndex:
         self._teacher.admit_through(self._limiter.teacher_updates(updates_done))
 
     def set_student_share(self, share: float) -> None:
-        """Of the updates to come, from the first one on of which no draw is admitted yet.
+        """Change the share from the first update on that has no admitted draw.
 
-        Text is admitted furthest (see RateLimiter). The share is absolute, so a learner that went
-        back to its checkpoint may say it again.
+        Teacher draws are admitted furthest ahead (see RateLimiter). The share is absolute, so a
+        learner that went back to its checkpoint can set it again.
         """
         self._plan.set_share(self._teacher.updates_admitted, share)
 
     def _rewind(self, update: int) -> None:
-        """Acknowledgements from ``update`` on are void: those updates are done again."""
+        """Void the acknowledgements from ``update`` on, because those updates are repeated."""
         self.updates_acknowledged = min(self.updates_acknowledged, update)
         self.updates_done = min(self.updates_done, update)
         self._student.rewind()
@@ -226,7 +229,10 @@ class ReplayIndex:
     # Checkpoints
 
     def commit(self, updates_done: int) -> None:
-        """The checkpoint with ``updates_done`` updates is durable: their draws are final, their bytes free."""
+        """Record that the checkpoint with ``updates_done`` updates is durable.
+
+        The draws of those updates are final, and groups that are used up are removed.
+        """
         if updates_done > self.updates_acknowledged:
             raise ReplayError(
                 "updates_done",
@@ -243,7 +249,7 @@ class ReplayIndex:
         self._cache.evict()
 
     def _student_numbers(self, updates_done: int) -> list[int]:
-        """Student draws of the leases below ``updates_done``."""
+        """Return the student draws that the first ``updates_done`` updates lease."""
         leases = [lease for update, lease in self._leases.items() if update < updates_done]
         return [
             group.draw.number
@@ -253,9 +259,9 @@ class ReplayIndex:
         ]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint of the updates acknowledged so far holds, as JSON.
+        """Return the state for a checkpoint of the updates acknowledged so far, as JSON.
 
-        Text needs no entry: which of its draws are trained follows from ``updates_done``.
+        Teacher draws need no entry: ``updates_done`` determines which of them are trained.
         """
         numbers = self._student_numbers(self.updates_acknowledged)
         return {
@@ -267,11 +273,11 @@ class ReplayIndex:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Every draw that is not trained in it is issued again, in order.
+        """Continue from a checkpoint. Every draw that is not trained in it is issued again, in order.
 
-        Locations are forgotten, so stores that are still open must be opened anew.
+        The index forgets all locations, so stores that are open must be opened anew.
 
-        Raises: ReplayError when the state is of another plan.
+        Raises: ReplayError when the state belongs to a different plan.
         """
         updates_done = int(state["updates_done"])
         trained = TrainedDraws.from_json(state["student_trained"])
@@ -290,9 +296,10 @@ class ReplayIndex:
     # Observation
 
     def freed_segments(self, writer_prefix: str) -> dict[str, int]:
-        """Segments of a writer without a live group, each with its number of groups ever inserted.
+        """Return a writer's segments without a live group, each with its number of groups ever inserted.
 
-        A segment is told once, until another group of it is inserted; the store remembers.
+        The index announces a freed segment exactly once, unless another group of it is inserted
+        later; the store remembers the announcement.
         """
         return self._segments.take_freed(writer_prefix)
 

@@ -1,6 +1,6 @@
-"""The words of the replay index: draw states, an item, which draws are trained, which version is how old.
+"""The records of the replay index: draw states, live draws, trained draws and the age of versions.
 
-Values only. Called by the two tables and the index.
+Used by the two tables and the index.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from distill.errors import DistillError
 from distill.interfaces import Draw, GroupRef
 
 Stage = Literal["rollout", "scoring"]
-"""Where a draw that is given back was being worked on."""
+"""The work of the actor that gives a draw back."""
 
 
 class ReplayError(DistillError, RuntimeError):
-    """A call that breaks the ledger or a setting that starves it: name, rule, value, remedy."""
+    """A call that contradicts the ledger, or a setting under which the index cannot work."""
 
 
 class DrawState(IntEnum):
-    """How far a draw is, in order."""
+    """The progress of a draw, in ascending order."""
 
     DRAWN = 0
-    """In the order, with nobody."""
+    """In the data order, and with no actor."""
     DISPATCHED = 1
-    """With a rollout actor (student) or a teacher actor (text)."""
+    """With a rollout actor (student draws) or a teacher actor (teacher draws)."""
     GENERATED = 2
     """Rolled out and stored, not scored. Student draws only."""
     SCORED = 3
@@ -41,16 +41,16 @@ class DrawState(IntEnum):
 
 @dataclass(kw_only=True)
 class Item:
-    """A live draw: what the index knows of it."""
+    """A live draw and its progress."""
 
     draw: Draw
     state: DrawState
     ref: GroupRef | None = None
     in_scoring: bool = False
-    """A teacher actor has it."""
+    """Whether a teacher actor is scoring the group of a student draw."""
     times_sampled: int = 0
     last_update: int = -1
-    """Newest update that leased it; of a text draw, the only one."""
+    """The newest update that leased it. A teacher draw has only one, known from its admission on."""
 
     @property
     def stored(self) -> GroupRef:
@@ -64,7 +64,7 @@ class Item:
 
 
 class TrainedDraws:
-    """A set of draw numbers that is nearly 0..n-1: the n, and the few beyond it."""
+    """A set of draw numbers that is nearly 0..n-1, stored as n and the few numbers beyond it."""
 
     def __init__(self, prefix: int = 0, extra: Iterable[int] = ()) -> None:
         self.prefix = prefix
@@ -85,7 +85,7 @@ class TrainedDraws:
             self.prefix += 1
 
     def with_numbers(self, numbers: Iterable[int]) -> TrainedDraws:
-        """A copy with these added."""
+        """Return a copy with these numbers added."""
         copy = TrainedDraws(self.prefix, self.extra)
         for number in numbers:
             copy.add(number)
@@ -100,10 +100,10 @@ class TrainedDraws:
 
 
 class VersionHistory:
-    """Which update each policy version was made at.
+    """The number of updates in each policy version.
 
-    A version that is not known (its push failed, or is live in one engine but not yet in
-    all) counts as the newest known one below it: never younger than it is.
+    An unknown version (its push failed, or is live in one engine but not yet in all) counts as
+    the newest known version below it, so that its age is never underestimated.
     """
 
     def __init__(self, known: Iterable[tuple[int, int]] = ((0, 0),)) -> None:
@@ -117,7 +117,7 @@ class VersionHistory:
         return self._versions[-1]
 
     def record(self, version: int, updates_done: int) -> None:
-        """``version`` holds the weights after ``updates_done`` updates.
+        """Record that ``version`` consists of the weights after ``updates_done`` updates.
 
         Raises: ReplayError when a version is used again for other weights.
         """
@@ -127,19 +127,19 @@ class VersionHistory:
             raise ReplayError(
                 "policy_version",
                 version,
-                f"be above the newest one ({self.newest}): a version is never used for two sets of weights",
+                f"be above the newest one ({self.newest}), because a version never names two sets of weights",
                 "persist the counter before each push",
             )
         self._versions.append(version)
         self._updates.append(updates_done)
 
     def made_at(self, version: int) -> int:
-        """Updates done when ``version`` was made."""
+        """Return the number of updates done when ``version`` was made."""
         place = bisect_right(self._versions, version)
         return self._updates[place - 1] if place else 0
 
     def forget_before(self, updates: int) -> None:
-        """Drop versions that are older than ``updates``, but the newest of those (a floor for the rest)."""
+        """Drop the versions up to ``updates``, except the newest, as which unknown later versions count."""
         while len(self._updates) > 1 and self._updates[1] <= updates:
             del self._updates[0], self._versions[0]
 

@@ -1,6 +1,6 @@
-"""Bytes of live groups per segment, and the corpus payload that is kept while there is room.
+"""The bytes of live groups per segment, and the cache of scored teacher rows.
 
-Called by the two tables. Knows locations, never files.
+Used by the two tables. It handles locations and opens no files.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from distill.interfaces import GroupRef
 
 
 class SegmentLedger:
-    """Which segments still hold a live group, and how many bytes are live.
+    """Which segments contain a live group, and how many bytes are live.
 
-    A writer may delete a segment only when every group that it wrote there was inserted
-    and has died since: a group that is written but not yet inserted is not known here. So a
-    freed segment is reported with the number of groups that were ever inserted from it.
+    A writer may delete a segment only when every group that it wrote there was inserted and is
+    dead. The ledger does not know groups that are written but not yet inserted, so it reports a
+    freed segment with the number of groups that were ever inserted from it.
     """
 
     def __init__(self) -> None:
@@ -40,22 +40,22 @@ class SegmentLedger:
             self._freed.add(segment)
 
     def replace(self, old: GroupRef, new: GroupRef) -> None:
-        """A group moved. Where nothing is scored, it is the same place and nothing changes."""
+        """Move a group. Without a teacher payload a group keeps its location, and nothing changes."""
         if old.location != new.location:
             self.remove(old)
             self.add(new)
 
     def take_freed(self, writer_prefix: str) -> dict[str, int]:
-        """Segments of a writer that have become free since the last call, with the groups seen of each."""
+        """Return a writer's segments freed since the last call, each with its number of groups ever inserted."""
         names = sorted(name for name in self._freed if name.rpartition("-")[0] == writer_prefix)
         self._freed.difference_update(names)
         return {name: self._seen[name] for name in names}
 
 
 class PayloadCache:
-    """Scored corpus rows by corpus index; least recently used ones go when the buffer is full.
+    """Scored teacher rows by corpus index; the least recently used are evicted when the buffer is full.
 
-    A row that a draw of the current window waits for or uses is pinned and never goes.
+    A row that an admitted draw waits for or uses is pinned and never evicted.
     """
 
     def __init__(self, segments: SegmentLedger, max_bytes: int) -> None:
@@ -70,7 +70,7 @@ class PayloadCache:
         return len(self._rows)
 
     def pin(self, index: int) -> GroupRef | None:
-        """A draw of the window fell on ``index``: its row, if it is here."""
+        """Pin ``index`` for an admitted draw; returns its row if it is cached."""
         self._pins[index] += 1
         row = self._rows.get(index)
         if row is not None:
@@ -84,12 +84,12 @@ class PayloadCache:
             del self._pins[index]
 
     def put(self, index: int, row: GroupRef) -> None:
-        """A row was scored. It is asked for only while it is not here, so it never comes twice."""
+        """Add a scored row. Only missing rows are scored, so no row is added twice."""
         self._segments.add(row)
         self._rows[index] = row
 
     def evict(self) -> None:
-        """Drop rows, the least recently used first, until the buffer fits or all are pinned."""
+        """Evict rows, the least recently used first, until the buffer fits or the rest is pinned."""
         if self._segments.live_bytes <= self._max_bytes:
             return
         for index in [index for index in self._rows if index not in self._pins]:

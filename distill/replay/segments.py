@@ -1,8 +1,8 @@
 """The segment store: groups as Arrow messages in append-only files that readers map.
 
 A file belongs to one writer, so there are no locks. It starts in shared memory and moves to
-the spill folder when the node is over its bound. A message is written before its group is
-announced, and a file outlives its writer: zero-copy, spill and restart are one mechanism.
+the spill folder when the node exceeds its bound. A message is written before its group is
+announced, and a file outlives its writer, so one mechanism serves zero-copy reads, spilling and restarts.
 
     memory_dir/<writer_id>-<k>.arrow:  schema message | pad | record batch | pad | record batch ...
 """
@@ -24,23 +24,23 @@ from distill.interfaces import Draw, GroupRef, Location, SegmentMissing
 from distill.schema import oldest_version
 
 ALIGNMENT = 64
-"""Each message starts at a multiple: Arrow copies buffers that are not aligned."""
+"""Each message starts at a multiple of this, because Arrow copies buffers that are not aligned."""
 
 MAX_OPEN_MAPS = 64
-"""A map keeps its file's memory alive, even when the file has moved to disk or is deleted."""
+"""Bounded because a map keeps its file's memory alive after the file has moved to disk or was deleted."""
 
 FOLDER_PREFIX = "distill-"
-"""A run's folder in shared memory is this and the run id; segments lie somewhere below."""
+"""A run's folder in shared memory has this prefix and the run id as its name; its segments are below it."""
 
 
 class RemoteSegment(DistillError, NotImplementedError):
-    """A group on another node: fetching it is not there yet."""
+    """A group on another node, which cannot be fetched yet."""
 
 
 def sweep(root: Path, alive: Callable[[str], bool], prefix: str = FOLDER_PREFIX) -> list[Path]:
     """Remove the folders of runs that are not ``alive(run_id)``; returns them.
 
-    Touches only folders of this user with the prefix, and follows no link.
+    It touches only this user's folders with the prefix and follows no links.
     """
     removed: list[Path] = []
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
@@ -55,7 +55,7 @@ def sweep(root: Path, alive: Callable[[str], bool], prefix: str = FOLDER_PREFIX)
 
 @dataclass
 class _OpenSegment:
-    """The file that is being appended to."""
+    """The file to which the writer appends."""
 
     name: str
     descriptor: int
@@ -63,7 +63,7 @@ class _OpenSegment:
     size: int = 0
 
     def write(self, message: pa.Buffer) -> int:
-        """Append a message at the next aligned offset, all of it or nothing; returns the offset."""
+        """Append a message at the next aligned offset, completely or not at all; returns the offset."""
         offset = -(-self.size // ALIGNMENT) * ALIGNMENT
         view = memoryview(message)
         done = 0
@@ -79,7 +79,7 @@ class _OpenSegment:
 
 @dataclass(frozen=True)
 class _Map:
-    """A file as one buffer; slices of it keep the mapping alive."""
+    """A file as one buffer, whose slices keep the mapping alive."""
 
     path: Path
     buffer: pa.Buffer
@@ -87,10 +87,10 @@ class _Map:
 
 
 class SegmentStore:
-    """Segment files of this writer, and reading of every writer's on this node.
+    """Writes the segment files of one writer and reads those of every writer on this node.
 
-    ``memory_bytes`` bounds the files of all writers in ``memory_dir``; each writer moves its
-    own when the sum is above. One thread appends; any may read.
+    ``memory_bytes`` bounds the files of all writers in ``memory_dir``; each writer moves its own
+    files when the sum exceeds it. Only one thread may append; any thread may read.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class SegmentStore:
         self._node = node
         self._segment_bytes = segment_bytes
         self._memory_bytes = memory_bytes
-        # Rows hold users' prompts; /dev/shm is open to everybody on the machine.
+        # Rows contain users' prompts, and every user of the machine can list /dev/shm.
         self._memory_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._spill_dir.mkdir(parents=True, exist_ok=True)
         self._open: _OpenSegment | None = None
@@ -117,18 +117,18 @@ class SegmentStore:
         """Sealed segments in shared memory, oldest first."""
         self._appended: Counter[str] = Counter()
         self._gone: Counter[str] = Counter()
-        """Groups of a segment that the replay never heard of and that are done with."""
+        """Per segment: groups that were discarded without ever being announced to the replay index."""
         self._announced_dead: Counter[str] = Counter()
-        """Groups of a segment that the replay had, all dead."""
+        """Per segment: groups that the replay index had, all dead now."""
         self._maps: OrderedDict[str, _Map] = OrderedDict()
 
     def append(self, draw: Draw, batch: pa.RecordBatch) -> GroupRef:
-        """Write one group as one message. It survives the death of this process.
+        """Write one group as one message, which survives the death of this process.
 
-        Arrow writes only the values that the batch refers to, so a slice does not drag its
-        parent along.
+        Arrow writes only the values that the batch refers to, so a slice is written without the
+        rest of its parent.
 
-        Raises: OSError when the medium is full; nothing is written then.
+        Raises: OSError when the medium is full; then nothing is written.
         """
         message = batch.serialize()
         segment = self._segment_for(batch.schema, message.size)
@@ -155,7 +155,7 @@ class SegmentStore:
             raise RemoteSegment(
                 "location.node",
                 location.node,
-                f"be this node ({self._node}): segments are not fetched across nodes yet",
+                f"be this node ({self._node}), because segments cannot be fetched from other nodes yet",
                 "run all roles on one node",
             )
         segment = self._map(location.segment, location.offset + location.num_bytes)
@@ -163,16 +163,16 @@ class SegmentStore:
         return pa.ipc.read_record_batch(message, segment.schema)
 
     def discard(self, groups: Iterable[GroupRef]) -> None:
-        """Groups of this writer that were never announced to the replay (held-out text) are done with."""
+        """Give up groups of this writer that were never announced to the replay index (held-out text)."""
         for group in groups:
             self._gone[group.location.segment] += 1
         self._delete_dead()
 
     def release(self, segments: Mapping[str, int]) -> None:
-        """Delete this writer's segments whose groups are all gone.
+        """Delete this writer's segments whose groups are all dead.
 
-        ``segments``: name -> groups of it that the index has seen, all dead now. A group that
-        is written but not yet announced keeps its segment; so does the open segment.
+        ``segments``: name -> number of its groups that were ever inserted, all dead now. A segment
+        stays while it is open or contains a group that is not announced yet.
         """
         for name, num_dead in segments.items():
             if name in self._appended:
@@ -180,7 +180,7 @@ class SegmentStore:
         self._delete_dead()
 
     def close(self, delete: bool) -> None:
-        """Close the open file and all maps; ``delete``: and remove this writer's files."""
+        """Close the open file and all maps; with ``delete``, remove this writer's files as well."""
         self._seal()
         self._maps.clear()
         if delete:
@@ -204,7 +204,7 @@ class SegmentStore:
         return self._open
 
     def _first_number(self) -> int:
-        """After the files that a dead process of this writer id left."""
+        """Return the number after those of the files that a dead process with this writer id left."""
         stem = f"{self._writer_id}-"
         names = [entry.name for folder in (self._memory_dir, self._spill_dir) for entry in os.scandir(folder)]
         numbers = [name.removeprefix(stem).removesuffix(".arrow") for name in names if name.startswith(stem)]
@@ -218,11 +218,11 @@ class SegmentStore:
             self._delete_dead()
 
     def _spill(self) -> None:
-        """Move this writer's oldest sealed segments to disk while the node is over its bound."""
+        """Move this writer's oldest sealed segments to disk while the node exceeds its bound."""
         while self._in_memory and _folder_bytes(self._memory_dir) > self._memory_bytes:
             name = self._in_memory[0]
-            # In this order a reader always finds it in one of the two folders. The disk is not waited
-            # for: a spilled segment need not outlive the machine, only this process.
+            # In this order a reader always finds it in one of the two folders. Nothing waits for the
+            # disk, because a spilled segment must outlive this process but not the machine.
             with replacing_file(self._spill_dir / name, durable=False) as temporary:
                 shutil.copyfile(self._memory_dir / name, temporary)
             (self._memory_dir / name).unlink()
@@ -257,7 +257,7 @@ class SegmentStore:
         if known.buffer.size < end:
             raise SegmentMissing(
                 f"size of segment {name} in {known.path.parent}", f"{known.buffer.size} bytes",
-                f"be >= {end} bytes, where the group ends", "it was cut; resume from the newest checkpoint",
+                f"be >= {end} bytes, where the group ends; the file was cut", "resume from the newest checkpoint",
             )  # fmt: skip
         return known
 
@@ -277,13 +277,13 @@ class SegmentStore:
         raise SegmentMissing(
             f"segment {name}",
             NO_VALUE,
-            f"lie in {self._memory_dir} or {self._spill_dir}: its run was swept, or its groups were released",
+            f"be in {self._memory_dir} or {self._spill_dir}; its run was swept, or its groups were released",
             "resume from the newest checkpoint",
         )
 
 
 def _folder_bytes(folder: Path) -> int:
-    """Bytes of all files, of every writer; one that vanishes meanwhile counts nothing."""
+    """Return the bytes of all files of every writer; a file that vanishes meanwhile counts 0."""
     total = 0
     for entry in os.scandir(folder):
         try:

@@ -1,6 +1,6 @@
-"""The replay index behind long polls: every call waits until it has an answer.
+"""The replay index behind long polls: every call waits until it has a result.
 
-Called by the three loops, in one process or through the Ray actor that forwards to it.
+The three loops call it directly in one process, or through the Ray actor that forwards to it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Answer = TypeVar("Answer", list[Draw], ScoringJob, Lease | None)
 
 WAITS = {
     "rollout": "timing/rollout_blocked_s",  # by the rate limiter
-    "teacher": "timing/teacher_starved_s",  # of groups and text
+    "teacher": "timing/teacher_starved_s",  # of groups and teacher draws
     "learner": "timing/learner_starved_s",  # of scored groups
 }
 """Metric of the seconds that each kind of caller has waited, summed over its actors."""
 
 
 class ReplayService:
-    """Implements :class:`distill.interfaces.Replay`. An empty answer means: the run is over."""
+    """Implements :class:`distill.interfaces.Replay`. An empty result means that the run is over."""
 
     def __init__(self, index: ReplayIndex) -> None:
         self.index = index
@@ -68,13 +68,13 @@ class ReplayService:
         await self._change(lambda: self.index.set_student_share(share))
 
     async def commit(self, updates_done: int) -> None:
-        """The checkpoint with these updates is durable."""
+        """Record that the checkpoint with these updates is durable."""
         await self._change(lambda: self.index.commit(updates_done))
 
     # Driver
 
     async def requeue(self, draw_ids: Iterable[str], stage: Stage | None = None) -> int:
-        """Give back what a dead actor held; returns how many draws it still did."""
+        """Give back the draws of a dead actor; returns how many of them it still had."""
         return await self._change(lambda: self.index.requeue(draw_ids, stage))
 
     async def state(self) -> dict[str, Any]:
@@ -87,24 +87,24 @@ class ReplayService:
         return self.index.freed_segments(writer_prefix)
 
     async def stats(self) -> dict[str, float]:
-        """The index's numbers and the seconds waited, waits that still last included."""
+        """Return the index's numbers and the seconds waited, including waits that are not over."""
         waited = self._waited_s.copy()
         for kind, since in self._waiting_since.values():
             waited[kind] += time.monotonic() - since
         return self.index.stats() | {name: waited[kind] for kind, name in WAITS.items()}
 
     async def stop(self) -> None:
-        """End every wait, now and later, with an empty answer."""
+        """End every present and later wait with an empty result."""
         self._stopped = True
         await self._change(lambda: None)
 
     # Waits
 
     async def _wait_for(self, kind: str, poll: Callable[[], Answer], nothing: Answer) -> Answer:
-        """The first answer of ``poll`` that is not empty; ``nothing`` once the run is over.
+        """Return the first result of ``poll`` that is not empty, or ``nothing`` once the run is over.
 
-        The poll comes before the look at ``finished``: a learner that went back to its
-        checkpoint gets its last leases again.
+        It polls before it checks ``finished``, so that a learner that went back to its checkpoint
+        gets its last leases again.
         """
         call = object()
         self._waiting_since[call] = (kind, time.monotonic())

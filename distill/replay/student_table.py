@@ -1,6 +1,6 @@
 """Student draws: admitted under the rate limiter, used in draw order or re-used at random.
 
-The index composes it with the text table; times and files are unknown here.
+The index composes it with the teacher table. It uses neither clock nor files.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from distill.replay.payload_cache import SegmentLedger
 class StudentTable:
     """The live student draws by number.
 
-    With ``max_times_sampled`` 1, and in lock-step, an update uses the next draws in order:
-    whoever took what is ready would favour short responses. Otherwise it draws without
-    replacement from the groups that are young enough and not used up; a group that got too
-    old unused is rolled out again in the place of a new draw, so no draw is skipped.
+    With ``max_times_sampled`` 1, and in lock-step, an update uses the next draws in order, because
+    taking the groups that are ready first would favour short responses. Otherwise it samples without
+    replacement from the groups that are young enough and not used up. A group that became too old
+    before it was used is rolled out again instead of a new draw, so no draw is skipped.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class StudentTable:
         self._cursor = trained.prefix
         self._admitted = len(trained)
         self._again: list[int] = []
-        """Heap of draws given back by a dead actor: still the same insert for the limiter."""
+        """Heap of draws given back by a dead actor; the limiter does not count them again."""
         self._expired: list[int] = []
-        """Heap of draws whose group nobody used in time: a new insert for the limiter."""
+        """Heap of draws whose group was not used in time; the limiter counts them as new."""
         self._rewound_below = 0
-        """Draws below were in flight when the learner went back to a checkpoint."""
+        """Draws below this number can have been in flight when the learner went back to a checkpoint."""
 
     # Admission
 
     def admit(self, max_draws: int, updates_done: int, next_update: int) -> list[Draw]:
-        """Re-issued draws, then new ones, as far as the limiter allows."""
+        """Admit draws that were given back, then new ones, as far as the limiter allows."""
         self._expire(next_update)
         room = self._room(updates_done, next_update)
         if self._replay.lock_step:
@@ -77,7 +77,7 @@ class StudentTable:
         return max(0, room, self._shortfall(updates_done, next_update))
 
     def _shortfall(self, updates_done: int, next_update: int) -> int:
-        """Groups that the update at hand lacks although everything in flight is counted."""
+        """Return how many groups the next update would lack even if everything in flight arrived."""
         if self.in_order or updates_done != next_update or next_update >= self._limiter.num_updates:
             return 0
         supply = len(self._usable(next_update)) + self._num_pending()
@@ -103,14 +103,14 @@ class StudentTable:
     # Rollout and scoring
 
     def insert(self, groups: Sequence[GroupRef]) -> None:
-        """Rolled-out groups, all or none."""
+        """Add rolled-out groups, all or none."""
         for item, group in self._expected(groups, DrawState.DISPATCHED):
             item.state, item.ref = DrawState.GENERATED, group
             self._segments.add(group)
             self.num_inserted += 1
 
     def insert_scored(self, groups: Sequence[GroupRef]) -> None:
-        """Groups with their payload, all or none."""
+        """Add groups with their payload, all or none."""
         for item, group in self._expected(groups, DrawState.GENERATED):
             self._segments.replace(item.stored, group)
             item.state, item.ref, item.in_scoring = DrawState.SCORED, group, False
@@ -127,14 +127,14 @@ class StudentTable:
                 raise ReplayError(
                     f"draw {group.draw.draw_id}",
                     found,
-                    f"be {state.name.lower()}: its group came twice, or late from an actor that lost the draw",
+                    f"be {state.name.lower()}; its group arrived twice, or late from an actor that lost the draw",
                     "drop the group",
                 )
             if state == DrawState.GENERATED and not item.in_scoring:
                 raise ReplayError(
                     f"draw {group.draw.draw_id}",
                     NO_VALUE,
-                    "be with a teacher to be scored: its job was given back",
+                    "be with a teacher actor; its job was given back",
                     "drop the group",
                 )
             if group.oldest_version is None:
@@ -142,7 +142,7 @@ class StudentTable:
         return [(item, group) for item, group in pairs if item is not None]
 
     def take_for_scoring(self, max_groups: int) -> list[GroupRef]:
-        """Rolled-out groups in draw order; in lock-step only when the whole batch is there."""
+        """Return rolled-out groups in draw order; in lock-step only when the whole batch is rolled out."""
         waiting = sorted(
             number
             for number, item in self.items.items()
@@ -157,7 +157,7 @@ class StudentTable:
         return [item.stored for item in items]
 
     def requeue(self, draw_id: str, number: int, stage: Stage | None) -> bool:
-        """Give back what a dead actor held. False when the draw was past that stage."""
+        """Give back the draw of a dead actor. Returns False when the draw was past that stage."""
         item = self.items.get(number)
         if item is None or item.draw.draw_id != draw_id:
             return False
@@ -172,7 +172,7 @@ class StudentTable:
     # Sampling
 
     def select(self, update: int, updates_done: int) -> list[Item] | None:
-        """The groups of ``update``, in draw order; None while some are not there."""
+        """Return the groups of ``update`` in draw order; None while some are missing."""
         count = self._plan.student_groups(update)
         if count == 0:
             return []
@@ -200,12 +200,12 @@ class StudentTable:
         return None if stale else found
 
     def _min_size(self, ready: int, updates_done: int) -> int:
-        """What must be ready: never more than what is, is in flight, or may be admitted now."""
+        """Return how many groups must be ready: at most those ready, in flight, or admissible now."""
         room = max(0, self._limiter.student_draws(updates_done) - self._admitted)
         return self._limiter.min_size(ready + self._num_pending() + room)
 
     def age(self, item: Item, update: int) -> int:
-        """Updates between the weights that sampled the group's oldest token and ``update``."""
+        """Return the updates between the weights that sampled the group's oldest token and ``update``."""
         version = item.stored.oldest_version
         assert version is not None
         return max(0, update - self.versions.made_at(version))
@@ -222,7 +222,7 @@ class StudentTable:
     # Removal
 
     def _expire(self, update: int) -> None:
-        """Unused groups that are too old for ``update`` and all later ones are rolled out again."""
+        """Queue unused groups that are too old for ``update`` and all later ones to be rolled out again."""
         if self.in_order:
             return
         for item in list(self.items.values()):
@@ -232,16 +232,18 @@ class StudentTable:
                 self.num_expired += 1
 
     def _refuse_or_repeat(self, item: Item, update: int) -> None:
-        """In draw order a group is never too old by construction of the limiter, but for one case.
+        """Roll out a group again if the learner's return to a checkpoint made it too old; else raise.
 
-        A learner that went back to a checkpoint pushes its older weights into rollouts that
-        were in flight; those are rolled out again.
+        In draw order the limiter keeps every group young enough, with this exception: a learner that
+        went back to a checkpoint pushes its older weights into rollouts that are in flight.
+
+        Raises: ReplayError for any other group.
         """
         if item.draw.number >= self._rewound_below:
             raise ReplayError(
                 "age",
                 f"{self.age(item, update)} of draw {item.draw.draw_id} in update {update}",
-                f"be <= replay.max_policy_age ({self._replay.max_policy_age}), as the rate limiter ensures: a rollout "
+                f"be <= replay.max_policy_age ({self._replay.max_policy_age}), which the rate limiter ensures; a rollout "
                 "actor sampled with weights older than the newest announced",
                 "check the weight push",
             )
@@ -255,11 +257,11 @@ class StudentTable:
         heapq.heappush(queue, item.draw.number)
 
     def rewind(self) -> None:
-        """The learner went back: what is in flight may come from weights that are older than planned."""
+        """Record that the learner went back: groups in flight can be older than planned."""
         self._rewound_below = max([self._cursor, self._rewound_below])
 
     def commit(self, numbers: Iterable[int], updates_done: int, next_update: int) -> None:
-        """Draws of durable updates are trained for good; used-up groups are removed."""
+        """Mark the draws of durable updates as trained for good, and remove groups that are used up."""
         for number in numbers:
             self.trained.add(number)
         for number, item in list(self.items.items()):

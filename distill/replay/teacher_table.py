@@ -1,7 +1,7 @@
-"""Text draws: the corpus rows of each update, scored once and kept while there is room.
+"""Teacher draws: the corpus rows of each update, scored once and cached while there is room.
 
-The index composes it with the student table. Text does not age, so its draws are admitted
-by the update that uses them, and a lease takes exactly those.
+The index composes it with the student table. Teacher text does not age, so its draws are admitted
+update by update, and the lease of an update contains exactly its draws.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from distill.replay.payload_cache import PayloadCache
 
 
 class TeacherTable:
-    """The live text draws by number, and who waits for which corpus row."""
+    """The live teacher draws by number, and the draws that wait for each corpus row."""
 
     def __init__(
         self,
@@ -35,10 +35,10 @@ class TeacherTable:
         self._unscored: defaultdict[int, list[Item]] = defaultdict(list)
         """Corpus index -> draws without payload."""
         self.updates_admitted = first_update
-        """Updates below are trained, or their draws are here."""
+        """The draws of updates below this number are trained or live."""
 
     def admit_through(self, updates: int) -> None:
-        """Admit the draws of the first ``updates`` updates; what is in the cache is scored at once."""
+        """Admit the draws of the first ``updates`` updates; those of cached rows are scored at once."""
         while self.updates_admitted < updates:
             update = self.updates_admitted
             for number in range(self._plan.teacher_through(update), self._plan.teacher_through(update + 1)):
@@ -47,7 +47,7 @@ class TeacherTable:
 
     def _admit(self, number: int, update: int) -> None:
         if self._order is None:
-            raise ReplayError("teacher_order", None, "be a DrawOrder: the recipe uses off-policy text")
+            raise ReplayError("teacher_order", None, "be a DrawOrder: the recipe uses teacher text")
         item = Item(draw=self._order.draw(number), state=DrawState.DRAWN, last_update=update)
         self.items[number] = item
         row = self._cache.pin(item.draw.index)
@@ -57,7 +57,7 @@ class TeacherTable:
             item.state, item.ref = DrawState.SCORED, replace(row, draw=item.draw)
 
     def take_for_scoring(self, max_draws: int) -> list[Draw]:
-        """Draws whose corpus row nobody has scored or is scoring; in lock-step one update's, whole."""
+        """Return draws whose row is neither scored nor being scored; in lock-step all of one update."""
         items: list[Item] = []
         for waiting in self._unscored.values():
             if all(item.state == DrawState.DRAWN for item in waiting):
@@ -72,7 +72,7 @@ class TeacherTable:
         return [item.draw for item in items]
 
     def insert_scored(self, groups: Sequence[GroupRef]) -> None:
-        """Scored corpus rows; every draw that waits for one of them has it."""
+        """Add scored rows to the cache and to every draw that waits for them."""
         self.check_expected(groups)
         for group in groups:
             self._cache.put(group.draw.index, group)
@@ -80,7 +80,10 @@ class TeacherTable:
                 item.state, item.ref = DrawState.SCORED, replace(group, draw=item.draw)
 
     def check_expected(self, groups: Sequence[GroupRef]) -> None:
-        """Raises: ReplayError when a teacher was not asked for one of these rows, or hands it over twice."""
+        """Check that a teacher actor was scoring all of these rows.
+
+        Raises: ReplayError when one of them was not dispatched, or arrives twice.
+        """
         if len({group.draw.number for group in groups}) < len(groups):
             raise ReplayError("groups", [group.draw.draw_id for group in groups], "be of different draws")
         for group in groups:
@@ -90,12 +93,12 @@ class TeacherTable:
                 raise ReplayError(
                     f"draw {group.draw.draw_id}",
                     found,
-                    "be dispatched: its row came twice, or late from a teacher that lost the draw",
+                    "be dispatched; its row arrived twice, or late from a teacher that lost the draw",
                     "drop the row",
                 )
 
     def requeue(self, draw_id: str, number: int, stage: Stage | None) -> bool:
-        """Give back what a dead teacher held. False when it held no such draw."""
+        """Give back the draw of a dead teacher actor. Returns False when it did not have the draw."""
         item = self.items.get(number)
         if item is None or item.draw.draw_id != draw_id or stage == "rollout":
             return False
@@ -105,14 +108,14 @@ class TeacherTable:
         return True
 
     def select(self, update: int) -> list[Item] | None:
-        """The rows of ``update``, in draw order; None while some are not there."""
+        """Return the rows of ``update`` in draw order; None while some are missing."""
         numbers = range(self._plan.teacher_through(update), self._plan.teacher_through(update + 1))
         items = [self.items.get(number) for number in numbers]
         scored = [item for item in items if item is not None and item.state >= DrawState.SCORED]
         return scored if len(scored) == len(numbers) else None
 
     def commit(self, updates_done: int) -> None:
-        """Draws of durable updates are trained for good; their rows stay in the cache, unpinned."""
+        """Remove the draws of durable updates; their rows stay in the cache, unpinned."""
         for number, item in list(self.items.items()):
             if item.last_update < updates_done:
                 self._cache.unpin(item.draw.index)

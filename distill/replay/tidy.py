@@ -17,7 +17,7 @@ async def release_segments(
     writer_id: str,
     interval_s: float = 5.0,
 ) -> None:
-    """Ask the index every ``interval_s`` until cancelled. Runs beside a worker's loop.
+    """Query the index every ``interval_s`` seconds until cancelled. Runs alongside a worker's loop.
 
     ``freed``: :meth:`distill.replay.service.ReplayService.freed_segments`.
     """

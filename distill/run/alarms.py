@@ -1,7 +1,7 @@
-"""Signs in a run's numbers that it is not doing what it should, each said once.
+"""Alarms: signs in a run's numbers that training goes wrong, each raised once.
 
-Needs the metrics of an update and the evaluations during training, nothing else. Called by the
-learner's milestones; the driver shows what is raised, and the events keep it.
+They need only the metrics of the updates and the evaluations during training. The learner's
+milestones call them; the driver shows each alarm, and the event log keeps it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 from distill.evaluation import Evaluation, paired_difference
 
 WINDOW = 20
-"""Updates over which a mean is taken before anything is said: one batch is noise, and a plain
-critic starts at 0."""
+"""Number of updates that a mean covers before an alarm can be raised, because one batch is noise and
+a plain critic starts at 0."""
 WEAK = 0.6
-"""Tightness below which a critic is too weak to be believed."""
+"""Tightness below which a critic is too weak to be trusted."""
 SIGNIFICANT = 2.0
-"""Standard errors, paired by prompt, by which held-out TV must rise to have risen: the gap falls in every
-good run, and near the end TV moves by chance."""
+"""Number of standard errors, paired by prompt, that a rise of held-out TV must exceed: the gap falls in
+every good run, and near the end TV moves by chance."""
 DRIFT = 1.1
-"""TV in the last third of the student's answers over that in the first, above which text drifts."""
+"""Ratio of TV in the last third of the student's responses to TV in the first, above which they drift."""
 
 
 class Alarms:
@@ -28,17 +28,17 @@ class Alarms:
 
     def __init__(self) -> None:
         self.raised: dict[str, str] = {}
-        """What was said, by kind."""
+        """The message of every alarm raised so far, by kind."""
         self._rows: list[Mapping[str, float]] = []
         self._last: tuple[Evaluation, float | None] | None = None
-        """The last evaluation, and the critics' gap in the updates before it."""
+        """The last evaluation, and the gap of the critic on teacher text in the updates before it."""
 
     @classmethod
     def resume(
         cls, state: Mapping[str, Any], rows: Sequence[Mapping[str, float]], evaluation: Evaluation | None
     ) -> Alarms:
-        """As :meth:`state` was taken. ``rows``: the metrics of the updates until then, or of the last
-        ``WINDOW`` of them; ``evaluation``: the one that the state names."""
+        """Restore what :meth:`state` returned. ``rows``: the metrics of the updates until then, at least
+        of the last ``WINDOW``; ``evaluation``: the one that the state names."""
         alarms = cls()
         alarms.raised = dict(state["raised"])
         alarms._rows = list(rows[-WINDOW:])
@@ -46,36 +46,36 @@ class Alarms:
         return alarms
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON; ``evaluation`` is the label of the last one, or null."""
+        """Return the state for a checkpoint, as JSON; ``evaluation`` is the last one's label, or null."""
         evaluation, gap = self._last or (None, None)
         return {"raised": self.raised, "evaluation": evaluation and evaluation.label, "gap": gap}
 
     def after_update(self, row: Mapping[str, float]) -> list[str]:
-        """What is to be said after an update; ``row``: its metrics."""
+        """Return the alarms that an update raises; ``row``: its metrics."""
         self._rows = [*self._rows, row][-WINDOW:]
         if len(self._rows) < WINDOW:
             return []
-        said: list[str] = []
+        raised: list[str] = []
         for source in ("teacher_text", "student_text"):
             tightness = self._mean(f"critic/{source}.tightness")
             if tightness is not None and tightness < WEAK:
-                said += self._once(
+                raised += self._once(
                     f"weak_{source}",
                     f"critic/{source}.tightness is {tightness:.2f} over {WINDOW} updates and should be at least "
-                    f"{WEAK}: the critic is too weak to be believed; use critic.features=ratio, or raise "
+                    f"{WEAK}: the critic is too weak to be trusted; use critic.features=ratio, or raise "
                     "critic.rank, critic.learning_rate or recipe.anchor_weight",
                 )
         early, late = (self._mean(f"policy/student_text.tv_{part}") for part in ("early", "late"))
         if early is not None and late is not None and late > DRIFT * early > 0:
-            said += self._once(
+            raised += self._once(
                 "drift",
-                f"TV grows along the student's answers, {early:.3f} in the first third and {late:.3f} in the "
-                "last: its own text leads it astray; more weight on it (recipe.beta) may pay",
+                f"TV grows along the student's responses, from {early:.3f} in the first third to {late:.3f} in the "
+                "last: the student's own text leads it astray; raise recipe.beta to give that text more weight",
             )
-        return said
+        return raised
 
     def after_evaluation(self, evaluation: Evaluation) -> list[str]:
-        """What is to be said after an evaluation during training."""
+        """Return the alarms that an evaluation during training raises."""
         gap = self._mean("critic/teacher_text.d_mm")
         before, self._last = self._last, (evaluation, gap)
         if before is None or before[1] is None or gap is None or gap >= before[1]:
@@ -86,7 +86,7 @@ class Alarms:
             return self._once(
                 "gamed",
                 f"held-out TV rose from {tv - rise.value:.3f} to {tv:.3f} while the critic's gap fell from "
-                f"{before[1]:.3f} to {gap:.3f}: the critic is gamed; raise recipe.anchor_weight or critic.rank, "
+                f"{before[1]:.3f} to {gap:.3f}: the student games the critic; raise recipe.anchor_weight or critic.rank, "
                 "or lower learner.learning_rate",
             )
         return []

@@ -1,9 +1,8 @@
-"""The folder of one run: its paths, its identity, and who may write in it.
+"""The folder of one run: its paths, its identity, and the lock that makes the driver its holder.
 
-Used by the driver (which holds it), and by ``report`` and studies (which only
-read paths). A run exists once ``run.json`` does; everything here is replaced whole
-(temporary file, fsync, rename), so a reader never meets half a file and a crash never leaves
-one.
+The driver holds the folder; the actors, ``report`` and studies use its paths. A run exists once
+``run.json`` does. All files written here are replaced atomically (:mod:`distill.files`), so neither
+a reader nor a crash can see half a file.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ _IN_SUMMARY = ("updates", "recipe", "before", "after", "timing_s", "peak_pss_byt
 class PolicyVersionCounter:
     """The counter of weight pushes, ``policy_version.json`` in a run folder.
 
-    Any process of the run may ask (the learner is not the holder of the folder), also while
-    one that was given up for dead still asks.
+    Any process of the run may use it (the learner does not hold the folder), even while a process
+    that was presumed dead still uses it.
     """
 
     def __init__(self, run_dir: str | Path):
@@ -38,14 +37,14 @@ class PolicyVersionCounter:
 
     @property
     def last(self) -> int:
-        """The newest version handed out; 0 before the first."""
+        """The newest version that was returned; 0 before the first."""
         return json.loads(self._file.read_text())["policy_version"] if self._file.is_file() else 0
 
     def next(self) -> int:
-        """A number never handed out before by this run, from 1.
+        """Return a number that this run has never used before, from 1.
 
-        On disk before it is returned, so a version that was published, or may have been, is
-        not given to other weights after a crash. Numbers may be skipped, never repeated.
+        It is on disk before it is returned, so after a crash no other weights get a version that
+        was, or could have been, published. Numbers can be skipped but are never repeated.
         """
         guard = os.open(
             self._file.with_name(".policy_version.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
@@ -60,10 +59,10 @@ class PolicyVersionCounter:
 
 
 class RunFolder:
-    """Paths of a run; after ``create`` also its only writer.
+    """The paths of a run, and after ``create`` the lock on its folder.
 
-    The lock is the kernel's (flock on ``.lock``): it falls with the process, however that
-    ends, so there is never a stale one to remove.
+    The lock is the kernel's (flock on ``.lock``). The kernel releases it when the process ends,
+    however that happens, so no stale lock can remain.
     """
 
     def __init__(self, path: str | Path):
@@ -94,13 +93,13 @@ class RunFolder:
     # Opening
 
     def create(self, config_yaml: str, fingerprint: str) -> bool:
-        """Take the folder for a run of this configuration; True when it goes on with one.
+        """Take the folder for a run of this configuration; returns True when it resumes a run.
 
-        ``fingerprint``: of the settings that decide the result. On resuming, ``config.yaml``
-        becomes the text given: what the fingerprint leaves out may have changed.
+        ``fingerprint``: the hash of the settings that determine the result. On resuming, ``config_yaml``
+        replaces ``config.yaml``, because settings outside the fingerprint can have changed.
 
-        Raises: ConfigError when another process holds the folder, or when it holds a run of
-        another configuration or something else.
+        Raises: ConfigError when another process holds the folder, or when the folder contains a run
+        of a different configuration, or other files.
         """
         self._make_folder()
         self._take_lock()
@@ -109,10 +108,8 @@ class RunFolder:
             if resumes:
                 known = self._identity()["fingerprint"]
                 if known != fingerprint:
-                    remedy = (
-                        "choose another run_dir, or go on with `distill train --resume` as it was configured"
-                    )
-                    must = f"be new or hold a run of this configuration (fingerprint {fingerprint}, there {known})"
+                    remedy = "choose another run_dir, or use `distill train --resume` to continue that run with its own configuration"
+                    must = f"be new or contain a run of this configuration (fingerprint {fingerprint}, but it has {known})"
                     raise ConfigError("run_dir", self.path, must, remedy)
             else:
                 self.refuse_foreign_files()
@@ -124,7 +121,7 @@ class RunFolder:
         return resumes
 
     def close(self) -> None:
-        """Give the folder up; it can be opened again."""
+        """Release the lock; the folder can be opened again."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -140,7 +137,7 @@ class RunFolder:
         return self._identity_file.is_file()
 
     def require(self) -> None:
-        """Raises: ConfigError when no run is there."""
+        """Raises: ConfigError when the folder contains no run."""
         if not self.exists:
             remedy = "check the path, or start one with `distill train`"
             raise ConfigError("run_dir", self.path, "be the folder of a run (it has no run.json)", remedy)
@@ -149,13 +146,13 @@ class RunFolder:
 
     @property
     def run_id(self) -> str:
-        """Eight hexadecimal digits, drawn once when the folder was made. Names of shared memory,
-        Ray namespaces and metrics carry it."""
+        """Eight hexadecimal digits, drawn once when the run was created. Names of shared memory,
+        Ray namespaces and metrics contain them."""
         return self._identity()["run_id"]
 
     @property
     def incarnation(self) -> int:
-        """How often the run was started, this time included; 1 is the first."""
+        """How often the run was started, including this time."""
         return self._identity()["incarnation"]
 
     @property
@@ -169,14 +166,17 @@ class RunFolder:
         write_json(self.summary, summary)
 
     def read_summary(self) -> dict[str, Any] | None:
-        """None before the run has ended once. Raises: ConfigError when it is no summary."""
+        """Return the summary; None before the run has ended once.
+
+        Raises: ConfigError when the file is not a summary.
+        """
         if not self.summary.is_file():
             return None
-        remedy = f"remove it: `distill train --resume {self.path}` writes it again"
+        remedy = f"remove it, and let `distill train --resume {self.path}` write it again"
         return _read_json("summary", self.summary, _IN_SUMMARY, remedy)
 
     def write_failure(self, error: Exception) -> None:
-        """Keep why the run ended: ``failure.json`` as data, ``failure.txt`` with the traceback."""
+        """Record why the run failed: ``failure.json`` as data, ``failure.txt`` with the traceback."""
         if not isinstance(error, DistillError):
             error_parts: dict[str, Any] = {
                 "code": "unexpected",
@@ -188,16 +188,16 @@ class RunFolder:
         write_bytes(self.traceback, "".join(traceback.format_exception(error)).encode())
 
     def read_failure(self) -> dict[str, Any] | None:
-        """The parts of the error that ended the last incarnation; ``code`` names its kind."""
+        """Return the parts of the error that ended the last incarnation; ``code`` names its kind."""
         return json.loads(self.failure.read_text()) if self.failure.is_file() else None
 
     def write_best(self, best: Mapping[str, Any]) -> None:
-        """Which update ``best/`` is of, by which metric, and its value. By the learner, which
-        does not hold the folder."""
+        """Record the update, metric and value of the student in ``best/``. The learner calls this
+        without holding the folder."""
         write_json(self._best_file, best)
 
     def read_best(self) -> dict[str, Any] | None:
-        """None before an evaluation during training."""
+        """Return what :meth:`write_best` recorded; None before an evaluation during training."""
         return json.loads(self._best_file.read_text()) if self._best_file.is_file() else None
 
     # Steps of opening
@@ -206,23 +206,23 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            must = f"be a folder that can be made ({error.strerror})"
+            must = f"be a folder that can be created ({error.strerror})"
             raise ConfigError("run_dir", self.path, must, "choose another run_dir") from error
 
     def _take_lock(self) -> None:
         if self._lock is not None:
-            raise RuntimeError(f"{self.path} is open already")
+            raise RuntimeError(f"{self.path} is already open")
         try:
             lock = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            must = f"be a folder one can write in ({error.strerror})"
+            must = f"be a writable folder ({error.strerror})"
             raise ConfigError("run_dir", self.path, must, "choose another run_dir") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(lock, 256, 0).decode(errors="replace").strip() or "another process"
             os.close(lock)
-            must = f"be used by one process at a time ({holder} holds it)"
+            must = f"be used by one process at a time ({holder} uses it)"
             remedy = "wait for it, stop it, or choose another run_dir"
             raise ConfigError("run_dir", self.path, must, remedy) from error
         os.ftruncate(lock, 0)
@@ -234,14 +234,14 @@ class RunFolder:
             raise RuntimeError(f"{self.path} must be opened by create before it is written")
 
     def refuse_foreign_files(self) -> None:
-        """Raises: ConfigError when the folder is there and holds something that is no run."""
+        """Raises: ConfigError when the folder exists and contains files but no run."""
         if self.exists or not self.path.is_dir():
             return
         # config.yaml without run.json: an earlier start died in between.
         ours = {self._lock_file.name, self.config.name}
         others = sorted(name for name in os.listdir(self.path) if name not in ours and not is_temporary(name))
         if others:
-            must = f"be new, empty, or the folder of a run (it holds {others[0]})"
+            must = f"be new, empty, or the folder of a run (it contains {others[0]})"
             raise ConfigError("run_dir", self.path, must, "choose another run_dir")
 
     def _begin_incarnation(self, fingerprint: str) -> None:
@@ -264,17 +264,17 @@ class RunFolder:
 
     def _identity(self) -> dict[str, Any]:
         self.require()
-        remedy = "nothing else tells what run this is; start it again in another run_dir"
+        remedy = "start the run again in another run_dir, because only this file identifies it"
         return _read_json("run", self._identity_file, _IN_IDENTITY, remedy)
 
 
 def _read_json(name: str, path: Path, keys: Sequence[str], remedy: str) -> dict[str, Any]:
-    """Raises: ConfigError when the file is no JSON with those keys."""
+    """Raises: ConfigError when the file is not JSON with those keys."""
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(name, path, f"be JSON ({error})", remedy) from None
     missing = [key for key in keys if not isinstance(found, dict) or key not in found]
     if missing:
-        raise ConfigError(name, path, f"hold {', '.join(missing)}", remedy)
+        raise ConfigError(name, path, f"contain {', '.join(missing)}", remedy)
     return found

@@ -1,7 +1,7 @@
 """Records of a run: numbers per update, and events.
 
-Written by the learner and the driver, read at any time. Names are
-``<part>/<what>`` with a part of :data:`PARTS`; seconds, and rates per second, end in ``_s``.
+The learner and the driver write them, and they can be read at any time. Names are ``<part>/<what>``
+with a part of :data:`PARTS`; names of seconds, and of rates per second, end in ``_s``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NAME = re.compile(rf"(?:{'|'.join(PARTS)})/[a-z0-9_]+(?:[./][a-z0-9_]+)*")
 
 
 def name_violations(names: Iterable[str]) -> list[str]:
-    """The names that break the rule of this module: for tests of whoever makes metrics."""
+    """Return the names that break the rule of this module. For tests of code that produces metrics."""
     return [
         name
         for name in names
@@ -37,32 +37,32 @@ def name_violations(names: Iterable[str]) -> list[str]:
 _AHEAD = re.compile(
     r"replay/(teacher_text\.[a-z]+|bytes|num_cache_hits|num_cached_rows|num_evicted_rows)|teacher/num_tokens"
 )
-"""How far the teacher is ahead: text of the next update is scored, or not yet, when a row is written."""
+"""These depend on how far ahead the teacher has scored at the moment a row is written."""
 
 
 def is_reproducible(name: str) -> bool:
-    """Whether a metric depends on the run alone, not on how fast the machine was."""
+    """Return whether a metric depends only on the run and not on the speed of the machine."""
     return not (name.startswith("timing/") or name.endswith("_s") or _AHEAD.fullmatch(name))
 
 
 def reproducible(table: pa.Table) -> pa.Table:
-    """The columns that two equal runs in lock-step agree on, to the last bit."""
+    """Select the columns that are equal to the last bit in two equal runs in lock-step."""
     return table.select([name for name in table.column_names if is_reproducible(name)])
 
 
 def read_metrics(run_dir: str | Path) -> pa.Table:
-    """``metrics.parquet`` as it is now; no rows where there is none yet."""
+    """Read the present ``metrics.parquet``; the table has no rows if there is no file yet."""
     path = Path(run_dir) / "metrics.parquet"
     return pq.ParquetFile(path).read() if path.is_file() else _empty()
 
 
 class MetricsWriter:
-    """One row per update in ``metrics.parquet``, which is always a whole, readable file.
+    """Writes one row per update to ``metrics.parquet``, which is always a complete, readable file.
 
-    ``update`` counts the updates done: 1 in the first row. Rows since the last rewrite are in
-    memory only; ``flush`` before a checkpoint is made durable, so that a resumed run lacks none.
-    The file is rewritten at most every ``interval_s``, and so seldom that this stays a
-    twentieth of the time however long it grows.
+    ``update`` counts the updates done: 1 in the first row. Rows since the last rewrite are only in
+    memory, so call ``flush`` before a checkpoint becomes durable; otherwise a resumed run lacks them.
+    The file is rewritten at most every ``interval_s`` seconds, and rarely enough that rewriting takes
+    at most a twentieth of the time however long the file grows.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class MetricsWriter:
         self._stale = False
 
     def write(self, update: int, values: Mapping[str, float | None]) -> None:
-        """Add the row of an update. A name may be new, or missing: null in the other rows.
+        """Add the row of an update. Where a row lacks a name that others have, its value is null.
 
-        Raises: ValueError when there is a row of this update or a later one.
+        Raises: ValueError when a row of this update or a later one exists.
         """
         if self._last_update is not None and update <= self._last_update:
             raise ValueError(
                 f"update={update} must be > {self._last_update}, the last row's; "
-                "a resumed run calls truncate(updates_done) first"
+                "call truncate(updates_done) first in a resumed run"
             )
         row: dict[str, float | int | None] = {"update": int(update)}
         row |= {name: None if value is None else float(value) for name, value in values.items()}
@@ -96,7 +96,7 @@ class MetricsWriter:
             self.flush()
 
     def truncate(self, updates_done: int) -> None:
-        """Drop the rows after ``updates_done``: those updates are made again."""
+        """Drop the rows after ``updates_done``, because those updates are repeated."""
         table = self._table()
         keep = pa.array([update <= updates_done for update in table["update"].to_pylist()], pa.bool_())
         self._written = table.filter(keep)
@@ -106,7 +106,7 @@ class MetricsWriter:
         self.flush()
 
     def flush(self) -> None:
-        """Make every row readable, and safe from a crash."""
+        """Write all rows to the file, where they are readable and survive a crash."""
         if not self._stale:
             return
         started = self._clock()
@@ -143,10 +143,10 @@ def _last(table: pa.Table) -> int | None:
 
 
 class EventLog:
-    """``events.jsonl``: what happened and when, one JSON object a line, only ever appended.
+    """``events.jsonl``: what happened and when, one JSON object per line, append-only.
 
-    Safe from several threads. A line that a crash cut is closed on opening and left out by
-    :func:`read_events`.
+    Safe to use from several threads. Opening the log ends a line that a crash cut, and
+    :func:`read_events` skips such a line.
     """
 
     def __init__(self, run_dir: str | Path):
@@ -159,9 +159,9 @@ class EventLog:
             os.write(self._file, b"\n")
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event; in the file, for every reader, when this returns."""
+        """Append one event, which every reader sees once this returns."""
         if reserved := {"time", "event"} & fields.keys():
-            raise ValueError(f"field {min(reserved)} is taken by the log; give it another name")
+            raise ValueError(f"field {min(reserved)} is reserved for the log; choose another name")
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = memoryview(
             (json.dumps(plain({"time": stamp, "event": event, **fields}), allow_nan=False) + "\n").encode()
@@ -175,7 +175,7 @@ class EventLog:
 
 
 def read_events(run_dir: str | Path) -> Iterator[dict[str, Any]]:
-    """The events so far, oldest first."""
+    """Yield the events so far, oldest first."""
     path = Path(run_dir) / "events.jsonl"
     if not path.is_file():
         return

@@ -38,7 +38,7 @@ def make_config(*, max_policy_age: int = 0, num_updates: int = 4, **recipe: obje
 
 
 class World:
-    """Everything of a run but the engines."""
+    """A run with fakes instead of the engines and the learner."""
 
     def __init__(self, config: RunConfig, tmp_path: Path, delay_s: float = 0.0) -> None:
         self.config = config
@@ -114,7 +114,7 @@ async def test_every_update_gets_its_groups_once_and_versions_rise(tmp_path: Pat
     used = [draw for draws in world.learner.seen for draw in draws]
     assert len(used) == len(set(used)) == 4 * (3 + 2)
     assert world.milestones.calls == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
-    # In lock-step every student token of update u was sampled by version u + 1.
+    # In lock-step version u + 1 samples every student token of update u.
     for update, batches in enumerate(world.learner.batches):
         versions = {
             span["version"]
@@ -136,7 +136,7 @@ async def test_a_row_keeps_its_own_payload(tmp_path: Path) -> None:
                 assert states[:, 0].tolist() == tokens
 
 
-async def test_lock_step_is_deterministic_whatever_the_timing(tmp_path: Path) -> None:
+async def test_lock_step_does_not_depend_on_timing(tmp_path: Path) -> None:
     seen = []
     for number, delay_s in enumerate((0.0, 0.003)):
         world = World(make_config(), tmp_path / str(number), delay_s)
@@ -162,7 +162,7 @@ async def test_age_stays_within_its_bound(tmp_path: Path, max_policy_age: int) -
     assert 0 < max(ages) <= max_policy_age
 
 
-async def test_a_recipe_on_text_alone_samples_nothing(tmp_path: Path) -> None:
+async def test_text_only_recipe_samples_nothing(tmp_path: Path) -> None:
     config = make_config(student_text="none", loss="forward_kl", teacher_text="reference")
     world = World(config, tmp_path)
     await world.run()
@@ -198,7 +198,7 @@ async def test_a_failing_generator_ends_the_loop(tmp_path: Path) -> None:
     assert "engine is gone" in str(failure.value.exceptions[0])
 
 
-async def test_a_corpus_holds_every_prompts_samples_together(tmp_path: Path) -> None:
+async def test_a_corpus_keeps_the_samples_of_a_prompt_together(tmp_path: Path) -> None:
     world = World(make_config(), tmp_path)  # two samples a prompt
     done: list[int] = []
     table = await write_corpus(
@@ -211,5 +211,5 @@ async def test_a_corpus_holds_every_prompts_samples_together(tmp_path: Path) -> 
     prompts = table["prompt_tokens"].to_pylist()
     assert prompts == [[1, i + 2] for i in range(5) for _ in range(2)]
     whole = await write_corpus(world.prompts, 5, world.generator, rows_per_call=100, progress=lambda *_: None)
-    assert whole.equals(table), "a call's size is no part of the text"
+    assert whole.equals(table), "the size of a call must not change the text"
     assert TextCorpus(table).num_rows == 10

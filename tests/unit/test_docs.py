@@ -1,4 +1,4 @@
-"""Documents that are written from code, and code that documents name, agree."""
+"""Documents agree with the code: generated pages, commands, links and reported numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_every_command_in_the_readme_parses() -> None:
         parser().parse_args(line.split())
 
 
-def test_links_between_documents_lead_somewhere() -> None:
+def test_links_between_documents_have_targets() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:
@@ -36,8 +36,8 @@ def test_links_between_documents_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "results").iterdir()), ids=lambda path: path.name)
-def test_committed_reports_are_what_their_results_say(folder: Path):
-    """And the page that tells of them names the code that they are of."""
+def test_committed_reports_match_their_results(folder: Path):
+    """The results page must name the hash of the code that produced them as well."""
     results = json.loads((folder / "results.json").read_text())
     assert markdown(study_report(results)) == (folder / "report.md").read_text()
     assert f"`{results['method_hash']}`" in (ROOT / "docs" / "results.md").read_text()
@@ -52,12 +52,12 @@ def test_committed_reports_are_what_their_results_say(folder: Path):
         ("A strong divergence", "lead"),
     ],
 )
-def test_what_the_page_says_of_a_recipe_is_in_the_report(section: str, study: str):
-    """Numbers of four digits in a table's row are in the rows of that recipe."""
+def test_numbers_on_the_results_page_are_in_the_report(section: str, study: str):
+    """Every number with four decimals in a table row must be in the report's rows of that recipe."""
     page = (ROOT / "docs" / "results.md").read_text().replace("\u2212", "-")
-    told = page[page.index(f"## {section}") :].split("\n## ")[0]
+    part = page[page.index(f"## {section}") :].split("\n## ")[0]
     lines = (ROOT / "docs" / "results" / study / "report.md").read_text().splitlines()
-    rows = [line for line in told.splitlines() if line.startswith("| `")]
+    rows = [line for line in part.splitlines() if line.startswith("| `")]
     assert rows
     for row in rows:
         recipe = row.split("`")[1]

@@ -25,7 +25,7 @@ KIND = re.compile(r"^class (\w+)\((?:DistillError|ConfigError|Diverged)\b", re.M
 
 
 def all_kinds() -> list[type[DistillError]]:
-    """Every class of errors in the project, found in its text: only their modules are imported."""
+    """Return every error class of the project. It searches the source and imports only their modules."""
     kinds = [DistillError]
     for package in ("actors", "deploy", "distill", "learner"):
         for file in sorted((ROOT / package).rglob("*.py")):
@@ -61,7 +61,7 @@ def test_the_parts_are_attributes():
     assert ConfigError("a", 1, "be 2").remedy == ""
 
 
-def test_a_rule_is_not_optional():
+def test_a_rule_is_required():
     with pytest.raises(TypeError):
         ConfigError("the old form: one line")  # pyright: ignore[reportCallIssue]
 
@@ -84,13 +84,13 @@ def test_no_value_is_null_and_none_is_not():
     assert ConfigError("a", NO_VALUE, "exist").parts()["message"] == "a must exist"
 
 
-def test_within_puts_the_place_first_and_keeps_the_rest():
+def test_within_adds_the_context_and_keeps_the_rest():
     error = WeightPushError("push", NO_VALUE, "arrive", "try again")
     inner = error.within("engine").within("rollout-0")
     assert type(inner) is WeightPushError
     assert str(inner) == "rollout-0: engine: push must arrive; try again"
     assert inner.value is NO_VALUE
-    assert str(error) == "push must arrive; try again", "the original has not changed"
+    assert str(error) == "push must arrive; try again", "the original is unchanged"
     assert str(ConfigError("a", 1, "be 2").within("recipes.kd")) == "recipes.kd: a=1 must be 2"
 
 
@@ -117,7 +117,7 @@ def test_pickling_keeps_class_and_parts(module, error):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_there_is_one_no_value(protocol):
+def test_no_value_is_a_singleton(protocol):
     assert pickle.loads(pickle.dumps(NO_VALUE, protocol)) is NO_VALUE
     assert copy.deepcopy(NO_VALUE) is NO_VALUE
 
@@ -165,7 +165,7 @@ def test_codes_of_the_kinds(kind, code, exit_code, base):
     assert kind("a", 1, "be 2").parts()["code"] == code
 
 
-def test_every_kind_takes_the_parts_and_survives_pickling():
+def test_every_kind_accepts_the_parts_and_survives_pickling():
     kinds = all_kinds()
     assert len(kinds) > 12
     assert [kind.__name__ for kind in kinds if kind.exit_code == 2] == ["ConfigError"]

@@ -1,4 +1,4 @@
-"""Writes that are there in full or not at all, whatever ends the writer."""
+"""Writes are complete or absent, however the writer ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from distill.files import (
 
 
 class Crash(BaseException):
-    """Like KeyboardInterrupt and SystemExit: nothing that `except Exception` sees."""
+    """An exception that `except Exception` does not catch, like KeyboardInterrupt and SystemExit."""
 
 
 def names(folder: Path) -> list[str]:
@@ -42,7 +42,7 @@ def filled(folder: Path, text: str) -> Path:
 
 @pytest.fixture
 def same_numbers(monkeypatch):
-    """Starts the numbers of temporary names again, as a process does that gets a dead one's pid."""
+    """Restarts the numbers of temporary names, as in a new process with the pid of a dead one."""
 
     def restart() -> None:
         monkeypatch.setattr(files, "_numbers", itertools.count())
@@ -105,7 +105,7 @@ def test_a_rename_that_fails_leaves_no_temporary_file(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
-def test_what_is_durable_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+def test_durable_data_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     seen: list[tuple[str, bool]] = []
     path = tmp_path / "a"
     monkeypatch.setattr(files, "sync", lambda file: seen.append((file.name, path.exists())))
@@ -118,13 +118,13 @@ def test_what_is_durable_reaches_the_disk_before_its_name_does(tmp_path, monkeyp
     assert seen == [] and path.read_text() == "newer"
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path):
+def test_two_writers_of_one_file_do_not_interfere(tmp_path):
     path = tmp_path / "a"
     with replacing_file(path) as first, replacing_file(path) as second:
         assert first != second
         first.write_text("first")
         second.write_text("second")
-    assert path.read_text() == "first", "the last to end"
+    assert path.read_text() == "first", "the writer that ends last wins"
     assert names(tmp_path) == ["a"]
 
 
@@ -143,7 +143,7 @@ def test_a_new_folder_appears_when_it_is_filled(tmp_path, if_exists):
 
 
 @pytest.mark.parametrize(("if_exists", "left"), [("replace", "new"), ("keep", "old")])
-def test_a_folder_that_is_there_is_replaced_or_kept(tmp_path, if_exists, left):
+def test_an_existing_folder_is_replaced_or_kept(tmp_path, if_exists, left):
     place = filled(tmp_path / "place", "old")
     with new_folder(place, if_exists=if_exists) as making:
         (making / "text").write_text("new")
@@ -183,7 +183,7 @@ def test_an_exception_inside_changes_nothing(tmp_path, if_exists, error, there):
 
 @pytest.mark.parametrize("if_exists", ["replace", "keep"])
 def test_a_rename_that_fails_changes_nothing(tmp_path, monkeypatch, if_exists):
-    """Also the second of the two that replace a folder."""
+    """This includes the second of the two renames that replace a folder."""
     place = filled(tmp_path / "place", "old") if if_exists == "replace" else tmp_path / "place"
     rename = Path.rename
 
@@ -199,14 +199,14 @@ def test_a_rename_that_fails_changes_nothing(tmp_path, monkeypatch, if_exists):
     assert if_exists == "keep" or (place / "text").read_text() == "old"
 
 
-def test_a_file_in_the_place_of_a_kept_folder_is_an_error(tmp_path):
+def test_a_file_where_a_kept_folder_should_be_is_an_error(tmp_path):
     (tmp_path / "place").write_text("a file")
     with pytest.raises(OSError), new_folder(tmp_path / "place", if_exists="keep"):
         pass
     assert names(tmp_path) == ["place"]
 
 
-def test_a_finished_folder_is_put_or_goes(tmp_path):
+def test_a_finished_folder_is_renamed_or_deleted(tmp_path):
     place = tmp_path / "place"
     for number in (1, 2):
         made = filled(tmp_path / f"made-{number}", str(number))
@@ -224,7 +224,7 @@ def test_a_finished_folder_is_put_or_goes(tmp_path):
 
 
 @pytest.mark.parametrize("if_exists", ["replace", "keep"])
-def test_everything_in_a_folder_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch, if_exists):
+def test_a_folders_contents_reach_the_disk_before_its_name(tmp_path, monkeypatch, if_exists):
     place, seen = tmp_path / "place", []
     monkeypatch.setattr(files, "sync", lambda path: seen.append((path, place.exists())))
     with new_folder(place, if_exists=if_exists) as making:
@@ -234,7 +234,7 @@ def test_everything_in_a_folder_is_on_the_disk_before_its_name_is(tmp_path, monk
     assert seen[-1] == (tmp_path, True)
 
 
-# What a dead writer leaves
+# Dead writers
 
 
 HALF = """
@@ -248,7 +248,7 @@ with replacing_file(folder / "file") as file, new_folder(folder / "folder") as m
 """
 
 
-def test_a_killed_writer_leaves_the_old_and_temporary_names(tmp_path):
+def test_a_killed_writer_leaves_old_files_and_temporary_names(tmp_path):
     (tmp_path / "file").write_text("old")
     filled(tmp_path / "folder", "old")
     done = subprocess.run([sys.executable, "-c", HALF, str(tmp_path)], check=False)
@@ -260,8 +260,8 @@ def test_a_killed_writer_leaves_the_old_and_temporary_names(tmp_path):
     assert names(tmp_path) == ["file", "folder"]
 
 
-def test_names_that_a_dead_process_of_the_same_number_left_are_no_obstacle(tmp_path, same_numbers):
-    """In a container a restarted process often has the number of the one that died."""
+def test_temporary_names_of_a_dead_process_with_the_same_pid_are_skipped(tmp_path, same_numbers):
+    """In a container a restarted process often has the pid of the one that died."""
     place = tmp_path / "place"
     for number in range(3):
         filled(tmp_path / f".place.{os.getpid()}-{number}.tmp", "left")
@@ -278,7 +278,7 @@ def test_names_that_a_dead_process_of_the_same_number_left_are_no_obstacle(tmp_p
     assert names(tmp_path) == ["place"] and names(place) == ["file", "text"]
 
 
-def test_temporaries_are_removed_and_nothing_else(tmp_path):
+def test_only_temporaries_are_removed(tmp_path):
     filled(tmp_path / "kept", "kept")
     kept = (".lock", "run.json", "a.tmp", ".a.tmp.json", "kept.tmp")
     for name in kept:
@@ -289,7 +289,7 @@ def test_temporaries_are_removed_and_nothing_else(tmp_path):
     (tmp_path / ".broken.7-3.tmp").symlink_to(tmp_path / "nowhere")
     remove_temporaries(tmp_path)
     assert names(tmp_path) == sorted([*kept, "kept"])
-    assert (tmp_path / "kept" / "text").read_text() == "kept", "a link goes, what it names stays"
+    assert (tmp_path / "kept" / "text").read_text() == "kept", "the link is removed, its target stays"
 
 
 def test_no_folder_has_no_temporaries(tmp_path):
@@ -336,7 +336,7 @@ def test_plain(value, expected):
     json.dumps(found, allow_nan=False)
 
 
-def test_json_has_no_word_for_nan(tmp_path):
+def test_numbers_that_json_cannot_represent_become_null(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"tv": float("nan"), "n": np.int64(3), "pair": (1.5, np.float32("inf")), "at": tmp_path})
     text = path.read_text()

@@ -28,7 +28,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> P
 
 
 def example(*turns: str, row: int = 0) -> Example:
-    """Turns written "u:hello", "a:hi"."""
+    """Build an example from turns such as "u:hello" and "a:hi"."""
     roles = {"u": "user", "a": "assistant", "s": "system"}
     parsed = tuple(Turn(role=roles[turn[0]], content=turn[2:]) for turn in turns)
     first = next((i for i, turn in enumerate(parsed) if turn.role == "assistant"), len(parsed))
@@ -36,14 +36,14 @@ def example(*turns: str, row: int = 0) -> Example:
 
 
 def only_row(example_: Example, tokenizer, data: DataConfig = DATA) -> dict:
-    """The table row of an example; a second one is there to be held out."""
+    """Return the table row of an example. A second example exists only to be held out."""
     other = example("u:other", "a:one", row=1)
     table = build_prompts([example_, other], tokenizer, data, [STOP])
     return next(row for row in table.to_pylist() if row["data_row"] == 0)
 
 
 def written(tokenizer, row: dict) -> str:
-    """The reference tokens that the loss counts, as text."""
+    """Return the reference tokens that the loss counts, as text."""
     mask = row["reference_mask"] or [True] * len(row["reference_tokens"])
     return tokenizer.decode([t for t, m in zip(row["reference_tokens"], mask, strict=True) if m])
 

@@ -11,7 +11,7 @@ from tests.unit.data.builders import BOS, STOP, TEMPLATE
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges: a token is a byte, so tests can read tokens as text."""
+    """Return a byte-level BPE without merges: each token is a byte, so tests can read tokens as text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

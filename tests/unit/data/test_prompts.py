@@ -47,7 +47,7 @@ def test_only_the_assistants_turns_count(tokenizer):
     assert tokenizer.decode(row["prompt_tokens"]) + reference + "\n" == whole
 
 
-def test_a_users_turn_at_the_end_is_no_reference(tokenizer):
+def test_a_users_turn_at_the_end_is_not_part_of_the_reference(tokenizer):
     row = only_row(example("u:Q", "a:A", "u:R"), tokenizer)
     assert tokenizer.decode(row["reference_tokens"]) == "A</s>"
     assert row["reference_mask"] is None
@@ -88,8 +88,11 @@ def test_plain_text(tokenizer):
         only_row(example("u:Q", "a:A", "u:R", "a:B"), tokenizer, data)
 
 
-def test_unfit_templates(tokenizer):
-    with pytest.raises(ConfigError, match=r"data.chat_template=true must be false; .* no chat template"):
+def test_unsuitable_templates_are_rejected(tokenizer):
+    with pytest.raises(
+        ConfigError,
+        match=r"data.chat_template=true must be false for a tokenizer without chat template; set it to false",
+    ):
         only_row(example("u:Q", "a:A"), without_template(tokenizer))
     counting = with_template(tokenizer, "{{ messages|length }}" + TEMPLATE)
     with pytest.raises(ConfigError, match=r"data row 0: .* must be prefix-stable"):
@@ -102,23 +105,23 @@ def test_unfit_templates(tokenizer):
 # The table
 
 
-def test_a_long_prompt_is_refused_or_skipped(tokenizer):
+def test_a_long_prompt_is_rejected_or_skipped(tokenizer):
     rows = [*many(5), example("u:" + "x" * 100, "a:A", row=5), *many(1)]
     data = dataclasses.replace(DATA, max_prompt_tokens=60)
     with pytest.raises(
         ConfigError,
         match=r"^prompt of data row 5=1\d\d tokens must be <= data\.max_prompt_tokens=60; "
-        r"raise it or set data\.on_long_prompt=skip$",
+        r"raise it, or set data\.on_long_prompt=skip$",
     ):
         build_prompts(rows, tokenizer, data, [STOP])
     table = build_prompts(rows, tokenizer, dataclasses.replace(data, on_long_prompt="skip"), [STOP])
     assert table.num_rows == 6
     assert num_skipped_prompts(table) == 1
-    for row in table.to_pylist():  # the references did not slip by one
+    for row in table.to_pylist():  # the references are not shifted by one
         assert tokenizer.decode(row["reference_tokens"]) == f"answer {row['data_row']}</s>"
 
 
-def test_held_out_rows_lie_last_and_follow_the_seed(tokenizer):
+def test_held_out_rows_come_last_and_depend_on_the_seed(tokenizer):
     data = dataclasses.replace(DATA, num_heldout=7)
     table = build_prompts(many(20), tokenizer, data, [STOP], seed=3)
     again = build_prompts(many(20), tokenizer, data, [STOP], seed=3)
@@ -132,13 +135,13 @@ def test_held_out_rows_lie_last_and_follow_the_seed(tokenizer):
     assert training.equals(table.slice(0, 13))
 
 
-def test_something_must_be_left_to_train_on(tokenizer):
+def test_holding_out_every_row_is_rejected(tokenizer):
     data = dataclasses.replace(DATA, num_heldout=3)
     with pytest.raises(ConfigError, match=r"data.num_heldout=3 must be < the number of usable rows \(3\)"):
         build_prompts(many(3), tokenizer, data, [STOP])
 
 
-def test_an_empty_prompt_is_refused(tokenizer):
+def test_an_empty_prompt_is_rejected(tokenizer):
     data = dataclasses.replace(DATA, chat_template=False)
     with pytest.raises(ConfigError, match=r"data row 0 must have a prompt of at least one token"):
         only_row(example("u:", "a:A"), without_template(tokenizer), data)

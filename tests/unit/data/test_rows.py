@@ -1,4 +1,4 @@
-"""Data sets of every format, and what broken ones report."""
+"""Data sets of every format, and the errors of broken ones."""
 
 from __future__ import annotations
 
@@ -78,31 +78,31 @@ def test_prompt_and_completion_as_turns(tmp_path):
 @pytest.mark.parametrize(
     "row", [{"prompt": "Q"}, {"prompt": "Q", "completion": None}, {"instruction": "Q", "input": None}]
 )
-def test_a_reference_may_be_missing(tmp_path, row):
+def test_a_reference_can_be_missing(tmp_path, row):
     assert load(write_rows(tmp_path / "rows.jsonl", [row])) == [example("u:Q")]
 
 
-def test_blank_lines_and_byte_order_mark(tmp_path):
+def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n\n{"prompt": "b"}\n')
     assert [e.prompt[0].content for e in load(tmp_path / "rows.jsonl")] == ["a", "b"]
 
 
-def test_a_hub_id_goes_through_datasets(monkeypatch):
+def test_a_hub_id_is_loaded_by_datasets(monkeypatch):
     import datasets
 
-    asked = []
+    calls = []
 
     def load_dataset(path, split):
-        asked.append((path, split))
+        calls.append((path, split))
         return datasets.Dataset.from_list([{"prompt": "Q", "completion": "A"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_rows(DataConfig(path="owner/set", split="test"), Path()) == [example("u:Q", "a:A")]
-    assert asked == [("owner/set", "test")]
+    assert calls == [("owner/set", "test")]
 
 
 @pytest.mark.parametrize("error", [ConnectionError, ValueError, "DatasetNotFoundError"])
-def test_a_hub_id_that_fails_is_one_line(monkeypatch, error):
+def test_a_hub_id_that_fails_gives_a_one_line_error(monkeypatch, error):
     import datasets
 
     kind = getattr(datasets.exceptions, error) if isinstance(error, str) else error
@@ -117,7 +117,7 @@ def test_a_hub_id_that_fails_is_one_line(monkeypatch, error):
         load_rows(DataConfig(path="alpaca-dmo"), Path())
 
 
-def test_a_known_name_lies_in_the_cache(tmp_path):
+def test_a_known_name_is_read_from_the_cache(tmp_path):
     with pytest.raises(ConfigError, match="run `distill data fetch alpaca-demo`"):
         load_rows(DataConfig(path="alpaca-demo"), tmp_path)
     (tmp_path / "data").mkdir()
@@ -126,46 +126,46 @@ def test_a_known_name_lies_in_the_cache(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (b'{"prompt": "a",}', "line 17 must be JSON: Illegal trailing comma|line 17 must be JSON: Expecting property name"),
-        (b'["a"]', "line 17 must be a JSON object, is a list"),
-        (b'{"prompt": "caf\xe9"}', "line 17 must be UTF-8, byte 15 is not"),
+        (b'["a"]', "line 17 must be a JSON object, not a list"),
+        (b'{"prompt": "caf\xe9"}', "line 17 must be UTF-8, but byte 15 is not"),
     ],
 )  # fmt: skip
-def test_line_17_is_broken(tmp_path, line, said):
+def test_a_broken_line_is_reported_with_its_number(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n' * 16 + line + b'\n{"prompt": "a"}\n')
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         load(path)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("rows.json", '[{"prompt": "a"},\n {"prompt" "b"}]', "line 2 must be JSON: Expecting ':' delimiter in column 12"),
-        ("rows.json", '{"prompt": "a"}', "must be a JSON list of objects, is an object"),
-        ("rows.json", '[{"prompt": "a"}, 3]', "row 1 must be a JSON object, is a number"),
+        ("rows.json", '{"prompt": "a"}', "must be a JSON list of objects, not an object"),
+        ("rows.json", '[{"prompt": "a"}, 3]', "row 1 must be a JSON object, not a number"),
         ("rows.parquet", "not parquet", "must be a Parquet file"),
-        ("rows.jsonl", "\n", "must have at least one row; it is empty"),
-        ("rows.json", "[]", "must have at least one row; it is empty"),
-        ("rows.jsonl", '{"text": "a", "id": 3}', "row 0 must have a column messages, or prompt, or instruction, has text, id"),
-        ("rows.jsonl", '{"prompt": "a"}\n{"completion": "b"}', "row 1 must have a value in column prompt .*, has completion"),
-        ("rows.jsonl", '{"prompt": 3}', "row 0 column prompt must be a text or a list of turns, is a number"),
-        ("rows.jsonl", '{"messages": [{"role": "user"}]}', "turn 0 must have a text as content, has null"),
+        ("rows.jsonl", "\n", "must have at least one row; choose another data set"),
+        ("rows.json", "[]", "must have at least one row; choose another data set"),
+        ("rows.jsonl", '{"text": "a", "id": 3}', "row 0 must have a column messages, or prompt, or instruction; it has text, id"),
+        ("rows.jsonl", '{"prompt": "a"}\n{"completion": "b"}', "row 1 must have a value in column prompt .*; it has completion"),
+        ("rows.jsonl", '{"prompt": 3}', "row 0 column prompt must be text or a list of turns, not a number"),
+        ("rows.jsonl", '{"messages": [{"role": "user"}]}', "turn 0 must have text as content, not null"),
         ("rows.jsonl", '{"messages": ["x"]}', "turn 0 must have role and content"),
         ("rows.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}', "must have a turn before the assistant's"),
         ("rows.jsonl", '{"messages": []}', "must have a turn before the assistant's"),
     ],
 )  # fmt: skip
-def test_broken_data_says_where(tmp_path, name, text, said):
+def test_broken_data_is_reported_with_its_place(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         load(tmp_path / name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_no_hub_id(tmp_path):
+def test_a_missing_file_is_not_taken_for_a_hub_id(tmp_path):
     with pytest.raises(ConfigError, match="must be a file that exists"):
         load(tmp_path / "nowhere.jsonl")

@@ -77,7 +77,7 @@ def test_groups_are_one_batch_per_draw(table):
         prompts.groups(draws, [answer(1)] * 3)
 
 
-def test_the_corpus_rewrites_the_draw_and_nothing_else(table):
+def test_corpus_rows_get_the_ids_of_their_draw_and_change_in_nothing_else(table):
     corpus = TextCorpus(corpus_table(reference_corpus(table)))
     source = corpus_table(reference_corpus(table))
     (row,) = corpus.rows([Draw(table="teacher_text", number=9, epoch=1, index=3)])
@@ -87,7 +87,7 @@ def test_the_corpus_rewrites_the_draw_and_nothing_else(table):
     assert row["draw_id"][0].as_py() == row["group_id"][0].as_py() == "teacher_text-1-9"
     for name in ("source", "prompt_index", "prompt_tokens", "response_tokens", "loss_mask"):
         assert row[name][0] == source[name][3]
-    assert row.get_total_buffer_size() < source.get_total_buffer_size() / 2  # no slice of the whole
+    assert row.get_total_buffer_size() < source.get_total_buffer_size() / 2  # not a slice of the whole
 
 
 def test_a_corpus_has_no_payload(table):

@@ -12,7 +12,7 @@ from distill.schema import Trajectory, trajectory_batch
 
 
 def slow_divergences(policy: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
-    """One position, token by token, in the words of the definition."""
+    """Compute one position token by token, as in the definitions."""
     tv = forward = reverse = entropy = jsd = 0.0
     for p, q in zip(policy, teacher, strict=True):
         tv += abs(p - q) / 2
@@ -62,7 +62,7 @@ def batches(groups: list[list[Trajectory]]) -> list:
 
 
 class FakePolicies:
-    """Both policies at every position, from a seed; yields them packed, shuffled, in chunks."""
+    """Random policies at every position, yielded in shuffled chunks."""
 
     def __init__(self, num_rows: int = 5, num_steps: int = 6, chunk: int = 4):
         random = torch.Generator().manual_seed(0)

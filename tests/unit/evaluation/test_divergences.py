@@ -31,14 +31,14 @@ def check_against_slow(policy_logprobs: torch.Tensor, teacher_logprobs: torch.Te
     scale=st.sampled_from([0.1, 1.0, 10.0]),
     masked=st.integers(0, 5),
 )
-def test_divergences_are_those_of_the_definition(seed, positions, vocabulary, scale, masked):
+def test_divergences_match_their_definition(seed, positions, vocabulary, scale, masked):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, positions, vocabulary + masked, generator=generator) * scale
     logits[:, :, vocabulary:] = -math.inf
     check_against_slow(*logits.log_softmax(-1))
 
 
-def test_blocks_of_rows_do_not_show(monkeypatch):
+def test_block_size_does_not_change_the_values(monkeypatch):
     policy, teacher = torch.randn(2, 11, 7).log_softmax(-1)
     whole = divergences(policy, teacher)
     monkeypatch.setattr(measurement, "_BLOCK_NUMBERS", 3 * 7)
@@ -55,7 +55,7 @@ def test_known_values():
     assert found["entropy"] == pytest.approx(math.log(2))
 
 
-def test_mass_on_an_excluded_token_is_an_infinite_kl_never_nan():
+def test_mass_on_an_excluded_token_gives_an_infinite_kl_and_no_nan():
     both, first = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]).log()
     found = divergences(both, first)
     assert found["reverse_kl"].item() == math.inf
@@ -70,7 +70,7 @@ def test_equal_policies_have_no_divergence_and_bf16_is_accepted():
     assert found["tv"].dtype == torch.float32
 
 
-def test_other_vocabularies_are_refused():
+def test_different_vocabularies_are_rejected():
     with pytest.raises(ValueError, match="common prefix"):
         divergences(torch.zeros(2, 5), torch.zeros(2, 6))
 

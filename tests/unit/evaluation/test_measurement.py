@@ -21,7 +21,7 @@ from tests.unit.evaluation.builders import (
 )
 
 
-def test_values_are_means_over_tokens_by_a_slow_loop():
+def test_values_equal_means_over_tokens_of_a_slow_loop():
     policies = FakePolicies()
     found = measured(policies)
     for name, groups in (("teacher_text", TEACHER), ("student_text", STUDENT)):
@@ -49,7 +49,7 @@ def test_values_are_means_over_tokens_by_a_slow_loop():
     assert found.prompt_indices.tolist() == [2, 5, 7]
 
 
-def test_rouge_is_with_the_answers_of_the_same_prompt():
+def test_rouge_compares_with_the_answers_to_the_same_prompt():
     found = measured()
     sums, weights = found.per_prompt("rouge_l.reference")
     assert weights.tolist() == [2, 2, 0]  # prompt 7 has no reference
@@ -59,7 +59,7 @@ def test_rouge_is_with_the_answers_of_the_same_prompt():
     assert sums[2] == pytest.approx(2 / 3)  # "w4 w5" against "w4"
 
 
-def test_order_and_size_of_chunks_do_not_show():
+def test_order_and_size_of_chunks_do_not_change_the_values():
     first, second = FakePolicies(chunk=4), FakePolicies(chunk=100)
     second.seed = 9
     left, right = measured(first), measured(second)
@@ -73,14 +73,14 @@ def test_masked_tokens_do_not_count():
     assert weights.tolist() == [2, 6, 1]
 
 
-def test_one_source_alone():
+def test_one_source_can_be_measured_without_the_other():
     found = measured(student_rows=[])
     assert found.value("teacher_text.tv") > 0
     assert found.to_dict()["student_text"]["tv"] is None
     assert found.to_dict()["length"] is None
 
 
-def test_a_token_never_or_twice_scored_is_refused():
+def test_tokens_scored_never_or_twice_are_rejected():
     class Forgets(FakePolicies):
         def __call__(self, rows):
             yield from list(super().__call__(rows))[1:]
@@ -102,7 +102,7 @@ def test_a_token_never_or_twice_scored_is_refused():
         measured(Invents())
 
 
-def test_a_divergence_that_is_not_finite_stops_with_its_place():
+def test_a_divergence_that_is_not_finite_raises_with_its_position():
     policies = FakePolicies()
     policies.policy[0, 1, 0] = -math.inf
     with pytest.raises(
@@ -113,7 +113,7 @@ def test_a_divergence_that_is_not_finite_stops_with_its_place():
         measured(policies)
 
 
-def test_rows_of_another_source_or_other_prompts_are_refused():
+def test_rows_of_the_wrong_source_or_prompts_are_rejected():
     with pytest.raises(ValueError, match="teacher_text must be rows of source teacher, got student"):
         measured(teacher_rows=batches(STUDENT))
     with pytest.raises(

@@ -52,7 +52,7 @@ def test_standard_error_is_the_spread_over_resampled_prompts():
     def draw() -> Evaluation:
         texts = {}
         for prompt in range(40):
-            level = random.normal()  # shared by the prompt's tokens: they are not independent
+            level = random.normal()  # shared by the prompt's tokens, so they are not independent
             texts[prompt] = list(level + random.normal(size=random.integers(1, 30)))
         return evaluation_of("entropy", texts)
 
@@ -61,7 +61,7 @@ def test_standard_error_is_the_spread_over_resampled_prompts():
     assert np.mean([found.stderr for found in estimates]) == pytest.approx(spread, rel=0.12)
 
 
-def test_one_prompt_has_no_standard_error_and_none_no_value():
+def test_one_prompt_gives_no_standard_error_and_no_prompt_no_value():
     one = evaluation_of("entropy", {3: [1.0, 2.0]})
     assert one.estimate("entropy").value == 1.5
     assert math.isnan(one.estimate("entropy").stderr)
@@ -88,7 +88,7 @@ def test_paired_standard_error_exactly():
     assert found.stderr == pytest.approx(np.std([1, 0, 3], ddof=1) / math.sqrt(3))
 
 
-def test_pairing_is_by_prompt_and_on_the_shared_ones():
+def test_pairing_uses_the_prompts_that_both_evaluations_have():
     before = evaluation_of("entropy", {5: [1.0], 1: [2.0], 9: [100.0]})
     after = evaluation_of("entropy", {0: [-50.0], 1: [3.0], 5: [2.0]})
     assert paired_difference(before, after)["entropy"].value == pytest.approx(1.0)
@@ -96,7 +96,7 @@ def test_pairing_is_by_prompt_and_on_the_shared_ones():
         paired_difference(before, evaluation_of("entropy", {9: [1.0]}))
 
 
-def test_the_paired_error_with_text_of_other_lengths_is_the_spread_of_differences():
+def test_paired_error_with_different_text_lengths_is_the_spread_of_differences():
     random = np.random.default_rng(1)
     values, errors = [], []
     for _ in range(300):
@@ -130,7 +130,7 @@ def test_to_dict_has_exactly_its_keys():
     json.dumps(found, allow_nan=False)
 
 
-def test_saved_and_loaded(tmp_path):
+def test_an_evaluation_survives_saving_and_loading(tmp_path):
     found = measured()
     path = save_evaluation(tmp_path / "evaluations", found)
     assert path == tmp_path / "evaluations" / "step-3.parquet"
@@ -140,7 +140,7 @@ def test_saved_and_loaded(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["step-3.parquet"]
 
 
-def test_labels_and_foreign_files_are_refused(tmp_path):
+def test_bad_labels_and_foreign_files_are_rejected(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Small values for the replay tests: an index without a run, groups without rows."""
+"""Builders for the replay tests: an index without a run, groups without rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill.replay.index import ReplayIndex
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the tests vary."""
+    """The settings that the tests vary."""
 
     num_updates: int = 4
     prompts_per_update: int = 2
@@ -27,7 +27,7 @@ class Settings:
     min_size_to_sample: int = 0
     max_bytes: int = 1 << 40
     num_prompts: int = 7
-    num_corpus_rows: int = 5
+    num_teacher_rows: int = 5
     seed: int = 3
 
     @property
@@ -63,13 +63,13 @@ class Settings:
             replay=self.config.replay,
             plan=self.plan,
             student_order=DrawOrder("student_text", self.num_prompts, self.seed),
-            teacher_order=DrawOrder("teacher_text", self.num_corpus_rows, self.seed),
+            teacher_order=DrawOrder("teacher_text", self.num_teacher_rows, self.seed),
             num_updates=self.num_updates,
         )
 
 
 def open_index(**settings: object) -> ReplayIndex:
-    """An index after the first push."""
+    """Return an index after the first push."""
     index = Settings(**settings).index()
     index.advance(0, 1)
     return index
@@ -78,24 +78,24 @@ def open_index(**settings: object) -> ReplayIndex:
 def group(
     draw: Draw, version: int | None = 1, segment: str = "rollout-0.arrow", num_bytes: int = 10
 ) -> GroupRef:
-    """A stored group of the draw."""
+    """Return a reference to a stored group of the draw."""
     location = Location(node="n", segment=segment, offset=0, num_bytes=num_bytes)
     return GroupRef(draw=draw, location=location, num_rows=2, num_tokens=9, oldest_version=version)
 
 
-def text_group(draw: Draw, segment: str = "teacher-0.arrow", num_bytes: int = 100) -> GroupRef:
+def teacher_group(draw: Draw, segment: str = "teacher-0.arrow", num_bytes: int = 100) -> GroupRef:
     return group(draw, None, segment, num_bytes)
 
 
 def score_everything(index: ReplayIndex) -> None:
-    """A teacher that is never late."""
+    """Score everything that waits, like a teacher that is never late."""
     while job := index.take_for_scoring(64):
         scored = [group(ref.draw, ref.oldest_version, "teacher-0.arrow", 100) for ref in job.groups]
-        index.insert_scored(scored + [text_group(draw) for draw in job.teacher_draws])
+        index.insert_scored(scored + [teacher_group(draw) for draw in job.teacher_draws])
 
 
 def fill(index: ReplayIndex, version: int = 1) -> list[Draw]:
-    """Roll out and score all that is admitted; returns the student draws."""
+    """Roll out and score all admissible draws; returns the student draws."""
     draws = index.admit(1000)
     index.insert([group(draw, version) for draw in draws])
     score_everything(index)
@@ -103,14 +103,14 @@ def fill(index: ReplayIndex, version: int = 1) -> list[Draw]:
 
 
 def numbers(index: ReplayIndex, update: int, table: str = "student_text") -> list[int]:
-    """Draw numbers that an update leases."""
+    """Return the draw numbers that an update leases."""
     lease = index.lease(update)
     assert lease is not None
     return [ref.draw.number for ref in lease.groups if ref.draw.table == table]
 
 
 def train(index: ReplayIndex, update: int) -> None:
-    """One update of an obedient learner, with its push."""
+    """Lease, acknowledge and push one update."""
     assert index.lease(update) is not None
     index.acknowledge(update)
     index.advance(update + 1, update + 2)

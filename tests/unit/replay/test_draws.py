@@ -21,7 +21,7 @@ def test_an_epoch_draws_every_row_once(num_rows, seed, epoch):
     assert {draw.epoch for draw in draws} == {epoch}
 
 
-def test_a_draw_depends_on_nothing_but_its_number():
+def test_a_draw_depends_only_on_its_number():
     forward = [DrawOrder("teacher_text", 9, 1).draw(number) for number in range(40)]
     order = DrawOrder("teacher_text", 9, 1)
     assert [order.draw(number) for number in reversed(range(40))][::-1] == forward
@@ -40,10 +40,10 @@ def test_orders_differ_by_seed_table_and_epoch():
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_an_empty_table_is_refused():
+def test_an_empty_table_is_rejected():
     with pytest.raises(
         ConfigError,
-        match=r"^rows of the teacher_text table=0 must be >= 1; the data set has no row left to draw$",
+        match=r"^rows of the teacher_text table=0 must be >= 1; use a data set with more rows$",
     ):
         DrawOrder("teacher_text", 0, 0)
 
@@ -51,8 +51,8 @@ def test_an_empty_table_is_refused():
 @pytest.mark.parametrize(
     ("student_text", "teacher_text", "expected"),
     [
-        ("none", "teacher", (0, 3)),
-        ("every_update", "teacher", (2, 3)),
+        ("none", "sampled", (0, 3)),
+        ("every_update", "sampled", (2, 3)),
         ("every_update", "none", (2, 0)),
     ],
 )
@@ -69,13 +69,13 @@ def test_mixed_flips_one_coin_per_update():
     assert set(batches) == {(2, 0), (0, 3)}
     assert 60 < batches.count((2, 0)) < 140
     other = Settings(student_text="mixed", teacher_rows_per_update=3).plan
-    assert other.student_groups(199) == batches[199][0], "a coin depends on what was asked before"
+    assert other.student_groups(199) == batches[199][0], "a coin depends on earlier calls"
     assert plan.student_through(200) == sum(students for students, _ in batches)
     assert plan.teacher_through(200) == sum(rows for _, rows in batches)
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, (0, 3)), (1.0, (2, 0))])
-def test_mixed_at_its_ends(fraction, expected):
+def test_mixed_with_fraction_zero_and_one(fraction, expected):
     config = RunConfig(
         recipe=RecipeConfig(student_text="mixed", student_fraction=fraction),
         learner=LearnerConfig(prompts_per_update=2, teacher_rows_per_update=3),
@@ -92,9 +92,7 @@ def test_a_share_set_later_changes_only_later_updates():
     assert [plan.student_groups(update) for update in range(20)] == before[:20]
     assert {plan.student_groups(update) for update in range(20, 50)} == {2}
     plan.set_share(20, 0.0)
-    assert {plan.teacher_rows(update) for update in range(20, 50)} == {3}, (
-        "said again from the same update on"
-    )
+    assert {plan.teacher_rows(update) for update in range(20, 50)} == {3}, "set again from the same update on"
     plan.set_share(30, 1.0)
     loaded = Settings(student_text="mixed", teacher_rows_per_update=3).plan
     assert loaded.teacher_through(40) != plan.teacher_through(40)

@@ -1,4 +1,4 @@
-"""The index between its tables: leases, versions, refusals and checkpoints; interleavings are in test_index_model."""
+"""The index between its tables: leases, versions, rejected calls, checkpoints. Interleavings: test_index_model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.unit.replay.builders import (
     numbers,
     open_index,
     score_everything,
-    text_group,
+    teacher_group,
     train,
 )
 
-LATE = "its group came twice, or late from an actor that lost the draw; drop the group$"
+LATE = "its group arrived twice, or late from an actor that lost the draw; drop the group$"
 
 
 def test_an_unannounced_version_counts_as_the_newest_known():
@@ -53,27 +53,27 @@ def test_a_lease_is_the_same_until_its_update_is_committed():
     assert index.lease(1) is second
     index.commit(1)
     with pytest.raises(
-        ReplayError, match=r"^update=0 must lie in \[1, 2\].*; resume from the newest checkpoint$"
+        ReplayError, match=r"^update=0 must be in \[1, 2\].*; resume from the newest checkpoint$"
     ):
         index.lease(0)
 
 
 @pytest.mark.parametrize(("call", "value"), [("lease", 1), ("acknowledge", 0), ("commit", 1), ("advance", 1)])
-def test_updates_come_in_order(call, value):
+def test_updates_out_of_order_are_rejected(call, value):
     index = open_index()
     fill(index)
     with pytest.raises(ReplayError, match=r"^update(s_done)?=\d must .*; \w"):
         index.advance(value, 9) if call == "advance" else getattr(index, call)(value)
 
 
-def test_groups_that_nobody_expects_are_refused():
+def test_unexpected_groups_are_rejected():
     index = open_index()
     draws = index.admit(2)
     index.insert([group(draws[0])])
-    with pytest.raises(ReplayError, match=rf"^draw student_text-0-0=generated must be dispatched: {LATE}"):
+    with pytest.raises(ReplayError, match=rf"^draw student_text-0-0=generated must be dispatched; {LATE}"):
         index.insert([group(draws[1]), group(draws[0])])
     stranger = Draw(table="student_text", number=99, epoch=0, index=0)
-    with pytest.raises(ReplayError, match=rf"^draw student_text-0-99=unknown.* must be dispatched: {LATE}"):
+    with pytest.raises(ReplayError, match=rf"^draw student_text-0-99=unknown.* must be dispatched; {LATE}"):
         index.insert([group(stranger)])
     with pytest.raises(
         ReplayError, match=r"^groups=\['student_text-0-1', 'student_text-0-1'\] must be of different draws$"
@@ -86,37 +86,37 @@ def test_groups_that_nobody_expects_are_refused():
     index.insert([group(draws[1])])  # the refused calls changed nothing
 
 
-def test_a_refused_scoring_changes_nothing():
+def test_a_rejected_scoring_changes_nothing():
     index = open_index()
     index.insert([group(index.admit(1)[0])])
     job = index.take_for_scoring(8)
     late = Draw(table="teacher_text", number=77, epoch=0, index=0)
     with pytest.raises(
         ReplayError,
-        match=r"^draw teacher_text-0-77=unknown or trained must be dispatched: its row came twice, .*; drop the row$",
+        match=r"^draw teacher_text-0-77=unknown or trained must be dispatched; its row arrived twice, .*; drop the row$",
     ):
-        index.insert_scored([group(job.groups[0].draw), text_group(late)])
+        index.insert_scored([group(job.groups[0].draw), teacher_group(late)])
     assert index.stats()["replay/student_text.scored"] == 0
     index.insert_scored([group(job.groups[0].draw)])
 
 
-def test_work_of_a_dead_teacher_is_handed_out_again():
+def test_the_job_of_a_dead_teacher_is_issued_again():
     index = open_index()
     index.insert([group(draw) for draw in index.admit(2)])
     job = index.take_for_scoring(64)
     held = [ref.draw.draw_id for ref in job.groups] + [draw.draw_id for draw in job.teacher_draws]
     assert not index.take_for_scoring(64)
-    assert index.requeue(held, "rollout") == 0, "a rollout actor does not hold what is being scored"
+    assert index.requeue(held, "rollout") == 0, "no rollout actor has the draws that are being scored"
     assert index.requeue(held, "scoring") == len(held)
     with pytest.raises(
         ReplayError,
-        match=r"^draw student_text-0-0 must be with a teacher to be scored: its job was given back; drop the group$",
+        match=r"^draw student_text-0-0 must be with a teacher actor; its job was given back; drop the group$",
     ):
         index.insert_scored([group(job.groups[0].draw)])
     assert index.take_for_scoring(64) == job
 
 
-def test_state_holds_what_is_acknowledged_and_loads_from_json():
+def test_state_contains_acknowledged_updates_and_loads_from_json():
     index = open_index(num_updates=6, max_policy_age=1)
     fill(index)
     train(index, 0)
@@ -128,14 +128,14 @@ def test_state_holds_what_is_acknowledged_and_loads_from_json():
 
     resumed = Settings(num_updates=6, max_policy_age=1).index()
     resumed.load_state(state)
-    assert resumed.admit(8) == [], "the engines do not hold the checkpoint's weights yet"
+    assert resumed.admit(8) == [], "the engines do not have the checkpoint's weights yet"
     resumed.advance(1, 7)
     assert [draw.number for draw in resumed.admit(8)] == [2, 3, 4, 5]
     assert resumed.take_for_scoring(64).teacher_draws[0].number == 2
 
 
 @pytest.mark.parametrize("max_policy_age", [0, 2])
-def test_a_share_grows_from_the_first_update_that_is_not_admitted(max_policy_age):
+def test_a_new_share_applies_from_the_first_update_without_admitted_draws(max_policy_age):
     settings = {"student_text": "mixed", "student_fraction": 0.0, "fraction_step": 0.5,
                 "max_policy_age": max_policy_age, "num_updates": 12}  # fmt: skip
     index = open_index(**settings)
@@ -147,7 +147,7 @@ def test_a_share_grows_from_the_first_update_that_is_not_admitted(max_policy_age
         if update == 3:
             index.set_student_share(1.0)
             state = json.loads(json.dumps(index.state()))
-    # advance(4) had admitted the text of the updates before this one
+    # advance(4) had admitted the teacher draws of the updates before this one
     grown = 4 + max_policy_age + 2
     assert kinds == [False] * grown + [True] * (12 - grown)
     resumed = Settings(**settings).index()
@@ -159,7 +159,7 @@ def test_a_share_grows_from_the_first_update_that_is_not_admitted(max_policy_age
         train(resumed, update)
 
 
-def test_state_of_another_plan_is_refused():
+def test_the_state_of_a_different_plan_is_rejected():
     index = Settings(prompts_per_update=2).index()
     state = index.state() | {"updates_done": 1, "student_trained": {"prefix": 3, "extra": []}}
     with pytest.raises(
@@ -180,7 +180,7 @@ def test_trained_draws_stay_compact():
     assert len(trained) == 4
 
 
-def test_a_learner_that_went_back_gets_its_leases_and_over_age_rollouts_are_repeated():
+def test_a_learner_that_went_back_gets_its_leases_again_and_old_rollouts_are_repeated():
     index = open_index(max_policy_age=1, num_updates=10)
     for update in range(4):
         fill(index, version=update + 1)
@@ -195,5 +195,5 @@ def test_a_learner_that_went_back_gets_its_leases_and_over_age_rollouts_are_repe
         assert numbers(index, update) == [2 * update, 2 * update + 1]
         index.acknowledge(update)
         index.advance(update + 1, version)
-    assert index.lease(5) is None, "its rollouts hold tokens of update 1"
+    assert index.lease(5) is None, "its rollouts contain tokens of update 1"
     assert [draw.number for draw in index.admit(2)] == [10, 11]

@@ -1,4 +1,4 @@
-"""Random interleavings of a whole run, with deaths, against the books of :class:`World`."""
+"""Random interleavings of a whole run, with deaths, checked against the records of :class:`World`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def runs(draw: st.DrawFn, lock_step: bool = False) -> Settings:
         min_size_to_sample=draw(st.integers(0, batch * (age + 1))),
         max_bytes=draw(st.sampled_from([1, 200, 1 << 40])),
         num_prompts=draw(st.integers(1, 9)),
-        num_corpus_rows=draw(st.integers(1, 9)),
+        num_teacher_rows=draw(st.integers(1, 9)),
         seed=draw(st.integers(0, 9)),
     )
 
@@ -64,11 +64,11 @@ def trace(run: Settings, seed: int, deaths: tuple[str, ...]) -> World:
 @settings(max_examples=40, deadline=None)
 @given(runs(lock_step=True), st.integers(0, 2**32), st.integers(0, 2**32))
 def test_lock_step_does_not_depend_on_timing(run, seed, other_seed):
-    run = Settings(**(vars(run) | {"max_bytes": 1 << 40}))  # eviction follows the bytes, and these are random
+    run = Settings(**(vars(run) | {"max_bytes": 1 << 40}))  # eviction depends on the bytes, which are random
     one, other = trace(run, seed, ()), trace(run, other_seed, ())
     assert one.admissions == other.admissions
-    assert sorted(one.jobs) == sorted(other.jobs), "what is scored in one call differs"
-    assert all(not groups or not texts for groups, texts in one.jobs)
+    assert sorted(one.jobs) == sorted(other.jobs), "the scoring calls differ"
+    assert all(not student or not teacher for student, teacher in one.jobs)
     for update in range(run.num_updates):
         assert draws(one, update) == draws(other, update)
 

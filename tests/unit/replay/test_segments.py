@@ -1,4 +1,4 @@
-"""The segment store against real files."""
+"""The segment store on real files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_groups_come_back_equal_with_and_without_payload(make_store):
+def test_groups_are_read_back_equal_with_and_without_payload(make_store):
     store = make_store()
     batches = [rows(0), scored_rows(1), scored_rows(2, num_rows=3), rows(3)]
     refs = [store.append(draw(number), batch) for number, batch in enumerate(batches)]
@@ -136,7 +136,7 @@ def test_oldest_segments_move_to_disk_while_a_reader_holds_them(make_store, tmp_
         assert reader.read(ref).equals(held[number])
 
 
-def test_the_bound_counts_every_writer_and_moves_only_ones_own(make_store, tmp_path):
+def test_the_bound_counts_every_writer_but_each_moves_only_its_own_files(make_store, tmp_path):
     other = make_store("rollout-0", segment_bytes=4096, memory_bytes=1 << 30)
     for number in range(6):
         other.append(draw(number), scored_rows(number))
@@ -147,7 +147,7 @@ def test_the_bound_counts_every_writer_and_moves_only_ones_own(make_store, tmp_p
     assert all(name.startswith("teacher-0") for name in files(tmp_path / "spill"))
 
 
-def test_a_reader_lets_go_of_files_that_moved(make_store):
+def test_a_reader_drops_its_maps_of_moved_files(make_store):
     store = make_store(segment_bytes=4096, memory_bytes=8192)
     reader = make_store("learner-0")
     for number in range(8):
@@ -200,7 +200,7 @@ def test_release_waits_for_groups_that_are_not_announced_yet(make_store, tmp_pat
     assert first not in files(tmp_path / "memory")
     with pytest.raises(
         SegmentMissing,
-        match=rf"^segment {first} must lie in .*memory or .*spill: .*; resume from the newest checkpoint$",
+        match=rf"^segment {first} must be in .*memory or .*spill; .*; resume from the newest checkpoint$",
     ):
         store.read(refs[0])
 
@@ -214,7 +214,7 @@ def test_release_of_the_open_segment_takes_effect_when_it_closes(make_store, tmp
     assert files(tmp_path / "memory") == ["teacher-0-1.arrow"]
 
 
-def test_groups_that_never_reach_the_replay_are_discarded_by_hand(make_store, tmp_path):
+def test_groups_that_never_reach_the_replay_are_deleted_by_discard(make_store, tmp_path):
     store = make_store()
     known = store.append(draw(0), rows(0))
     heldout = store.append(draw(1), rows(1))
@@ -226,7 +226,7 @@ def test_groups_that_never_reach_the_replay_are_discarded_by_hand(make_store, tm
 
 
 @pytest.mark.parametrize("delete", [True, False])
-def test_close(make_store, tmp_path, delete):
+def test_close_deletes_only_this_writers_files_and_only_on_request(make_store, tmp_path, delete):
     store = make_store(segment_bytes=4096, memory_bytes=8192)
     refs = [store.append(draw(number), scored_rows(number)) for number in range(4)]
     make_store("rollout-0").append(draw(0), rows(0))
@@ -236,7 +236,7 @@ def test_close(make_store, tmp_path, delete):
     assert set(left) == expected
 
 
-def test_a_group_of_another_node_says_so(make_store):
+def test_a_group_on_another_node_is_rejected(make_store):
     ref = make_store(node="a").append(draw(0), rows(0))
     with pytest.raises(
         RemoteSegment, match=r"^location\.node=a must be this node \(b\).*; run all roles on one node$"
@@ -271,9 +271,9 @@ def test_sweep_removes_folders_of_dead_runs_only(tmp_path):
         segments = tmp_path / f"distill-{run}" / "segments"
         segments.mkdir(parents=True)
         (segments / "a.arrow").write_bytes(b"x")
-    (tmp_path / "somebody-else").mkdir()
+    (tmp_path / "another-program").mkdir()
     target = tmp_path / "elsewhere"
     target.mkdir()
     (tmp_path / "distill-link").symlink_to(target)
     assert sweep(tmp_path, lambda run: run == "alive") == [tmp_path / "distill-dead"]
-    assert files(tmp_path) == ["distill-alive", "distill-link", "elsewhere", "somebody-else"]
+    assert files(tmp_path) == ["another-program", "distill-alive", "distill-link", "elsewhere"]

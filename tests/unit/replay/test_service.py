@@ -9,7 +9,7 @@ import pytest
 from distill.interfaces import Replay
 from distill.replay.ledger import ReplayError
 from distill.replay.service import ReplayService
-from tests.unit.replay.builders import Settings, fill, group, text_group
+from tests.unit.replay.builders import Settings, fill, group, teacher_group
 
 
 def make(**settings: object) -> ReplayService:
@@ -21,7 +21,7 @@ async def still_waits(task: asyncio.Task) -> bool:
     return not task.done()
 
 
-async def test_calls_wait_for_their_answer_and_no_longer():
+async def test_calls_wait_for_their_result_and_no_longer():
     replay: Replay = make(num_updates=1, teacher_rows_per_update=1)
     admitted = asyncio.create_task(replay.admit(8))
     leased = asyncio.create_task(replay.lease(0))
@@ -37,7 +37,7 @@ async def test_calls_wait_for_their_answer_and_no_longer():
     await replay.insert([group(draw) for draw in draws])
     assert [ref.draw for ref in (await waiting).groups] == draws
 
-    await replay.insert_scored([text_group(draw) for draw in job.teacher_draws])
+    await replay.insert_scored([teacher_group(draw) for draw in job.teacher_draws])
     assert await still_waits(leased)
     await replay.insert_scored([group(draw, segment="teacher-0.arrow") for draw in draws])
     lease = await leased
@@ -66,7 +66,7 @@ async def test_stop_ends_waits_now_and_later():
     assert await still_waits(waits[0])
     await replay.stop()
     assert await asyncio.gather(*waits) == [[], None]
-    assert not await replay.take_for_scoring(8), "text is due, but the run was stopped"
+    assert not await replay.take_for_scoring(8), "teacher draws are due, but the run was stopped"
 
 
 async def test_a_learner_that_went_back_gets_its_lease_after_the_last_update():
@@ -79,13 +79,13 @@ async def test_a_learner_that_went_back_gets_its_lease_after_the_last_update():
     assert await replay.lease(0) == lease
 
 
-async def test_an_error_reaches_its_caller_and_nobody_else():
+async def test_an_error_reaches_only_its_caller():
     replay = make()
     other = asyncio.create_task(replay.admit(1))
     with pytest.raises(ReplayError):
         await replay.acknowledge(0)
     with pytest.raises(
-        ReplayError, match=r"^update=2 must lie in \[0, 0\].*; resume from the newest checkpoint$"
+        ReplayError, match=r"^update=2 must be in \[0, 0\].*; resume from the newest checkpoint$"
     ):
         await replay.lease(2)
     assert await still_waits(other)
@@ -93,7 +93,7 @@ async def test_an_error_reaches_its_caller_and_nobody_else():
     assert await other
 
 
-async def test_a_cancelled_wait_leaves_the_others_alone():
+async def test_a_cancelled_wait_does_not_disturb_the_others():
     replay = make()
     first, second = asyncio.create_task(replay.admit(1)), asyncio.create_task(replay.admit(1))
     await asyncio.sleep(0)
@@ -115,7 +115,7 @@ async def test_seconds_waited_count_by_caller_while_the_wait_lasts():
     assert (await replay.stats())["timing/rollout_blocked_s"] >= stats["timing/rollout_blocked_s"]
 
 
-async def test_requeue_wakes_an_actor_and_a_checkpoint_travels():
+async def test_requeue_wakes_an_actor_and_a_checkpoint_is_restored():
     replay = make(max_policy_age=0, teacher_text="none")
     await replay.advance(0, 1)
     draws = await replay.admit(1)

@@ -15,7 +15,7 @@ from tests.unit.replay.builders import (
     train,
 )
 
-LATE = "its group came twice, or late from an actor that lost the draw; drop the group$"
+LATE = "its group arrived twice, or late from an actor that lost the draw; drop the group$"
 
 
 def test_admission_waits_for_the_first_push():
@@ -52,7 +52,7 @@ def test_min_size_admits_enough_to_be_met():
     assert len(draws) == 7
     index.insert([group(draw) for draw in draws[:6]])
     score_everything(index)
-    assert index.lease(0) is None, "four groups would do, but seven were asked for"
+    assert index.lease(0) is None, "four groups would suffice, but min_size_to_sample is seven"
     index.insert([group(draws[6])])
     score_everything(index)
     assert index.lease(0) is not None
@@ -62,10 +62,10 @@ def test_min_size_is_capped_where_the_run_ends():
     index = open_index(num_updates=2, max_policy_age=1, prompts_per_update=2, min_size_to_sample=4)
     fill(index)
     train(index, 0)
-    assert numbers(index, 1) == [2, 3], "only two groups can still be there"
+    assert numbers(index, 1) == [2, 3], "only two groups can still exist"
 
 
-def test_student_groups_are_used_in_draw_order_whatever_is_ready_first():
+def test_student_groups_are_used_in_draw_order_regardless_of_completion_order():
     index = open_index(max_policy_age=1)
     draws = index.admit(4)
     score_everything(index)
@@ -78,7 +78,7 @@ def test_student_groups_are_used_in_draw_order_whatever_is_ready_first():
     assert numbers(index, 0, "teacher_text") == [0, 1]
 
 
-def test_ages_count_updates_between_the_oldest_token_and_the_use():
+def test_ages_count_updates_from_the_oldest_token_to_its_use():
     index = open_index(max_policy_age=2, num_updates=6)
     fill(index)
     train(index, 0)
@@ -98,7 +98,7 @@ def test_a_group_older_than_the_bound_is_an_error():
     fill(index)
     for update in range(3):
         train(index, update)
-        fill(index, version=1)  # weights that are long replaced
+        fill(index, version=1)  # weights replaced long ago
         if update == 1:
             break
     with pytest.raises(
@@ -124,11 +124,11 @@ def test_reuse_draws_without_replacement_and_up_to_the_bound():
     assert used != sorted(used)
 
 
-def test_draws_of_a_dead_rollout_actor_come_first():
+def test_draws_of_a_dead_rollout_actor_are_issued_first():
     index = open_index(max_policy_age=1)
     draws = index.admit(2)
     assert index.requeue([draw.draw_id for draw in draws[:1]]) == 1
-    with pytest.raises(ReplayError, match=rf"^draw student_text-0-0=drawn must be dispatched: {LATE}"):
+    with pytest.raises(ReplayError, match=rf"^draw student_text-0-0=drawn must be dispatched; {LATE}"):
         index.insert([group(draws[0])])
     assert [draw.number for draw in index.admit(8)] == [0, 2, 3]
 
@@ -146,7 +146,7 @@ def test_trained_draws_are_skipped_when_a_reusing_run_resumes():
     )
 
 
-def test_a_group_that_got_too_old_unused_is_rolled_out_again_before_new_draws():
+def test_an_unused_group_that_became_too_old_is_rolled_out_before_new_draws():
     index = open_index(**REUSE)
     fill(index)
     unused = set(range(4))
@@ -157,5 +157,5 @@ def test_a_group_that_got_too_old_unused_is_rolled_out_again_before_new_draws():
     draws = [draw.number for draw in index.admit(100)]
     assert draws[: len(unused)] == sorted(unused)
     assert draws[len(unused) :] == list(range(4, 4 + len(draws) - len(unused)))
-    assert len(draws) == 4, "in the place of new draws, not beside them"
+    assert len(draws) == 4, "instead of new draws, not in addition to them"
     assert index.stats()["replay/num_expired"] == len(unused)

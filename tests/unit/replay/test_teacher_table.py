@@ -8,17 +8,17 @@ from tests.unit.replay.builders import (
     group,
     open_index,
     score_everything,
-    text_group,
+    teacher_group,
     train,
 )
 
 
 def test_a_corpus_row_is_scored_once_and_shared_by_later_draws():
-    index = open_index(student_text="none", num_corpus_rows=2, num_updates=6, max_policy_age=1)
+    index = open_index(student_text="none", num_teacher_rows=2, num_updates=6, max_policy_age=1)
     job = index.take_for_scoring(64)
     assert sorted(draw.index for draw in job.teacher_draws) == [0, 1], "six draws fall on two rows"
     assert not index.take_for_scoring(64)
-    index.insert_scored([text_group(draw) for draw in job.teacher_draws])
+    index.insert_scored([teacher_group(draw) for draw in job.teacher_draws])
     for update in range(6):
         refs = index.lease(update).groups
         assert [ref.draw.number for ref in refs] == [2 * update, 2 * update + 1]
@@ -27,14 +27,14 @@ def test_a_corpus_row_is_scored_once_and_shared_by_later_draws():
     assert index.stats()["replay/bytes"] == 200
 
 
-def test_text_is_prefetched_one_update_beyond_the_age_bound():
-    index = open_index(student_text="none", num_corpus_rows=50, max_policy_age=1, num_updates=8)
+def test_teacher_rows_are_scored_one_update_beyond_the_age_bound():
+    index = open_index(student_text="none", num_teacher_rows=50, max_policy_age=1, num_updates=8)
     assert [draw.number for draw in index.take_for_scoring(64).teacher_draws] == [0, 1, 2, 3, 4, 5]
 
 
-def test_payload_over_the_bound_goes_least_recently_used_first_but_never_from_the_window():
+def test_payload_over_the_bound_is_evicted_but_never_that_of_admitted_draws():
     index = open_index(
-        student_text="none", num_corpus_rows=20, max_policy_age=0, num_updates=20, max_bytes=450
+        student_text="none", num_teacher_rows=20, max_policy_age=0, num_updates=20, max_bytes=450
     )
     for update in range(8):
         score_everything(index)
@@ -50,16 +50,16 @@ def test_the_row_used_last_stays_longest():
     cache = PayloadCache(segments, max_bytes=250)
     rows = [Draw(table="teacher_text", number=number, epoch=0, index=number) for number in range(3)]
     for row in rows[:2]:
-        cache.put(row.index, text_group(row))
+        cache.put(row.index, teacher_group(row))
     cache.pin(0)
     cache.unpin(0)
-    cache.put(2, text_group(rows[2]))
+    cache.put(2, teacher_group(rows[2]))
     cache.evict()
     assert [cache.pin(index) is not None for index in range(3)] == [True, False, True]
 
 
-def test_nothing_of_the_window_is_evicted():
-    index = open_index(student_text="none", num_corpus_rows=20, num_updates=20, max_bytes=1)
+def test_rows_of_admitted_draws_are_never_evicted():
+    index = open_index(student_text="none", num_teacher_rows=20, num_updates=20, max_bytes=1)
     score_everything(index)
     assert index.stats()["replay/bytes"] == 600
     assert index.lease(0) is not None

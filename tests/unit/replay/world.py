@@ -1,7 +1,7 @@
 """A run around a replay index without engines: actors, a learner and their deaths, in any order.
 
-It keeps its own books (plain lists and dictionaries, never asking the index) and checks
-every answer of the index against them.
+It keeps records of its own (plain lists and dictionaries that never come from the index) and checks
+every result of the index against them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GROUPS_PER_SEGMENT = 3
 
 
 class World:
-    """One run. ``step`` does one random thing, ``finish`` schedules fairly to the end."""
+    """One run. ``step`` takes one random action; ``finish`` schedules all actions fairly until the end."""
 
     def __init__(self, settings: Settings, seed: int) -> None:
         self.settings = settings
@@ -29,7 +29,7 @@ class World:
         self.true_updates = {0: 0}
         self.updates = 0  # applied by the learner
         self.live_updates = 0  # of the weights in the engines
-        self.uses: dict[int, Lease] = {}  # surviving lineage
+        self.uses: dict[int, Lease] = {}  # of updates that no restart has undone
         self.durable = (0, self.index.state())
         self.committed = 0
         self.pending: list[tuple[int, dict]] = []
@@ -45,18 +45,18 @@ class World:
         self.busy: set[int] = set()
         self.lease: Lease | None = None
         self.leased: dict[int, Lease] = {}
-        self.most_live_updates = 0  # a learner that went back takes no admission back
+        self.most_live_updates = 0  # a learner that went back does not revoke admissions
         self.incarnation = getattr(self, "incarnation", -1) + 1
         self.appended: Counter[str] = Counter()
         self.deleted: set[str] = set()
 
-    # What happens
+    # Actions
 
     def admit(self) -> bool:
         draws = self.index.admit(self.random.randint(1, 5))
         numbers = [draw.number for draw in draws]
         trained = {n for use in self.uses.values() if use.update < self.updates for n in students(use)}
-        assert not self.busy.intersection(numbers), "a draw is with two actors"
+        assert not self.busy.intersection(numbers), "two actors have one draw"
         assert not (trained & set(numbers)), "a trained draw is issued again"
         self.busy.update(numbers)
         self.admitted.update(numbers)
@@ -123,11 +123,11 @@ class World:
     def check(self, lease: Lease) -> None:
         settings, plan, update = self.settings, self.settings.plan, lease.update
         used = students(lease)
-        text = [ref.draw.number for ref in lease.groups if ref.draw.table == "teacher_text"]
+        teacher_rows = [ref.draw.number for ref in lease.groups if ref.draw.table == "teacher_text"]
         assert [ref.draw.table for ref in lease.groups] == ["student_text"] * len(used) + [
             "teacher_text"
-        ] * len(text)
-        assert text == list(range(plan.teacher_through(update), plan.teacher_through(update + 1)))
+        ] * len(teacher_rows)
+        assert teacher_rows == list(range(plan.teacher_through(update), plan.teacher_through(update + 1)))
         assert len(set(used)) == len(used) == plan.student_groups(update)
         assert used == sorted(used)
         if self.in_order:
@@ -149,7 +149,7 @@ class World:
         return True
 
     def push(self) -> bool:
-        """The engines get the weights first, the index hears of it later."""
+        """The engines get the weights before the index is notified."""
         version = max(self.true_updates) + 1
         self.true_updates[version] = self.updates
         self.live_version = version
@@ -202,14 +202,14 @@ class World:
         return False
 
     def restart_learner(self) -> bool:
-        """From its durable checkpoint; actors and index go on."""
+        """Restart the learner from its durable checkpoint; actors and index continue."""
         self.back_to_checkpoint()
         self.lease = None
         self.push()
         return False
 
     def crash(self) -> bool:
-        """Everything dies but the durable checkpoint."""
+        """Kill everything; only the durable checkpoint survives."""
         self.back_to_checkpoint()
         self.forget_actors()
         self.index = self.settings.index()

@@ -1,4 +1,4 @@
-"""What is said, when, and only once."""
+"""Which alarms are raised, when, and that each is raised once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOUND = {"critic/teacher_text.tightness": 0.9, "critic/student_text.tightness": 
 
 
 def at(tv: float, spread: float = 0.001) -> Evaluation:
-    """Eight prompts of ten tokens; ``spread``: of what does not fall out in pairs."""
+    """An evaluation of eight prompts of ten tokens; ``spread``: noise that pairing does not remove."""
     noise = spread * np.random.default_rng(int(1e6 * tv)).normal(size=8)
     columns = {"prompt_index": np.arange(8)}
     for name in (*METRICS, *EXTRA_METRICS):
@@ -25,49 +25,51 @@ def at(tv: float, spread: float = 0.001) -> Evaluation:
     return Evaluation("step-1", pa.table(columns))
 
 
-def said(alarms: Alarms, count: int = WINDOW, **changes: float) -> list[str]:
+def raised(alarms: Alarms, count: int = WINDOW, **changes: float) -> list[str]:
     row = SOUND | {name.replace("__", "/", 1).replace("__", "."): value for name, value in changes.items()}
     return [message for _ in range(count) for message in alarms.after_update(row)]
 
 
-def test_a_sound_run_says_nothing():
+def test_a_sound_run_raises_no_alarm():
     alarms = Alarms()
-    assert said(alarms, 3 * WINDOW) == []
+    assert raised(alarms, 3 * WINDOW) == []
     assert alarms.after_evaluation(at(0.5)) == alarms.after_evaluation(at(0.4)) == []
-    assert said(Alarms(), 3 * WINDOW, critic__teacher_text__tightness=0.61) == []
+    assert raised(Alarms(), 3 * WINDOW, critic__teacher_text__tightness=0.61) == []
 
 
-def test_a_weak_critic():
+def test_a_weak_critic_is_reported_once():
     alarms = Alarms()
-    assert said(alarms, WINDOW - 1, critic__student_text__tightness=0.3) == []  # it may be young
-    assert "critic/student_text.tightness is 0.30" in said(alarms, 1, critic__student_text__tightness=0.3)[0]
-    assert said(alarms, WINDOW, critic__student_text__tightness=0.3) == []  # once
+    assert raised(alarms, WINDOW - 1, critic__student_text__tightness=0.3) == []  # it can be young
+    assert (
+        "critic/student_text.tightness is 0.30" in raised(alarms, 1, critic__student_text__tightness=0.3)[0]
+    )
+    assert raised(alarms, WINDOW, critic__student_text__tightness=0.3) == []  # once
 
 
-def test_drift():
-    assert "TV grows along" in said(Alarms(), policy__student_text__tv_late=0.34)[0]
-    assert said(Alarms(), policy__student_text__tv_late=0.32) == []
+def test_drift_is_reported():
+    assert "TV grows along" in raised(Alarms(), policy__student_text__tv_late=0.34)[0]
+    assert raised(Alarms(), policy__student_text__tv_late=0.32) == []
 
 
-def test_a_gamed_critic():
+def test_a_gamed_critic_is_reported_unless_by_chance():
     alarms = Alarms()
-    said(alarms)
+    raised(alarms)
     assert alarms.after_evaluation(at(0.40)) == []
-    said(alarms, critic__teacher_text__d_mm=0.4)
+    raised(alarms, critic__teacher_text__d_mm=0.4)
     assert "held-out TV rose from 0.400 to 0.410" in alarms.after_evaluation(at(0.41))[0]
     by_chance = Alarms()
-    said(by_chance)
+    raised(by_chance)
     by_chance.after_evaluation(at(0.40, spread=0.1))
-    said(by_chance, critic__teacher_text__d_mm=0.4)
+    raised(by_chance, critic__teacher_text__d_mm=0.4)
     assert by_chance.after_evaluation(at(0.41, spread=0.1)) == []
     falling_both = Alarms()
-    said(falling_both)
+    raised(falling_both)
     falling_both.after_evaluation(at(0.40))
-    said(falling_both, critic__teacher_text__d_mm=0.4)
+    raised(falling_both, critic__teacher_text__d_mm=0.4)
     assert falling_both.after_evaluation(at(0.39)) == []
 
 
-def test_recipes_without_critics_have_none_of_their_numbers():
+def test_recipes_without_critics_raise_no_alarm():
     alarms = Alarms()
     for _ in range(2 * WINDOW):
         assert alarms.after_update({"policy/teacher_text.tv": 0.5}) == []
@@ -75,7 +77,7 @@ def test_recipes_without_critics_have_none_of_their_numbers():
 
 
 @pytest.mark.parametrize("interrupted_after", range(0, 3 * WINDOW, 7))
-def test_a_resumed_run_says_what_the_whole_one_would(interrupted_after: int):
+def test_a_resumed_run_raises_the_alarms_of_an_uninterrupted_one(interrupted_after: int):
     rows = [
         SOUND
         | {

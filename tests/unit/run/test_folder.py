@@ -1,4 +1,4 @@
-"""Who may use a run folder, and what survives a kill."""
+"""Who may use a run folder, what survives a kill, and the memory of process trees."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_new_folder_and_its_paths(tmp_path):
         assert (folder.incarnation, folder.fingerprint) == (1, "abc")
 
 
-def test_the_same_configuration_goes_on_under_the_same_id(tmp_path):
+def test_the_same_configuration_resumes_with_the_same_id(tmp_path):
     with RunFolder(tmp_path) as folder:
         folder.create("a", "abc")
         first = folder.run_id
@@ -44,11 +44,11 @@ def test_the_same_configuration_goes_on_under_the_same_id(tmp_path):
         assert (folder.run_id, folder.incarnation) == (first, 3)
 
 
-def test_another_configuration_is_refused_and_leaves_the_folder_alone(tmp_path):
+def test_a_different_configuration_is_rejected_and_changes_nothing(tmp_path):
     with RunFolder(tmp_path) as folder:
         folder.create("a", "abc")
     with pytest.raises(
-        ConfigError, match=r"run_dir=.* must be new or hold a run of this configuration.*xyz.*abc"
+        ConfigError, match=r"run_dir=.* must be new or contain a run of this configuration.*xyz.*abc"
     ):
         RunFolder(tmp_path).create("b", "xyz")
     with RunFolder(tmp_path) as folder:
@@ -57,16 +57,16 @@ def test_another_configuration_is_refused_and_leaves_the_folder_alone(tmp_path):
         assert folder.incarnation == 2
 
 
-def test_no_run_and_foreign_folders_are_refused(tmp_path):
+def test_missing_runs_and_foreign_folders_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match="must be the folder of a run"):
         RunFolder(tmp_path / "none").require()
     RunFolder(tmp_path / "none").refuse_foreign_files()
     assert not (tmp_path / "none").exists()
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ConfigError, match=r"it holds thesis\.tex"):
+    with pytest.raises(ConfigError, match=r"it contains thesis\.tex"):
         RunFolder(tmp_path).create("a", "abc")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="must be a folder that can be made"):
+    with pytest.raises(ConfigError, match="must be a folder that can be created"):
         RunFolder(tmp_path / "file").create("a", "abc")
 
 
@@ -111,12 +111,12 @@ def test_two_processes_never_hold_one_folder(tmp_path):
         assert folder.incarnation == 2
 
 
-def test_the_lock_holds_within_a_process_and_ends_with_close(tmp_path):
+def test_the_lock_works_within_a_process_and_ends_with_close(tmp_path):
     folder = RunFolder(tmp_path)
     folder.create("a", "abc")
     with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
         RunFolder(tmp_path).create("a", "abc")
-    with pytest.raises(RuntimeError, match="open already"):
+    with pytest.raises(RuntimeError, match="already open"):
         folder.create("a", "abc")
     folder.close()
     folder.close()
@@ -168,7 +168,7 @@ def test_the_version_is_on_disk_before_it_is_returned(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "policy_version.json").read_text()) == {"policy_version": version}
 
 
-def test_processes_that_ask_together_get_different_versions(tmp_path):
+def test_concurrent_processes_get_different_versions(tmp_path):
     code = COUNT.replace("while True", "for _ in range(40)")
     with start(code, str(tmp_path)) as one, start(code, str(tmp_path)) as two:
         seen = [int(line) for other in (one, two) for line in other.stdout]
@@ -196,14 +196,16 @@ def test_summary_and_json(tmp_path):
         found = {"tv": None, "n": 3, "pairs": [1.5, 2.0], "path": str(tmp_path)}
         assert folder.read_summary() == whole | found
         folder.write_summary(given)
-        with pytest.raises(ConfigError, match=r"summary=.* must hold updates, .*; remove it: `distill train"):
+        with pytest.raises(
+            ConfigError, match=r"summary=.* must contain updates, .*; remove it, and let `distill train"
+        ):
             folder.read_summary()
         (tmp_path / "run.json").write_text("{")
-        with pytest.raises(ConfigError, match=r"run=.*run.json must be JSON .*; nothing else tells"):
+        with pytest.raises(ConfigError, match=r"run=.*run.json must be JSON .*; start the run again"):
             _ = folder.run_id
 
 
-def test_the_best_student_is_named_by_the_learner(tmp_path):
+def test_the_best_student_is_recorded_without_the_lock(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.read_best() is None
     folder.write_best({"update": 20, "metric": "teacher_text.tv", "value": 0.25})
@@ -248,7 +250,7 @@ def test_a_traceback_contains_the_one_below_it(tmp_path):
     assert kept.index("in the actor") < kept.index("in the driver")
 
 
-def test_a_new_incarnation_has_not_failed_yet(tmp_path):
+def test_a_new_incarnation_removes_the_old_failure(tmp_path):
     with RunFolder(tmp_path) as folder:
         folder.create("a", "abc")
         folder.write_failure(OSError("full"))
@@ -302,7 +304,7 @@ time.sleep(60)
 """
 
 
-def test_a_tree_counts_once_and_is_followed_after_its_root_died():
+def test_a_tree_counts_once_and_is_followed_after_its_root_dies():
     with start(TREE, "parent", TREE) as parent:
         child = int(parent.stdout.readline())
         try:

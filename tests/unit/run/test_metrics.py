@@ -1,4 +1,4 @@
-"""metrics.parquet, events.jsonl and stage timers."""
+"""metrics.parquet and events.jsonl."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Clock:
 # Metrics
 
 
-def test_columns_are_sorted_with_update_first_and_may_come_late(tmp_path):
+def test_columns_are_sorted_with_update_first_and_can_appear_late(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"policy/tv": 0.5, "critic/loss": 1})
     writer.flush()
@@ -53,7 +53,7 @@ names = st.sampled_from(["policy/a", "policy/b", "critic/c", "timing/d_s"])
 
 @settings(max_examples=25, deadline=None)
 @given(rows=st.lists(st.tuples(st.dictionaries(names, st.floats(width=32)), st.booleans()), max_size=8))
-def test_what_is_written_is_read_back_whatever_is_flushed(tmp_path_factory, rows):
+def test_rows_are_read_back_regardless_of_flushes(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("run")
     writer = MetricsWriter(folder)
     for update, (values, flush) in enumerate(rows, start=1):
@@ -84,7 +84,7 @@ def test_the_file_is_rewritten_at_most_every_interval(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.parquet"]
 
 
-def test_resume_drops_later_rows_and_goes_on(tmp_path):
+def test_resume_drops_later_rows_and_continues(tmp_path):
     writer = MetricsWriter(tmp_path)
     for update in (1, 2, 3, 4):
         writer.write(update, {"policy/tv": float(update)})
@@ -110,7 +110,7 @@ def test_truncate_reaches_rows_that_were_not_flushed(tmp_path):
     assert read_metrics(tmp_path)["update"].to_pylist() == [1]
 
 
-def test_a_reader_never_meets_half_a_file(tmp_path):
+def test_a_reader_never_sees_half_a_file(tmp_path):
     writer = MetricsWriter(tmp_path, interval_s=0)
     done, seen = threading.Event(), []
 
@@ -129,7 +129,7 @@ def test_a_reader_never_meets_half_a_file(tmp_path):
     assert len(seen) > 1
 
 
-def test_reproducible() -> None:
+def test_reproducible_columns_exclude_timings_and_prefetch() -> None:
     numbers = ["update", "policy/tv", "replay/student_text.trained", "rollout/num_tokens"]
     speed = [
         "timing/x_s",
@@ -142,7 +142,7 @@ def test_reproducible() -> None:
     assert reproducible(table).column_names == numbers
 
 
-def test_names():
+def test_metric_names():
     good = ["rollout/num_tokens", "policy/teacher_text.tv", "timing/update_s", "teacher/tokens_per_s"]
     bad = ["loss", "learner/lr", "timing/update", "policy/TV", "policy/"]
     assert name_violations([*good, *bad]) == bad
@@ -165,7 +165,7 @@ def test_events_are_lines_of_json_in_utc(tmp_path):
     assert datetime.fromisoformat(second["time"]).utcoffset().total_seconds() == 0
 
 
-def test_a_line_that_a_crash_cut_costs_only_itself(tmp_path):
+def test_a_line_that_a_crash_cut_is_the_only_one_lost(tmp_path):
     log = EventLog(tmp_path)
     log.write("first")
     log.close()
@@ -192,7 +192,7 @@ def test_events_of_several_threads_do_not_mix(tmp_path):
     assert len([json.loads(line) for line in lines]) == 80
 
 
-def test_reserved_fields_and_no_file(tmp_path):
+def test_reserved_fields_are_rejected_and_no_file_means_no_events(tmp_path):
     assert list(read_events(tmp_path)) == []
     log = EventLog(tmp_path)
     with pytest.raises(ValueError, match="field time"):
