@@ -141,7 +141,7 @@ def test_truncated_checkpoint(complaint: Complaint, tmp_path: Path) -> None:
 def test_impossible_run_folder(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The doctor finds it as well."""
     (tmp_path / "file").write_text("precious")
-    for run_dir, said in (("file/run", "be a folder"), (".", "it contains file")):
+    for run_dir, part in (("file/run", "be a folder"), (".", "it contains file")):
         doctor = ["doctor", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/{run_dir}"]
         assert main([*doctor, "--json"]) == 2
         last = json.loads(capsys.readouterr().out)["checks"][-1]
