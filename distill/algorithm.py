@@ -9,7 +9,7 @@
 |----------------|-------------------------|----------------------|--------------------------------------|
 | `rollout_loop` | admitted draws          | student groups       | the rate limiter (`replay.admit`)    |
 | `score_loop`   | groups, teacher draws   | groups with payload  | something unscored                   |
-| `train_loop`   | the groups of update u  | weights of version v | all groups of u scored and young     |
+| `train_loop`   | the groups of update u  | weights of version v | all groups of u scored, none too old |
 
 The three loops are written against the protocols of :mod:`distill.interfaces`. What one update
 computes is elsewhere: ``learner/update/update.py`` contains the method and

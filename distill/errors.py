@@ -93,4 +93,4 @@ def did_you_mean(
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error without its final punctuation, or the error's class if it has no text."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".;")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".;")

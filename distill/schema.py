@@ -81,7 +81,7 @@ def trajectory_schema(hidden_size: int | None = None) -> pa.Schema:
         pa.field("policy_versions", pa.list_(POLICY_SPAN)),
         # stop: a stop token ended the response; length: the limit cut it. Null for references.
         pa.field("finish_reason", pa.string()),
-        # When the response was complete (UTC). Null for references.
+        # When the response was complete (UTC). Null for teacher text.
         pa.field("generated_at", pa.timestamp("us", tz="UTC")),
         # When the teacher's payload was filled (UTC). Null until scored.
         pa.field("scored_at", pa.timestamp("us", tz="UTC")),

@@ -24,7 +24,7 @@ from deploy.run.estimates import Estimates
 from deploy.run.model_facts import ModelFacts, tokenizer_fingerprint
 from distill.config import RunConfig
 from distill.config.tree import flat_settings
-from distill.data import build_prompts, load_rows, num_skipped_prompts
+from distill.data import build_prompts, load_rows, num_skipped_prompts, training_rows
 from distill.errors import ConfigError, first_line
 from distill.run.folder import RunFolder
 from distill.run.inputs import shared_memory_root
@@ -63,7 +63,7 @@ class Preflight:
         self.tokenizer: Any
         self.prompts: pa.Table
         self.num_references = 0
-        """Prompts that have a reference."""
+        """Training prompts that have a reference."""
         self.proxy: ModelFacts | None = None
         """The model that provides probabilities when the teacher gives only text, if it is not the student."""
         self.checks: list[Check] = []
@@ -277,7 +277,7 @@ class Preflight:
         )
         heldout = data.num_heldout
         train = self.prompts.num_rows - heldout
-        references = self.prompts["reference_tokens"]
+        references = training_rows(self.prompts)["reference_tokens"]
         self.num_references = len(references) - references.null_count
         recipe = self.config.recipe
         if self.num_references == 0 and (self.config.sft.enabled or recipe.teacher_text == "reference"):

@@ -1,8 +1,7 @@
 """The data order: which row a draw selects, and which draws an update uses.
 
-Both are pure functions of the settings, the seed and a number, so the position in the data is one
-integer and a resumed run needs only that integer (and the shares, if they were changed). Called by
-the replay index.
+Both are pure functions of the settings, the seed and a number, so a checkpoint stores numbers and no
+random state. Called by the replay index.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class ReplayIndex:
             raise ReplayError(
                 "update",
                 update,
-                f"be the next leased one ({self.updates_acknowledged})",
+                f"be the next one to acknowledge ({self.updates_acknowledged}), and leased",
                 "acknowledge every update, in order, after its lease",
             )
         self.updates_acknowledged += 1

@@ -119,7 +119,7 @@ class VersionHistory:
     def record(self, version: int, updates_done: int) -> None:
         """Record that ``version`` consists of the weights after ``updates_done`` updates.
 
-        Raises: ReplayError when a version is used again for other weights.
+        Raises: ReplayError when ``version`` is not above the newest one, unless it repeats the newest exactly.
         """
         if self._versions and version <= self.newest:
             if (version, updates_done) == (self.newest, self._updates[-1]):

@@ -203,3 +203,8 @@ def test_first_line():
     assert first_line(ValueError("it is wrong.")) == "it is wrong"
     assert first_line(KeyError()) == "KeyError"
     assert first_line(ConfigError("a", 1, "be 2", "take 2")) == "a=1 must be 2; take 2"
+
+
+def test_the_first_line_of_an_error_is_never_empty():
+    assert first_line(ValueError("\n\nwrong.\nmore")) == "wrong"
+    assert first_line(ValueError("  ")) == "ValueError"
