@@ -17,16 +17,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from actors.threaded_teacher import ThreadedTeacher
 from distill.config import RolloutConfig, ScoringConfig
 from distill.errors import NO_VALUE, first_line
 from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
-from distill.machine.bfloat16 import to_bits
 from distill.machine.hardware import ONE_LOAD_AT_A_TIME, resolve_dtype, usable_cores
 from distill.machine.vector_math import settle_vector_math
 from distill.weights import verify
@@ -282,7 +281,7 @@ def _load_push(model: Any, manifest: WeightManifest) -> None:
             parameter.copy_(tensor)
 
 
-class TransformersTeacher:
+class TransformersTeacher(ThreadedTeacher):
     """Scores with the model's body, without its head; built by :meth:`start`.
 
     Each text has a forward pass of its own. In a batch, the last bits of a state would depend on the other
@@ -290,9 +289,8 @@ class TransformersTeacher:
     """
 
     def __init__(self, model: Any, thread: ThreadPoolExecutor) -> None:
+        super().__init__(thread, model.config.hidden_size)
         self._model: Any = model
-        self._thread = thread
-        self.hidden_size: int = model.config.hidden_size
 
     @classmethod
     async def start(
@@ -303,18 +301,6 @@ class TransformersTeacher:
         load = partial(_load, AutoModel, model_dir, settings)
         return cls(await asyncio.get_running_loop().run_in_executor(thread, load), thread)
 
-    async def hidden_states(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> list[np.ndarray]:
-        """Return the final-norm state before each response token: a uint16 array [T, D] (bf16 bits) per pair."""
-        return await self._in_thread(lambda: [to_bits(s) for s in self._states(prompts, responses)])
-
-    async def hidden_states_float32(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> list[np.ndarray]:
-        """Return the same states before they are rounded: float32 arrays [T, D]."""
-        return await self._in_thread(lambda: [s.float().numpy() for s in self._states(prompts, responses)])
-
     async def close(self) -> None:
         """Free the model; there are no other processes to end."""
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
@@ -324,17 +310,12 @@ class TransformersTeacher:
     def _states(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[torch.Tensor]:
-        # The state before response token t has seen the prompt and t tokens. The last token is
-        # therefore never fed, and the T rows begin at the prompt's last token.
         states = []
         for prompt, response in zip(prompts, responses, strict=True):
             tokens = torch.tensor([[*map(int, prompt), *map(int, response[:-1])]])
             hidden = self._model(input_ids=tokens, use_cache=False).last_hidden_state
             states.append(hidden[0, len(prompt) - 1 :])
         return states
-
-    async def _in_thread(self, work: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
 def _load(auto_class: Any, model_dir: str, settings: RolloutConfig | ScoringConfig) -> Any:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from actors.threaded_teacher import ThreadedTeacher
 from actors.vllm_engine.processes import end_processes, engine_processes
 from actors.vllm_engine.startup import STEP_TOKENS, current_device, engine_arguments, set_environment
 from distill.config import ScoringConfig
@@ -19,18 +18,16 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 
-class VllmTeacher:
+class VllmTeacher(ThreadedTeacher):
     """Scores with vLLM's pooling runner; built by :meth:`start`.
 
-    The model is in this process (with several ranks, in children that end with it). One thread does all
-    of its work, so calls queue up and the event loop stays free.
+    The model is in this process; with several ranks, it is in children that end with the process.
     """
 
     def __init__(self, engine: LLMEngine, thread: ThreadPoolExecutor) -> None:
+        super().__init__(thread, engine.model_config.get_hidden_size())
         self._engine = engine
-        self._thread = thread
         self._num_requests = 0
-        self.hidden_size: int = engine.model_config.get_hidden_size()
 
     @classmethod
     async def start(cls, model_dir: str, settings: ScoringConfig, *, max_model_tokens: int) -> VllmTeacher:
@@ -41,20 +38,6 @@ class VllmTeacher:
         thread = ThreadPoolExecutor(1, thread_name_prefix="vllm-teacher")
         start = partial(_start_teacher, model_dir, settings, max_model_tokens)
         return cls(await asyncio.get_running_loop().run_in_executor(thread, start), thread)
-
-    async def hidden_states(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> list[np.ndarray]:
-        """Return the final-norm state before each response token: a uint16 array [T, D] (bf16 bits) per pair."""
-        from distill.machine.bfloat16 import to_bits  # not above: it imports torch
-
-        return await self._in_thread(lambda: [to_bits(s) for s in self._states(prompts, responses)])
-
-    async def hidden_states_float32(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> list[np.ndarray]:
-        """Return the same states before they are rounded: float32 arrays [T, D]."""
-        return await self._in_thread(lambda: [s.float().numpy() for s in self._states(prompts, responses)])
 
     async def close(self) -> None:
         """End the ranks. The memory of a model in this process is freed when the process ends."""
@@ -72,8 +55,6 @@ class VllmTeacher:
         try:
             for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
                 self._num_requests += 1
-                # The state before response token t has seen the prompt and t tokens. The last token
-                # is therefore never fed, and the T rows begin at the prompt's last token.
                 tokens = tokens_input([*map(int, prompt), *map(int, response[:-1])])
                 self._engine.add_request(str(self._num_requests), tokens, params)
                 pairs[str(self._num_requests)] = number
@@ -85,9 +66,6 @@ class VllmTeacher:
             self._engine.abort_request(list(pairs))
             raise
         return states
-
-    async def _in_thread(self, work: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
 def _start_teacher(model_dir: str, settings: ScoringConfig, max_model_tokens: int) -> LLMEngine:
