@@ -122,7 +122,7 @@ class InProcess(Backend):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._cancel_all)
+            self.poll(Call(asyncio.run_coroutine_threadsafe(_cancel_calls(), self._loop)), _CLOSE_TIMEOUT_S)
             for name in list(self._actors):
                 self.end_actor(name)
         finally:
@@ -133,6 +133,10 @@ class InProcess(Backend):
             self._shared.release()
             self._sigterm.restore()
 
-    def _cancel_all(self) -> None:
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
+
+async def _cancel_calls() -> None:
+    """Cancel every other task of the loop, and wait until their cleanup is done."""
+    calls = asyncio.all_tasks() - {asyncio.current_task()}
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)

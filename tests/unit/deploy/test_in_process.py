@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,27 @@ class TestInProcess(BackendContract):
     def backend(self) -> Iterator[Backend]:
         with InProcess(secrets.token_hex(4)) as backend:
             yield backend
+
+
+class Holder:
+    """An actor whose call needs the event loop once more when it is cancelled."""
+
+    def __init__(self, released: str) -> None:
+        self._released = Path(released)
+
+    async def hold(self) -> None:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            await asyncio.sleep(0.05)
+            self._released.touch()
+
+
+def test_leaving_waits_for_the_cleanup_of_calls(tmp_path: Path) -> None:
+    with InProcess(secrets.token_hex(4)) as backend:
+        holder = backend.start_actor("holder", Holder, str(tmp_path / "released"), num_threads=1)
+        assert backend.poll(holder.hold.remote(), timeout_s=0.1) is None
+    assert (tmp_path / "released").exists()
 
 
 def test_leaving(tmp_path: Path) -> None:
