@@ -17,17 +17,10 @@ from deploy.demo import demo
 from distill.config.tree import fingerprint, to_yaml
 from distill.errors import ConfigError
 from distill.run.folder import RunFolder
-from tests.tiny import make_world, save_tiny_llama, tiny_config, tiny_overrides, tiny_tokenizer
+from tests.tiny import save_tiny_llama, tiny_config, tiny_overrides, tiny_tokenizer
 
 Complaint = Callable[..., str]
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 @pytest.fixture

@@ -10,16 +10,9 @@ import pytest
 
 from deploy.run.preflight import Preflight
 from distill.errors import ConfigError
-from tests.tiny import make_world, tiny_config
+from tests.tiny import tiny_config
 
 TRANSFORMERS = ["rollout.engine=transformers", "scoring.engine=transformers"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 def checked(world: Path, *overrides: str) -> Preflight:

@@ -15,16 +15,9 @@ from distill.config.tree import fingerprint, to_yaml
 from distill.data import TextCorpus, read_table
 from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
-from tests.tiny import make_world, tiny_config
+from tests.tiny import tiny_config
 
 Prepared = Callable[..., RunInputs]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 @pytest.fixture

@@ -10,16 +10,9 @@ import pytest
 from deploy.cli.main import main
 from distill.errors import ConfigError, DistillError, Diverged
 from distill.run.folder import RunFolder
-from tests.tiny import make_world, tiny_overrides
+from tests.tiny import tiny_overrides
 
 FailingRun = Callable[..., list[str]]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 @pytest.fixture
