@@ -33,7 +33,11 @@ class TestRayCluster(BackendContract):
 
 
 def test_leaving(tmp_path: Path) -> None:
+    """The processes that Ray starts end with it. Earlier tests of the session can have left others, such
+    as multiprocessing's resource tracker."""
+    before = set(psutil.Process().children(recursive=True))
     run_id = secrets.token_hex(4)
     check_leaving(RayCluster(ClusterConfig(), run_id), run_id, tmp_path)
-    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=10)
+    started = set(psutil.Process().children(recursive=True)) - before
+    _, alive = psutil.wait_procs(list(started), timeout=10)
     assert not alive
