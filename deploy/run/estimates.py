@@ -58,7 +58,7 @@ class Estimates:
         vocabulary_rows = config.learner.vocabulary_chunk * self.teacher.vocab_size * 4
         # Weights, gradient and two moments in float32; about twelve full-vocabulary tensors of a
         # chunk; activations of a micro-batch at about forty numbers of width D per layer.
-        layers = config.student.init.num_layers or self.student.config.get("num_hidden_layers", 0)
+        layers = config.student.init.num_kept or self.student.config.get("num_hidden_layers", 0)
         tokens = resolve_micro_batch_tokens(config.learner.micro_batch_tokens, "cpu")
         if config.learner.keep_activations:
             tokens = max(tokens, self._update_tokens())
@@ -108,7 +108,7 @@ class Estimates:
         if not self.teacher.config.get("tie_word_embeddings", False):
             embedding *= 2
         layers = self.teacher.config.get("num_hidden_layers", 1)
-        share = (self.config.student.init.num_layers or layers) / layers
+        share = (self.config.student.init.num_kept or layers) / layers
         return embedding + int(share * (self.teacher.num_parameters - embedding))
 
     def window(self) -> int:

@@ -22,7 +22,7 @@ import pyarrow as pa
 from deploy.fetch import cache_dir, local_checkpoint
 from deploy.run.estimates import Estimates
 from deploy.run.model_facts import ModelFacts, tokenizer_fingerprint
-from distill.config import RunConfig
+from distill.config import RunConfig, StudentInitConfig
 from distill.config.tree import flat_settings
 from distill.data import build_prompts, load_rows, num_skipped_prompts, training_rows
 from distill.errors import ConfigError, first_line
@@ -167,22 +167,27 @@ class Preflight:
     def _student(self) -> Iterator[Check]:
         student = self.config.student
         if student.model is None:
-            layers = self.teacher.config.get("num_hidden_layers", 0)
-            wanted = student.init.num_layers or 0
-            if wanted > layers:
-                raise ConfigError(
-                    "student.init.num_layers",
-                    wanted,
-                    f"be <= the teacher's {layers}",
-                    "lower it",
-                )
             self.student = self.teacher
-            yield Check("student", "pass", f"{wanted} of the teacher's {layers} layers, evenly spaced")
+            yield self._cut_student(student.init)
             return
         folder = local_checkpoint(student.model, student.revision, "student.model")
         self.student = ModelFacts.read(folder, "student.model")
         yield self._model("student", self.student)
         yield self._transform("student", self.student)
+
+    def _cut_student(self, init: StudentInitConfig) -> Check:
+        layers = self.teacher.config.get("num_hidden_layers", 0)
+        if init.layers is not None and init.layers[-1] >= layers:
+            must = f"be in [0, {layers - 1}], the teacher's layers"
+            raise ConfigError("student.init.layers", init.layers, must, "keep other layers")
+        if init.num_kept > layers:
+            raise ConfigError(
+                "student.init.num_layers", init.num_kept, f"be <= the teacher's {layers}", "lower it"
+            )
+        choice = "as configured"
+        if init.layers is None:
+            choice = "evenly spaced" if init.select == "even" else "chosen by block influence"
+        return Check("student", "pass", f"{init.num_kept} of the teacher's {layers} layers, {choice}")
 
     def _proxy(self) -> Iterator[Check]:
         proxy = self.config.proxy

@@ -1,4 +1,4 @@
-"""Writes what a run needs on disk before its actors start: prompt tables, and a student cut from the teacher.
+"""Writes what a run needs on disk before its actors start: the prompt tables.
 
 The tables are in the run folder; they are small and are written again when they are missing. Teacher
 corpora, proxies and models are in the cache, because runs share them.
@@ -24,7 +24,7 @@ NODE = "local"
 
 
 def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> RunInputs:
-    """Write the tables and cut the student; returns the inputs of the first stage."""
+    """Write the tables; returns the inputs of the first stage."""
     train, heldout = training_rows(preflight.prompts), heldout_rows(preflight.prompts)
     references = None
     if preflight.num_references:
@@ -85,12 +85,5 @@ def _sampling(config: RunConfig, preflight: Preflight) -> dict[str, object]:
 
 
 def _student(config: RunConfig, preflight: Preflight, folder: RunFolder) -> Path:
-    """The student's checkpoint, cut from the teacher when the configuration asks for that."""
-    if config.student.init.source is None:
-        return preflight.student.folder
-    from learner.model.cut import cut_student
-
-    cut = folder.path / "student-init"
-    if not cut.exists():
-        cut_student(preflight.teacher.folder, cut, config.student.init.num_layers or 0)
-    return cut
+    """The student's checkpoint; the first stage writes it when it is cut from the teacher."""
+    return preflight.student.folder if config.student.init.source is None else folder.cut

@@ -1,6 +1,6 @@
 """The stages of a run, in their order.
 
-    warm start -> teacher corpora -> proxy -> distillation, with its evaluations
+    cut -> warm start -> teacher corpora -> proxy -> distillation, with its evaluations
 
 A stage receives the run's inputs and returns them with the checkpoint that it has found or trained. It
 leaves a file or folder that shows that it is done, so a resumed run skips it. The driver, which executes the
@@ -23,6 +23,17 @@ from deploy.run.progress import training_line
 from deploy.run.rates import Rates
 from distill.config import SftConfig
 from distill.run.inputs import RunInputs
+
+
+def cut(run: RunContext, inputs: RunInputs) -> RunInputs:
+    """Cut the student from the teacher, if the configuration asks for it."""
+    if run.config.student.init.source is None or Path(inputs.student_dir).exists():
+        return inputs
+    run.progress.show("student: choosing the teacher's layers to keep", force=True)
+    with run.record.timed("cut"):
+        choice = run.backend.wait({"learner": run.learner.cut.remote(inputs)})["learner"]
+    run.progress.say(f"student: {choice}")
+    return inputs
 
 
 def warm_start(run: RunContext, inputs: RunInputs) -> RunInputs:
@@ -111,6 +122,7 @@ def distil(run: RunContext, inputs: RunInputs) -> RunInputs:
 
 
 STAGES: tuple[Callable[[RunContext, RunInputs], RunInputs], ...] = (
+    cut,
     warm_start,
     write_corpora,
     train_proxy,

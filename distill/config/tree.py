@@ -105,7 +105,7 @@ def _by_field(tree: Tree, part: type, prefix: str) -> Tree:
                     name, _shown(value), "be a section", f"write its settings, for example {_example(name)}"
                 )
             renamed[field_name] = _by_field(value or {}, typing.cast(type, hint), f"{name}.")
-        elif isinstance(value, dict | list):
+        elif isinstance(value, dict) or (isinstance(value, list) and not _is_list(hint)):
             raise _wrong_value(name, hint, value)
         elif value == "???":  # OmegaConf's mark for a missing value, which it would replace with the default
             raise ConfigError(name, value, "be given", "replace ??? with a value")
@@ -232,12 +232,18 @@ def _expected(hint: Any) -> str:
         return " or ".join([*kinds, "null"])
     if choices := _choices(hint):
         return f"one of {', '.join(choices)}"
+    if _is_list(hint):
+        return "a list of integers, such as [0, 1, 5]"
     return {
         bool: "a boolean (true or false)",
         int: "an integer",
         float: "a number",
         str: "a string",
     }[hint]
+
+
+def _is_list(hint: Any) -> bool:
+    return list in (typing.get_origin(hint), *map(typing.get_origin, typing.get_args(hint)))
 
 
 def _choices(hint: Any) -> tuple[str, ...]:

@@ -76,6 +76,8 @@ class RunFolder:
         self.data = self.path / "data"
         self.replay = self.path / "replay"
         self.checkpoints = self.path / "checkpoints"
+        self.cut = self.path / "student-init"
+        self.cut_layers = self.path / "student-init-layers.json"
         self.student = self.path / "student"
         self.best = self.path / "best"
         self.evaluations = self.path / "evaluations"

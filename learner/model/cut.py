@@ -1,17 +1,18 @@
-"""A student cut from the teacher: evenly spaced layers are kept, everything else is copied.
+"""A student cut from the teacher: some of its layers are kept, and everything else is copied.
 
-Called once per run, by :mod:`deploy.run.prepare`.
+:mod:`learner.model.depth` chooses the layers.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from distill.errors import NO_VALUE, ConfigError
 from distill.files import new_folder
@@ -20,25 +21,28 @@ KEPT_LAYERS_KEY = "distill_kept_layers"
 """Key of the student's config.json under which the kept layers of the teacher are recorded."""
 
 
-def kept_layers(num_teacher_layers: int, num_layers: int) -> list[int]:
-    """``num_layers`` evenly spaced layers, including the first and the last; a single layer is the first."""
-    return np.linspace(0, num_teacher_layers - 1, num_layers).round().astype(int).tolist()
+def cut_student(teacher_dir: str | Path, out_dir: str | Path, keep: Sequence[int]) -> Path:
+    """Write a checkpoint that consists of the teacher's layers ``keep``, with its tokenizer.
 
+    ``keep``: numbers of layers, ascending from 0. An ``out_dir`` that already exists is kept if it is the
+    same cut; it is never left half-written.
 
-def cut_student(teacher_dir: str | Path, out_dir: str | Path, num_layers: int) -> Path:
-    """Write a checkpoint of ``num_layers`` of the teacher's layers, with its tokenizer.
-
-    An ``out_dir`` that already exists is kept if it is the same cut; it is never left half-written.
-
-    Raises: ConfigError when the teacher has fewer layers, is not built like Llama, or ``out_dir`` is
+    Raises: ConfigError when the teacher lacks a layer, is not built like Llama, or ``out_dir`` is
     something else.
     """
     out_dir = Path(out_dir)
     model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype="auto")
-    keep = _choose(model, num_layers)
+    layers = layer_stack(model)
+    if not keep or not 0 <= keep[0] <= keep[-1] < len(layers):
+        raise ConfigError(
+            "student.init.layers",
+            _listed(keep),
+            f"be in [0, {len(layers) - 1}], the teacher's layers",
+            "keep other layers",
+        )
     if out_dir.exists():
         return _same_cut(out_dir, keep)
-    _keep_layers(model, keep)
+    _keep_layers(model, layers, keep)
     tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
     with new_folder(out_dir, if_exists="keep") as making:
         model.save_pretrained(making)
@@ -46,40 +50,50 @@ def cut_student(teacher_dir: str | Path, out_dir: str | Path, num_layers: int) -
     return _same_cut(out_dir, keep)  # another process may have been faster
 
 
-def _choose(model: Any, num_layers: int) -> list[int]:
+def layer_count(teacher_dir: str | Path) -> int:
+    """Number of the teacher's layers, found without loading its weights.
+
+    Raises: ConfigError as :func:`layer_stack`.
+    """
+    config = AutoConfig.from_pretrained(teacher_dir, local_files_only=True)
+    with torch.device("meta"):
+        return len(layer_stack(AutoModelForCausalLM.from_config(config)))
+
+
+def layer_stack(model: Any) -> nn.ModuleList:
+    """The layers of a causal LM, first to last.
+
+    Raises: ConfigError when they are not where Llama has them.
+    """
     layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) != getattr(
-        model.config, "num_hidden_layers", None
-    ):
-        raise ConfigError(
-            "student.init.from",
-            "teacher",
-            f"have a teacher whose layers are in model.layers, as Llama's, not a {type(model).__name__}",
-            "set student.model to a checkpoint instead",
-        )
-    if not 1 <= num_layers <= len(layers):
-        raise ConfigError(
-            "student.init.num_layers",
-            num_layers,
-            f"lie in [1, {len(layers)}], the teacher's layers",
-            "keep fewer layers",
-        )
-    return kept_layers(len(layers), num_layers)
+    if isinstance(layers, nn.ModuleList) and len(layers) == model.config.num_hidden_layers:
+        return layers
+    raise ConfigError(
+        "student.init.from",
+        "teacher",
+        f"have a teacher whose layers are in model.layers, as Llama's, not a {type(model).__name__}",
+        "set student.model to a checkpoint instead",
+    )
 
 
-def _keep_layers(model: Any, keep: list[int]) -> None:
-    layers, config = model.model.layers, model.config
+def _keep_layers(model: Any, layers: nn.ModuleList, keep: Sequence[int]) -> None:
+    config = model.config
     # Lists with an entry per layer (layer_types, no_rope_layers, ...) are cut like the layers.
     for name, value in config.to_dict().items():
         if "layer" in name and isinstance(value, list) and len(value) == len(layers):
             setattr(config, name, [value[index] for index in keep])
     model.model.layers = nn.ModuleList(layers[index] for index in keep)
     config.num_hidden_layers = len(keep)
-    setattr(config, KEPT_LAYERS_KEY, keep)
+    setattr(config, KEPT_LAYERS_KEY, list(keep))
 
 
-def _same_cut(out_dir: Path, keep: list[int]) -> Path:
+def _same_cut(out_dir: Path, keep: Sequence[int]) -> Path:
     config = out_dir / "config.json"
-    if not config.is_file() or json.loads(config.read_text()).get(KEPT_LAYERS_KEY) != keep:
-        raise ConfigError(out_dir, NO_VALUE, f"be absent or the student cut to layers {keep}", "move it away")
+    if not config.is_file() or json.loads(config.read_text()).get(KEPT_LAYERS_KEY) != list(keep):
+        must = f"be absent or the student cut to layers {_listed(keep)}"
+        raise ConfigError(out_dir, NO_VALUE, must, "move it away")
     return out_dir
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))

@@ -16,6 +16,7 @@ import torch
 from distill.config import RunConfig, SftConfig
 from distill.machine.remote import Remote
 from distill.run.inputs import RunInputs
+from learner.process.cut import cut
 from learner.process.fit import fit
 from learner.process.worker import LearnerWorker
 
@@ -34,7 +35,7 @@ class _Samplers:
 
 
 class LearnerActor:
-    """Holds a learner worker once :meth:`load` has built it; :meth:`fit` needs none."""
+    """Holds a learner worker once :meth:`load` has built it; :meth:`cut` and :meth:`fit` need none."""
 
     worker: LearnerWorker
 
@@ -50,6 +51,10 @@ class LearnerActor:
     def facts(self) -> dict[str, Any]:
         """For the live line; the driver polls them."""
         return dict(self._facts)
+
+    async def cut(self, inputs: RunInputs) -> str:
+        """Cut the student from the teacher; returns in words which layers it has."""
+        return await asyncio.to_thread(cut, self._config, inputs)
 
     async def fit(self, model_dir: str, corpus: str, out_dir: str, training: SftConfig) -> dict[str, float]:
         return await asyncio.to_thread(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,10 +12,12 @@ import pytest
 
 from deploy.run.preflight import Preflight
 from deploy.run.prepare import prepare
+from distill.config.load import load_config
 from distill.config.tree import fingerprint, to_yaml
 from distill.data import TextCorpus, read_table
 from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
+from learner.process.cut import cut
 from tests.tiny import tiny_config
 
 Prepared = Callable[..., RunInputs]
@@ -53,7 +56,7 @@ def test_sampled_teacher_text_is_in_the_cache(inputs_of: Prepared, tmp_path: Pat
     assert inputs.teacher_text != inputs.heldout_corpus
     assert (inputs.num_corpus_prompts, inputs.num_prompts) == (12, 16)
     assert inputs.scoring_dir == inputs.teacher_dir and not inputs.has_proxy
-    assert (Path(inputs.student_dir) / "config.json").exists()
+    assert inputs.student_dir == f"{inputs.run_dir}/student-init" and not Path(inputs.student_dir).exists()
 
 
 def test_reference_text_is_the_references(inputs_of: Prepared) -> None:
@@ -106,3 +109,25 @@ def test_memory_estimate_counts_the_sampler_of_every_recipe(world: Path, recipe:
     estimate = preflight.estimates.memory()
     assert set(estimate) == {"teacher", "learner", "ray", name}
     assert estimate[name] > 3 << 30
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers", "reason"),
+    [
+        ((), [0], "by block influence on 16 texts"),
+        (("student.init.select=even",), [0], "evenly spaced"),
+        (("student.init.num_layers=null", "student.init.layers=[1]"), [1], "as configured"),
+    ],
+)
+def test_cut_keeps_the_chosen_layers_and_says_why(
+    inputs_of: Prepared, settings: tuple[str, ...], layers: list[int], reason: str
+) -> None:
+    inputs = inputs_of(*settings)
+    config = load_config(Path(inputs.run_dir) / "config.yaml")
+    assert cut(config, inputs).startswith(f"kept layers {layers[0]} of 0-1, {reason}")
+    student = json.loads((Path(inputs.student_dir) / "config.json").read_text())
+    assert student["distill_kept_layers"] == layers and student["num_hidden_layers"] == 1
+    choice = json.loads(RunFolder(inputs.run_dir).cut_layers.read_text())
+    assert choice["layers"] == layers
+    measured = choice["block_influence"]
+    assert len(measured) == 2 if reason.startswith("by") else measured is None

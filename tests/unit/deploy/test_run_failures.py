@@ -83,7 +83,7 @@ def test_failed_preparation_is_kept(
     def fail(*_: object) -> None:
         raise ConfigError("student.init.num_layers", 1, "be another number")
 
-    monkeypatch.setattr("learner.model.cut.cut_student", fail)
+    monkeypatch.setattr("deploy.run.train.prepare", fail)
     assert main(["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={run_dir}"]) == 2
     failure = RunFolder(run_dir).read_failure()
     assert failure is not None and failure["message"] in capsys.readouterr().err
