@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from actors.rollout import RolloutWorker
+from actors.shown import ShownPrompts
 from actors.teacher import TeacherScorer
 from distill.config import RolloutConfig, RunConfig
 from distill.data import PromptTable, TextCorpus
@@ -102,6 +103,7 @@ async def build_rollout(config: RunConfig, inputs: RunInputs, writer_id: str) ->
             max_new_tokens=config.rollout.max_new_tokens,
             seed=config.seed,
         ),
+        shown=ShownPrompts.read(inputs.shown_prompts, config.rollout.max_new_tokens),
         generator=generator,
         store=build_store(config, inputs, writer_id),
         writer_id=writer_id,

@@ -55,6 +55,10 @@ class MeteredGenerator:
         self.num_tokens += sum(len(completion.response_tokens) for completion in completions)
         return completions
 
+    async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        with self.clock.running():
+            return await self.inner.greedy(prompts, max_new_tokens)
+
     async def update_weights(self, manifest: WeightManifest) -> None:
         await self.inner.update_weights(manifest)
 

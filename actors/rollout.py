@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 
 from actors.metered import MeteredGenerator
+from actors.shown import ShownPrompts
 from distill.algorithm import roll_out, rollout_loop
 from distill.interfaces import Draw, Generator, GroupRef, Prompts, WeightManifest
 from distill.replay.segments import SegmentStore
@@ -25,6 +26,7 @@ class RolloutWorker:
         *,
         prompts: Prompts,
         heldout: Prompts,
+        shown: ShownPrompts,
         generator: Generator,
         store: SegmentStore,
         writer_id: str,
@@ -32,6 +34,7 @@ class RolloutWorker:
     ) -> None:
         self.prompts = prompts
         self.heldout = heldout
+        self.shown = shown
         self.generator = MeteredGenerator(generator)
         self.store = store
         self.writer_id = writer_id
@@ -58,6 +61,10 @@ class RolloutWorker:
         groups = await roll_out(draws, self.heldout, self.generator, self.store)
         self._heldout_groups += groups
         return groups
+
+    async def answer_shown(self) -> list[list[int]]:
+        """The student's greedy answers to the prompts that the report shows."""
+        return await self.shown.answers(self.generator)
 
     def release_heldout(self) -> None:
         """Discard the held-out samples after the evaluation has read them."""

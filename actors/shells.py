@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from actors.build import build_generator, build_rollout, build_scorer
 from actors.corpus import write_corpus
 from actors.rollout import RolloutWorker
+from actors.shown import ShownPrompts
 from actors.teacher import TeacherScorer
 from distill.config import RunConfig
-from distill.data import PromptTable, write_table
+from distill.data import PromptTable
+from distill.files import write_json
 from distill.interfaces import GroupRef, WeightManifest
 from distill.machine.remote import Remote
 from distill.replay.draws import BatchPlan, DrawOrder
@@ -68,6 +71,9 @@ class RolloutActor:
 
     async def sample_heldout(self, num_prompts: int) -> list[GroupRef]:
         return await self.worker.sample_heldout(num_prompts)
+
+    async def answer_shown(self) -> list[list[int]]:
+        return await self.worker.answer_shown()
 
     async def release_heldout(self) -> None:
         self.worker.release_heldout()
@@ -142,11 +148,20 @@ class CorpusActor:
             max_new_tokens=corpus.max_new_tokens,
             seed=corpus.seed,
         )
-        table = await write_corpus(
-            prompts, num_prompts, self.generator, rows_per_call=CORPUS_ROWS_PER_CALL, progress=self._progress
+        await write_corpus(
+            prompts,
+            num_prompts,
+            self.generator,
+            Path(path),
+            rows_per_call=CORPUS_ROWS_PER_CALL,
+            progress=self._progress,
         )
-        write_table(table, path)
         return self.num_tokens
+
+    async def answer_shown(self, prompts_path: str, path: str) -> None:
+        """Write the teacher's greedy answers to a table's prompts to ``path``, as JSON lists of token ids."""
+        shown = ShownPrompts.read(prompts_path, self.config.corpus.max_new_tokens)
+        write_json(Path(path), {"answers": await shown.answers(self.generator)})
 
     def _progress(self, num_rows: int, num_tokens: int) -> None:
         self.num_rows, self.num_tokens = num_rows, num_tokens

@@ -127,6 +127,10 @@ class Generator(Protocol):
         """Sample all requests as one batch; returns the responses in the order of the requests."""
         ...
 
+    async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Return the greedy continuation of each prompt, its stop token included."""
+        ...
+
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a push. Requests in flight continue with the new weights.
 

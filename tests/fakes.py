@@ -39,6 +39,9 @@ class FakeGenerator:
             finish_reason="length" if length == request.max_new_tokens else "stop",
         )
 
+    async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        return [list(prompt)[-max_new_tokens:] for prompt in prompts]
+
     async def update_weights(self, manifest: WeightManifest) -> None:
         self.version = manifest.policy_version
 

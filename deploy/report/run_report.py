@@ -42,10 +42,33 @@ def run_report(run_dir: str | Path, summary: Mapping[str, Any]) -> Report:
     return Report(
         title=f"Run {_shortest(folder.path)}",
         blocks=(
+            Paragraph((what_happened(summary["before"], summary["after"], paired),)),
             before_after_table(summary["before"], summary["after"], paired),
             *_samples(folder),
             *(Paragraph(line) for line in _closing_lines(folder, summary)),
         ),
+    )
+
+
+def what_happened(before: Mapping[str, Any], after: Mapping[str, Any], paired: Mapping[str, Any]) -> str:
+    """The outcome in one sentence. The arguments are those of :func:`before_after_table`."""
+
+    def moved(metric: str, better: str, worse: str, same: str) -> str:
+        start, (difference, stderr) = _value(before, metric), paired.get(metric) or (None, None)
+        if not start or difference is None or stderr is None or math.isnan(difference + stderr):
+            return "not measured"
+        if abs(difference) <= SIGNIFICANT * stderr:
+            return same
+        return (
+            f"{100 * abs(difference) / start:.0f} % {better if direction(metric) * difference > 0 else worse}"
+        )
+
+    words = ("nearer to its teacher", "farther from its teacher", "as far from its teacher as before")
+    return (
+        f"On {after['num_prompts']} held-out prompts, the student is now {moved('teacher_text.tv', *words)} "
+        f"on the teacher's text and {moved('student_text.tv', *words)} on its own text (total variation); "
+        "the likeness of its answers to the teacher's (ROUGE-L) is "
+        f"{moved('rouge_l.teacher', 'higher', 'lower', 'unchanged')}."
     )
 
 
@@ -96,7 +119,7 @@ def _samples(folder: RunFolder) -> list[Sample]:
     both = zip(*(json.loads(path.read_text()) for path in paths), strict=True)
     return [
         Sample(
-            title=f"prompt {number}",
+            title=f"prompt {number}, answered greedily",
             prompt=after["prompt"],
             answers=(
                 ("teacher", after["teacher"]),

@@ -6,6 +6,7 @@ corpora, proxies and models are in the cache, because runs share them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,12 +14,23 @@ import pyarrow as pa
 from deploy.run.cache import corpus_file, weights_fingerprint
 from deploy.run.preflight import Preflight
 from distill.config import RunConfig
-from distill.data import corpus_table, heldout_rows, reference_corpus, training_rows, write_table
+from distill.data import (
+    Example,
+    Turn,
+    build_prompts,
+    corpus_table,
+    heldout_rows,
+    reference_corpus,
+    training_rows,
+    write_table,
+)
 from distill.machine.hardware import resolve_dtype
 from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
 from distill.schema import trajectory_schema
 
+NUM_SHOWN = 3
+"""Held-out prompts whose answers the report shows, unless the configuration lists others."""
 NODE = "local"
 """A run uses the shared memory of one node."""
 
@@ -43,6 +55,7 @@ def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> RunIn
         teacher_text = references
     else:
         teacher_text = _table(folder.data / "no-text.parquet", trajectory_schema().empty_table())
+    shown = _shown_prompts(config, preflight, heldout)
     teacher_dir = str(preflight.teacher.folder)
     return RunInputs(
         run_dir=str(folder.path),
@@ -59,6 +72,10 @@ def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> RunIn
         teacher_text=str(teacher_text),
         num_corpus_prompts=num_corpus_prompts,
         heldout_corpus=str(corpus_file(sampling, heldout, config.evaluation.num_prompts)),
+        shown_prompts=str(_table(folder.data / "shown.parquet", shown)),
+        teacher_answers=str(
+            corpus_file(sampling | {"decoding": "greedy"}, shown, shown.num_rows).with_suffix(".json")
+        ),
         stop_token_ids=preflight.teacher.stop_token_ids,
         num_tokens=preflight.num_tokens,
     )
@@ -69,6 +86,19 @@ def _table(path: Path, table: pa.Table) -> Path:
     if not path.exists():
         write_table(table, path)
     return path
+
+
+def _shown_prompts(config: RunConfig, preflight: Preflight, heldout: pa.Table) -> pa.Table:
+    """The prompt table of ``evaluation.shown_prompts``, or the first held-out prompts."""
+    texts = config.evaluation.shown_prompts
+    if texts is None:
+        return heldout.slice(0, NUM_SHOWN)
+    rows = [
+        Example(row=row, prompt=(Turn(role="user", content=text),), reference=())
+        for row, text in enumerate(texts)
+    ]
+    data = replace(config.data, num_heldout=0)
+    return build_prompts(rows, preflight.tokenizer, data, preflight.teacher.stop_token_ids)
 
 
 def _sampling(config: RunConfig, preflight: Preflight) -> dict[str, object]:

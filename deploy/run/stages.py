@@ -48,7 +48,10 @@ def warm_start(run: RunContext, inputs: RunInputs) -> RunInputs:
 
 
 def write_corpora(run: RunContext, inputs: RunInputs) -> RunInputs:
-    """Sample the teacher's text on the training and the held-out prompts, unless the cache has it."""
+    """Sample the teacher's text on the training and the held-out prompts, unless the cache has it.
+
+    The teacher also answers the prompts that the report shows.
+    """
     from actors.shells import CorpusActor
 
     heldout = _Corpus(inputs.heldout_prompts, run.config.evaluation.num_prompts, 1, inputs.heldout_corpus)
@@ -61,7 +64,8 @@ def write_corpora(run: RunContext, inputs: RunInputs) -> RunInputs:
     missing = [
         corpus for corpus in (heldout, training) if corpus.num_texts and not Path(corpus.file).exists()
     ]
-    if not missing:
+    answers_are_there = Path(inputs.teacher_answers).exists()
+    if not missing and answers_are_there:
         run.progress.say("teacher corpus: found in the cache")
         return inputs
     with run.record.timed("corpus"):
@@ -86,6 +90,9 @@ def write_corpora(run: RunContext, inputs: RunInputs) -> RunInputs:
             )
             num_tokens += run.backend.wait({"corpus": work}, tick=show)["corpus"]
             num_written += corpus.num_texts
+        if not answers_are_there:
+            work = writer.answer_shown.remote(inputs.shown_prompts, inputs.teacher_answers)
+            run.backend.wait({"corpus": work})
         run.backend.end_actor("corpus")
     run.record.tokens["corpus"] = num_tokens
     seconds = run.record.timing_s["corpus"]

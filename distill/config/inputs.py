@@ -186,6 +186,10 @@ class EvaluationConfig:
     ``teacher_text.X`` or ``student_text.X``, where X is ``tv``, ``forward_kl``, ``reverse_kl`` or ``jsd``; or
     ``rouge_l.teacher``; or ``rouge_l.reference``."""
 
+    shown_prompts: list[str] | None = None
+    """Prompts whose greedy answers the report shows: the teacher's, and the student's before and after training.
+    null: the first three held-out prompts."""
+
     def violations(self) -> Iterator[ConfigError]:
         yield from bounded(
             "evaluation",

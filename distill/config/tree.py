@@ -233,7 +233,7 @@ def _expected(hint: Any) -> str:
     if choices := _choices(hint):
         return f"one of {', '.join(choices)}"
     if _is_list(hint):
-        return "a list of integers, such as [0, 1, 5]"
+        return "a list, such as " + ("[0, 1, 5]" if typing.get_args(hint) == (int,) else "[first, second]")
     return {
         bool: "a boolean (true or false)",
         int: "an integer",

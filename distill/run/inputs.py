@@ -43,6 +43,10 @@ class RunInputs:
     """Training prompts that the teacher answers for ``teacher_text``; 0 when that text is not sampled."""
     heldout_corpus: str
     """Parquet: the teacher's text on the first held-out prompts."""
+    shown_prompts: str
+    """Parquet: the prompt table of the prompts whose greedy answers the report shows."""
+    teacher_answers: str
+    """JSON: the teacher's greedy answers to them, which the corpus stage writes."""
     stop_token_ids: tuple[int, ...]
     """Ids that end a text, from the teacher's generation config: engines and learner use the same ones."""
     num_tokens: int

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -28,14 +29,13 @@ from learner.model.head import Head
 from learner.model.student import Student
 from learner.update.positions import Heads, teacher_hidden
 
-NUM_ANSWERS = 3
-"""Prompts whose answers are kept as text, for the report."""
-
 
 class Samplers(Protocol):
     """The rollout worker and the teacher scorer, as an evaluation needs them."""
 
     async def sample_heldout(self, num_prompts: int) -> list[GroupRef]: ...
+
+    async def answer_shown(self) -> list[list[int]]: ...
 
     async def score_samples(self, groups: Sequence[GroupRef]) -> list[GroupRef]: ...
 
@@ -90,7 +90,7 @@ class Evaluator:
     async def evaluate(self, label: str, num_prompts: int, *, keep_answers: bool) -> Evaluation:
         """Measure, and keep the evaluation in the run folder.
 
-        ``keep_answers``: the first prompts too, with both models' answers as text.
+        ``keep_answers``: also both models' greedy answers to the shown prompts, as text.
         """
         teacher_rows = await self._teacher_text(num_prompts)
         samples = await self._samplers.sample_heldout(num_prompts)
@@ -107,23 +107,11 @@ class Evaluator:
         )
         save_evaluation(self._folder.evaluations, evaluation)
         if keep_answers:
-            answers = [
-                self._answer(teacher, student)
-                for teacher, student in zip(
-                    teacher_rows[:NUM_ANSWERS], student_rows[:NUM_ANSWERS], strict=True
-                )
-            ]
+            answers = self._texts.answers(await self._samplers.answer_shown())
             path = self._folder.evaluations / f"{label}-answers.json"
             write_bytes(path, json.dumps(answers, indent=1).encode())
         await self._samplers.release_heldout()
         return evaluation
-
-    def _answer(self, teacher: pa.RecordBatch, student: pa.RecordBatch) -> dict[str, str]:
-        def text(batch: pa.RecordBatch) -> str:
-            return self._texts.decode(batch.column("response_tokens")[0].as_py())
-
-        prompt = self._texts.prompts[teacher.column("prompt_index")[0].as_py()]
-        return {"prompt": prompt, "teacher": text(teacher), "student": text(student)}
 
     async def _teacher_text(self, num_prompts: int) -> list[pa.RecordBatch]:
         """Scored once per run, because neither the text nor the teacher changes. Copied out of the
@@ -135,17 +123,32 @@ class Evaluator:
 
 
 class HeldoutTexts:
-    """The held-out prompts and references as text, and the tokenizer that decodes answers."""
+    """The held-out references and the shown prompts as text, and the tokenizer that decodes answers."""
 
     def __init__(self, inputs: RunInputs) -> None:
         tokenizer: Any = AutoTokenizer.from_pretrained(inputs.teacher_dir, local_files_only=True)
-        table = read_table(inputs.heldout_prompts)
-        self.prompts: list[str] = table["prompt_text"].to_pylist()
-        references = enumerate(table["reference_text"].to_pylist())
+        references = enumerate(read_table(inputs.heldout_prompts)["reference_text"].to_pylist())
         self.references: dict[int, str] = {index: text for index, text in references if text is not None}
-        self.decode: Callable[[list[int]], str] = lambda tokens: tokenizer.decode(
+        self.decode: Callable[[Sequence[int]], str] = lambda tokens: tokenizer.decode(
             tokens, skip_special_tokens=True
         )
+        self._stop_token_ids = inputs.stop_token_ids
+        self._shown: list[str] = read_table(inputs.shown_prompts)["prompt_text"].to_pylist()
+        self._teacher_answers: list[list[int]] = json.loads(Path(inputs.teacher_answers).read_text())[
+            "answers"
+        ]
+
+    def answers(self, student_answers: Sequence[Sequence[int]]) -> list[dict[str, str]]:
+        """The shown prompts with both models' answers; ``…`` marks an answer that the limit cut."""
+        rows = zip(self._shown, self._teacher_answers, student_answers, strict=True)
+        return [
+            {"prompt": prompt, "teacher": self._text(teacher), "student": self._text(student)}
+            for prompt, teacher, student in rows
+        ]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        ended = bool(tokens) and tokens[-1] in self._stop_token_ids
+        return self.decode(tokens) + ("" if ended else " …")
 
 
 def _owned(batch: pa.RecordBatch) -> pa.RecordBatch:

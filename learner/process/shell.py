@@ -26,6 +26,7 @@ class _Samplers:
 
     def __init__(self, rollout: Remote, teacher: Remote) -> None:
         self.sample_heldout = rollout.sample_heldout
+        self.answer_shown = rollout.answer_shown
         self.score_samples = teacher.score_samples
         self.score_heldout = teacher.score_heldout
         self._actors = (rollout, teacher)

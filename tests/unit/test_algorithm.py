@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 from actors.corpus import write_corpus
 from distill.algorithm import RunStopped, rollout_loop, score_loop, train_loop
 from distill.config import RunConfig, StudentConfig, StudentInitConfig
-from distill.data import PromptTable, TextCorpus
+from distill.data import PromptTable, TextCorpus, read_table
 from distill.data.prompts import PROMPT_SCHEMA
+from distill.interfaces import Completion, SampleRequest
 from distill.replay.draws import BatchPlan, DrawOrder
 from distill.replay.index import ReplayIndex
 from distill.replay.segments import SegmentStore
@@ -201,15 +203,50 @@ async def test_a_failing_generator_ends_the_loop(tmp_path: Path) -> None:
 async def test_a_corpus_keeps_the_samples_of_a_prompt_together(tmp_path: Path) -> None:
     world = World(make_config(), tmp_path)  # two samples a prompt
     done: list[int] = []
-    table = await write_corpus(
-        world.prompts, 5, world.generator, rows_per_call=4, progress=lambda rows, tokens: done.append(rows)
+    path = tmp_path / "corpus.parquet"
+    await write_corpus(
+        world.prompts,
+        5,
+        world.generator,
+        path,
+        rows_per_call=4,
+        progress=lambda rows, tokens: done.append(rows),
     )
+    table = read_table(path)
     assert table["prompt_index"].to_pylist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert table["sample_index"].to_pylist() == [0, 1] * 5
     assert len(set(table["trajectory_id"].to_pylist())) == 10
     assert done == [4, 8, 10]
     prompts = table["prompt_tokens"].to_pylist()
     assert prompts == [[1, i + 2] for i in range(5) for _ in range(2)]
-    whole = await write_corpus(world.prompts, 5, world.generator, rows_per_call=100, progress=lambda *_: None)
-    assert whole.equals(table), "the size of a call must not change the text"
+    whole = tmp_path / "whole.parquet"
+    await write_corpus(world.prompts, 5, world.generator, whole, rows_per_call=100, progress=lambda *_: None)
+    assert read_table(whole).equals(table), "the size of a call must not change the text"
     assert TextCorpus(table).num_rows == 10
+    assert sorted(file.name for file in tmp_path.glob("*.par*")) == ["corpus.parquet", "whole.parquet"]
+
+
+async def test_an_interrupted_corpus_continues_where_it_was(tmp_path: Path) -> None:
+    world = World(make_config(), tmp_path)
+    generate, calls = world.generator.generate, 0
+
+    async def interrupted(requests: Sequence[SampleRequest]) -> list[Completion]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return await generate(requests)
+
+    async def write(path: Path) -> None:
+        await write_corpus(world.prompts, 5, world.generator, path, rows_per_call=4, progress=lambda *_: None)
+
+    world.generator.generate = interrupted  # type: ignore[method-assign]
+    path = tmp_path / "corpus.parquet"
+    with pytest.raises(KeyboardInterrupt):
+        await write(path)
+    assert not path.exists()
+    await write(path)
+    assert calls == 4, "the first two calls must not be made again"
+    world.generator.generate = generate  # type: ignore[method-assign]
+    await write(tmp_path / "whole.parquet")
+    assert read_table(path).equals(read_table(tmp_path / "whole.parquet"))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from deploy.report.model import Code, Paragraph, Sample, Table, Toned, piece_text
-from deploy.report.run_report import LABELS, before_after_table, run_report
+from deploy.report.run_report import LABELS, before_after_table, run_report, what_happened
 from distill.errors import ConfigError
 from distill.evaluation import EXTRA_METRICS, METRICS, Estimate, Evaluation, save_evaluation
 from distill.run.folder import RunFolder
@@ -60,6 +60,14 @@ def test_values_differences_and_verdicts():
     assert rows["entropy"][2:] == ["+0.1000", ""]
 
 
+def test_the_sentence_does_not_claim_what_is_noise_or_worse():
+    paired = {"teacher_text.tv": Estimate(-0.01, 0.01), "student_text.tv": Estimate(0.06, 0.01)}
+    sentence = what_happened(summary(0.3, 40.0), summary(0.2, 40.0), paired)
+    assert "is now as far from its teacher as before on the teacher's text and" in sentence
+    assert "and 20 % farther from its teacher on its own text" in sentence
+    assert sentence.endswith("(ROUGE-L) is not measured.")
+
+
 def test_verdicts_have_tones():
     paired = {"teacher_text.tv": Estimate(-0.1, 0.01), "student_text.tv": Estimate(0.1, 0.01)}
     table = before_after_table(summary(0.3, 40.0), summary(0.2, 40.0), paired)
@@ -101,7 +109,14 @@ def test_the_report_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path, contents = finished_run(tmp_path / "run")
     report = run_report(path, contents)
     assert report.title == "Run run"
-    table, *closing = report.blocks
+    sentence, table, *closing = report.blocks
+    assert sentence == Paragraph(
+        (
+            "On 4 held-out prompts, the student is now 50 % nearer to its teacher on the teacher's text and 50 % "
+            "nearer to its teacher on its own text (total variation); the likeness of its answers to the "
+            "teacher's (ROUGE-L) is 50 % lower.",
+        )
+    )
     assert isinstance(table, Table)
     assert rows_of(table)["teacher_text.tv"] == [
         "0.5000 ± 0.0000", "0.2500 ± 0.0000", "-0.2500 ± 0.0000", "↓ better",
@@ -129,7 +144,7 @@ def test_answers_are_samples_without_control_sequences(tmp_path: Path):
         (RunFolder(path).evaluations / f"{label}-answers.json").write_text(json.dumps(rows))
     (sample,) = (block for block in run_report(path, contents).blocks if isinstance(block, Sample))
     assert sample == Sample(
-        title="prompt 1",
+        title="prompt 1, answered greedily",
         prompt="Why?",
         answers=(("teacher", "Because"), ("student before", "before"), ("student after", "after")),
     )
