@@ -12,11 +12,10 @@ import pyarrow as pa
 import xxhash
 
 from deploy.fetch import cache_dir
+from deploy.run.identity import checkpoint_fingerprint
 from distill.config import RunConfig
 from distill.files import new_folder, write_json
 
-_PIECES, _PIECE_BYTES = 64, 1 << 16
-"""How much of a weight file its fingerprint covers."""
 _TRAINING_FILE = "training.json"
 """A file in a cached proxy's folder: the cost of its training."""
 
@@ -38,7 +37,7 @@ def proxy_folder(config: RunConfig, start: Path, corpus: Path) -> Path:
     """
     learner = config.learner
     identity = {
-        "start": weights_fingerprint(start),
+        "start": checkpoint_fingerprint(start),
         "corpus": corpus.stem,
         "training": asdict(config.proxy.training),
         "optimizer": [learner.beta1, learner.beta2, learner.weight_decay, learner.max_grad_norm],
@@ -61,16 +60,3 @@ def keep_proxy(trained: Path, cached: Path, training_s: float) -> None:
 def proxy_training_s(proxy: Path) -> float:
     """Seconds that a cached proxy's training took, in the run that trained it."""
     return json.loads((proxy / _TRAINING_FILE).read_text())["training_s"]
-
-
-def weights_fingerprint(model: Path) -> str:
-    """A hash of a checkpoint's weights: the size of every file, and pieces from its start to its end."""
-    state = xxhash.xxh3_64()
-    for path in sorted(model.glob("*.safetensors")):
-        size = path.stat().st_size
-        state.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for piece in range(_PIECES):
-                file.seek(max(0, size - _PIECE_BYTES) * piece // (_PIECES - 1))
-                state.update(file.read(_PIECE_BYTES))
-    return state.hexdigest()

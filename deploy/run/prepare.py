@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from deploy.run.cache import corpus_file, weights_fingerprint
+from deploy.run.cache import corpus_file
+from deploy.run.identity import checkpoint_fingerprint
 from deploy.run.preflight import Preflight
 from distill.config import RunConfig
 from distill.data import (
@@ -104,7 +105,7 @@ def _shown_prompts(config: RunConfig, preflight: Preflight, heldout: pa.Table) -
 def _sampling(config: RunConfig, preflight: Preflight) -> dict[str, object]:
     """Everything but the prompts that decides the teacher's text on them. The rollout engine samples it."""
     return {
-        "teacher": weights_fingerprint(preflight.teacher.folder),
+        "teacher": checkpoint_fingerprint(preflight.teacher.folder),
         "max_new_tokens": config.corpus.max_new_tokens,
         "seed": config.corpus.seed,
         "stop": preflight.teacher.stop_token_ids,
