@@ -72,6 +72,7 @@ async def _answers(prompts: PromptTable, draws: Sequence[Draw], generator: Gener
             sample_index=sample,
             prompt_tokens=request.prompt_tokens,
             response_tokens=completion.response_tokens,
+            behavior_logprobs=completion.logprobs,
             finish_reason=completion.finish_reason,
         )
         for (draw, sample), request, completion in zip(samples, requests, completions, strict=True)

@@ -74,7 +74,8 @@ def trajectory_schema(hidden_size: int | None = None) -> pa.Schema:
         # user's turns inside a reference of several turns).
         pa.field("loss_mask", pa.list_(pa.bool_())),
         # Per response token: log-probability in nats under the policy that sampled it, at
-        # temperature 1. Filled by the rollout actor; null for rows that the student did not sample.
+        # temperature 1. Filled by the rollout actor, and in the file of a sampled corpus; null in rows of
+        # teacher text that come from a draw.
         pa.field("behavior_logprobs", pa.list_(pa.float32())),
         # Which weights sampled which tokens: spans by first token, versions ascending.
         # Filled by the rollout actor; null for teacher text.

@@ -59,9 +59,14 @@ class ScoringConfig:
     """Fraction of the GPU's memory for weights and key-value cache. Not used on a CPU."""
     max_groups: int = 64
     """Largest number of groups that are scored in one call."""
+    check: int = 4
+    """Number of held-out texts of the teacher on which a run, when it starts, compares the probabilities that the
+    learner computes for the teacher with those that the engine sampled from. A total variation above 0.05 ends
+    the run. 0: no check."""
 
     def violations(self) -> Iterator[ConfigError]:
         yield from bounded("scoring", self, ">= 1", "max_groups")
+        yield from bounded("scoring", self, ">= 0", "check", remedy="set it to 0 to leave the check out")
         yield from _engine_violations("scoring", self)
 
 

@@ -123,6 +123,8 @@ class TextCorpus:
             "draw_id": pa.array([draw.draw_id]),
             "group_id": pa.array([draw.draw_id]),
             "sample_index": pa.array([0], pa.int32()),
+            # Of the teacher that sampled the text: losses compare with the student's own behaviour only.
+            "behavior_logprobs": pa.nulls(1, row.schema.field("behavior_logprobs").type),
         }
         arrays = [filled.get(name, row.column(name)) for name in row.schema.names]
         return pa.RecordBatch.from_arrays(arrays, schema=row.schema)

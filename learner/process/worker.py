@@ -28,6 +28,7 @@ from learner.process.milestones import ReplayControl, RunMilestones
 from learner.process.publish import SharedMemoryPublisher, WeightReceiver
 from learner.process.recorder import Recorder, Report, resumed_alarms
 from learner.process.saver import Saver, save_student
+from learner.process.teacher_check import check_teacher
 
 Stats = Callable[[], Awaitable[dict[str, float]]]
 
@@ -71,7 +72,14 @@ class LearnerWorker:
         """
         store, publisher = self._store(), self._publisher(receivers)
         recorder = Recorder(self.folder, self.alarms, self.report)
-        milestones = self._milestones(replay, samplers, store, recorder, [publisher.stats, *actor_stats])
+        scorer = self._scorer()
+        await self._check_teacher(samplers, store, scorer.teacher_head, recorder)
+        milestones = self._milestones(
+            replay,
+            recorder,
+            Evaluator(self.folder, samplers, store, scorer, HeldoutTexts(self.inputs)),
+            [publisher.stats, *actor_stats],
+        )
         num_updates = self.config.learner.num_updates
         self.report(activity="training", num_updates=num_updates, started=time.time())
         start = time.monotonic()
@@ -117,9 +125,8 @@ class LearnerWorker:
     def _milestones(
         self,
         replay: ReplayControl,
-        samplers: Samplers,
-        store: SegmentStore,
         recorder: Recorder,
+        evaluator: Evaluator,
         stats: Sequence[Stats],
     ) -> RunMilestones:
         states = {"adaptive_share": self.adaptive_share.state, "alarms": self.alarms.state}
@@ -127,11 +134,23 @@ class LearnerWorker:
             self.config,
             replay,
             recorder,
-            Evaluator(self.folder, samplers, store, self._scorer(), HeldoutTexts(self.inputs)),
+            evaluator,
             Saver(self.folder, self.checkpoints, self.distiller, states),
             self.adaptive_share,
             stats,
         )
+
+    async def _check_teacher(
+        self, samplers: Samplers, store: SegmentStore, head: Head, recorder: Recorder
+    ) -> None:
+        """Raises: ConfigError when the engine's teacher is another distribution than the learner's."""
+        num_texts = min(self.config.scoring.check, self.config.evaluation.num_prompts)
+        if num_texts == 0:
+            return
+        self.report(activity="comparing the teacher's engine with the learner")
+        head = head.prefix(self.inputs.num_tokens)
+        tv = await check_teacher(samplers, store, self.inputs.heldout_corpus, num_texts, head)
+        recorder.event("teacher_checked", num_texts=num_texts, tv=tv)
 
     def _scorer(self) -> Scorer:
         """Evaluations compare with the teacher itself, even where a proxy stands in for it in training."""
