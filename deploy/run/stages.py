@@ -43,7 +43,7 @@ def warm_start(run: RunContext, inputs: RunInputs) -> RunInputs:
     out = Path(inputs.run_dir) / "sft"
     if not out.exists():
         assert inputs.references is not None  # the preflight has checked it
-        _fit(run, "warm start", inputs.student_dir, inputs.references, out, run.config.sft)
+        _fit(run, inputs, "warm start", inputs.student_dir, inputs.references, out, run.config.sft)
     return replace(inputs, student_dir=str(out))
 
 
@@ -112,7 +112,7 @@ def train_proxy(run: RunContext, inputs: RunInputs) -> RunInputs:
         run.progress.say("proxy: found in the cache")
     else:
         out = Path(inputs.run_dir) / "proxy"
-        totals = _fit(run, "proxy", start, inputs.teacher_text, out, run.config.proxy.training)
+        totals = _fit(run, inputs, "proxy", start, inputs.teacher_text, out, run.config.proxy.training)
         keep_proxy(out, cached, totals["seconds"])
     run.record.proxy_training_s = proxy_training_s(cached)
     return replace(inputs, scoring_dir=str(cached))
@@ -167,12 +167,12 @@ class _Distillation:
 
 
 def _fit(
-    run: RunContext, name: str, model: str, corpus: str, out: Path, training: SftConfig
+    run: RunContext, inputs: RunInputs, name: str, model: str, corpus: str, out: Path, training: SftConfig
 ) -> dict[str, float]:
     """Train ``model`` by cross-entropy into the checkpoint ``out``; returns the totals of the training."""
     updates = training.num_updates
     with run.record.timed(out.name):
-        work = run.learner.fit.remote(model, corpus, str(out), training)
+        work = run.learner.fit.remote(inputs, model, corpus, str(out), training)
 
         def show() -> None:
             facts = run.backend.poll(run.learner.facts.remote()) or {}

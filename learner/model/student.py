@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.machine.hardware import ONE_LOAD_AT_A_TIME, computes_in_bfloat16
 from distill.machine.vector_math import settle_vector_math
@@ -67,7 +67,6 @@ class Student:
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         _set_matmul_precision(self.device, self.precision)
-        self.folder = Path(folder)
         settle_vector_math()
         attention = _attention_of(AutoConfig.from_pretrained(folder, local_files_only=True))
         with ONE_LOAD_AT_A_TIME:
@@ -128,7 +127,5 @@ class Student:
         return output.last_hidden_state[0].index_select(0, pack.state_index)
 
     def save(self, folder: str | Path) -> None:
-        """Write an ordinary Hugging Face checkpoint with its tokenizer, in float32."""
+        """Write an ordinary Hugging Face checkpoint without tokenizer, in float32."""
         self.model.save_pretrained(folder)
-        if (self.folder / "tokenizer_config.json").exists():
-            AutoTokenizer.from_pretrained(self.folder, local_files_only=True).save_pretrained(folder)

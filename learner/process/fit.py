@@ -16,12 +16,13 @@ from distill.config import RunConfig, SftConfig
 from distill.data import TextCorpus
 from distill.machine.hardware import resolve_micro_batch_tokens
 from distill.replay.draws import DrawOrder
+from distill.run.inputs import RunInputs
 from distill.run.metrics import EventLog
 from learner.model.student import Student
 from learner.optimizer import adamw, load_optimizer_tensors, optimizer_tensors
 from learner.process.checkpoint import Checkpoints
 from learner.process.recorder import Report
-from learner.process.saver import save_student
+from learner.process.saver import StudentWriter
 from learner.sft import run_sft
 
 CHECKPOINT_EVERY = 10
@@ -29,7 +30,13 @@ CHECKPOINT_EVERY = 10
 
 
 def fit(
-    config: RunConfig, model_dir: str, corpus_path: str, out_dir: Path, training: SftConfig, report: Report
+    config: RunConfig,
+    inputs: RunInputs,
+    model_dir: str,
+    corpus_path: str,
+    out_dir: Path,
+    training: SftConfig,
+    report: Report,
 ) -> dict[str, float]:
     """Train ``model_dir`` on a corpus into a Hugging Face checkpoint at ``out_dir``.
 
@@ -72,7 +79,7 @@ def fit(
         max_grad_norm=learner.max_grad_norm,
         after_update=after_update,
     )
-    save_student(student, out_dir)
+    StudentWriter(inputs, chat_template=config.data.chat_template).write(student, out_dir)
     shutil.rmtree(checkpoints.root, ignore_errors=True)
     events.close()
     return totals | {"seconds": seconds()}

@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from transformers import AutoTokenizer, GenerationConfig
+
 from distill.evaluation import Evaluation, is_better
 from distill.files import new_folder
 from distill.run.folder import RunFolder
+from distill.run.inputs import RunInputs
 from learner.distiller import Distiller
 from learner.model.student import Student
 from learner.process.checkpoint import Checkpoints
@@ -34,12 +37,14 @@ class Saver:
         folder: RunFolder,
         checkpoints: Checkpoints,
         distiller: Distiller,
+        writer: StudentWriter,
         states: Mapping[str, Callable[[], Any]],
     ) -> None:
         """``states``: what else a checkpoint holds, as JSON, by name."""
         self._folder = folder
         self._checkpoints = checkpoints
         self._distiller = distiller
+        self._writer = writer
         self._states = states
 
     async def save(self, updates_done: int, policy_version: int, ledger: Ledger) -> None:
@@ -63,12 +68,34 @@ class Saver:
         value = evaluation.value(metric)
         if not is_better(metric, value, best["value"] if best else None):
             return None
-        await asyncio.to_thread(save_student, self._distiller.student, self._folder.best)
+        await asyncio.to_thread(self._writer.write, self._distiller.student, self._folder.best)
         self._folder.write_best({"update": updates_done, "metric": metric, "value": value})
         return value
 
 
-def save_student(student: Student, folder: Path) -> None:
-    """Write a Hugging Face checkpoint that is never half there."""
-    with new_folder(folder) as making:
-        student.save(making)
+class StudentWriter:
+    """Writes a student so that others use it as it was trained: with the run's tokens, template and stop ids.
+
+    The student's first checkpoint may come with another template, or with sampling defaults and stop ids that
+    no update has seen.
+    """
+
+    def __init__(self, inputs: RunInputs, *, chat_template: bool) -> None:
+        """``chat_template``: whether the prompts were formatted with the teacher's template."""
+        self._inputs = inputs
+        self._chat_template = chat_template
+
+    def write(self, student: Student, folder: Path) -> None:
+        """Write a Hugging Face checkpoint that is never half there."""
+        tokenizer: Any = AutoTokenizer.from_pretrained(self._inputs.teacher_dir, local_files_only=True)
+        if not self._chat_template:
+            tokenizer.chat_template = None
+        generation = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=list(self._inputs.stop_token_ids),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with new_folder(folder) as making:
+            student.save(making)
+            tokenizer.save_pretrained(making)
+            generation.save_pretrained(making)

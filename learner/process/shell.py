@@ -57,9 +57,11 @@ class LearnerActor:
         """Cut the student from the teacher; returns in words which layers it has."""
         return await asyncio.to_thread(cut, self._config, inputs)
 
-    async def fit(self, model_dir: str, corpus: str, out_dir: str, training: SftConfig) -> dict[str, float]:
+    async def fit(
+        self, inputs: RunInputs, model_dir: str, corpus: str, out_dir: str, training: SftConfig
+    ) -> dict[str, float]:
         return await asyncio.to_thread(
-            fit, self._config, model_dir, corpus, Path(out_dir), training, self._report
+            fit, self._config, inputs, model_dir, corpus, Path(out_dir), training, self._report
         )
 
     async def load(self, inputs: RunInputs) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ from learner.process.evaluator import Evaluator, HeldoutTexts, Samplers, Scorer
 from learner.process.milestones import ReplayControl, RunMilestones
 from learner.process.publish import SharedMemoryPublisher, WeightReceiver
 from learner.process.recorder import Recorder, Report, resumed_alarms
-from learner.process.saver import Saver, save_student
+from learner.process.saver import Saver, StudentWriter
 from learner.process.teacher_check import check_teacher
 
 Stats = Callable[[], Awaitable[dict[str, float]]]
@@ -47,6 +47,7 @@ class LearnerWorker:
         )
         self.distiller = Distiller(config, student, inputs.scoring_dir)
         self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint.keep)
+        self.writer = StudentWriter(inputs, chat_template=config.data.chat_template)
         self.alarms = Alarms()
         self.adaptive_share = AdaptiveShare(config.recipe, self.folder)
         self.resumed_state: dict[str, Any] | None = None
@@ -93,7 +94,7 @@ class LearnerWorker:
             num_updates=num_updates,
         )
         recorder.close()
-        await asyncio.to_thread(save_student, self.distiller.student, self.folder.student)
+        await asyncio.to_thread(self.writer.write, self.distiller.student, self.folder.student)
         seconds = time.monotonic() - start
         return {
             "updates": self.distiller.updates_done,
@@ -135,7 +136,7 @@ class LearnerWorker:
             replay,
             recorder,
             evaluator,
-            Saver(self.folder, self.checkpoints, self.distiller, states),
+            Saver(self.folder, self.checkpoints, self.distiller, self.writer, states),
             self.adaptive_share,
             stats,
         )
