@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def _choose(config: RunConfig, inputs: RunInputs) -> Choice:
         return Choice(init.layers, total, "as configured")
     if init.select == "even":
         return Choice(even_layers(total, init.num_kept), total, "evenly spaced")
-    texts = _texts(inputs.train_prompts)
+    texts = calibration_texts(inputs.train_prompts)
     device = resolve_device(learner.device)
     precision = resolve_precision(learner.precision, device)
     influence = block_influence(inputs.teacher_dir, texts, device=device, precision=precision)
@@ -78,7 +79,7 @@ def _choose(config: RunConfig, inputs: RunInputs) -> Choice:
     return Choice(kept, total, f"by block influence on {len(texts)} texts", influence)
 
 
-def _texts(prompts: str) -> list[list[int]]:
+def calibration_texts(prompts: str | Path) -> list[list[int]]:
     """Prompts with their references, where they have any, from evenly spaced rows of the training table."""
     table = read_table(prompts)
     rows = np.linspace(0, table.num_rows - 1, min(NUM_TEXTS, table.num_rows)).round().astype(int)
