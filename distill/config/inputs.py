@@ -113,13 +113,18 @@ class DataConfig:
     """Prompts, and the references that answer them."""
 
     path: str = "alpaca-demo"
-    """A .jsonl, .json or .parquet file, the name of a data set that `distill data fetch` offers, or the id
-    of a data set for the `datasets` library."""
+    """A file (JSON Lines, JSON, CSV, TSV, Parquet or Arrow, compressed or not), a folder of such files, a pattern
+    such as ``data/*.jsonl``, a folder that ``save_to_disk`` wrote, the name of a data set that
+    `distill data fetch` offers, or the id of a data set for the `datasets` library."""
     format: Literal["auto", "prompt_completion", "messages", "instruction"] = "auto"
-    """Columns of the data: prompt and completion; messages; or instruction, input and output. ``auto``:
-    determined from the first row."""
+    """Columns of the data: a prompt with its answer; the messages of a conversation; or an instruction, its input
+    and the answer. ``auto``: determined from the names of the columns. docs/data.md lists the names."""
+    prompt_column: str | None = None
+    """The column of the prompts, where it has a name that no format knows."""
+    answer_column: str | None = None
+    """The column of the answers, where it has a name that no format knows."""
     split: str = "train"
-    """Split to load. Only used if ``path`` is a `datasets` id."""
+    """Split to load. Only used if ``path`` is a `datasets` id or a saved ``DatasetDict``."""
     chat_template: bool = True
     """Whether prompts are formatted with the chat template of the teacher's tokenizer; teacher and student
     see the same tokens. false: the prompt's text is used unchanged."""

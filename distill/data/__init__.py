@@ -1,19 +1,23 @@
 """From a data set to the prompt table, and from table rows to requests and trajectory rows.
 
-:mod:`~distill.data.rows` reads a data set of any known format; :mod:`~distill.data.prompts`
-turns its rows into the prompt table, the only place where text becomes tokens;
+:mod:`~distill.data.rows` reads a data set of any known format (files by :mod:`~distill.data.sources`, columns
+by :mod:`~distill.data.formats`, turns by :mod:`~distill.data.conversation`); :mod:`~distill.data.prompts`
+turns its rows into the prompt table, by :mod:`~distill.data.render` and :mod:`~distill.data.tokens`;
 :mod:`~distill.data.tables` turns draws into requests and trajectory rows. The caller passes the
 tokenizer, and this package does not import torch.
 """
 
+from distill.data.conversation import Example, Turn
 from distill.data.prompts import (
     PROMPT_SCHEMA,
+    PromptFacts,
     build_prompts,
     heldout_rows,
-    num_skipped_prompts,
+    prompt_facts,
     training_rows,
 )
-from distill.data.rows import KNOWN_DATA, Example, Turn, load_rows
+from distill.data.rows import LoadedRows, load_rows
+from distill.data.sources import KNOWN_DATA
 from distill.data.tables import (
     PromptTable,
     TextCorpus,
@@ -28,6 +32,8 @@ __all__ = [
     "KNOWN_DATA",
     "PROMPT_SCHEMA",
     "Example",
+    "LoadedRows",
+    "PromptFacts",
     "PromptTable",
     "TextCorpus",
     "Turn",
@@ -35,7 +41,7 @@ __all__ = [
     "corpus_table",
     "heldout_rows",
     "load_rows",
-    "num_skipped_prompts",
+    "prompt_facts",
     "read_table",
     "reference_corpus",
     "sample_seed",

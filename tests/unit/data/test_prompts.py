@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from distill.data import build_prompts, heldout_rows, num_skipped_prompts, training_rows
+from distill.data import build_prompts, heldout_rows, prompt_facts, training_rows
 from distill.errors import ConfigError
 from tests.unit.data.builders import (
     DATA,
@@ -116,7 +116,7 @@ def test_a_long_prompt_is_rejected_or_skipped(tokenizer):
         build_prompts(rows, tokenizer, data, [STOP])
     table = build_prompts(rows, tokenizer, dataclasses.replace(data, on_long_prompt="skip"), [STOP])
     assert table.num_rows == 6
-    assert num_skipped_prompts(table) == 1
+    assert prompt_facts(table).num_long == 1
     for row in table.to_pylist():  # the references are not shifted by one
         assert tokenizer.decode(row["reference_tokens"]) == f"answer {row['data_row']}</s>"
 
@@ -145,3 +145,21 @@ def test_an_empty_prompt_is_rejected(tokenizer):
     data = dataclasses.replace(DATA, chat_template=False)
     with pytest.raises(ConfigError, match=r"data row 0 must have a prompt of at least one token"):
         only_row(example("u:", "a:A"), without_template(tokenizer), data)
+
+
+def test_prompts_that_repeat_a_held_out_one_are_not_trained_on(tokenizer):
+    """Whatever the seed holds out; and where nothing repeats, the choice is the one that it always was."""
+    texts = ["a", "b", "a", "c", "b", "a", "d", "e"]
+    rows = [example(f"u:{text}", f"a:{number}", row=number) for number, text in enumerate(texts)]
+    for seed in range(20):
+        table = build_prompts(rows, tokenizer, dataclasses.replace(DATA, num_heldout=2), [STOP], seed=seed)
+        training, heldout = (
+            set(part(table)["prompt_text"].to_pylist()) for part in (training_rows, heldout_rows)
+        )
+        assert not training & heldout and table["heldout"].to_pylist().count(True) == 2
+        left_out = len(texts) - table.num_rows
+        assert prompt_facts(table).num_repeated == left_out
+        expected = texts.count  # every repeat of a held-out prompt, and nothing else
+        assert left_out == sum(expected(text) for text in heldout) - 2
+    with pytest.raises(ConfigError, match="all 3 usable rows are held out or repeat a held-out prompt"):
+        build_prompts([example("u:a", f"a:{i}", row=i) for i in range(3)], tokenizer, DATA, [STOP])

@@ -26,7 +26,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def load(path: Path, **settings) -> list[Example]:
-    return load_rows(DataConfig(path=str(path), **settings), Path("no-cache"))
+    return list(load_rows(DataConfig(path=str(path), **settings), Path("no-cache")).examples)
 
 
 FORMATS = {
@@ -97,7 +97,7 @@ def test_a_hub_id_is_loaded_by_datasets(monkeypatch):
         return datasets.Dataset.from_list([{"prompt": "Q", "completion": "A"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_rows(DataConfig(path="owner/set", split="test"), Path()) == [example("u:Q", "a:A")]
+    assert load_rows(DataConfig(path="owner/set", split="test"), Path()).examples == [example("u:Q", "a:A")]
     assert calls == [("owner/set", "test")]
 
 
@@ -122,7 +122,7 @@ def test_a_known_name_is_read_from_the_cache(tmp_path):
         load_rows(DataConfig(path="alpaca-demo"), tmp_path)
     (tmp_path / "data").mkdir()
     write_rows(tmp_path / "data" / "alpaca-demo.json", FORMATS["instruction"][0])
-    assert load_rows(DataConfig(path="alpaca-demo"), tmp_path) == FORMATS["instruction"][1]
+    assert load_rows(DataConfig(path="alpaca-demo"), tmp_path).examples == FORMATS["instruction"][1]
 
 
 @pytest.mark.parametrize(
@@ -150,13 +150,15 @@ def test_a_broken_line_is_reported_with_its_number(tmp_path, line, message):
         ("rows.parquet", "not parquet", "must be a Parquet file"),
         ("rows.jsonl", "\n", "must have at least one row; choose another data set"),
         ("rows.json", "[]", "must have at least one row; choose another data set"),
-        ("rows.jsonl", '{"text": "a", "id": 3}', "row 0 must have a column messages, or prompt, or instruction; it has text, id"),
+        ("rows.jsonl", '{"text": "a", "id": 3}', "must have a column messages or conversations or .*, or instruction, or prompt; it has text, id; name the columns"),
         ("rows.jsonl", '{"prompt": "a"}\n{"completion": "b"}', "row 1 must have a value in column prompt .*; it has completion"),
         ("rows.jsonl", '{"prompt": 3}', "row 0 column prompt must be text or a list of turns, not a number"),
         ("rows.jsonl", '{"messages": [{"role": "user"}]}', "turn 0 must have text as content, not null"),
-        ("rows.jsonl", '{"messages": ["x"]}', "turn 0 must have role and content"),
-        ("rows.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}', "must have a turn before the assistant's"),
-        ("rows.jsonl", '{"messages": []}', "must have a turn before the assistant's"),
+        ("rows.jsonl", '{"messages": [["x"]]}', "turn 0 must have role and content"),
+        ("rows.jsonl", '{"messages": [{"role": "narrator", "content": "x"}]}', "a known role .it has narrator.; use one of system,"),
+        ("rows.jsonl", '{"prompt": "a", "completion": [{"role": "user", "content": "x"}]}', "an answer that begins with the assistant's turn, not the user's"),
+        ("rows.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}', "must have a turn that the assistant answers"),
+        ("rows.jsonl", '{"messages": []}', "must have a turn that the assistant answers"),
     ],
 )  # fmt: skip
 def test_broken_data_is_reported_with_its_place(tmp_path, name, text, message):
