@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deploy.fetch import local_checkpoint
+from deploy.fetch import MODELS, local_checkpoint
 from deploy.run.model_facts import ModelFacts, tokenizer_fingerprint
 from deploy.run.preflight.outcome import Check
 from distill.config import RunConfig
@@ -19,7 +19,18 @@ def read(name: str, revision: str | None, setting: str) -> ModelFacts:
 
     Raises: ConfigError.
     """
-    return ModelFacts.read(local_checkpoint(name, revision, setting), setting)
+    folder = local_checkpoint(name, revision, setting)
+    return ModelFacts.read(folder, setting, _again(name, folder))
+
+
+def _again(name: str, folder: Path) -> str:
+    """How to get a checkpoint whose files are missing or broken."""
+    if name in MODELS:
+        return f"delete {folder} and run `distill models fetch {name}` again"
+    if Path(name).expanduser().is_dir():
+        return "fetch or save the model again"
+    repository = folder.parents[1]  # what the hub's client has of it: snapshots/REVISION is the folder
+    return f"delete {repository} and run this again with access to the hub"
 
 
 def size(role: str, facts: ModelFacts, config: RunConfig) -> Check:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from deploy.run.estimates import Estimates
 from deploy.run.model_facts import ModelFacts
-from deploy.run.preflight import data, machine, models
+from deploy.run.preflight import data, machine, models, quantised, weights
 from deploy.run.preflight.outcome import Check, failed
 from distill.config import RunConfig
 from distill.errors import ConfigError
@@ -97,16 +97,21 @@ class Preflight:
         yield models.size("teacher", self.teacher, self.config)
         models.require_stop_tokens(self.teacher)
         yield models.logits("teacher", self.teacher)
+        yield from self._opened("teacher", self.teacher, ("rollout", "scoring"))
+        yield weights.head("teacher", self.teacher)
 
     def _student(self) -> Iterator[Check]:
         student = self.config.student
         if student.model is None:
+            quantised.require_plain("student.init.from", self.teacher)
             yield models.cut(self.teacher, student.init.num_layers or 0)
             self.student = self.teacher
             return
         self.student = models.read(student.model, student.revision, "student.model")
         yield models.size("student", self.student, self.config)
         yield models.logits("student", self.student)
+        quantised.require_plain("student.model", self.student)
+        yield from self._opened("student", self.student, ("rollout",))
 
     def _proxy(self) -> Iterator[Check]:
         proxy = self.config.proxy
@@ -118,6 +123,18 @@ class Preflight:
         self.proxy = models.read(proxy.model, proxy.revision, "proxy.model")
         yield models.size("proxy", self.proxy, self.config)
         yield models.logits("proxy", self.proxy)
+        if proxy.num_updates > 0:
+            quantised.require_plain("proxy.model", self.proxy)
+        yield from self._opened("proxy", self.proxy, ("scoring",))
+        yield weights.head("proxy", self.proxy)
+
+    def _opened(self, role: str, facts: ModelFacts, sections: Sequence[str]) -> Iterator[Check]:
+        """Check that the engines of ``sections`` can open a model."""
+        if quantised.quantisation(facts) is not None:
+            yield quantised.engines(role, facts, self.config, sections)
+        else:
+            for_vllm = any(getattr(self.config, section).engine == "vllm" for section in sections)
+            yield weights.tensors(role, facts, for_vllm=for_vllm)
 
     def _tokenizers(self) -> Iterator[Check]:
         self.tokenizer = models.load_tokenizer(self.teacher.folder, "teacher.model")
