@@ -78,6 +78,14 @@ DATA: Mapping[str, Artefact] = {
     ),
 }
 
+_ADAPTER_STEMS = ("adapter_config", "adapter_model")
+_OTHER_FORMATS = {
+    "*.gguf": "use the safetensors checkpoint that the GGUF file was made from",
+    "*.bin": "load it with AutoModelForCausalLM.from_pretrained, write it with save_pretrained(FOLDER), save the "
+    "tokenizer there too, and give that folder",
+}
+"""Files of weights that are not read -> what to do."""
+
 Download = Callable[[Artefact, Path], Path]
 """Downloads the artefact's archive into a folder and returns its path."""
 
@@ -173,8 +181,9 @@ def resolve_model(name: str, revision: str | None, cache: Path, *, setting: str 
 def local_checkpoint(name: str, revision: str | None, setting: str, cache: Path | None = None) -> Path:
     """Return the folder of a model, after a download into the hub's own cache when it is a hub id.
 
-    Raises: ConfigError when the model cannot be found.
+    Raises: ConfigError when the model cannot be found, or is an adapter or weights in another format.
     """
+    _refuse_other_formats(Path(name).expanduser(), setting)
     place = resolve_model(name, revision, cache or cache_dir(), setting=setting)
     if Path(place).is_dir():
         return Path(place)
@@ -182,7 +191,7 @@ def local_checkpoint(name: str, revision: str | None, setting: str, cache: Path 
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(place, revision=revision, allow_patterns=wanted))
+        folder = Path(snapshot_download(place, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client also raises errors of its transport
         raise ConfigError(
             setting,
@@ -190,6 +199,27 @@ def local_checkpoint(name: str, revision: str | None, setting: str, cache: Path 
             f"be available from the hub ({first_line(error)})",
             "check the id and the network, or give a local folder",
         ) from error
+    _refuse_other_formats(folder, setting)
+    return folder
+
+
+def _refuse_other_formats(folder: Path, setting: str) -> None:
+    adapter = next((file for file in folder.glob("adapter_*") if file.stem in _ADAPTER_STEMS), None)
+    if adapter is not None:
+        raise ConfigError(
+            setting,
+            folder,
+            f"be a whole model, not an adapter of one (it has {adapter.name})",
+            "merge the adapter into its base model (with peft: merge_and_unload(), then save_pretrained(FOLDER)), "
+            "save the tokenizer there too, and give that folder",
+        )
+    if any(folder.glob("*.safetensors")):
+        return
+    for pattern, remedy in _OTHER_FORMATS.items():
+        if other := sorted(folder.glob(pattern)):
+            raise ConfigError(
+                setting, folder, f"contain safetensors files (it has only {other[0].name})", remedy
+            )
 
 
 def _hub_id(name: str, setting: str) -> str:

@@ -1,19 +1,19 @@
 """Facts of a checkpoint that need no loading: sizes, vocabulary, context, stop ids.
 
-They come from config.json, generation_config.json and the headers of the safetensors files.
+They come from config.json, generation_config.json and the headers of the safetensors files (:mod:`deploy.run.tensor_files`).
 """
 
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors import SafetensorError, safe_open
 
+from deploy.run.tensor_files import StoredTensor, stored_tensors
 from distill.errors import ConfigError
 
 
@@ -26,18 +26,25 @@ class ModelFacts:
     vocab_size: int
     hidden_size: int
     context_tokens: int
-    num_parameters: int
     stop_token_ids: tuple[int, ...]
     config: dict[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    """The tensors of its files by name."""
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.size for tensor in self.tensors.values())
 
     @classmethod
-    def read(cls, folder: str | Path, setting: str) -> ModelFacts:
+    def read(cls, folder: str | Path, setting: str, again: str) -> ModelFacts:
         """Read the facts of a checkpoint; ``setting`` is its name in errors.
 
-        Raises: ConfigError when the folder is not a Hugging Face checkpoint in safetensors.
+        ``again`` is the remedy for files that are missing or broken.
+
+        Raises: ConfigError when the folder is not a whole Hugging Face checkpoint in safetensors.
         """
         folder = Path(folder)
-        config = _json(folder / "config.json", setting)
+        config = _json(folder / "config.json", setting, again)
         missing = [name for name in ("model_type", "vocab_size", "hidden_size") if name not in config]
         if missing:
             raise ConfigError(
@@ -50,9 +57,9 @@ class ModelFacts:
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
             context_tokens=config.get("max_position_embeddings", 1 << 30),
-            num_parameters=_num_parameters(folder, setting),
-            stop_token_ids=_stop_token_ids(folder, config, setting),
+            stop_token_ids=_stop_token_ids(folder, config, setting, again),
             config=config,
+            tensors=stored_tensors(folder, setting, again),
         )
 
 
@@ -69,41 +76,17 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(facts, ensure_ascii=True).encode())
 
 
-def _json(path: Path, setting: str) -> dict[str, Any]:
+def _json(path: Path, setting: str, again: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ConfigError(
-            setting, path.parent, f"contain {path.name}", "give the folder of a Hugging Face checkpoint"
-        ) from error
+        raise ConfigError(setting, path.parent, f"contain {path.name}", again) from error
     except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(setting, path, f"be readable JSON ({error})", "save the model again") from error
+        raise ConfigError(setting, path, f"be readable JSON ({error})", again) from error
 
 
-def _num_parameters(folder: Path, setting: str) -> int:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(
-            setting,
-            folder,
-            "contain safetensors files (pickled weights are not read)",
-            "convert it with save_pretrained",
-        )
-    try:
-        return sum(_elements(path) for path in files)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            setting, folder, f"contain whole safetensors files ({error})", "fetch or save the model again"
-        ) from error
-
-
-def _elements(path: Path) -> int:
-    with safe_open(path, framework="numpy") as file:  # fails unless header and tensors cover the file
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-
-
-def _stop_token_ids(folder: Path, config: dict[str, Any], setting: str) -> tuple[int, ...]:
+def _stop_token_ids(folder: Path, config: dict[str, Any], setting: str, again: str) -> tuple[int, ...]:
     path = folder / "generation_config.json"
-    eos = _json(path, setting).get("eos_token_id") if path.exists() else None
+    eos = _json(path, setting, again).get("eos_token_id") if path.exists() else None
     eos = config.get("eos_token_id") if eos is None else eos
     return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)

@@ -1,0 +1,93 @@
+"""Checks of the data, which is tokenized in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from deploy.run.preflight.outcome import Check
+from distill.config import RunConfig
+from distill.data import LoadedRows, build_prompts, prompt_facts, training_rows
+from distill.errors import ConfigError
+
+
+def columns(rows: LoadedRows) -> Iterator[Check]:
+    """What is read from the data set, and the columns that are not."""
+    yield Check("rows", "pass", rows.summary())
+    if rows.unused_columns:
+        unused = ", ".join(f"{name} ({count} rows)" for name, count in rows.unused_columns.items())
+        yield Check(
+            "unused columns",
+            "warn",
+            f"{unused}; format {rows.format} takes {rows.possible_columns}",
+            "rename a column that should be read, or ignore this",
+        )
+
+
+def trains_on_references(config: RunConfig) -> bool:
+    """Whether a run uses references as text to learn from, and not only to compare with."""
+    return config.sft.enabled or config.recipe.teacher_text == "reference"
+
+
+def prompts(config: RunConfig, rows: LoadedRows, tokenizer: Any, stop_token_ids: Sequence[int]) -> pa.Table:
+    """Tokenize the data.
+
+    Raises: ConfigError.
+    """
+    return build_prompts(
+        rows.examples,
+        tokenizer,
+        config.data,
+        stop_token_ids,
+        config.seed,
+        with_references=trains_on_references(config),
+    )
+
+
+def num_references(table: pa.Table) -> int:
+    """Training prompts whose reference is trained on."""
+    references = training_rows(table)["reference_tokens"]
+    return len(references) - references.null_count
+
+
+def summary(config: RunConfig, table: pa.Table, num_references: int) -> Iterator[Check]:
+    """Check that the data has what the recipe uses.
+
+    Raises: ConfigError.
+    """
+    data, recipe = config.data, config.recipe
+    if num_references == 0 and trains_on_references(config):
+        raise ConfigError(
+            "data", data.path, "have references (answers), which the warm start or the recipe uses",
+                 "add answers, or name their column with data.answer_column, or set sft.enabled=false and "
+                 "recipe.teacher_text=sampled"
+        )  # fmt: skip
+    num_train = table.num_rows - data.num_heldout
+    template = "the teacher's chat template" if data.chat_template else "no chat template"
+    yield Check("data", "pass", f"{num_train} training prompts, {data.num_heldout} held out; {template}")
+    facts = prompt_facts(table)
+    left_out = {
+        "are left out because their prompt is too long": facts.num_long,
+        "are left out of training because their prompt is held out": facts.num_repeated,
+        "have a reference that begins inside a token of the whole text, which is split": facts.num_merged,
+    }
+    for what, count in left_out.items():
+        if count:
+            yield Check("rows", "warn", f"{count} rows {what}")
+    batches = {
+        "learner.prompts_per_update": (config.learner.prompts_per_update, num_train, "training prompts")
+    }
+    if recipe.teacher_text == "reference":
+        batches["learner.teacher_rows_per_update"] = (
+            config.learner.teacher_rows_per_update,
+            num_references,
+            "references",
+        )
+    if config.sft.enabled:
+        batches["sft.rows_per_update"] = (config.sft.rows_per_update, num_references, "references")
+    for setting, (size, available, kind) in batches.items():
+        if size > available:
+            message = f"{setting}={size} is more than the {available} {kind}, so every update repeats some"
+            yield Check("batch", "warn", message, "lower it, or add data")

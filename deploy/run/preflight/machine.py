@@ -1,0 +1,135 @@
+"""Checks of the machine: engines, memory, disk and ports."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from deploy.run.estimates import Estimates
+from deploy.run.preflight.outcome import Check
+from distill.config import RunConfig
+from distill.errors import ConfigError
+from distill.run.folder import RunFolder
+from distill.run.inputs import shared_memory_root
+
+
+def engines(config: RunConfig) -> Iterator[Check]:
+    """Check that the engines are installed and the learner's device is there.
+
+    Raises: ConfigError.
+    """
+    for section in ("rollout", "scoring"):
+        engine = getattr(config, section).engine
+        if engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise ConfigError(
+                f"{section}.engine", "vllm", "be installed",
+                     "install the cpu or gpu extra, or set engine=transformers"
+            )  # fmt: skip
+    if config.learner.device == "cuda" and config.cluster.address is None:
+        from torch.cuda import is_available
+
+        if not is_available():
+            raise ConfigError(
+                "learner.device",
+                "cuda",
+                "be available (torch finds no GPU)",
+                "set it to auto, or use a machine with a GPU",
+            )
+    yield Check(
+        "engines",
+        "pass",
+        f"rollout by {config.rollout.engine}, scoring by {config.scoring.engine}",
+    )
+
+
+def buffer(config: RunConfig, estimates: Estimates) -> Iterator[Check]:
+    """Check that the rows of the updates in flight fit the replay buffer.
+
+    Raises: ConfigError.
+    """
+    need = estimates.window()
+    if need > config.replay.max_bytes:
+        raise ConfigError(
+            "replay.max_bytes", config.replay.max_bytes,
+                 f"be >= the size of the rows of {config.replay.max_policy_age + 2} updates, {need} bytes",
+                 "raise it or use smaller batches, because the learner waits for all rows of an update"
+        )  # fmt: skip
+    yield Check("buffer", "pass", f"needs {need >> 20} MiB of at most {config.replay.max_bytes >> 20} MiB")
+
+
+def memory(estimates: Estimates) -> Iterator[Check]:
+    """Compare the memory that a run needs with what is available."""
+    need = sum(estimates.memory().values())
+    available = psutil.virtual_memory().available
+    parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in estimates.memory().items())
+    message = f"needs about {need / 2**30:.1f} GiB of {available / 2**30:.1f} GiB available ({parts})"
+    if need > available:
+        yield Check("memory", "warn", message,
+                    "lower kv_cache_gib or learner.micro_batch_tokens, or set learner.keep_activations=false")  # fmt: skip
+    else:
+        yield Check("memory", "pass", message)
+
+
+def disk(config: RunConfig, estimates: Estimates) -> Iterator[Check]:
+    """Check that the run folder can be made and that disk and shared memory have room.
+
+    Raises: ConfigError.
+    """
+    run_dir = Path(config.run_dir).absolute()
+    place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not place.is_dir():
+        raise ConfigError("run_dir", run_dir, f"be a folder ({place} is a file)", "choose another run_dir")
+    RunFolder(run_dir).refuse_foreign_files()
+    if not os.access(place, os.W_OK):
+        raise ConfigError("run_dir", run_dir, f"be writable ({place} is not)", "choose another run_dir")
+    student = estimates.student_parameters()
+    # A checkpoint contains weights and two moments. A new one is complete before the oldest is deleted.
+    need = student * 12 * (config.checkpoint.keep + 1) + student * 4 * 4
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise ConfigError(
+            "free disk", f"{free >> 20} MiB", f"be >= {need >> 20} MiB at {place}",
+                 "lower checkpoint.keep or choose another run_dir"
+        )  # fmt: skip
+    shm = shared_memory_root()
+    wanted = min(config.replay.memory_bytes, estimates.window()) + 2 * 4 * student
+    if (left := shutil.disk_usage(shm).free) < wanted:
+        raise ConfigError(
+            "free shared memory", f"{left >> 20} MiB", f"be >= {wanted >> 20} MiB at {shm}",
+                 "lower replay.memory_bytes, or give the container a larger /dev/shm"
+        )  # fmt: skip
+    yield Check(
+        "disk",
+        "pass",
+        f"needs {need >> 20} MiB of {free >> 20} MiB free, and {wanted >> 20} MiB of shared memory",
+    )
+
+
+def ports(config: RunConfig) -> Iterator[Check]:
+    """Check that a local Ray finds ports.
+
+    Raises: ConfigError.
+    """
+    if config.cluster.backend == "in_process":
+        yield Check("ports", "pass", "not needed, because all actors live in one process")
+        return
+    if config.cluster.address is not None:
+        yield Check("ports", "pass", f"those of the Ray cluster at {config.cluster.address}")
+        return
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+    except OSError as error:
+        raise ConfigError(
+            "loopback",
+            "127.0.0.1",
+            f"have a free port ({error})",
+            "free one, because a local Ray listens on loopback",
+        ) from error
+    yield Check("ports", "pass", "loopback has free ports for a local Ray")
