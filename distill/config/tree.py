@@ -143,6 +143,8 @@ def _written(part: Any, *, escape: bool = False) -> Tree:
             tree[written] = float(value)
         elif isinstance(value, str) and escape:
             tree[written] = _escaped(value)
+        elif isinstance(value, list) and escape:
+            tree[written] = [_escaped(item) if isinstance(item, str) else item for item in value]
         else:
             tree[written] = value
     return tree

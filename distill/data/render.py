@@ -46,7 +46,7 @@ def render_plain(example: Example, *, with_reference: bool) -> Rendered:
         must = f"be true for data of several turns or with tools (row {example.row})"
         remedy = "set it to true, because only a template marks where a turn begins"
         raise ConfigError("data.chat_template", "false", must, remedy)
-    prompt = example.prompt[0].content
+    prompt = turns[0].content
     if not (with_reference and example.reference):
         return Rendered(row=example.row, prompt=prompt, whole=prompt)
     whole = prompt + example.reference[0].content

@@ -30,5 +30,5 @@ def test_references_of_held_out_prompts_cannot_be_trained_on(
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert checked(world, f"data.path={path}", "sft.enabled=false").num_references == 0
-    with pytest.raises(ConfigError, match=r"must have references \(completions\)"):
+    with pytest.raises(ConfigError, match=r"must have references \(answers\)"):
         checked(world, f"data.path={path}")
