@@ -69,13 +69,13 @@ def summary(config: RunConfig, table: pa.Table, num_references: int) -> Iterator
     yield Check("data", "pass", f"{num_train} training prompts, {data.num_heldout} held out; {template}")
     facts = prompt_facts(table)
     left_out = {
-        "are left out because their prompt is too long": facts.num_long,
-        "are left out of training because their prompt is held out": facts.num_repeated,
-        "have a reference that begins inside a token of the whole text, which is split": facts.num_merged,
+        "rows left out because their prompt is too long": facts.num_long,
+        "rows left out of training because their prompt is held out": facts.num_repeated,
+        "references that begin inside a token of the whole text, which is split": facts.num_merged,
     }
     for what, count in left_out.items():
         if count:
-            yield Check("rows", "warn", f"{count} rows {what}")
+            yield Check("data", "warn", f"{what}: {count}")
     batches = {
         "learner.prompts_per_update": (config.learner.prompts_per_update, num_train, "training prompts")
     }
