@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from deploy import PRESETS
 from deploy.study.spec import Settings, StudySpec
 from deploy.study.tasks.registry import Task
 from distill.config import RunConfig
-from distill.config.load import load_config
+from distill.config.load import load_config, override
 from distill.config.tree import fingerprint
 from distill.errors import ConfigError, Diverged
 from distill.run.folder import RunFolder
@@ -84,4 +83,4 @@ class Jobs:
         for name, value in settings.items():
             if isinstance(value, str):
                 settings[name] = value.replace("{task}", str(self.task.folder()))
-        return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+        return [override(name, value) for name, value in settings.items()]

@@ -14,16 +14,19 @@ the same and sets further fields of the recipe in the same layer.
 from __future__ import annotations
 
 import io
+import json
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.config import RunConfig
-from distill.config.tree import Tree, build
+from distill.config.tree import Tree, build, setting_names
+from distill.config.written import Written, WrittenLoader
 from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
 
 
@@ -38,12 +41,17 @@ def load_config(
     Raises: ConfigError for any mistake in the file, an override or a value.
     """
     tree: Tree = {}
-    file = {} if path is None else read_yaml(path)
+    file = {} if path is None else _read_settings(path)
     for layer in (file, *map(_parse_override, overrides)):
         tree = _apply(tree, layer, None if presets is None else Path(presets))
     config = build(tree)
     config.validate()
     return config
+
+
+def override(name: str, value: object) -> str:
+    """A setting as an override, which :func:`load_config` reads back as the same value."""
+    return f"{name}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 # Reading layers
@@ -62,13 +70,7 @@ def read_yaml(
     Raises: ConfigError, with the line if the text is not YAML or has a key twice.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(path, NO_VALUE, f"be a {what} file that exists", "check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
-        raise ConfigError(path, NO_VALUE, f"be a readable {what} file ({reason})") from None
+    text = _text_of(path, what)
     try:
         loaded = OmegaConf.load(io.StringIO(text))
     except yaml.YAMLError as error:
@@ -82,6 +84,34 @@ def read_yaml(
     return typing.cast(Tree, OmegaConf.to_container(loaded, resolve=False))
 
 
+def _read_settings(path: str | Path) -> Tree:
+    """Read a YAML file of settings, whose scalars stay as they are written.
+
+    Raises: ConfigError as :func:`read_yaml`.
+    """
+    path = Path(path)
+    try:
+        loaded = yaml.load(_text_of(path, "configuration"), WrittenLoader)
+    except yaml.YAMLError as error:
+        raise _not_yaml(path, error, "correct the YAML there") from None
+    if loaded is None or loaded == "":
+        return {}
+    if not isinstance(loaded, dict):
+        remedy = "write `section:` with its settings below it"
+        raise ConfigError(path, NO_VALUE, "contain a mapping of sections", remedy)
+    return typing.cast(Tree, loaded)
+
+
+def _text_of(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(path, NO_VALUE, f"be a {what} file that exists", "check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"byte {error.start} is not UTF-8"
+        raise ConfigError(path, NO_VALUE, f"be a readable {what} file ({reason})") from None
+
+
 def _not_yaml(what: object, error: Exception, remedy: str) -> ConfigError:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         problem = " ".join((error.problem or "not YAML").split())
@@ -91,16 +121,19 @@ def _not_yaml(what: object, error: Exception, remedy: str) -> ConfigError:
     return ConfigError(str(what), NO_VALUE, f"be YAML ({first_line(error)})", remedy)
 
 
-def _parse_override(override: str) -> Tree:
-    name, equals, text = override.partition("=")
-    if not equals or not name.strip():
-        raise ConfigError(f"{override!r}", NO_VALUE, "be name=value", "for example learner.num_updates=40")
-    try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise _not_yaml(repr(override), error, "put the value in quotes") from None
-    tree = typing.cast(Tree, value)["value"]
-    for part in reversed(name.strip().split(".")):
+def _parse_override(text: str) -> Tree:
+    """A layer with one setting. Its value stays as written; that of a section is read as YAML."""
+    name, equals, written = text.partition("=")
+    name = name.strip()
+    if not equals or not name:
+        raise ConfigError(f"{text!r}", NO_VALUE, "be name=value", "for example learner.num_updates=40")
+    tree: Any = Written(written)
+    if name not in setting_names():
+        try:
+            tree = yaml.load(written, WrittenLoader)
+        except yaml.YAMLError as error:
+            raise _not_yaml(repr(text), error, "correct the value") from None
+    for part in reversed(name.split(".")):
         tree = {part: tree}
     return tree
 
@@ -126,7 +159,7 @@ def _read_preset(name: str, presets: Path | None) -> Tree:
     known = {path.stem: path for path in sorted((presets / "recipes").glob("*.yaml"))}
     if name not in known:
         raise ConfigError("recipe", name, f"be one of {', '.join(known)}", did_you_mean(name, known))
-    preset = read_yaml(known[name])
+    preset = _read_settings(known[name])
     if not isinstance(preset.get("recipe"), dict):
         raise ConfigError(
             known[name], NO_VALUE, "contain a section recipe", "write `recipe:` with its settings below it"
@@ -141,7 +174,7 @@ def _merge(base: Tree, layer: Tree) -> Tree:
         if isinstance(old, dict) and isinstance(value, dict):
             merged[name] = _merge(old, value)
         elif not (
-            isinstance(old, dict) and value is None
+            isinstance(old, dict) and value in (None, "")
         ):  # `section:` with nothing below it changes nothing
             merged[name] = value
     return merged

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from distill.config import RunConfig, StudentInitConfig
 from distill.config.retired import RETIRED
 from distill.config.rules import default_remedy
+from distill.config.written import typed
 from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
 
 Tree = dict[str, Any]
@@ -99,7 +100,9 @@ def _by_field(tree: Tree, part: type, prefix: str) -> Tree:
         if written not in hints:
             raise _unknown(name, prefix, hints)
         field_name, hint = hints[written]
+        value = typed(value, hint)
         if is_dataclass(hint):
+            value = None if value == "" else value  # `section:` with nothing below it
             if value is not None and not isinstance(value, dict):
                 raise ConfigError(
                     name, _shown(value), "be a section", f"write its settings, for example {_example(name)}"

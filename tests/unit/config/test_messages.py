@@ -39,18 +39,17 @@ def message(load: Callable[..., RunConfig], text: str, *overrides: str) -> str:
         ("learner.learning_rate=fast", "learner.learning_rate=fast must be a number"),
         ("learner.learning_rate=nan", "learner.learning_rate=nan must be finite"),
         ("sft.enabled=maybe", "sft.enabled=maybe must be a boolean"),
-        ("run_dir=[a]", "run_dir=['a'] must be a string"),
         ("run_dir=???", "run_dir=??? must be given; replace ??? with a value"),
         ("student.init.num_layers=x", "student.init.num_layers=x must be an integer or null"),
         ("recipe.loss=revers_kl", "skew_forward_kl, skew_reverse_kl; did you mean reverse_kl?"),
         ("recipe.loss=${data.path}", "must be one of moment_gap, forward_kl"),
         ("recipe.student_text=x", "must be one of none, every_update, mixed; choose one of them"),
         ("learner=3", "learner=3 must be a section; write its settings, for example learner.num_updates=20"),
-        ("recipe=3", "recipe=3 must be a section"),
+        ("recipe=3", "recipe=3 must be one of ammd, "),
         ("recipe=gkdd", "; did you mean gkd?"),
         ("corpus.seed=${nowhere}", "corpus.seed must be loadable (Interpolation key 'nowhere' not found); correct the value"),
-        ("run_dir='a", "\"run_dir='a\" line 1 must be YAML (found unexpected end of stream); put the value in quotes"),
-        ("run_dir=${", "'run_dir=${' must be YAML (no viable alternative at input '${'); put the value in quotes"),
+        ("student.init={from: 'a", "line 1 must be YAML (found unexpected end of stream); correct the value"),
+        ("run_dir=${", "run_dir must be loadable (no viable alternative at input '${'); correct the value"),
         ("foo", "'foo' must be name=value"),
         ("=3", "'=3' must be name=value"),
         ("recipe.beta=2", "recipe.beta=2.0 must lie in [0, 1]; correct the value (the default is 0.25)"),
@@ -65,7 +64,7 @@ def test_error_of_an_override(load, wrong, part):
     [
         (
             "learner:\n  num_updates: [1\nseed: 3\n",
-            "run.yaml line 4 must be YAML (did not find expected ',' or ']'); correct the YAML there",
+            "run.yaml line 4 must be YAML (expected ',' or ']', but got ':'); correct the YAML there",
         ),
         (
             "seed: 1\nseed: 2\n",
@@ -79,7 +78,7 @@ def test_error_of_an_override(load, wrong, part):
         ("1: 2\n", "1 must be the name of a setting; use one of run_dir, seed, recipe, teacher"),
         (
             "seed: '${'\n",
-            "run.yaml must be loadable (no viable alternative at input '${'); correct the value",
+            "seed must be loadable (no viable alternative at input '${'); correct the value",
         ),
     ],
 )
