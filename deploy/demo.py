@@ -12,17 +12,16 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from deploy import PRESETS
 from deploy.cli.main import main
 from deploy.exits import guarded
-from distill.config.load import load_config
+from deploy.run.settings import load_run
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 
 
 def demo(overrides: Sequence[str]) -> int:
     """Return the exit code of `distill train`. Raises: ConfigError before anything is fetched."""
-    run = Path(load_config(CONFIG, overrides, PRESETS).run_dir)
+    run = Path(load_run(CONFIG, overrides).run_dir)
     for command in (["models", "fetch", "smollm2-135m"], ["data", "fetch", "alpaca-demo"]):
         # In a separate process, so that the memory of a model's conversion does not count as the run's.
         code = subprocess.run([sys.executable, "-m", "deploy.cli.main", *command]).returncode

@@ -18,7 +18,7 @@ from typing import Any
 from deploy.exits import DONE, guarded
 from deploy.fetch import local_checkpoint
 from distill.config.load import load_config
-from distill.run.folder import RunFolder
+from distill.run.folder import HELDOUT_PROMPTS, TRAINING_PROMPTS, RunFolder
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def losses(
     device = resolve_device("cpu")
     precision = resolve_precision("auto", device)
     influence = block_influence(
-        teacher, calibration_texts(folder.data / "train.parquet"), device=device, precision=precision
+        teacher, calibration_texts(folder.data / TRAINING_PROMPTS), device=device, precision=precision
     )
     model: Any = AutoModelForCausalLM.from_pretrained(teacher, dtype=precision).eval()
     layers = list(layer_stack(model))
-    texts = _heldout(folder.data / "heldout.parquet", num_texts, max_tokens)
+    texts = _heldout(folder.data / HELDOUT_PROMPTS, num_texts, max_tokens)
     choices: dict[str, Callable[[int], list[int]]] = {
         "block influence": lambda count: most_influential(influence, count),
         "evenly spaced": lambda count: even_layers(len(layers), count),

@@ -6,10 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from deploy import PRESETS
 from deploy.exits import DONE, complain, exit_code
 from distill.config import RunConfig
-from distill.config.load import load_config
 from distill.errors import NO_VALUE, ConfigError
 
 
@@ -17,14 +15,22 @@ def train(options: argparse.Namespace) -> int:
     from deploy.report.run_report import run_report
     from deploy.report.terminal import print_report
     from deploy.run.progress import Progress
-    from deploy.run.train import RunFailed, config_to_resume
+    from deploy.run.settings import config_to_resume
+    from deploy.run.train import RunFailed
     from deploy.run.train import train as run_train
     from distill.run.folder import RunFolder
 
-    if (options.config is None) == (options.resume is None):
-        must = "be given a configuration or --resume RUN, and not both"
+    if options.resume is not None:
+        changes = [text for text in (options.config, *options.overrides) if text is not None]
+        if wrong := next((text for text in changes if "=" not in text), None):
+            must = "be key=value after --resume, because a resumed run has a configuration"
+            raise ConfigError("train", wrong, must, "leave it out")
+        config = config_to_resume(options.resume, changes)
+    elif options.config is None:
+        must = "be given a configuration or --resume RUN"
         raise ConfigError("train", NO_VALUE, must, "see `distill train --help`")
-    config = _load(options) if options.resume is None else config_to_resume(options.resume)
+    else:
+        config = _load(options)
     then = f"resume with: distill train --resume {config.run_dir}"
     try:
         with Progress() as progress:
@@ -130,4 +136,6 @@ def fetch_data(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> RunConfig:
-    return load_config(options.config, options.overrides, PRESETS)
+    from deploy.run.settings import load_run
+
+    return load_run(options.config, options.overrides)

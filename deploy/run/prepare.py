@@ -26,7 +26,7 @@ from distill.data import (
     write_table,
 )
 from distill.machine.hardware import resolve_dtype
-from distill.run.folder import RunFolder
+from distill.run.folder import HELDOUT_PROMPTS, TRAINING_PROMPTS, RunFolder
 from distill.run.inputs import RunInputs
 from distill.schema import trajectory_schema
 
@@ -66,8 +66,8 @@ def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> RunIn
         scoring_dir=teacher_dir,
         student_dir=str(_student(config, preflight, folder)),
         proxy_init=str(preflight.proxy.folder) if preflight.proxy is not None else None,
-        train_prompts=str(_table(folder.data / "train.parquet", train)),
-        heldout_prompts=str(_table(folder.data / "heldout.parquet", heldout)),
+        train_prompts=str(_table(folder.data / TRAINING_PROMPTS, train)),
+        heldout_prompts=str(_table(folder.data / HELDOUT_PROMPTS, heldout)),
         num_prompts=train.num_rows,
         references=str(references) if references is not None else None,
         teacher_text=str(teacher_text),

@@ -9,10 +9,10 @@ from deploy.run.preflight import Preflight
 from deploy.run.prepare import prepare
 from deploy.run.progress import Progress
 from deploy.run.record import RunRecord
+from deploy.run.settings import keep_settings, require_same_settings
 from deploy.run.stages import STAGES
 from distill.config import RunConfig
-from distill.config.load import load_config
-from distill.config.tree import fingerprint, flat_settings, to_yaml
+from distill.config.tree import resume_fingerprint, to_yaml
 from distill.errors import ConfigError, DistillError
 from distill.run.folder import RunFolder
 
@@ -33,10 +33,10 @@ def train(config: RunConfig, progress: Progress) -> dict[str, Any]:
     Raises: ConfigError before the run folder is taken; RunFailed for every error after that.
     """
     folder = RunFolder(config.run_dir)
+    require_same_settings(folder, config)
     if (summary := _finished(folder, config)) is not None:
         progress.say(f"{folder.path} is finished ({summary['updates']} updates); nothing to do")
         return summary
-    _require_same_config(folder, config)
     preflight = Preflight(config)
     for check in preflight.run():
         if check.status == "warn":
@@ -45,22 +45,13 @@ def train(config: RunConfig, progress: Progress) -> dict[str, Any]:
             progress.say(f"{check.name}: {check.text}")
     preflight.require()
     with folder:
-        resumes = folder.create(to_yaml(config), fingerprint(config))
+        resumes = folder.create(to_yaml(config), resume_fingerprint(config))
+        keep_settings(folder, config)
         progress.say(f"{'resuming' if resumes else 'new run'} {folder.path}")
         try:
             return _run_stages(config, preflight, folder, progress)
         except Exception as error:
             raise RunFailed(error, _keep_failure(folder, error)) from error
-
-
-def config_to_resume(run_dir: str) -> RunConfig:
-    """Load the configuration that a run folder contains, with ``run_dir`` as the folder's present place.
-
-    Raises: ConfigError when the folder is not a run's.
-    """
-    folder = RunFolder(run_dir)
-    folder.require()
-    return load_config(folder.config, [f"run_dir={folder.path}"])
 
 
 def _run_stages(
@@ -84,23 +75,15 @@ def _keep_failure(folder: RunFolder, error: Exception) -> str:
 
 
 def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
-    """The summary of the folder's run, if that has ended and has this very configuration."""
-    if not folder.exists or folder.fingerprint != fingerprint(config):
-        return None
-    return folder.read_summary()
+    """The summary of the folder's run, if that has ended and is asked for no more updates.
 
-
-def _require_same_config(folder: RunFolder, config: RunConfig) -> None:
-    """Raises: ConfigError that names the differing settings, before the costlier checks.
-
-    The folder itself also refuses another configuration.
+    Raises: ConfigError when it has made more updates than are asked for.
     """
-    if not folder.exists or folder.fingerprint == fingerprint(config):
-        return
-    there = flat_settings(load_config(folder.config))
-    here = flat_settings(config)
-    differing = [name for name in here if name != "run_dir" and here[name] != there.get(name)]
-    shown = ", ".join(f"{name}={here[name]} (there {there.get(name)})" for name in differing[:3])
-    must = f"contain a run of this configuration (it differs in {shown})"
-    remedy = "choose another run_dir, or resume that run unchanged with `distill train --resume`"
-    raise ConfigError("run_dir", folder.path, must, remedy)
+    summary = folder.read_summary() if folder.exists else None
+    wanted = config.learner.num_updates
+    if summary is None or summary["updates"] < wanted:
+        return None
+    if summary["updates"] > wanted:
+        must = f"be >= {summary['updates']}, the updates that the run in {folder.path} has made"
+        raise ConfigError("learner.num_updates", wanted, must, "raise it, or choose another run_dir")
+    return summary

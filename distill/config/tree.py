@@ -46,11 +46,36 @@ def to_yaml(config: RunConfig) -> str:
 def fingerprint(config: RunConfig) -> str:
     """xxh3-64, hexadecimal, over every setting that determines the numbers of the run.
 
-    These are all settings except ``run_dir`` and ``cluster``. A run can therefore be resumed in a different
-    folder or on a different cluster, but not with any other setting changed.
+    These are all settings except ``run_dir`` and ``cluster``: where its folder is and where its actors run.
     """
     tree = {name: value for name, value in _written(config).items() if name not in NOT_FINGERPRINTED}
     return xxhash.xxh3_64_hexdigest(json.dumps(tree, sort_keys=True).encode())
+
+
+MAY_CHANGE = (
+    "learner.num_updates",
+    "evaluation.every",
+    "evaluation.num_prompts_during",
+    "evaluation.best_metric",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "scoring.check",
+)
+"""The settings that may be changed when a run is resumed, in addition to those outside the fingerprint."""
+
+
+def kept_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings, by name, that a resumed run must have as it had them when it began."""
+    return {
+        name: value
+        for name, value in flat_settings(config).items()
+        if name not in MAY_CHANGE and name.partition(".")[0] not in NOT_FINGERPRINTED
+    }
+
+
+def resume_fingerprint(config: RunConfig) -> str:
+    """xxh3-64, hexadecimal, over :func:`kept_settings`."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(kept_settings(config), sort_keys=True).encode())
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:

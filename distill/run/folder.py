@@ -21,6 +21,8 @@ from typing import Any
 from distill.errors import ConfigError, DistillError
 from distill.files import is_temporary, remove_temporaries, write_bytes, write_json
 
+TRAINING_PROMPTS, HELDOUT_PROMPTS = "train.parquet", "heldout.parquet"
+"""Files of the folder ``data`` with the parts of the prompt table."""
 _IN_IDENTITY = ("run_id", "incarnation", "fingerprint", "created_at")
 _IN_SUMMARY = ("updates", "recipe", "before", "after", "timing_s", "peak_pss_bytes", "wall_s")
 
@@ -68,6 +70,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path).absolute()
         self.config = self.path / "config.yaml"
+        self.settings = self.path / "settings.json"
         self.metrics = self.path / "metrics.parquet"
         self.events = self.path / "events.jsonl"
         self.summary = self.path / "summary.json"
@@ -97,8 +100,8 @@ class RunFolder:
     def create(self, config_yaml: str, fingerprint: str) -> bool:
         """Take the folder for a run of this configuration; returns True when it resumes a run.
 
-        ``fingerprint``: the hash of the settings that determine the result. On resuming, ``config_yaml``
-        replaces ``config.yaml``, because settings outside the fingerprint can have changed.
+        ``fingerprint``: the hash of the settings that a resumed run must keep. On resuming, ``config_yaml``
+        replaces ``config.yaml``, because the other settings can have changed.
 
         Raises: ConfigError when another process holds the folder, or when the folder contains a run
         of a different configuration, or other files.
@@ -240,7 +243,7 @@ class RunFolder:
         if self.exists or not self.path.is_dir():
             return
         # config.yaml without run.json: an earlier start died in between.
-        ours = {self._lock_file.name, self.config.name}
+        ours = {self._lock_file.name, self.config.name, self.settings.name}
         others = sorted(name for name in os.listdir(self.path) if name not in ours and not is_temporary(name))
         if others:
             must = f"be new, empty, or the folder of a run (it contains {others[0]})"

@@ -66,7 +66,8 @@ class Saver:
         """Keep the student if an evaluation is the best so far; returns the value if it is."""
         best = self._folder.read_best()
         value = evaluation.value(metric)
-        if not is_better(metric, value, best["value"] if best else None):
+        comparable = best is not None and best["metric"] == metric
+        if not is_better(metric, value, best["value"] if best and comparable else None):
             return None
         await asyncio.to_thread(self._writer.write, self._distiller.student, self._folder.best)
         self._folder.write_best({"update": updates_done, "metric": metric, "value": value})

@@ -9,8 +9,9 @@ import pyarrow as pa
 
 from deploy.run.preflight.outcome import Check
 from distill.config import RunConfig
-from distill.data import LoadedRows, build_prompts, prompt_facts, training_rows
+from distill.data import LoadedRows, build_prompts, prompt_facts, read_table, training_rows
 from distill.errors import ConfigError
+from distill.run.folder import HELDOUT_PROMPTS, TRAINING_PROMPTS, RunFolder
 
 
 def columns(rows: LoadedRows) -> Iterator[Check]:
@@ -43,6 +44,26 @@ def prompts(config: RunConfig, rows: LoadedRows, tokenizer: Any, stop_token_ids:
         stop_token_ids,
         config.seed,
         with_references=trains_on_references(config),
+    )
+
+
+def stored_prompts(folder: RunFolder, prompts: pa.Table) -> pa.Table | None:
+    """The prompt table that the run to be resumed began with, if ``prompts`` is another one by now."""
+    files = [folder.data / name for name in (TRAINING_PROMPTS, HELDOUT_PROMPTS)]
+    if not all(file.exists() for file in files):
+        return None
+    stored = pa.concat_tables([read_table(file) for file in files])
+    return None if stored.equals(prompts) else stored
+
+
+def changed() -> Check:
+    """What a resumed run says about data that is not what it began with."""
+    return Check(
+        "data",
+        "warn",
+        "the data, the tokenizer or the chat template has changed since this run began; it goes on with the "
+        "prompts in its folder",
+        "use another run_dir to train on the new data",
     )
 
 

@@ -15,6 +15,7 @@ from deploy.run.preflight.outcome import Check, failed
 from distill.config import RunConfig
 from distill.data import load_rows
 from distill.errors import ConfigError
+from distill.run.folder import RunFolder
 
 
 class Preflight:
@@ -156,5 +157,8 @@ class Preflight:
         rows = load_rows(self.config.data, cache_dir())
         yield from data.columns(rows)
         self.prompts = data.prompts(self.config, rows, self.tokenizer, self.teacher.stop_token_ids)
+        if (stored := data.stored_prompts(RunFolder(self.config.run_dir), self.prompts)) is not None:
+            self.prompts = stored
+            yield data.changed()
         self.num_references = data.num_references(self.prompts)
         yield from data.summary(self.config, self.prompts, self.num_references)

@@ -14,7 +14,8 @@ import torch
 from deploy import PRESETS
 from deploy.cli.main import main
 from deploy.demo import demo
-from distill.config.tree import fingerprint, to_yaml
+from deploy.run.settings import keep_settings
+from distill.config.tree import resume_fingerprint, to_yaml
 from distill.errors import ConfigError
 from distill.run.folder import RunFolder
 from tests.tiny import save_tiny_llama, tiny_config, tiny_overrides, tiny_tokenizer
@@ -210,9 +211,11 @@ def test_doctor_reports_every_check_and_a_remedy(
 def test_run_folder_with_another_configuration(complaint: Complaint, world: Path, tmp_path: Path) -> None:
     config = tiny_config(world, f"run_dir={tmp_path}/run", "seed=5")
     with RunFolder(config.run_dir) as folder:
-        folder.create(to_yaml(config), fingerprint(config))
+        folder.create(to_yaml(config), resume_fingerprint(config))
+        keep_settings(folder, config)
     line = complaint()
-    assert "run_dir" in line and "seed" in line
+    assert "seed=0 must stay 5, as it was when the run in" in line
+    assert complaint("seed=5", "sft.enabled=false").startswith("distill: sft.enabled=false must stay true")
 
 
 def test_resume_and_report_without_a_run(complaint: Complaint, tmp_path: Path) -> None:
@@ -224,7 +227,7 @@ def test_resume_and_report_without_a_run(complaint: Complaint, tmp_path: Path) -
 def test_truncated_summary(complaint: Complaint, world: Path, tmp_path: Path) -> None:
     config = tiny_config(world, f"run_dir={tmp_path}/run")
     with RunFolder(config.run_dir) as folder:
-        folder.create(to_yaml(config), fingerprint(config))
+        folder.create(to_yaml(config), resume_fingerprint(config))
     folder.summary.write_text('{"updates": ')
     line = complaint(arguments=["report", f"{tmp_path}/run"])
     assert "summary.json must be JSON" in line and "--resume" in line
@@ -268,7 +271,7 @@ def test_tokenizer_error_without_text(complaint: Complaint, monkeypatch: pytest.
 def test_run_folder_in_use_is_left_alone(complaint: Complaint, world: Path, tmp_path: Path) -> None:
     config = tiny_config(world, f"run_dir={tmp_path}/run")
     with RunFolder(config.run_dir) as folder:
-        folder.create(to_yaml(config), fingerprint(config))
+        folder.create(to_yaml(config), resume_fingerprint(config))
         assert "must be used by one process at a time" in complaint()
         assert folder.read_failure() is None
 

@@ -13,7 +13,7 @@ import pytest
 from deploy.run.preflight import Preflight
 from deploy.run.prepare import prepare
 from distill.config.load import load_config
-from distill.config.tree import fingerprint, to_yaml
+from distill.config.tree import resume_fingerprint, to_yaml
 from distill.data import TextCorpus, read_table
 from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
@@ -34,7 +34,7 @@ def inputs_of(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
         preflight.run()
         preflight.require()
         with RunFolder(config.run_dir) as folder:
-            folder.create(to_yaml(config), fingerprint(config))
+            folder.create(to_yaml(config), resume_fingerprint(config))
             return prepare(config, preflight, folder)
 
     return make
