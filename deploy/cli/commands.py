@@ -56,6 +56,23 @@ def doctor(options: argparse.Namespace) -> int:
     return ConfigError.exit_code if any(check.status == "fail" for check in checks) else DONE
 
 
+def recipes(options: argparse.Namespace) -> int:
+    from deploy.recipes import find_recipe, read_recipes
+
+    if options.name:
+        print(find_recipe(options.name).text, end="")
+        return DONE
+    rows = [("recipe", "teacher gives", "student's text", "description")]
+    for recipe in read_recipes().values():
+        rows.append((recipe.name, recipe.teacher_must_give, recipe.uses_student_text, recipe.description))
+    for name, teacher, student, description in rows:
+        print(f"{name:13}  {teacher:13}  {student:15}  {description}")
+    print(
+        "\n`distill recipes NAME` prints the settings of one, with comments; docs/recipes.md explains them."
+    )
+    return DONE
+
+
 def report(options: argparse.Namespace) -> int:
     from deploy.report.run_report import run_report
     from deploy.report.terminal import print_report

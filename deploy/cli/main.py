@@ -28,6 +28,16 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+class _Version(argparse.Action):
+    """Prints the installed version."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version  # slow enough to be noticed in every other command
+
+        print(f"distill {version('ammd')}")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """Define all commands with their arguments."""
     root = argparse.ArgumentParser(
@@ -36,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    root.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     sub = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = sub.add_parser("train", help="run a distillation, or resume one")
@@ -49,6 +60,10 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     doctor.set_defaults(run=commands.doctor)
+
+    recipes = sub.add_parser("recipes", help="list the recipes, or show the settings of one")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="print the file of this recipe")
+    recipes.set_defaults(run=commands.recipes)
 
     report = sub.add_parser("report", help="show the results of a run")
     report.add_argument("run_dir", metavar="RUN", help="the run's folder")
