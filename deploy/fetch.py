@@ -90,6 +90,21 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DISTILL_CACHE") or "~/.cache/distill").expanduser()
 
 
+def model_folder(name: str, cache: Path) -> Path:
+    """The folder of a model of ``MODELS``, which exists once it is fetched."""
+    return cache / "models" / name
+
+
+def data_file(name: str, cache: Path) -> Path:
+    """The file of a data set of ``DATA``, which exists once it is fetched."""
+    return cache / KNOWN_DATA[name]
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub id, ``owner/name``."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
 def fetch_model(
     name: str,
     cache: Path | None = None,
@@ -103,7 +118,7 @@ def fetch_model(
     Raises: ConfigError for an unknown name, FetchError.
     """
     artefact = _known(name, MODELS, "model")
-    folder = (cache or cache_dir()) / "models" / name
+    folder = model_folder(name, cache or cache_dir())
     if folder.is_dir():
         say(f"{name} is in {folder}")
         return folder
@@ -129,7 +144,7 @@ def fetch_data(
     Raises: ConfigError for an unknown name, FetchError.
     """
     artefact = _known(name, DATA, "data set")
-    path = (cache or cache_dir()) / KNOWN_DATA[name]
+    path = data_file(name, cache or cache_dir())
     if not path.is_file():
         with (
             fetched(name, artefact, path.parent, download=download, say=say) as file,
@@ -149,10 +164,9 @@ def resolve_model(name: str, revision: str | None, cache: Path, *, setting: str 
     Raises: ConfigError when ``name`` is something else, or is not fetched yet.
     """
     if name in MODELS:
-        folder = cache / "models" / name
-        if not folder.is_dir():
+        path = model_folder(name, cache)
+        if not path.is_dir():
             raise ConfigError(setting, name, "be fetched first", f"run `distill models fetch {name}`")
-        path = folder
     else:
         path = Path(name).expanduser()
         if not path.is_dir():
@@ -193,7 +207,7 @@ def local_checkpoint(name: str, revision: str | None, setting: str, cache: Path 
 
 
 def _hub_id(name: str, setting: str) -> str:
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if is_hub_id(name):
         return name
     raise ConfigError(
         setting,

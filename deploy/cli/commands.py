@@ -40,6 +40,24 @@ def train(options: argparse.Namespace) -> int:
     return DONE
 
 
+def init(options: argparse.Namespace) -> int:
+    from deploy.cli.init import Choices, next_commands, write_config
+
+    path = Path(options.file)
+    choices = Choices(
+        teacher=options.teacher,
+        student=options.student,
+        num_layers=options.student_layers,
+        data=options.data,
+        recipe=options.recipe,
+    )
+    write_config(path, choices)
+    print(f"wrote {path}; read its comments and adapt it, then run:")
+    for command in next_commands(path, choices):
+        print(f"  {command}")
+    return DONE
+
+
 def doctor(options: argparse.Namespace) -> int:
     from deploy.run.preflight import Preflight, failed
 
