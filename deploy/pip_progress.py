@@ -12,12 +12,12 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import threading
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -85,7 +85,7 @@ def run_pip(arguments: Sequence[str], num_packages: int, timeout_s: float | None
 
 
 class _Progress:
-    """What pip is doing, according to the lines that it has printed."""
+    """What pip is doing, according to the lines that it has printed. One thread reads them, another shows the state."""
 
     def __init__(self, num_packages: int, downloads: Path) -> None:
         self._downloads = downloads
@@ -94,20 +94,33 @@ class _Progress:
         self._doing = "starting pip"
         self._file = ""
         self._file_bytes = 0.0
-        self._arrived: defaultdict[str, int] = defaultdict(int)
+        self._num_arrived = 0
+        """Bytes of that file that have arrived."""
         self._installing: list[str] = []
         self._num_installed_before = 0
+        self._lock = threading.Lock()
 
     def read(self, line: str) -> None:
         """Read one line of pip's stdout."""
+        with self._lock:
+            self._read(line)
+
+    def state(self) -> State:
+        """What to show now."""
+        with self._lock:
+            return self._state()
+
+    def _read(self, line: str) -> None:
         if match := re.match(r"(Downloading|Using cached|Processing) (\S+)(?: \(([\d.]+) (\w+)\))?", line):
             verb, address, size, unit = match.groups()
             file = unquote(address).split("/")[-1]
             if not file.endswith(".metadata"):
                 self._num_started += 1
                 self._doing = f"downloading {_package(file)}"
-                self._file = file
-                self._file_bytes = float(size) * _UNITS.get(unit, 0) if verb == "Downloading" and size else 0
+                self._file, self._num_arrived = file, 0
+                self._file_bytes = (
+                    float(size) * _UNITS.get(unit, 0) if verb == "Downloading" and size else 0.0
+                )
         elif line.startswith("Requirement already satisfied"):
             self._num_started += 1
         elif line.startswith("Installing collected packages: "):
@@ -116,10 +129,10 @@ class _Progress:
         elif line.endswith(": started"):  # a source package: its dependencies, its metadata, its wheel
             self._doing = line.removesuffix(": started")
 
-    def state(self) -> State:
-        """What to show now."""
+    def _state(self) -> State:
         if self._installing:
-            number, num = _num_installed() - self._num_installed_before, len(self._installing)
+            num = len(self._installing)
+            number = _num_installed() - self._num_installed_before
             number = min(max(0, number), num - 1)
             count = f" ({number + 1} of {num})" if num > 1 else ""
             return State(f"installing {self._installing[number]}{count}", number / num)
@@ -129,19 +142,19 @@ class _Progress:
         count = f" ({number} of {self._num_packages})" if self._num_packages > 1 else ""
         text, share = f"{self._doing}{count}", 1.0
         if self._file_bytes:
-            done = min(self._size(), self._file_bytes)
+            self._num_arrived = max(self._num_arrived, self._size())
+            done = min(self._num_arrived, self._file_bytes)
+            share = done / self._file_bytes
             if self._file_bytes >= 1e6:
                 text += f", {done / 1e6:.1f} of {self._file_bytes / 1e6:.1f} MB"
-            share = done / self._file_bytes
         return State(text, (number - 1 + share) / self._num_packages)
 
     def _size(self) -> int:
-        """Bytes of the current file that have arrived. pip moves a file away at its end, so a size is remembered."""
-        file = self._file
+        """Bytes of the current file that have arrived; 0 when pip has moved it away already."""
         with suppress(FileNotFoundError):
-            for path in self._downloads.glob(f"*/{file}"):
-                self._arrived[file] = max(path.stat().st_size, self._arrived[file])
-        return self._arrived[file]
+            for path in self._downloads.glob(f"*/{self._file}"):
+                return path.stat().st_size
+        return 0
 
 
 def _package(file: str) -> str:
@@ -169,7 +182,9 @@ def main(arguments: Sequence[str]) -> int:
         print(failure, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        # Die by the signal, without a traceback, so that the shell script that waits for this process ends too.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     return 0
 
 

@@ -47,7 +47,7 @@ if ! "${pip[@]}" install --dry-run --no-deps "$torch" 2>/dev/null; then
 fi
 # --no-deps: the lists are complete, and they leave out three packages that would break the others.
 for list in "${lists[@]}"; do
-    echo "setup: installing the $(grep -vc '^#' "$list") packages of $list"
+    echo "setup: installing $list (packages: $(grep -vc '^#' "$list"))"
     "${pip[@]}" install --no-deps "${extra[@]}" -r "$list"
 done
 echo "setup: installing this project"

