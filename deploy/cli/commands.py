@@ -46,6 +46,24 @@ def train(options: argparse.Namespace) -> int:
     return DONE
 
 
+def init(options: argparse.Namespace) -> int:
+    from deploy.cli.init import Choices, next_commands, write_config
+
+    path = Path(options.file)
+    choices = Choices(
+        teacher=options.teacher,
+        student=options.student,
+        num_layers=options.student_layers,
+        data=options.data,
+        recipe=options.recipe,
+    )
+    write_config(path, choices)
+    print(f"wrote {path}; read its comments and adapt it, then run:")
+    for command in next_commands(path, choices):
+        print(f"  {command}")
+    return DONE
+
+
 def doctor(options: argparse.Namespace) -> int:
     from deploy.run.preflight import Preflight, failed
 
@@ -60,6 +78,23 @@ def doctor(options: argparse.Namespace) -> int:
         for check in checks:
             print(f"{check.status:4}  {check.name}: {check.text}")
     return ConfigError.exit_code if any(check.status == "fail" for check in checks) else DONE
+
+
+def recipes(options: argparse.Namespace) -> int:
+    from deploy.recipes import find_recipe, read_recipes
+
+    if options.name:
+        print(find_recipe(options.name).text, end="")
+        return DONE
+    rows = [("recipe", "teacher gives", "student's text", "description")]
+    for recipe in read_recipes().values():
+        rows.append((recipe.name, recipe.teacher_must_give, recipe.uses_student_text, recipe.description))
+    for name, teacher, student, description in rows:
+        print(f"{name:13}  {teacher:13}  {student:15}  {description}")
+    print(
+        "\n`distill recipes NAME` prints the settings of one, with comments; docs/recipes.md explains them."
+    )
+    return DONE
 
 
 def report(options: argparse.Namespace) -> int:

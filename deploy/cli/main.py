@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from deploy.cli import commands
 from deploy.exits import guarded
@@ -28,6 +29,19 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+class _Version(argparse.Action):
+    """Prints the installed version."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version  # slow enough to be noticed in every other command
+
+        print(f"distill {version('ammd')}")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """Define all commands with their arguments."""
     root = argparse.ArgumentParser(
@@ -36,8 +50,48 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    root.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     sub = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_preparation(sub)
+    _add_runs(sub)
+    _add_study(sub)
+    _add_models_and_data(sub)
+    return root
 
+
+def _add_preparation(sub: Commands) -> None:
+    init = sub.add_parser("init", help="write a configuration for your own models and data")
+    init.add_argument(
+        "file", nargs="?", default="run.yaml", metavar="FILE", help="new file (default: run.yaml)"
+    )
+    init.add_argument(
+        "--teacher",
+        default="smollm2-135m",
+        metavar="MODEL",
+        help="folder, hub id or name (default: smollm2-135m)",
+    )
+    student = init.add_mutually_exclusive_group()
+    student.add_argument("--student", metavar="MODEL", help="a checkpoint with the teacher's tokenizer")
+    student.add_argument(
+        "--student-layers",
+        type=_positive,
+        metavar="N",
+        help="cut the student from the teacher, with N of its layers (default: a third of them)",
+    )
+    init.add_argument(
+        "--data", default="alpaca-demo", metavar="DATA", help="file, hub id or name (default: alpaca-demo)"
+    )
+    init.add_argument(
+        "--recipe", default="ammd", metavar="NAME", help="see `distill recipes` (default: ammd)"
+    )
+    init.set_defaults(run=commands.init)
+
+    recipes = sub.add_parser("recipes", help="list the recipes, or show the settings of one")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="print the file of this recipe")
+    recipes.set_defaults(run=commands.recipes)
+
+
+def _add_runs(sub: Commands) -> None:
     train = sub.add_parser("train", help="run a distillation, or resume one")
     train.add_argument("config", nargs="?", help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
@@ -54,6 +108,8 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", metavar="RUN", help="the run's folder")
     report.set_defaults(run=commands.report)
 
+
+def _add_study(sub: Commands) -> None:
     study = sub.add_parser("study", help="compare recipes that are tuned in the same way, over several seeds")
     study.add_argument("study", help="YAML file, or a results.json with --report")
     study.add_argument("--out", metavar="DIR", help="the study's folder (default: runs/studies/NAME)")
@@ -72,6 +128,8 @@ def parser() -> argparse.ArgumentParser:
     )
     study.set_defaults(run=commands.study)
 
+
+def _add_models_and_data(sub: Commands) -> None:
     chat = sub.add_parser("chat", help="talk to a model")
     chat.add_argument("model", help="the folder of a checkpoint, or the name of a model")
     chat.add_argument("--prompt", help="answer this message and exit")
@@ -86,13 +144,13 @@ def parser() -> argparse.ArgumentParser:
         fetch = actions.add_parser("fetch", help="download it into the cache, unless it is there")
         fetch.add_argument("name", help="an unknown name prints the known ones")
         fetch.set_defaults(run=verb)
-    return root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     # The libraries read these when they are imported. Their progress bars would break the live line.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     options = parser().parse_args(arguments)
     return guarded(options.run, options)

