@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +18,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from deploy import PRESETS
 from deploy.fetch import DATA, MODELS, cache_dir, data_file, is_hub_id, model_folder, resolve_model
 from deploy.recipes import find_recipe
-from deploy.run.model_facts import ModelFacts
+from deploy.run.model_facts import SAVE_AGAIN, ModelFacts
 from distill.config import DataConfig, EvaluationConfig
 from distill.config.load import load_config
 from distill.data import Example, load_rows
 from distill.errors import NO_VALUE, ConfigError, did_you_mean
 from distill.files import replacing_file
 
-_FALLBACK_NUM_LAYERS = 6
+_FALLBACK_NUM_LAYERS = 16
 """Layers of a student that is cut from a teacher which is not on this machine yet."""
-_DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Choices:
     student: str | None
     """None: the student is cut from the teacher."""
     num_layers: int | None
-    """Layers of a student that is cut from the teacher. None: a third of the teacher's."""
+    """Layers of a student that is cut from the teacher. None: two thirds of the teacher's."""
     data: str
     recipe: str
 
@@ -103,7 +103,7 @@ def _model(option: str, name: str) -> ModelFacts | None:
     if name in MODELS and not model_folder(name, cache_dir()).is_dir():
         return None
     place = resolve_model(name, None, cache_dir(), setting=option)
-    return ModelFacts.read(place, option) if Path(place).is_dir() else None
+    return ModelFacts.read(place, option, SAVE_AGAIN) if Path(place).is_dir() else None
 
 
 def _num_layers(has: int | None, wanted: int | None) -> int:
@@ -111,7 +111,7 @@ def _num_layers(has: int | None, wanted: int | None) -> int:
         return wanted or _FALLBACK_NUM_LAYERS
     if wanted is not None and wanted > has:
         raise ConfigError("--student-layers", wanted, f"be <= the teacher's {has}", "lower it")
-    return wanted or max(1, has // 3)
+    return wanted or max(1, round(has * 2 / 3))
 
 
 def _has_chat_template(folder: Path) -> bool:
@@ -120,19 +120,19 @@ def _has_chat_template(folder: Path) -> bool:
     return named or (folder / "chat_template.jinja").is_file()
 
 
-def _rows(data: str) -> list[Example]:
-    """The rows of a file; none for data that has to be downloaded first.
+def _rows(data: str) -> Sequence[Example]:
+    """The rows of a data set on this machine; none for data that has to be downloaded first.
 
-    Raises: ConfigError when the file is missing or broken, or ``data`` cannot be anything else.
+    Raises: ConfigError when the data is missing or broken, or ``data`` cannot be anything else.
     """
     if data in DATA and not data_file(data, cache_dir()).is_file():
         return []
-    is_file = data in DATA or Path(data).suffix in _DATA_SUFFIXES
-    if is_file:
-        return load_rows(DataConfig(path=data), cache_dir())
-    if not is_hub_id(data):
-        known = ", ".join(DATA)
-        must = f"be a {', '.join(_DATA_SUFFIXES)} file, one of {known}, or the id of a data set (owner/name)"
+    if data in DATA or os.path.exists(os.path.expanduser(data)) or glob.has_magic(data):
+        return load_rows(DataConfig(path=data), cache_dir()).examples
+    if not is_hub_id(data) or Path(data).suffix:
+        must = (
+            f"be a file or folder that exists, one of {', '.join(DATA)}, or the id of a data set (owner/name)"
+        )
         raise ConfigError("--data", data, must, did_you_mean(data, DATA, "check the path"))
     return []
 

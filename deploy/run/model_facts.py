@@ -16,6 +16,9 @@ import xxhash
 from deploy.run.tensor_files import StoredTensor, stored_tensors
 from distill.errors import ConfigError
 
+SAVE_AGAIN = "fetch or save the model again"
+"""How to get a checkpoint in a folder of the user's whose files are missing or broken."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:

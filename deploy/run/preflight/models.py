@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.fetch import MODELS, local_checkpoint
-from deploy.run.model_facts import ModelFacts, tokenizer_fingerprint
+from deploy.run.model_facts import SAVE_AGAIN, ModelFacts, tokenizer_fingerprint
 from deploy.run.preflight.outcome import Check
 from distill.config import RunConfig, StudentInitConfig
 from distill.config.tree import flat_settings
@@ -28,7 +28,7 @@ def _again(name: str, folder: Path) -> str:
     if name in MODELS:
         return f"delete {folder} and run `distill models fetch {name}` again"
     if Path(name).expanduser().is_dir():
-        return "fetch or save the model again"
+        return SAVE_AGAIN
     repository = folder.parents[1]  # what the hub's client has of it: snapshots/REVISION is the folder
     return f"delete {repository} and run this again with access to the hub"
 

@@ -276,7 +276,7 @@ def test_conversion_says_what_it_does(tmp_path: Path) -> None:
     ):  # the others are too short here
         assert re.search(rf"^step {step}: \d+:\d\d$", done.stdout, re.MULTILINE)
     assert "\r" not in done.stdout + done.stderr and "%|" not in done.stderr
-    facts = ModelFacts.read(tmp_path / "checkpoint", "model")
+    facts = ModelFacts.read(tmp_path / "checkpoint", "model", "save it again")
     assert (facts.vocab_size, facts.hidden_size, facts.stop_token_ids) == (259, 32, (1,))
 
 

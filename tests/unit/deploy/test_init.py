@@ -172,8 +172,8 @@ def test_no_file_is_overwritten(complaint: Callable[..., str], tmp_path: Path) -
         (["--teacher", "smollm2-135"], ["--teacher=smollm2-135", "did you mean smollm2-135m?"]),
         (["--student", "./none"], ["--student=./none must be a folder that exists"]),
         (["--student", "."], ["--student=. must contain a checkpoint"]),
-        (["--data", "none.jsonl"], ["none.jsonl must be a file that exists"]),
-        (["--data", "some/none.jsonl"], ["some/none.jsonl must be a file that exists"]),
+        (["--data", "none.jsonl"], ["--data=none.jsonl must be a file or folder that exists"]),
+        (["--data", "some/none.jsonl"], ["--data=some/none.jsonl must be a file or folder that exists"]),
         (["--data", "alpaca-dem"], ["--data=alpaca-dem must be", "did you mean alpaca-demo?"]),
         (["--recipe", "amd"], ["recipe=amd must be one of", "did you mean ammd?"]),
     ],
@@ -189,7 +189,7 @@ def test_choices_are_checked_against_models_and_data(
     line = complaint("--teacher", f"{world}/teacher", "--student-layers", "3")
     assert line == "distill: --student-layers=3 must be <= the teacher's 2; lower it"
     (tmp_path / "rows.jsonl").write_text('{"question": "who?"}\n')
-    assert "must have a column messages, or prompt, or instruction" in complaint("--data", "rows.jsonl")
+    assert "must have a column messages or conversations" in complaint("--data", "rows.jsonl")
 
 
 def test_student_and_its_layers_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
