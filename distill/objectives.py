@@ -17,6 +17,8 @@ nats instead of infinity.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -86,7 +88,7 @@ def generalized_jsd(
         raise ValueError(f"beta={beta} must be in (0, 1); use forward_kl or reverse_kl for the two limits")
     policy_probs = _probs(policy_logprobs, policy_probs)
     teacher_probs = _probs(teacher_logprobs, teacher_probs)
-    mixture_logprobs = torch.lerp(policy_probs, teacher_probs, beta).clamp_min(_TINY).log()
+    mixture_logprobs = _log_mixture(policy_logprobs, teacher_logprobs, policy_probs, teacher_probs, beta)
     teacher_term = _dot(teacher_probs, _finite(teacher_logprobs) - mixture_logprobs)
     policy_term = _dot(policy_probs, _finite(policy_logprobs) - mixture_logprobs)
     return beta * teacher_term + (1 - beta) * policy_term
@@ -104,9 +106,11 @@ def skew_forward_kl(
 
     Ko et al., "DistiLLM" (2024), eq. 4, α = ``skew`` in [0, 1); 0 is :func:`forward_kl`.
     """
+    if skew == 0:
+        return forward_kl(policy_logprobs, teacher_logprobs, teacher_probs=teacher_probs)
     policy_probs = _probs(policy_logprobs, policy_probs)
     teacher_probs = _probs(teacher_logprobs, teacher_probs)
-    mixture_logprobs = torch.lerp(policy_probs, teacher_probs, skew).clamp_min(_TINY).log()
+    mixture_logprobs = _log_mixture(policy_logprobs, teacher_logprobs, policy_probs, teacher_probs, skew)
     return _dot(teacher_probs, _finite(teacher_logprobs) - mixture_logprobs)
 
 
@@ -122,9 +126,11 @@ def skew_reverse_kl(
 
     Ko et al., "DistiLLM" (2024), eq. 5, α = ``skew`` in [0, 1); 0 is :func:`reverse_kl`.
     """
+    if skew == 0:
+        return reverse_kl(policy_logprobs, teacher_logprobs, policy_probs=policy_probs)
     policy_probs = _probs(policy_logprobs, policy_probs)
     teacher_probs = _probs(teacher_logprobs, teacher_probs)
-    mixture_logprobs = torch.lerp(teacher_probs, policy_probs, skew).clamp_min(_TINY).log()
+    mixture_logprobs = _log_mixture(teacher_logprobs, policy_logprobs, teacher_probs, policy_probs, skew)
     return _dot(policy_probs, _finite(policy_logprobs) - mixture_logprobs)
 
 
@@ -301,6 +307,23 @@ def _difference(
 
 def _finite(logprobs: Tensor) -> Tensor:
     return logprobs.clamp_min(LOG_FLOOR)
+
+
+def _log_mixture(
+    logprobs: Tensor, other_logprobs: Tensor, probs: Tensor, other_probs: Tensor, weight: float
+) -> Tensor:
+    """log((1−w) a + w b), 0 < w < 1, from the logarithms of a and b where the sum underflows.
+
+    Only blocks that contain such a token (in float32 both below e^−87) cost the second pass.
+    """
+    mixture = torch.lerp(probs, other_probs, weight)
+    underflow = mixture < torch.finfo(mixture.dtype).tiny
+    if not underflow.any():
+        return mixture.log()
+    in_logs = torch.logaddexp(
+        _finite(logprobs) + math.log1p(-weight), _finite(other_logprobs) + math.log(weight)
+    )
+    return torch.where(underflow, in_logs, mixture.masked_fill(underflow, 1.0).log())
 
 
 def _dot(weights: Tensor, values: Tensor) -> Tensor:

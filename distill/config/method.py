@@ -281,7 +281,8 @@ class CreditConfig:
     ratio: Literal["none", "token", "per_decision"] = "token"
     """Off-policy correction for text sampled from an older policy, with r = student / older policy. ``none``: no
     correction; ``token``: r of the token itself; ``per_decision``: the product of r over the token and all tokens
-    before it, which is unbiased and has the highest variance."""
+    before it, with each later cost also multiplied by r of the later tokens it depends on, which is unbiased and
+    has the highest variance."""
     ratio_max: float | None = 2.0
     """Value at which ratios are clipped. null: no clipping, and no bias from it."""
     ppo_clip: float | None = None

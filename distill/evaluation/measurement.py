@@ -240,7 +240,9 @@ class _Text:
                     f"{self.name}: {name} at token {step} of {self.trajectory_ids[row]}",
                     values[wrong[0]],
                     f"be finite ({len(wrong)} tokens are not)",
-                    "mask the same tail of both vocabularies",
+                    "lower learner.learning_rate and train again, because the model's outputs are not numbers"
+                    if np.isnan(values[wrong[0]])
+                    else "mask the same tail of both vocabularies",
                 )
 
     def _where(self, place: int) -> tuple[int, int]:

@@ -74,10 +74,8 @@ def assign_credit(
     if config.ratio_max is not None:
         ratio = ratio.clamp_max(config.ratio_max)
 
-    def rows(values: Tensor) -> Tensor:
-        return to_rows(values, positions.row, positions.step, len(group))[0]
-
     costs, mask = to_rows(cost, positions.row, positions.step, len(group))
+    ratios, _ = to_rows(ratio, positions.row, positions.step, len(group), fill=1.0)
     per_decision = config.ratio == "per_decision"
     advantage = advantages(
         costs,
@@ -87,12 +85,13 @@ def assign_credit(
         span=config.span,
         normalize="none" if config.form == "exact" else config.normalize,
         baseline=config.baseline,
-        ratios=rows(ratio) if per_decision else None,
+        ratios=ratios if per_decision else None,
+        cost_of="state" if config.cost == "moment_gap" else "token",
         total=ranks.sum,
     )
     if config.ratio != "none" and config.ppo_clip is None:
-        advantage = advantage * rows(ratio)
-    return Credit(advantage, products_before(rows(ratio)) if per_decision else None)
+        advantage = advantage * ratios
+    return Credit(advantage, products_before(ratios) if per_decision else None)
 
 
 def _at_tokens(

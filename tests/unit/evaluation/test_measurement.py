@@ -111,6 +111,22 @@ def test_a_divergence_that_is_not_finite_raises_with_its_position():
         "mask the same tail of both vocabularies$",
     ):
         measured(policies)
+    policies.policy[0, 1] = math.nan
+    with pytest.raises(
+        Diverged, match=r"=nan must be finite \(1 tokens are not\); lower learner\.learning_rate"
+    ):
+        measured(policies)
+
+
+def test_policies_whose_probabilities_underflow_are_measured():
+    """Half of the least float32 number is 0; a mixture of 0 once had an infinite divergence."""
+    policies = FakePolicies()
+    tail = torch.full((4,), -200.0)
+    policies.policy[:] = torch.cat([torch.tensor([-0.693, -103.2]), tail])
+    policies.teacher[:] = torch.cat([torch.tensor([-0.693, -150.0]), tail])
+    found = measured(policies)
+    for text in ("teacher_text", "student_text"):
+        np.testing.assert_allclose(found.per_prompt(f"{text}.jsd")[0], 0.0, atol=1e-6)
 
 
 def test_rows_of_the_wrong_source_or_prompts_are_rejected():

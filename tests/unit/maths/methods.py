@@ -67,6 +67,10 @@ METHODS = {
         RecipeConfig(beta=0.4, long_weight=0.7, gamma=0.8),
         credit=CreditConfig(ratio="per_decision", ratio_max=1.5, normalize="length", span="all"),
     ),
+    "per_decision_of_log_ratios": method(
+        RecipeConfig(teacher_text="none", loss="reverse_kl", long_weight=1.0, anchor_weight=0),
+        credit=CreditConfig(cost="log_ratio", ratio="per_decision", ratio_max=None),
+    ),
     "no_ratio": method(
         RecipeConfig(long_weight=0.7), credit=CreditConfig(ratio="none", baseline="none", normalize="none")
     ),

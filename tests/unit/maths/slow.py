@@ -89,7 +89,7 @@ class _Row:
         self.ratio, self.cost = [], []
         for t, token in enumerate(row.response):
             log_p, log_q = float(self.log_p[t, token].detach()), float(self.log_q[t, token])
-            ratio = math.exp(log_p - float(row.behavior[t]))
+            ratio = math.exp(log_p - float(row.behavior[t])) if row.counted[t] else 1.0
             self.ratio.append(ratio if credit.ratio_max is None else min(ratio, credit.ratio_max))
             if credit.cost == "moment_gap":
                 cost = float(self.gap(p[t], q[t], self.f[t])) if hasattr(self, "f") else 0.0
@@ -139,15 +139,24 @@ class _Row:
         return log_p * advantage * (1.0 if credit.ratio == "none" else self.ratio[t])
 
     def to_come(self, t: int) -> float:
-        """The return of token t; 0 behind the row's end."""
-        credit, gamma, length = self.method.credit, self.method.recipe.gamma, len(self.row.response)
-        if t >= length:
+        """The return of token t; 0 behind the row's end and where the loss leaves the token out."""
+        credit, length = self.method.credit, len(self.row.response)
+        if t >= length or not self.row.counted[t]:
             return 0.0
-        span = {"own": [t], "future": range(t + 1, length), "all": range(t, length)}[credit.span]
+        if credit.ratio != "per_decision":
+            return self._return(t, length - 1)
         total = 0.0
-        for k in span:
-            ratios = self.ratio[t + 1 : k] if credit.ratio == "per_decision" else []
-            total += gamma ** (k - t) * math.prod(ratios) * self.cost[k]
+        for last in range(t, length):  # what token `last` adds, times the ratios of what that depends on
+            depends_on = self.ratio[t + 1 : last if credit.cost == "moment_gap" else last + 1]
+            total += math.prod(depends_on) * (self._return(t, last) - self._return(t, last - 1))
+        return total
+
+    def _return(self, t: int, last: int) -> float:
+        """The return of token t if token ``last`` were the row's last."""
+        credit, gamma, length = self.method.credit, self.method.recipe.gamma, len(self.row.response)
+        span = {"own": [t], "future": range(t + 1, length), "all": range(t, length)}[credit.span]
+        span = [k for k in span if k <= last and self.row.counted[k]]
+        total = sum(gamma ** (k - t) * self.cost[k] for k in span)
         if credit.form == "exact" or credit.normalize == "none" or not span:
             return total
         if credit.normalize == "length":
@@ -165,6 +174,7 @@ def _advantage(method: MethodConfig, rows: Sequence[Row], each: Sequence[_Row], 
             for row, values in zip(rows, each, strict=True)
             if row.is_student_text
             for k in range(len(row.response))
+            if row.counted[k]
         ]
         mean = sum(everything) / len(everything)
         variance = sum((value - mean) ** 2 for value in everything) / len(everything)

@@ -26,6 +26,7 @@ from tests.unit.maths import test_credit as on_credit
 from tests.unit.maths import test_critic_step as on_critic_step
 from tests.unit.maths import test_critics as on_critics
 from tests.unit.maths import test_objectives as on_objectives
+from tests.unit.maths import test_older_text as on_older_text
 from tests.unit.maths import test_tree as on_trees
 from tests.unit.maths import test_update as on_update
 
@@ -93,10 +94,14 @@ BREAKS = [
     Break("a discount: none in returns", credit.future_returns, "gamma * (costs", "(costs", game("ammd")),
     Break("a discount: none on positions", student_step._StudentObjective._weights,
           "self._recipe.gamma ** step.to(wide)", "weight", step("exact")),
-    Break("one token off: the present counted as future", credit.future_returns, "costs[:, t + 1] + later",
-          "costs[:, t] + later", on_credit.test_returns_are_strictly_future),
+    Break("one token off: the present counted as future", credit.future_returns, "costs[:, t + 1] + ",
+          "costs[:, t] + ", on_credit.test_returns_are_strictly_future),
     Break("one token off: a token's own ratio in its prefix", credit.products_before, "ratios[:, :-1]], dim=1)",
           "ratios[:, :-1]], dim=1) * ratios", step("per_decision")),
+    Break("one token off: a later token's own cost without its own ratio", credit._reweighted, "later.cumprod(dim=1)",
+          "products_before(later)", on_older_text.test_a_later_tokens_own_cost_needs_its_own_ratio),
+    Break("a mask: ratios end where the loss leaves a token out", learner_credit.assign_credit, "fill=1.0", "fill=0.0",
+          on_older_text.test_a_token_that_the_loss_leaves_out_has_ratio_one),
     Break("leave-one-out: the member itself in its baseline", credit.leave_one_out, "(total - own) / num_others.clamp_min(1)",
           "total / (num_others + 1).clamp_min(1)", on_credit.test_advantages_leave_the_row_itself_out),
     Break("leave-one-out: all rows one group", credit.leave_one_out, "_, index = group.unique(return_inverse=True)",
@@ -116,8 +121,9 @@ BREAKS = [
           "if method.critic.zero_sum else 0.0", "", step("ammd")),
     Break("half of the penalty", objectives.critic_loss, "0.5 * variance_penalty", "0.25 * variance_penalty",
           partial(on_trees.test_critic_ascent_reaches_the_closed_form, 2.0)),
-    Break("a skew on the wrong side", objectives.skew_forward_kl, "torch.lerp(policy_probs, teacher_probs, skew)",
-          "torch.lerp(teacher_probs, policy_probs, skew)", tree("distillm")),
+    Break("a skew on the wrong side", objectives.skew_forward_kl,
+          "_log_mixture(policy_logprobs, teacher_logprobs, policy_probs, teacher_probs, skew)",
+          "_log_mixture(teacher_logprobs, policy_logprobs, teacher_probs, policy_probs, skew)", tree("distillm")),
     Break("clipping that helps: minimum for maximum", objectives.clipped_policy_gradient, "torch.maximum", "torch.minimum",
           step("minillm")),
     Break("ratios that are not cut", learner_credit.assign_credit, "ratio.clamp_max(config.ratio_max)", "ratio",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -78,18 +79,36 @@ def test_spans_and_divisors():
                 assert abs(got[i, t] - value) < 1e-12, (span, normalize)
 
 
-def test_ratios_reweigh_the_continuation_to_the_current_policy():
+@pytest.mark.parametrize("cost_of", ["state", "token"])
+def test_ratios_reweigh_the_continuation_to_the_current_policy(cost_of):
+    """Sums of costs, each with the ratios of what it depends on. A token that the loss leaves out costs
+    nothing, and its ratio is 1."""
     costs, mask = padded()
+    mask[0, 1] = mask[3, 2] = False
     ratios = torch.rand(costs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
-    got = credit.future_returns(costs, mask, GAMMA, ratios)
+    ratios = torch.where(mask, ratios, 1.0)
+    got = credit.returns(costs, mask, GAMMA, normalize="none", ratios=ratios, cost_of=cost_of)
     before = credit.products_before(ratios)
-    for i, row in enumerate(rows_of(costs)):
-        for t in range(len(row)):
+    own = int(cost_of == "token")
+    for i, length in enumerate(LENGTHS):
+        for t in range(length):
             expected = sum(
-                GAMMA ** (k - t) * float(ratios[i, t + 1 : k].prod()) * row[k] for k in range(t + 1, len(row))
+                GAMMA ** (k - t) * float(ratios[i, t + 1 : k + own].prod() * costs[i, k] * mask[i, k])
+                for k in range(t + 1, length)
             )
-            assert abs(got[i, t] - expected) < 1e-12
+            assert abs(got[i, t] - expected * float(mask[i, t])) < 1e-12
             assert abs(before[i, t] - ratios[i, :t].prod()) < 1e-12
+
+
+@pytest.mark.parametrize("span", ["future", "own", "all"])
+@pytest.mark.parametrize("normalize", ["discount", "length", "none"])
+@pytest.mark.parametrize("cost_of", ["state", "token"])
+def test_ratios_of_one_change_nothing(span, normalize, cost_of):
+    costs, mask = padded()
+    mask[0, 1] = mask[3, 2] = False
+    settings = {"span": span, "normalize": normalize}
+    got = credit.returns(costs, mask, GAMMA, ratios=torch.ones_like(costs), cost_of=cost_of, **settings)
+    torch.testing.assert_close(got, credit.returns(costs, mask, GAMMA, **settings))
 
 
 def minillm_advantages(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
@@ -154,6 +173,8 @@ def test_rows_and_back():
     rows, got_mask = credit.to_rows(gaps[row, step][order], row[order], step[order], len(gaps))
     assert (got_mask == mask).all()
     torch.testing.assert_close(rows, gaps * mask)
+    filled, _ = credit.to_rows(gaps[row, step], row, step, len(gaps), fill=1.0)
+    torch.testing.assert_close(filled, torch.where(mask, gaps, 1.0))
     none = torch.zeros(0, dtype=torch.int64)
     assert credit.to_rows(torch.zeros(0), none, none, 3)[0].shape == (3, 0)
     nothing = credit.advantages(torch.zeros(3, 0), torch.zeros(3, 0, dtype=torch.bool), GROUP[:3], GAMMA)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.config import CreditConfig, RecipeConfig
+from distill.config import CreditConfig, MethodConfig, RecipeConfig
 from distill.errors import Diverged
 from distill.objectives import moment_gap, policy_gradient
 from distill.run.metrics import name_violations
@@ -36,11 +36,7 @@ from tests.unit.maths.methods import CRITIC, LEARNER, METHODS, RECIPES, assert_s
 from tests.unit.maths.slow import slow_loss
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("zero_sum", [False, True])
-def test_the_students_step_is_the_gradient_of_the_equations(name, zero_sum):
-    settings = replace(METHODS[name], critic=replace(METHODS[name].critic, zero_sum=zero_sum))
-    rows = rows_for(settings.recipe)
+def check_against_slow(settings: MethodConfig, rows: list[Row]) -> None:
     metrics, grads, critics = run(settings, rows, [list(range(len(rows)))])
     student = TinyStudent()
     loss = slow_loss(settings, rows, student, teacher_head(), critics)
@@ -48,6 +44,23 @@ def test_the_students_step_is_the_gradient_of_the_equations(name, zero_sum):
     assert metrics["policy/loss"] == pytest.approx(float(loss.detach()), abs=1e-7)
     for parameter_name, parameter in student.named_parameters():
         torch.testing.assert_close(grads[parameter_name], parameter.grad, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("zero_sum", [False, True])
+def test_the_students_step_is_the_gradient_of_the_equations(name, zero_sum):
+    settings = replace(METHODS[name], critic=replace(METHODS[name].critic, zero_sum=zero_sum))
+    check_against_slow(settings, rows_for(settings.recipe))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if RECIPES[name].uses_student_text])
+def test_student_text_can_leave_tokens_out(name):
+    """Tokens that the loss leaves out have no loss and no cost, and the ratios after them are unchanged."""
+    rows = [
+        replace(row, counted=[t % 3 != 1 for t in range(len(row.response))]) if row.is_student_text else row
+        for row in rows_for(RECIPES[name])
+    ]
+    check_against_slow(METHODS[name], rows)
 
 
 @pytest.mark.parametrize("name", ["ammd", "ammd_paper", "gkd", "sft", "exact", "minillm", "sign", "dense"])
