@@ -6,11 +6,13 @@ import importlib.util
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+from deploy.fetch import cache_dir
 from deploy.run.estimates import Estimates
 from deploy.run.preflight.outcome import Check
 from distill.config import RunConfig
@@ -48,6 +50,36 @@ def engines(config: RunConfig) -> Iterator[Check]:
     )
 
 
+def cache() -> Iterator[Check]:
+    """Check that the cache, which keeps the teacher's text, is writable.
+
+    Raises: ConfigError.
+    """
+    require_writable("DISTILL_CACHE", cache_dir(), "set DISTILL_CACHE to a folder that you can write to")
+    yield Check("cache", "pass", f"{cache_dir()} is writable")
+
+
+def require_writable(name: str, folder: Path, remedy: str) -> Path:
+    """Check that ``folder`` can be made, if it is not there, and written to; returns its nearest folder that exists.
+
+    A file is written, because the permissions of the superuser and of read-only file systems say nothing.
+
+    Raises: ConfigError.
+    """
+    folder = folder.absolute()
+    place = next(
+        path for path in (folder, *folder.parents) if os.path.exists(path)
+    )  # false for what it may not look at
+    if not place.is_dir():
+        raise ConfigError(name, folder, f"be a folder ({place} is a file)", remedy)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ConfigError(name, folder, f"be writable ({place}: {error.strerror})", remedy) from error
+    return place
+
+
 def buffer(config: RunConfig, estimates: Estimates) -> Iterator[Check]:
     """Check that the rows of the updates in flight fit the replay buffer.
 
@@ -82,12 +114,8 @@ def disk(config: RunConfig, estimates: Estimates) -> Iterator[Check]:
     Raises: ConfigError.
     """
     run_dir = Path(config.run_dir).absolute()
-    place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
-    if not place.is_dir():
-        raise ConfigError("run_dir", run_dir, f"be a folder ({place} is a file)", "choose another run_dir")
+    place = require_writable("run_dir", run_dir, "choose another run_dir")
     RunFolder(run_dir).refuse_foreign_files()
-    if not os.access(place, os.W_OK):
-        raise ConfigError("run_dir", run_dir, f"be writable ({place} is not)", "choose another run_dir")
     student = estimates.student_parameters()
     # A checkpoint contains weights and two moments. A new one is complete before the oldest is deleted.
     need = student * 12 * (config.checkpoint.keep + 1) + student * 4 * 4

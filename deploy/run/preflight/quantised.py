@@ -11,13 +11,15 @@ from typing import Any
 
 from deploy.run.model_facts import ModelFacts
 from deploy.run.preflight.outcome import Check
-from distill.config import RunConfig
+from distill.config import RolloutConfig, RunConfig, ScoringConfig
 from distill.errors import ConfigError, first_line
 from distill.machine.hardware import resolve_dtype
 
+_Engine = RolloutConfig | ScoringConfig
+
 _VLLM_ON_GPU = ("gptq", "awq", "fp8", "compressed-tensors")
 _VLLM_ON_CPU = ("gptq", "awq", "compressed-tensors")
-"""Formats that vLLM 0.32 loads. Its CPU build lacks the kernels of fp8; no build has bitsandbytes."""
+"""Formats that vLLM 0.32 loads. Its CPU build lacks kernels for fp8 checkpoints; no build has bitsandbytes."""
 _CPU_BITS = 4
 """The CPU build's only width of gptq and awq."""
 _ORIGINAL = "use the checkpoint that it was quantised from"
@@ -37,20 +39,21 @@ def require_plain(setting: str, facts: ModelFacts) -> None:
         )
 
 
-def engines(role: str, facts: ModelFacts, config: RunConfig, sections: Sequence[str]) -> Check:
+def loaded_by(role: str, facts: ModelFacts, config: RunConfig, sections: Sequence[str]) -> Check:
     """Check that the engines of ``sections`` load a quantised model.
 
     Raises: ConfigError.
     """
     method = quantisation(facts)
     assert method is not None
-    for section in sections:
-        if getattr(config, section).engine == "vllm":
+    engines: dict[str, _Engine] = {section: getattr(config, section) for section in sections}
+    for section, engine in engines.items():
+        if engine.engine == "vllm":
             _require_vllm(f"{role}.model", facts, method, section)
-            _require_half_precision(role, method, section, getattr(config, section).dtype)
+            _require_bfloat16(role, facts, method, section, engine)
         else:
             _require_transformers(f"{role}.model", facts, method, section)
-    by = " and ".join(f"{section}.engine={getattr(config, section).engine}" for section in sections)
+    by = " and ".join(f"{section}.engine={engine.engine}" for section, engine in engines.items())
     return Check(f"{role} quantisation", "pass", f"{method}, which {by} can load")
 
 
@@ -70,19 +73,23 @@ def _require_vllm(setting: str, facts: ModelFacts, method: str, section: str) ->
     )  # fmt: skip
 
 
-def _require_half_precision(role: str, method: str, section: str, dtype: str) -> None:
+def _require_bfloat16(role: str, facts: ModelFacts, method: str, section: str, engine: _Engine) -> None:
+    """vLLM multiplies packed weights only in half precision."""
     from torch.cuda import is_available
 
-    resolved = resolve_dtype(dtype, "cuda" if is_available() else "cpu")
-    if resolved == "float32":
+    packed = facts.config["quantization_config"].get("format") == "pack-quantized"
+    if method == "compressed-tensors" and not packed:
+        return
+    if resolve_dtype(engine.dtype, "cuda" if is_available() else "cpu") == "float32":
         raise ConfigError(
-            f"{section}.dtype", dtype, f"be bfloat16 for a quantised {role} ({method}), because vLLM has no kernels in float32",
+            f"{section}.dtype", engine.dtype, f"be bfloat16 for a {role} quantised with {method}, because vLLM has no kernel for "
+            "it in float32",
             "set it to bfloat16",
         )  # fmt: skip
 
 
 def _require_transformers(setting: str, facts: ModelFacts, method: str, section: str) -> None:
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     try:
         # transformers' types do not describe its quantisers.

@@ -10,7 +10,7 @@ import pyarrow as pa
 from deploy.fetch import cache_dir
 from deploy.run.estimates import Estimates
 from deploy.run.model_facts import ModelFacts
-from deploy.run.preflight import data, machine, models, quantised, weights
+from deploy.run.preflight import data, machine, models, quantised, template, weights
 from deploy.run.preflight.outcome import Check, failed
 from distill.config import RunConfig
 from distill.data import load_rows
@@ -58,12 +58,14 @@ class Preflight:
         checks: list[tuple[str, Callable[[], Iterator[Check]]]] = [
             ("configuration", self._configuration),
             ("engines", lambda: machine.engines(self.config)),
+            ("cache", machine.cache),
             ("teacher", self._teacher),
             ("student", self._student),
             ("proxy", self._proxy),
             ("tokenizers", self._tokenizers),
             ("vocabulary", self._vocabulary),
             ("critics", self._critics),
+            ("template", self._template),
             ("data", self._data),
             ("buffer", lambda: machine.buffer(self.config, self.estimates)),
             ("memory", lambda: machine.memory(self.estimates)),
@@ -134,7 +136,7 @@ class Preflight:
     def _opened(self, role: str, facts: ModelFacts, sections: Sequence[str]) -> Iterator[Check]:
         """Check that the engines of ``sections`` can open a model."""
         if quantised.quantisation(facts) is not None:
-            yield quantised.engines(role, facts, self.config, sections)
+            yield quantised.loaded_by(role, facts, self.config, sections)
         else:
             for_vllm = any(getattr(self.config, section).engine == "vllm" for section in sections)
             yield weights.tensors(role, facts, for_vllm=for_vllm)
@@ -152,6 +154,13 @@ class Preflight:
 
     def _critics(self) -> Iterator[Check]:
         yield models.critics(self.config, self.scored, self.student, self.num_tokens)
+
+    def _template(self) -> Iterator[Check]:
+        if not (self.config.data.chat_template and self.tokenizer.chat_template):
+            return
+        yield template.prompt_end(self.tokenizer, self.teacher.stop_token_ids)
+        yield from template.turn_end(self.tokenizer, self.teacher.stop_token_ids, self.teacher.folder)
+        yield template.date(self.tokenizer)
 
     def _data(self) -> Iterator[Check]:
         rows = load_rows(self.config.data, cache_dir())

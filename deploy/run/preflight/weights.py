@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from logging import CRITICAL
 from typing import Any
 
 from deploy.run.model_facts import ModelFacts
@@ -93,7 +94,8 @@ def _load_without_values(setting: str, facts: ModelFacts) -> tuple[Any, dict[str
             stored = {
                 name: torch.empty(tensor.shape, device="meta") for name, tensor in facts.tensors.items()
             }
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            return model_class.from_pretrained(
                 None, config=config, state_dict=stored, device_map={"": "meta"},
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
@@ -110,7 +112,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     try:
         yield

@@ -1,12 +1,19 @@
-"""The tests' tiny models, made once per file."""
+"""The tests' tiny models, made once per file, and what the preflight says about other ones."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.tiny import make_world
+from deploy.run.preflight import Preflight
+from distill.errors import ConfigError
+from tests.tiny import make_world, tiny_config
+
+TRANSFORMERS = ("rollout.engine=transformers", "scoring.engine=transformers")
+Doctor = Callable[..., Preflight]
+"""Makes the checks with a checkpoint's folder as ``role`` and with overrides."""
 
 
 @pytest.fixture(scope="module")
@@ -15,3 +22,36 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     make_world(folder)
     return folder
+
+
+@pytest.fixture
+def doctor(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Doctor:
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+
+    def run(model: Path | str | None = None, *overrides: str, role: str = "teacher") -> Preflight:
+        settings = [*TRANSFORMERS, f"run_dir={tmp_path}/run"]
+        if model is not None:
+            settings.append(f"{role}.model={model}")
+        if role == "student":
+            settings += ["student.init.from=null", "student.init.num_layers=null"]
+        if role == "proxy":
+            settings.append("recipe=ammd_blackbox")
+        preflight = Preflight(tiny_config(world, *settings, *overrides))
+        preflight.run()
+        return preflight
+
+    return run
+
+
+def fault(preflight: Preflight) -> ConfigError:
+    """The failure of a preflight, which has one line."""
+    assert preflight.failure is not None, [check.text for check in preflight.checks]
+    assert "\n" not in str(preflight.failure)
+    assert preflight.failure.remedy
+    return preflight.failure
+
+
+def passes(preflight: Preflight) -> bool:
+    """Whether no check failed; raises the failure otherwise, so that a test shows it."""
+    preflight.require()
+    return all(check.status != "fail" for check in preflight.checks)
