@@ -75,9 +75,9 @@ def _keep_failure(folder: RunFolder, error: Exception) -> str:
 
 
 def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
-    """The summary of the folder's run, if that has ended and is asked for no more updates.
+    """The summary of the folder's run, if that has ended and the configuration has no more updates.
 
-    Raises: ConfigError when it has made more updates than are asked for.
+    Raises: ConfigError when it has made more updates than the configuration has.
     """
     summary = folder.read_summary() if folder.exists else None
     wanted = config.learner.num_updates

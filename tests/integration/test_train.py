@@ -288,6 +288,40 @@ def test_interrupted_run_leaves_nothing_behind_and_resumes_with_the_same_numbers
     assert after[0].table.equals(after[1].table)
 
 
+def test_interrupted_corpus_keeps_what_it_has(world: Path) -> None:
+    """With vLLM, because its engine is the one that has to let go of a call in progress."""
+    settings = ["sft.enabled=false", "corpus.samples_per_prompt=64", "corpus.max_new_tokens=200"]
+    settings += ["data.max_prompt_tokens=48", "corpus.seed=5"]
+    process = start(world, *train_arguments(world, "corpus-cut", *settings))
+    corpora = world / "cache" / "corpora"
+    wait_for(lambda: any(corpora.glob("*.parts/*.parquet")), process)
+    interrupt(process, world / "corpus-cut", signal.SIGINT)
+    kept = {part: part.stat().st_mtime_ns for part in corpora.glob("*.parts/*.parquet")}
+    assert kept
+
+    resumed = start(world, "train", "--resume", str(world / "corpus-cut"))
+
+    def rewritten() -> bool:
+        return any(part.exists() and part.stat().st_mtime_ns != kept[part] for part in kept)
+
+    wait_for(lambda: rewritten() or "training_started" in events(world / "corpus-cut"), resumed)
+    assert not rewritten()
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output[-3000:]
+    assert not list(corpora.glob("*.parts"))
+
+
+def test_a_finished_run_can_be_given_more_updates(world: Path) -> None:
+    run = train(world, "longer", *PLAIN)
+    before = read_metrics(run)["policy/loss"].to_pylist()
+    resumed = start(world, "train", "--resume", str(run), "learner.num_updates=4")
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output[-3000:]
+    losses = read_metrics(run)["policy/loss"].to_pylist()
+    assert len(losses) == 4 and losses[:2] == before
+    assert json.loads((run / "summary.json").read_text())["updates"] == 4
+
+
 def test_two_runs_at_once_do_not_interfere(world: Path) -> None:
     runs = [start(world, *train_arguments(world, f"pair-{i}", *PLAIN, f"seed={i}")) for i in (1, 2)]
     for process in runs:

@@ -61,7 +61,7 @@ def changed() -> Check:
     return Check(
         "data",
         "warn",
-        "the data, the tokenizer or the chat template has changed since this run began; it goes on with the "
+        "the data, the tokenizer or the chat template has changed since this run began; it keeps to the "
         "prompts in its folder",
         "use another run_dir to train on the new data",
     )

@@ -119,6 +119,7 @@ def disk(config: RunConfig, estimates: Estimates) -> Iterator[Check]:
     student = estimates.student_parameters()
     # A checkpoint contains weights and two moments. A new one is complete before the oldest is deleted.
     need = student * 12 * (config.checkpoint.keep + 1) + student * 4 * 4
+    need = max(0, need - _bytes_in(run_dir))  # a resumed run has some of it already
     free = shutil.disk_usage(place).free
     if free < need:
         raise ConfigError(
@@ -161,3 +162,8 @@ def ports(config: RunConfig) -> Iterator[Check]:
             "free one, because a local Ray listens on loopback",
         ) from error
     yield Check("ports", "pass", "loopback has free ports for a local Ray")
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 for one that does not exist."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def test_fewer_updates_than_were_made_are_refused(begun: tuple[RunConfig, RunFol
 
 
 def test_data_that_changed_meanwhile(begun: tuple[RunConfig, RunFolder], home: Path) -> None:
-    """The run goes on with its own prompts, and says so."""
+    """The run keeps to its own prompts, and says so."""
     config, folder = begun
     assert not [check for check in checked(config).checks if "has changed" in check.message]
     trained_on = read_table(folder.data / "train.parquet")
@@ -150,3 +151,21 @@ def test_data_that_changed_meanwhile(begun: tuple[RunConfig, RunFolder], home: P
 
 def test_overrides_of_the_tiny_world_are_settings(world: Path) -> None:
     assert load_run(world / "tiny.yaml", tiny_overrides(world))
+
+
+def test_the_disk_check_counts_what_a_run_has_already(
+    begun: tuple[RunConfig, RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = begun
+    usage = shutil.disk_usage
+    small = usage("/")._replace(free=1 << 20)
+    monkeypatch.setattr(
+        "deploy.run.preflight.machine.shutil.disk_usage",
+        lambda path: small if str(path).startswith(str(folder.path)) else usage(path),
+    )
+    with pytest.raises(ConfigError, match="free disk"):
+        checked(config)
+    folder.checkpoints.mkdir(exist_ok=True)
+    with (folder.checkpoints / "weights").open("wb") as file:
+        file.truncate(1 << 32)
+    checked(config)
