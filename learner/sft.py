@@ -6,6 +6,7 @@ function of (seed, step). Called by :mod:`learner.process.fit`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.config import SftConfig
+from distill.errors import Diverged
 from distill.interfaces import Draw
 from distill.objectives import cross_entropy
 from distill.replay.draws import DrawOrder
@@ -39,6 +41,8 @@ def run_sft(
 
     ``rows_of``: returns the rows of some draws, one batch each. ``after_update`` is called with
     the number of updates done and ``{"sft/loss", "sft/learning_rate", "sft/num_tokens"}``.
+
+    Raises: Diverged when the loss or the gradient is not finite; the model is then unchanged.
     """
     for update in range(first_update, sft.num_updates):
         first = update * sft.rows_per_update
@@ -62,7 +66,14 @@ def run_sft(
             )
             loss.backward()
             total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm))
+        if not (math.isfinite(total) and math.isfinite(grad_norm)):
+            raise Diverged(
+                f"the loss and gradient norm of fine-tuning update {update + 1}",
+                f"{total}, {grad_norm}",
+                "be finite",
+                "lower its learning rate (sft.learning_rate, or proxy.learning_rate for a proxy)",
+            )
         optimizer.step()
         metrics = {
             "sft/loss": total,

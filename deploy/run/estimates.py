@@ -98,8 +98,14 @@ class Estimates:
         samples = config.learner.prompts_per_update * config.rollout.samples_per_prompt
         student_rows = samples if config.recipe.uses_student_text else 0
         teacher_rows = config.learner.teacher_rows_per_update if config.recipe.teacher_text != "none" else 0
-        response = student_rows * config.rollout.max_new_tokens + teacher_rows * config.corpus.max_new_tokens
+        response = student_rows * config.rollout.max_new_tokens + teacher_rows * self._teacher_tokens()
         return int((student_rows + teacher_rows) * prompt) + response
+
+    def _teacher_tokens(self) -> int:
+        """The longest row of teacher text."""
+        if self.config.recipe.teacher_text == "reference":
+            return self.config.data.max_reference_tokens
+        return self.config.corpus.max_new_tokens
 
     def student_parameters(self) -> int:
         if self.config.student.model is not None:
@@ -116,7 +122,7 @@ class Estimates:
         config = self.config
         plan = BatchPlan.of(config)
         updates = min(config.replay.max_policy_age + 2, config.learner.num_updates)
-        response = max(config.rollout.max_new_tokens, config.corpus.max_new_tokens)
+        response = max(config.rollout.max_new_tokens, self._teacher_tokens())
         row = response * (2 * self.scored.hidden_size + 16) + 4 * config.data.max_prompt_tokens + 512
         students = plan.prompts_per_update * config.rollout.samples_per_prompt if plan.may_use_student else 0
         texts = plan.teacher_rows_per_update

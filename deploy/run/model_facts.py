@@ -20,6 +20,14 @@ SAVE_AGAIN = "fetch or save the model again"
 """How to get a checkpoint in a folder of the user's whose files are missing or broken."""
 
 
+_GPT2_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+}
+"""Names in GPT-2's config.json -> the names that later models have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
     """A causal LM's checkpoint folder."""
@@ -48,6 +56,7 @@ class ModelFacts:
         """
         folder = Path(folder)
         config = _json(folder / "config.json", setting, again)
+        config |= {name: config[old] for old, name in _GPT2_NAMES.items() if old in config}
         missing = [name for name in ("model_type", "vocab_size", "hidden_size") if name not in config]
         if missing:
             raise ConfigError(

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from distill.config import DataConfig
 from distill.data.conversation import Example
-from distill.data.render import as_text, render_chat, render_plain
+from distill.data.render import Rendered, as_text, render_chat, render_plain
 from distill.data.tokens import Tokens, tokenize
 from distill.errors import NO_VALUE, ConfigError
 
@@ -66,13 +66,13 @@ def build_prompts(
     stop_token_ids: Sequence[int],
     seed: int = 0,
     *,
-    with_references: bool = True,
+    references_required: bool = True,
 ) -> pa.Table:
     """Build the prompt table (columns: ``PROMPT_SCHEMA``); :func:`prompt_facts` reads what was left out.
 
     ``stop_token_ids``: those of the teacher; the first one ends a reference that the template does
-    not end. ``seed`` determines which rows are held out. ``with_references=False``: nothing trains on the
-    references, so they are kept as text only.
+    not end. ``seed`` determines which rows are held out. ``references_required=False``: nothing trains on the
+    references, so one that cannot be rendered or cut off has no tokens instead of raising an error.
 
     Raises: ConfigError for an empty prompt or one over the limit, for a template that is missing or
     unsuitable, and when no row would be left to train on.
@@ -81,12 +81,7 @@ def build_prompts(
         raise ConfigError(
             "data.chat_template", "true", "be false for a tokenizer without chat template", "set it to false"
         )
-    rendered = [
-        render_chat(example, tokenizer, with_reference=with_references)
-        if data.chat_template
-        else render_plain(example, with_reference=with_references)
-        for example in rows
-    ]
+    rendered = [_rendered(example, tokenizer, data, references_required) for example in rows]
     # A template writes its own special tokens. Plain text gets those that the tokenizer puts before a text.
     tokens = tokenize(
         rendered,
@@ -94,6 +89,7 @@ def build_prompts(
         stop_token_ids,
         add_special_tokens=not data.chat_template,
         max_reference_tokens=data.max_reference_tokens,
+        references_required=references_required,
     )
     kept = [
         (example, found)
@@ -113,6 +109,22 @@ def build_prompts(
     table = _table(kept, heldout, facts)
     order = np.argsort(heldout, kind="stable")
     return table.take(order[~repeated[order]])
+
+
+def _rendered(
+    example: Example, tokenizer: PreTrainedTokenizerBase, data: DataConfig, references_required: bool
+) -> Rendered:
+    def render(*, with_reference: bool) -> Rendered:
+        if data.chat_template:
+            return render_chat(example, tokenizer, with_reference=with_reference)
+        return render_plain(example, with_reference=with_reference)
+
+    try:
+        return render(with_reference=True)
+    except ConfigError:
+        if references_required:
+            raise
+    return render(with_reference=False)
 
 
 def _table(rows: Sequence[tuple[Example, Tokens]], heldout: np.ndarray, facts: PromptFacts) -> pa.Table:

@@ -36,13 +36,9 @@ def render_plain(example: Example, *, with_reference: bool) -> Rendered:
 
     Raises: ConfigError for several turns, because only a template marks where a turn begins.
     """
-    turns = (*example.prompt, *example.reference)
-    if (
-        len(example.prompt) > 1
-        or len(example.reference) > 1
-        or example.tools
-        or any(t.details for t in turns)
-    ):
+    turns = (*example.prompt, *(example.reference if with_reference else ()))
+    several = len(example.prompt) > 1 or (with_reference and len(example.reference) > 1)
+    if several or example.tools or any(turn.details for turn in turns):
         must = f"be true for data of several turns or with tools (row {example.row})"
         remedy = "set it to true, because only a template marks where a turn begins"
         raise ConfigError("data.chat_template", "false", must, remedy)

@@ -36,6 +36,7 @@ def tokenize(
     *,
     add_special_tokens: bool,
     max_reference_tokens: int,
+    references_required: bool = True,
 ) -> list[Tokens]:
     """Tokenize examples; the prompt's ids are always those that generation starts from.
 
@@ -43,7 +44,8 @@ def tokenize(
     ``stop_token_ids``. ``add_special_tokens``: add those that the tokenizer puts before a text; those that it
     puts after one are left out, because a text that has ended cannot be continued.
 
-    Raises: ConfigError for text that cannot be tokenized, and for a reference that cannot be cut off.
+    Raises: ConfigError for text that cannot be tokenized, and for a reference that is required and cannot be
+    cut off.
     """
     encoder = _Encoder(tokenizer, add_special_tokens)
     prompts = encoder.encode([(text.row, text.prompt) for text in texts])
@@ -56,7 +58,13 @@ def tokenize(
             continue
         whole = next(wholes)
         merged = whole.ids[: len(prompt.ids)] != prompt.ids
-        rest = encoder.continuation(text, prompt, whole) if merged else whole.after(len(prompt.ids))
+        try:
+            rest = encoder.continuation(text, prompt, whole) if merged else whole.after(len(prompt.ids))
+        except ConfigError:
+            if references_required:
+                raise
+            found.append(Tokens(prompt=prompt.ids, reference=None, mask=None, merged=False))
+            continue
         ids, mask = _reference(rest, text, stop_token_ids, max_reference_tokens)
         found.append(
             Tokens(prompt=prompt.ids, reference=ids or None, mask=None if all(mask) else mask, merged=merged)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from distill.errors import ConfigError
 from distill.machine.hardware import ONE_LOAD_AT_A_TIME, computes_in_bfloat16
 from distill.machine.vector_math import settle_vector_math
 from learner.batch import Pack
@@ -76,6 +77,9 @@ class Student:
             )
         # Dropout off: the objective is a function of the policy, not of a noisy copy of it.
         self.model: Any = model.to(self.device).eval()
+        if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
+            must = "have an output head without bias, because a student's bias is not trained"
+            raise ConfigError("student.model", folder, must, "choose another student")
         self.transform = LogitTransform.from_config(self.model.config)
 
     @property

@@ -84,16 +84,18 @@ class LearnerWorker:
         num_updates = self.config.learner.num_updates
         self.report(activity="training", num_updates=num_updates, started=time.time())
         start = time.monotonic()
-        await train_loop(
-            replay,
-            store,
-            self.distiller,
-            publisher,
-            milestones,
-            updates_done=self.distiller.updates_done,
-            num_updates=num_updates,
-        )
-        recorder.close()
+        try:
+            await train_loop(
+                replay,
+                store,
+                self.distiller,
+                publisher,
+                milestones,
+                updates_done=self.distiller.updates_done,
+                num_updates=num_updates,
+            )
+        finally:
+            recorder.close()  # the rows before a failure are those that explain it
         await asyncio.to_thread(self.writer.write, self.distiller.student, self.folder.student)
         seconds = time.monotonic() - start
         return {

@@ -43,7 +43,7 @@ def prompts(config: RunConfig, rows: LoadedRows, tokenizer: Any, stop_token_ids:
         config.data,
         stop_token_ids,
         config.seed,
-        with_references=trains_on_references(config),
+        references_required=trains_on_references(config),
     )
 
 

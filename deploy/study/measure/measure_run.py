@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ import xxhash
 from numpy.typing import ArrayLike
 from sacrebleu.metrics.bleu import BLEU
 
+from deploy.exits import DONE, guarded
+from deploy.fetch import local_checkpoint
 from deploy.study.measure.inference import Models, Tokens, position_logits, sample
 from deploy.study.measure.measures_file import (
     READ_AT,
@@ -41,9 +44,8 @@ from deploy.study.measure.two_sample import correct_guesses
 from distill.config import RunConfig
 from distill.config.load import load_config
 from distill.data import read_table, write_table
-from distill.errors import DistillError
 from distill.evaluation import divergences, rouge_l
-from distill.run.folder import RunFolder
+from distill.run.folder import HELDOUT_PROMPTS, RunFolder
 
 
 class Sums:
@@ -85,7 +87,8 @@ def measure_run(run_dir: Path, texts_folder: Path, *, of_teacher: bool = False) 
     folder = RunFolder(run_dir)
     folder.require()
     config = load_config(folder.config)
-    models = Models.of(str(config.teacher.model), str(folder.student))
+    teacher = local_checkpoint(config.teacher.model, config.teacher.revision, "teacher.model")
+    models = Models.of(str(teacher), str(folder.student))
     heldout = _heldout(folder, config, models.teacher, texts_folder)
     if of_teacher:
         path = teacher_measures_path(texts_folder, heldout.key)
@@ -95,7 +98,7 @@ def measure_run(run_dir: Path, texts_folder: Path, *, of_teacher: bool = False) 
 
 
 def _heldout(folder: RunFolder, config: RunConfig, teacher: Any, texts_folder: Path) -> Heldout:
-    table = read_table(folder.path / "data" / "heldout.parquet").slice(0, config.evaluation.num_prompts)
+    table = read_table(folder.data / HELDOUT_PROMPTS).slice(0, config.evaluation.num_prompts)
     prompts, limit = table["prompt_tokens"].to_pylist(), config.corpus.max_new_tokens
     identity = json.dumps([str(config.teacher.model), prompts, limit, config.seed])
     key = xxhash.xxh3_64_hexdigest(identity.encode())
@@ -206,21 +209,17 @@ def distinct(texts: Tokens, length: int) -> float:
     return len(set(ngrams)) / max(len(ngrams), 1)
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description="Measure the student of a finished run by the text it writes."
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path, help="folder for the teacher's answers, which runs share")
     parser.add_argument("--teacher", action="store_true", help="measure the teacher instead of the student")
-    arguments = parser.parse_args()
-    try:
-        measure_run(arguments.run, arguments.folder, of_teacher=arguments.teacher)
-    except DistillError as error:
-        print(f"distill: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    options = parser.parse_args(arguments)
+    measure_run(options.run, options.folder, of_teacher=options.teacher)
+    return DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -272,6 +272,10 @@ def test_an_unstable_template_matters_only_where_references_are_trained_on() -> 
     stop = tokenizer.eos_token_id
     with pytest.raises(ConfigError, match=r"prefix-stable .* set sft\.enabled=false"):
         build_prompts(rows, tokenizer, DATA, [stop])  # type: ignore[list-item]
-    table = build_prompts(rows, tokenizer, DATA, [stop], with_references=False)  # type: ignore[list-item]
+    table = build_prompts(rows, tokenizer, DATA, [stop], references_required=False)  # type: ignore[list-item]
     assert table["reference_tokens"].null_count == 2
+    stable = fast(KINDS["byte-level"](), CHAT)
+    assert build_prompts(rows, stable, DATA, [stop], references_required=False).equals(  # type: ignore[list-item]
+        build_prompts(rows, stable, DATA, [stop])  # type: ignore[list-item]
+    )
     assert "A" in table["reference_text"].to_pylist()[0] + table["reference_text"].to_pylist()[1]
