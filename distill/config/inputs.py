@@ -124,7 +124,8 @@ class DataConfig:
     answer_column: str | None = None
     """The column of the answers, where it has a name that no format knows."""
     split: str = "train"
-    """Split to load. Only used if ``path`` is a `datasets` id or a saved ``DatasetDict``."""
+    """Split to load, of a `datasets` id, a saved ``DatasetDict`` or a folder. The splits of a folder follow from the
+    names of its files; a folder without such names has one split, ``train``."""
     chat_template: bool = True
     """Whether prompts are formatted with the chat template of the teacher's tokenizer; teacher and student
     see the same tokens. false: the prompt's text is used unchanged."""
@@ -139,6 +140,8 @@ class DataConfig:
     ``skip``: the row is left out and counted."""
 
     def violations(self) -> Iterator[ConfigError]:
+        if not self.path:
+            yield ConfigError("data.path", self.path, "name a data set", "give a file, a folder or an id")
         yield from bounded("data", self, ">= 1", "num_heldout", "max_prompt_tokens", "max_reference_tokens")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from distill.data.sources import json_kind
+from distill.data.files import json_kind
 from distill.errors import NO_VALUE, ConfigError
 
 _ROLES = {
