@@ -83,6 +83,17 @@ def _unigram() -> Tokenizer:
     return tokenizer
 
 
+def _wordpiece() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    letters = sorted({letter for text in [*TEXTS, CHAT] for letter in text if not letter.isspace()})
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=letters)
+    tokenizer.train_from_iterator([*TEXTS, CHAT] * 3, trainer)
+    return tokenizer
+
+
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "byte-level": lambda: _byte_level(False),
     "byte-level with a prefix space": lambda: _byte_level(True),
@@ -91,6 +102,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "metaspace never": lambda: _metaspace("never"),
     "legacy llama": _legacy_llama,
     "unigram": _unigram,
+    "wordpiece": _wordpiece,
 }
 
 
@@ -204,8 +216,8 @@ def test_masks_of_several_turns_follow_the_text(kind: Tokenizer) -> None:
     row, _ = row_of(example("u:Say hi.", "a:It is 0.", "u:Say it", "a:one"), tokenizer, DATA)
     written = [t for t, kept in zip(row["reference_tokens"], row["reference_mask"], strict=True) if kept]
     assert written.count(tokenizer.eos_token_id) == 2
-    text = tokenizer.decode(written)
-    assert "Say it" not in text and "It is 0." in text and "one" in text
+    text = tokenizer.decode(written).replace(" ", "")  # WordPiece writes a space between all tokens
+    assert "Sayit" not in text and "Itis0." in text and "one" in text
 
 
 # The template shows everything
@@ -264,6 +276,94 @@ def test_a_template_that_drops_reasoning_is_refused_only_for_references() -> Non
     )
     row, _ = row_of(history, tokenizer, DATA)
     assert "why" not in tokenizer.decode(row["prompt_tokens"])
+
+
+WITH_TOOLS = "{{ tools }}" + CHAT.replace(
+    "m['content'] +",
+    "m['content'] + (m.reasoning_content or '') + (m['tool_calls'] | tojson if m['tool_calls'] else '') +",
+)
+
+
+def answer_of(**details: object) -> Example:
+    reference = (Turn(role="assistant", content="A", details=details),)
+    return Example(row=0, prompt=(Turn(role="user", content="Q"),), reference=reference)
+
+
+def call_of(**arguments: object) -> dict:
+    return {"tool_calls": [{"type": "function", "function": {"name": "clock", "arguments": arguments}}]}
+
+
+@pytest.mark.parametrize(
+    ("part", "dropping"),
+    [
+        (answer_of(**call_of(town="Graz")), ("m['tool_calls'] | tojson", "'clock'")),
+        (answer_of(**call_of(day=31)), ("m['tool_calls'] | tojson", "'clock day'")),
+        (
+            answer_of(**call_of(place={"deep": ['Graz "é"']})),
+            ("m['tool_calls'] | tojson", "'clock place deep'"),
+        ),
+        (answer_of(reasoning_content="because"), ("m.reasoning_content", "''")),
+    ],
+)
+def test_every_part_of_an_answer_reaches_the_text(part: Example, dropping: tuple[str, str]) -> None:
+    row_of(part, fast(KINDS["byte-level"](), WITH_TOOLS), DATA)
+    with pytest.raises(ConfigError, match=r"data row 0: the assistant's turn=.* must be shown by"):
+        row_of(part, fast(KINDS["byte-level"](), WITH_TOOLS.replace(*dropping)), DATA)
+
+
+def test_a_dropped_turn_is_found_even_if_its_words_are_elsewhere() -> None:
+    template = "{% for m in messages if m['role'] != 'system' %}" + CHAT.partition("%}")[2]
+    with pytest.raises(ConfigError, match=r"data row 0: the system's turn=\"Be kind\" must be shown"):
+        row_of(example("s:Be kind", "u:Be kind, please", "a:A"), fast(KINDS["byte-level"](), template), DATA)
+
+
+def test_a_template_that_drops_earlier_answers_is_refused() -> None:
+    template = CHAT.replace("m['content'] +", "(m['content'] if loop.last or m['role'] == 'user' else '') +")
+    turns = example("u:P", "a:earlier", "u:Q")
+    history = Example(row=0, prompt=turns.prompt + turns.reference, reference=answer_of().reference)
+    with pytest.raises(ConfigError, match=r"data row 0: the assistant's turn=\"earlier\" must be shown"):
+        row_of(history, fast(KINDS["byte-level"](), template), DATA)
+
+
+def test_a_template_that_writes_a_tool_without_its_name_is_refused() -> None:
+    tool = {"type": "function", "function": {"name": "clock"}}
+    row = Example(row=0, prompt=(Turn(role="user", content="Time?"),), tools=(tool,))
+    row_of(row, fast(KINDS["byte-level"](), "{{ tools }}" + CHAT), DATA)
+    template = "{% for tool in tools or [] %}{{ tool.name }},{% endfor %}" + CHAT
+    with pytest.raises(ConfigError, match=r"data row 0: its tool=\"clock\" must be shown"):
+        row_of(row, fast(KINDS["byte-level"](), template), DATA)
+
+
+def test_names_that_the_template_does_not_show_are_counted() -> None:
+    row = Example(row=0, prompt=(Turn(role="user", content="Q", details={"name": "Zoe"}),))
+    for template, count in ((CHAT, 1), (CHAT.replace("m['role'] +", "m['role'] + m.name|string +"), 0)):
+        rows, stop = [row, example("u:other", row=1)], [2]
+        table = build_prompts(rows, fast(KINDS["byte-level"](), template), DATA, stop)  # type: ignore[list-item]
+        assert prompt_facts(table).num_hidden_names == count
+
+
+def test_several_turns_without_any_template_have_a_remedy_that_works() -> None:
+    tokenizer = fast(KINDS["byte-level"](), None)
+    with pytest.raises(ConfigError, match="use a teacher whose tokenizer has a chat template"):
+        row_of(example("u:Q", "a:A", "u:R", "a:B"), tokenizer, replace(DATA, chat_template=False))
+
+
+def test_later_answers_can_be_left_out_where_a_template_changes_earlier_turns() -> None:
+    tokenizer = fast(
+        KINDS["byte-level"](),
+        CHAT.replace("m['content'] +", "(m['content'] if loop.last or m['role'] == 'user' else '-') +"),
+    )
+    row = example("u:Q", "a:A", "u:R", "a:B")
+    with pytest.raises(
+        ConfigError, match=r"data row 0: .* prefix-stable .*; set data\.reference_turns=first; or use"
+    ):
+        row_of(row, tokenizer, DATA)
+    rows = [row, example("u:other words", "a:one", row=1)]
+    first = replace(DATA, reference_turns="first")
+    table = build_prompts(rows, tokenizer, first, [tokenizer.eos_token_id])  # type: ignore[list-item]
+    found = next(row for row in table.to_pylist() if row["data_row"] == 0)
+    assert (tokenizer.decode(found["reference_tokens"]), found["reference_text"]) == ("A</s>", "A")
+    assert prompt_facts(table).num_dropped_turns == 1
 
 
 def test_an_unstable_template_matters_only_where_references_are_trained_on() -> None:
