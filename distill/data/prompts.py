@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from distill.config import DataConfig
 from distill.data.conversation import Example
-from distill.data.render import as_text, render_chat, render_plain
+from distill.data.render import Rendered, as_text, render_chat, render_plain
 from distill.data.tokens import Tokens, tokenize
 from distill.errors import NO_VALUE, ConfigError
 
@@ -51,19 +51,19 @@ _FACTS_KEY = b"distill.prompt_facts"
 class PromptFacts:
     """What happened to the rows of a data set on their way into the prompt table."""
 
-    num_long: int
+    num_long: int = 0
     """Rows that ``data.on_long_prompt=skip`` left out."""
-    num_repeated: int
+    num_repeated: int = 0
     """Rows that were left out of training because their prompt is held out."""
-    num_duplicates: int
+    num_duplicates: int = 0
     """Rows whose prompt an earlier row has as well, those of ``num_repeated`` included."""
-    num_cut: int
+    num_cut: int = 0
     """References that ``data.max_reference_tokens`` cut."""
-    num_dropped_turns: int
+    num_dropped_turns: int = 0
     """Rows whose later answers ``data.reference_turns=first`` left out."""
-    num_hidden_names: int
+    num_hidden_names: int = 0
     """Rows with names of speakers that the chat template does not show."""
-    num_merged: int
+    num_merged: int = 0
     """References that begin inside a token of the whole text."""
 
     def described(self) -> dict[str, int]:
@@ -105,12 +105,7 @@ def build_prompts(
     if data.reference_turns == "first":
         num_dropped_turns = sum(len(example.reference) > 1 for example in rows)
         rows = [replace(example, reference=example.reference[:1]) for example in rows]
-    rendered = [
-        render_chat(example, tokenizer, with_reference=with_references)
-        if data.chat_template
-        else render_plain(example, with_reference=with_references, has_template=bool(tokenizer.chat_template))
-        for example in rows
-    ]
+    rendered = [_render(example, tokenizer, data, with_reference=with_references) for example in rows]
     # A template writes its own special tokens. Plain text gets those that the tokenizer puts before a text.
     tokens = tokenize(
         rendered,
@@ -143,6 +138,15 @@ def build_prompts(
     return table.take(order[~repeated[order]])
 
 
+def _render(
+    example: Example, tokenizer: PreTrainedTokenizerBase, data: DataConfig, *, with_reference: bool
+) -> Rendered:
+    if data.chat_template:
+        return render_chat(example, tokenizer, with_reference=with_reference)
+    has_template = bool(tokenizer.chat_template)
+    return render_plain(example, with_reference=with_reference, has_template=has_template)
+
+
 def _table(rows: Sequence[tuple[Example, Tokens]], heldout: np.ndarray, facts: PromptFacts) -> pa.Table:
     columns: dict[str, list[Any]] = {
         "prompt_tokens": [found.prompt for _, found in rows],
@@ -168,8 +172,8 @@ def heldout_rows(table: pa.Table) -> pa.Table:
 
 
 def prompt_facts(table: pa.Table) -> PromptFacts:
-    """Return what :func:`build_prompts` recorded with a table."""
-    return PromptFacts(**json.loads((table.schema.metadata or {})[_FACTS_KEY]))
+    """Return what :func:`build_prompts` recorded with a table; zeros for what it did not record yet."""
+    return PromptFacts(**json.loads((table.schema.metadata or {}).get(_FACTS_KEY, b"{}")))
 
 
 def _prompt_fits(row: int, num_tokens: int, data: DataConfig) -> bool:

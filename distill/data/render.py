@@ -59,9 +59,10 @@ def render_plain(example: Example, *, with_reference: bool, has_template: bool) 
 def render_chat(example: Example, tokenizer: PreTrainedTokenizerBase, *, with_reference: bool) -> Rendered:
     """Render a conversation with the tokenizer's chat template.
 
-    The turns of the reference are found by rendering one turn more each time: with the generation prompt
-    before an assistant's turn and without it after the turn. Each rendering must begin with the one before;
-    otherwise the learner would train on tokens that generation never produces.
+    The answers are found by rendering more turns each time: with the generation prompt before an answer and
+    without it after the answer. Each rendering must begin with the one before; otherwise the learner would
+    train on tokens that generation never produces. The turns between two answers are rendered together,
+    because templates write the results of several tools as one turn.
 
     Raises: ConfigError when the template rejects the row, drops a part of it, or is not prefix-stable.
     """
@@ -72,19 +73,19 @@ def render_chat(example: Example, tokenizer: PreTrainedTokenizerBase, *, with_re
     if not (with_reference and example.reference):
         hides_names = _hides_names(example.prompt, prompt)
         return Rendered(row=example.row, prompt=prompt, whole=prompt, hides_names=hides_names)
-    done = prompt
-    spans: list[tuple[int, int]] = []
     turns = (*example.prompt, *example.reference)
-    follows_assistant = False
-    for number, turn in enumerate(example.reference, len(example.prompt) + 1):
-        by_assistant = turn.role == "assistant"
-        if by_assistant and done != prompt and not follows_assistant:
-            done = template.extend(done, number - 1, generation=True)
-        ended = template.extend(done, number, generation=False)
-        if by_assistant:
-            spans.append((len(done), len(ended)))
-        _require_shown(example, turns[number - 1 : number], ended[len(done) :], answers=True)
-        done, follows_assistant = ended, by_assistant
+    done, spans, next_turn = prompt, [], len(example.prompt)
+    for number, turn in enumerate(example.reference, len(example.prompt)):
+        if turn.role != "assistant":
+            continue
+        if number > next_turn:
+            opened = template.extend(done, number, generation=True)
+            _require_shown(example, turns[next_turn:number], opened[len(done) :], answers=False)
+            done = opened
+        ended = template.extend(done, number + 1, generation=False)
+        _require_shown(example, [turn], ended[len(done) :], answers=True)
+        spans.append((len(done), len(ended)))
+        done, next_turn = ended, number + 1
     hides_names = _hides_names(turns, done)
     return Rendered(row=example.row, prompt=prompt, whole=done, written=tuple(spans), hides_names=hides_names)
 

@@ -22,6 +22,10 @@ EXPECTED = {
     "messages with parts": PLAIN,
     "messages as JSON text": PLAIN,
     "ShareGPT": PLAIN,
+    "system text in a column (ShareGPT)": (
+        [("system", "Be brief."), ("user", "Say hi.")],
+        [("assistant", "Hi.")],
+    ),
     "UltraChat, first edition": PLAIN,
     "Alpaca": PLAIN,
     "Alpaca with system text and history": (
