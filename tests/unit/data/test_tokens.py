@@ -7,9 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import (
-    Tokenizer,
-)
+from tokenizers import Tokenizer
 
 from distill.errors import ConfigError
 from tests.unit.data.builders import example
