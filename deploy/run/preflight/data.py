@@ -22,7 +22,7 @@ def columns(rows: LoadedRows) -> Iterator[Check]:
         yield Check(
             "unused columns",
             "warn",
-            f"{unused}; format {rows.format} takes {rows.possible_columns}",
+            f"columns that are not read: {unused}; format {rows.format} takes {rows.possible_columns}",
             "rename a column that should be read, or ignore this",
         )
 

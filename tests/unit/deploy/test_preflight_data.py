@@ -47,7 +47,7 @@ def test_columns_that_are_not_read_are_named_with_what_could_be_read(said) -> No
     rows = [{**row, "category": "a", "context": "b" if i == 0 else None} for i, row in enumerate(rows_of(24))]
     (warning,) = said(rows)["warn"]
     assert warning.startswith(
-        "category (24 rows), context (1 rows); format prompt_completion takes prompt, completion or"
+        "columns that are not read: category (24 rows), context (1 rows); format prompt_completion takes prompt, completion or"
     )
 
 
