@@ -120,11 +120,13 @@ class DataConfig:
     """Columns of the data: a prompt with its answer; the messages of a conversation; or an instruction, its input
     and the answer. ``auto``: determined from the names of the columns. docs/data.md lists the names."""
     prompt_column: str | None = None
-    """The column of the prompts, where it has a name that no format knows."""
+    """The column of the prompts, or of the conversations with ``format=messages``, where it has a name that no
+    format knows."""
     answer_column: str | None = None
     """The column of the answers, where it has a name that no format knows."""
     split: str = "train"
-    """Split to load. Only used if ``path`` is a `datasets` id or a saved ``DatasetDict``."""
+    """Split to load, of a `datasets` id, a saved ``DatasetDict`` or a folder. The splits of a folder follow from the
+    names of its files; a folder without such names has one split, ``train``."""
     chat_template: bool = True
     """Whether prompts are formatted with the chat template of the teacher's tokenizer; teacher and student
     see the same tokens. false: the prompt's text is used unchanged."""
@@ -134,11 +136,22 @@ class DataConfig:
     """Longest prompt in tokens, including the chat template."""
     max_reference_tokens: int = 256
     """Number of tokens to which references are truncated."""
+    reference_turns: Literal["all", "first"] = "all"
+    """Answers of a conversation that are references. ``all``: every answer after the prompt, with the turns between
+    them as context. ``first``: only the first answer, for a chat template that changes earlier turns."""
     on_long_prompt: Literal["error", "skip"] = "error"
     """What happens to a prompt that is longer than ``max_prompt_tokens``. ``error``: the run does not start.
     ``skip``: the row is left out and counted."""
 
     def violations(self) -> Iterator[ConfigError]:
+        if not self.path:
+            yield ConfigError("data.path", self.path, "name a data set", "give a file, a folder or an id")
+        if self.format == "messages" and self.answer_column is not None:
+            must, remedy = (
+                "be null when data.format=messages",
+                "leave it out: the answers are in the messages",
+            )
+            yield ConfigError("data.answer_column", self.answer_column, must, remedy)
         yield from bounded("data", self, ">= 1", "num_heldout", "max_prompt_tokens", "max_reference_tokens")
 
 

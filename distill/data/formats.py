@@ -11,21 +11,45 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.data.conversation import Example, Turn, text_of, tools_of, turns_of
+from distill.data.conversation import (
+    Example,
+    Turn,
+    as_json,
+    conversation_of,
+    is_turns_as_text,
+    text_of,
+    tools_of,
+    turns_of,
+)
 from distill.errors import NO_VALUE, ConfigError
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str]
 """Slot -> the column of the data set that fills it."""
-Values = Mapping[str, Any]
-"""Slot -> the value that a row has there."""
 Conversation = tuple[list[Turn], list[Turn]]
 """The turns of the prompt, and those of the answer."""
 
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _HISTORY = ("history",)
-_ANSWERS = ("completion", "response", "output", "answer")
+_EMPTY = (None, "", [], {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """A row by slots."""
+
+    row: Row
+    columns: Columns
+    where: str
+
+    def value(self, slot: str) -> Any:
+        """The value of a slot; None where the data set has no column for it."""
+        return self.row.get(self.columns[slot]) if slot in self.columns else None
+
+    def place(self, slot: str) -> str:
+        """Row and column, for errors."""
+        return f"{self.where} column {self.columns.get(slot, slot)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +58,7 @@ class Format:
 
     slots: Mapping[str, Sequence[str]]
     """The first slot is the one that a row must fill."""
-    read: Callable[[Values, str], Conversation]
-    """From a row's values, and the place to name in errors."""
+    read: Callable[[Cells], Conversation]
 
     @property
     def required(self) -> str:
@@ -52,55 +75,54 @@ class Format:
         return ", ".join(" or ".join(names) for names in self.slots.values())
 
 
-def _read_messages(values: Values, where: str) -> Conversation:
+def _read_messages(cells: Cells) -> Conversation:
     """The prompt ends where the assistant begins."""
-    turns = turns_of(values["messages"], "user", where)
+    turns = conversation_of(cells.value("messages"), cells.place("messages"))
     first = next((i for i, turn in enumerate(turns) if turn.role == "assistant"), len(turns))
-    return _with_system(values, turns[:first], where), turns[first:]
+    return _with_system(cells, turns[:first]), turns[first:]
 
 
-def _read_prompt(values: Values, where: str) -> Conversation:
-    prompt = turns_of(values["prompt"], "user", f"{where} column prompt")
-    return _context(values, prompt, where), _answer(values, where)
+def _read_prompt(cells: Cells) -> Conversation:
+    prompt = turns_of(cells.value("prompt"), "user", cells.place("prompt"))
+    return _context(cells, prompt), _answer(cells)
 
 
-def _read_instruction(values: Values, where: str) -> Conversation:
-    slots = [slot for slot in ("instruction", "input") if values.get(slot)]
-    parts = [text_of(values[slot], f"{where} column {slot}") for slot in slots]
+def _read_instruction(cells: Cells) -> Conversation:
+    slots = [slot for slot in ("instruction", "input") if cells.value(slot)]
+    parts = [text_of(cells.value(slot), cells.place(slot)) for slot in slots]
     prompt = Turn(role="user", content="\n\n".join(parts))
-    return _context(values, [prompt], where), _answer(values, where)
+    return _context(cells, [prompt]), _answer(cells)
 
 
-def _answer(values: Values, where: str) -> list[Turn]:
-    return turns_of(values.get("answer"), "assistant", f"{where} column of the answer")
+def _answer(cells: Cells) -> list[Turn]:
+    return turns_of(cells.value("answer"), "assistant", cells.place("answer"))
 
 
-def _context(values: Values, prompt: list[Turn], where: str) -> list[Turn]:
+def _context(cells: Cells, prompt: list[Turn]) -> list[Turn]:
     """The system text and the earlier turns before the prompt."""
-    return _with_system(values, [*_history(values.get("history"), where), *prompt], where)
+    return _with_system(cells, [*_history(cells.value("history"), cells.place("history")), *prompt])
 
 
-def _with_system(values: Values, turns: list[Turn], where: str) -> list[Turn]:
-    system = text_of(values.get("system"), f"{where} column system")
+def _with_system(cells: Cells, turns: list[Turn]) -> list[Turn]:
+    system = text_of(cells.value("system"), cells.place("system"))
     if not system:
         return turns
     if turns and turns[0].role == "system":
         must = "have one system text (it has a column and a turn)"
-        raise ConfigError(where, NO_VALUE, must, "remove one of the two")
+        raise ConfigError(cells.where, NO_VALUE, must, "remove one of the two")
     return [Turn(role="system", content=system), *turns]
 
 
 def _history(value: object, where: str) -> list[Turn]:
-    """Earlier turns: pairs of a user's text and the answer to it, or turns with roles."""
-    if not value:
-        return []
+    """Earlier turns: pairs of a user's text and the answer to it, or turns with roles; or JSON text of them."""
+    value = as_json(value or [], where)
     if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         return [
-            Turn(role=role, content=text_of(text, f"{where} column history"))
+            Turn(role=role, content=text_of(text, where))
             for pair in value
             for role, text in zip(("user", "assistant"), pair, strict=True)
         ]
-    return turns_of(value, "user", f"{where} column history")
+    return conversation_of(value, where)
 
 
 FORMATS: Mapping[str, Format] = {
@@ -126,7 +148,7 @@ FORMATS: Mapping[str, Format] = {
     "prompt_completion": Format(
         slots={
             "prompt": ("prompt",),
-            "answer": _ANSWERS,
+            "answer": ("completion", "response", "output", "answer"),
             "system": _SYSTEM,
             "history": _HISTORY,
             "tools": _TOOLS,
@@ -144,21 +166,35 @@ class Reading:
     name: str
     format: Format
     columns: Columns
+    named: Columns
+    """The part of ``columns`` that settings name."""
 
     def example(self, index: int, row: Row, path: str) -> Example:
         """Read a row.
 
         Raises: ConfigError that names the row.
         """
-        where = f"data.path={path} row {index}"
-        required = self.columns[self.format.required]
-        if row.get(required) is None:
+        cells = Cells(row=row, columns=self.columns, where=f"data.path={path} row {index}")
+        self._require_same_columns(cells)
+        if cells.value(self.format.required) is None:
+            required = self.columns[self.format.required]
             must = f"have a value in column {required} (format {self.name}); it has {_listed(row)}"
-            raise ConfigError(where, NO_VALUE, must, "correct the row, or set data.format")
-        values = {slot: row.get(column) for slot, column in self.columns.items()}
-        prompt, answer = self.format.read(values, where)
-        tools = tools_of(values.get("tools"), f"{where} column tools")
-        return Example.of(index, prompt, answer, tools, where)
+            raise ConfigError(cells.where, NO_VALUE, must, "correct the row, or set data.format")
+        prompt, answer = self.format.read(cells)
+        tools = tools_of(cells.value("tools"), cells.place("tools"))
+        return Example.of(index, prompt, answer, tools, cells.where)
+
+    def _require_same_columns(self, cells: Cells) -> None:
+        """Raises: ConfigError for a row that has a part under another name than the other rows have it."""
+        for slot, column in self.columns.items():
+            if slot in self.named or cells.row.get(column) is not None:
+                continue
+            others = [name for name in self.format.slots[slot] if name not in self.columns.values()]
+            if found := next((name for name in others if cells.row.get(name) not in _EMPTY), None):
+                must = f"have its {slot} in column {column}, as other rows have, not in {found}"
+                settings = {"answer": "data.answer_column", self.format.required: "data.prompt_column"}
+                name_it = f", or name the column to read with {settings[slot]}" if slot in settings else ""
+                raise ConfigError(cells.where, NO_VALUE, must, f"rename it in that row{name_it}")
 
     def unused(self, rows: Sequence[Row]) -> dict[str, int]:
         """Columns that are not read -> number of rows that have a value there."""
@@ -166,9 +202,14 @@ class Reading:
         counts: dict[str, int] = {}
         for row in rows:
             for column, value in row.items():
-                if column not in used and value not in (None, "", [], {}):
+                if column not in used and value not in _EMPTY:
                     counts[column] = counts.get(column, 0) + 1
         return counts
+
+    def num_turns_as_text(self, rows: Sequence[Row]) -> int:
+        """Number of rows in which a prompt or an answer is text that is read as turns."""
+        columns = [self.columns[slot] for slot in ("prompt", "answer") if slot in self.columns]
+        return sum(any(is_turns_as_text(row.get(column)) for column in columns) for row in rows)
 
 
 def reading_of(
@@ -180,8 +221,8 @@ def reading_of(
 ) -> Reading:
     """Decide how to read a data set from the columns that any of its rows has.
 
-    ``name``: a format, or ``auto``. ``prompt_column``, ``answer_column``: columns that stand for ``prompt`` and
-    ``completion``.
+    ``name``: a format, or ``auto``, which is ``prompt_completion`` where the column of the prompts is named.
+    ``prompt_column``, ``answer_column``: columns for the format's first slot and for its answer.
 
     Raises: ConfigError when no format fits, or a column is not there.
     """
@@ -190,28 +231,35 @@ def reading_of(
         if column is not None and column not in present:
             must = f"be a column of {path}, which has {', '.join(present)}"
             raise ConfigError(setting, column, must, "correct the name")
-    if prompt_column or answer_column:
+    if name == "auto" and prompt_column:
         name = "prompt_completion"
-        if prompt_column is None and "prompt" not in present:
-            must = "be set together with data.answer_column, because there is no column prompt"
-            raise ConfigError("data.prompt_column", "null", must, "name the column of the prompts")
     elif name == "auto":
-        name = _detected(path, present)
-    elif FORMATS[name].required not in FORMATS[name].columns(present):
-        required = " or ".join(FORMATS[name].slots[FORMATS[name].required])
+        possible = [
+            name for name, format_ in FORMATS.items() if not answer_column or "answer" in format_.slots
+        ]
+        name = _detected(path, rows, present, possible)
+    format_ = FORMATS[name]
+    named = {format_.required: prompt_column} if prompt_column else {}
+    named |= {"answer": answer_column} if answer_column else {}
+    columns = {**format_.columns(present), **named}
+    if format_.required not in columns:
+        required = " or ".join(format_.slots[format_.required])
         must = f"have a column {required} (format {name}); it has {', '.join(present)}"
         raise ConfigError("data.path", path, must, "set data.format=auto, or data.prompt_column to a column")
-    columns = dict(FORMATS[name].columns(present))
-    columns |= {"prompt": prompt_column} if prompt_column else {}
-    columns |= {"answer": answer_column} if answer_column else {}
-    return Reading(name=name, format=FORMATS[name], columns=columns)
+    return Reading(name=name, format=format_, columns=columns, named=named)
 
 
-def _detected(path: str, present: Sequence[str]) -> str:
-    for name, format_ in FORMATS.items():
-        if format_.required in format_.columns(present):
-            return name
-    wanted = ", or ".join(" or ".join(format_.slots[format_.required]) for format_ in FORMATS.values())
+def _detected(path: str, rows: Sequence[Row], present: Sequence[str], possible: Sequence[str]) -> str:
+    """The first format whose required column is there; one that holds plain text is no conversation."""
+    fitting = [name for name in possible if FORMATS[name].required in FORMATS[name].columns(present)]
+    if fitting[:1] == ["messages"] and len(fitting) > 1:
+        column = FORMATS["messages"].columns(present)["messages"]
+        if all(isinstance(row.get(column), str) and not is_turns_as_text(row[column]) for row in rows):
+            fitting = fitting[1:]
+    if fitting:
+        return fitting[0]
+    required = [FORMATS[name].slots[FORMATS[name].required] for name in possible]
+    wanted = ", or ".join(" or ".join(names) for names in required)
     must = f"have a column {wanted}; it has {', '.join(present) or 'no column'}"
     remedy = "name the columns of prompt and answer with data.prompt_column and data.answer_column"
     raise ConfigError("data.path", path, must, remedy)

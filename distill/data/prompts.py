@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,12 +51,32 @@ _FACTS_KEY = b"distill.prompt_facts"
 class PromptFacts:
     """What happened to the rows of a data set on their way into the prompt table."""
 
-    num_long: int
+    num_long: int = 0
     """Rows that ``data.on_long_prompt=skip`` left out."""
-    num_repeated: int
+    num_repeated: int = 0
     """Rows that were left out of training because their prompt is held out."""
-    num_merged: int
+    num_duplicates: int = 0
+    """Rows whose prompt an earlier row has as well, those of ``num_repeated`` included."""
+    num_cut: int = 0
+    """References that ``data.max_reference_tokens`` cut."""
+    num_dropped_turns: int = 0
+    """Rows whose later answers ``data.reference_turns=first`` left out."""
+    num_hidden_names: int = 0
+    """Rows with names of speakers that the chat template does not show."""
+    num_merged: int = 0
     """References that begin inside a token of the whole text."""
+
+    def described(self) -> dict[str, int]:
+        """The numbers by what they count, in words."""
+        return {
+            "rows left out because their prompt is too long": self.num_long,
+            "rows whose prompt an earlier row has too": self.num_duplicates,
+            "rows left out of training because their prompt is held out": self.num_repeated,
+            "references cut to data.max_reference_tokens": self.num_cut,
+            "rows whose later answers data.reference_turns=first leaves out": self.num_dropped_turns,
+            "rows with names of speakers that the chat template does not show": self.num_hidden_names,
+            "references that begin inside a token of the whole text, which is split": self.num_merged,
+        }
 
 
 def build_prompts(
@@ -81,6 +101,10 @@ def build_prompts(
         raise ConfigError(
             "data.chat_template", "true", "be false for a tokenizer without chat template", "set it to false"
         )
+    num_dropped_turns = 0
+    if data.reference_turns == "first":
+        num_dropped_turns = sum(len(example.reference) > 1 for example in rows)
+        rows = [replace(example, reference=example.reference[:1]) for example in rows]
     rendered = [_rendered(example, tokenizer, data, references_required) for example in rows]
     # A template writes its own special tokens. Plain text gets those that the tokenizer puts before a text.
     tokens = tokenize(
@@ -104,6 +128,10 @@ def build_prompts(
     facts = PromptFacts(
         num_long=len(rows) - len(kept),
         num_repeated=int(repeated.sum()),
+        num_duplicates=len(kept) - len({tuple(found.prompt) for _, found in kept}),
+        num_cut=sum(found.cut for _, found in kept),
+        num_dropped_turns=num_dropped_turns,
+        num_hidden_names=sum(text.hides_names for text in rendered),
         num_merged=sum(found.merged for _, found in kept),
     )
     table = _table(kept, heldout, facts)
@@ -117,7 +145,8 @@ def _rendered(
     def render(*, with_reference: bool) -> Rendered:
         if data.chat_template:
             return render_chat(example, tokenizer, with_reference=with_reference)
-        return render_plain(example, with_reference=with_reference)
+        has_template = bool(tokenizer.chat_template)
+        return render_plain(example, with_reference=with_reference, has_template=has_template)
 
     try:
         return render(with_reference=True)
@@ -152,8 +181,8 @@ def heldout_rows(table: pa.Table) -> pa.Table:
 
 
 def prompt_facts(table: pa.Table) -> PromptFacts:
-    """Return what :func:`build_prompts` recorded with a table."""
-    return PromptFacts(**json.loads((table.schema.metadata or {})[_FACTS_KEY]))
+    """Return what :func:`build_prompts` recorded with a table; zeros for what it did not record yet."""
+    return PromptFacts(**json.loads((table.schema.metadata or {}).get(_FACTS_KEY, b"{}")))
 
 
 def _prompt_fits(row: int, num_tokens: int, data: DataConfig) -> bool:

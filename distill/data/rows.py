@@ -25,15 +25,23 @@ class LoadedRows:
     """Columns that are not read -> number of rows that have a value there."""
     possible_columns: str
     """Every column that the format would take."""
+    num_turns_as_text: int
+    """Rows in which a prompt or an answer is text that is read as turns."""
 
     def summary(self) -> str:
         """The numbers of rows with a reference, with a system turn, and so on, in words."""
         counts = {
             "with a reference": sum(bool(example.reference) for example in self.examples),
-            "with a system turn": sum(any(turn.role == "system" for turn in e.prompt) for e in self.examples),
+            "with a system turn": sum(
+                any(turn.role in ("system", "developer") for turn in e.prompt) for e in self.examples
+            ),
             "with tools or tool turns": sum(_has_tools(example) for example in self.examples),
             "with an empty answer, which is no reference": sum(e.answer_is_empty for e in self.examples),
             "with several turns": sum(_num_questions(example) > 1 for example in self.examples),
+            "with turns as JSON text": self.num_turns_as_text,
+            "with turns at the end that are not used, because no answer follows": sum(
+                example.num_unanswered > 0 for example in self.examples
+            ),
         }
         found = [f"{count} {what}" for what, count in counts.items() if count or what == "with a reference"]
         columns = ", ".join(dict.fromkeys(self.columns.values()))
@@ -57,6 +65,7 @@ def load_rows(data: DataConfig, cache: Path) -> LoadedRows:
         columns=reading.columns,
         unused_columns=reading.unused(rows),
         possible_columns=reading.format.described(),
+        num_turns_as_text=reading.num_turns_as_text(rows),
     )
 
 

@@ -1,38 +1,21 @@
-"""Reads the rows of a data set, whatever file or folder they are in, as plain Python values.
-
-JSON is read line by line here, because messages must name the line and because the `datasets` library gives
-every nested object the keys of all the others. CSV is read as text, because a reader that guesses types makes
-numbers and nulls of answers such as "007" and "None". Everything else is read by `datasets`.
-"""
+"""Finds the files of a data set, and reads the rows of all of them as plain Python values."""
 
 from __future__ import annotations
 
-import bz2
-import csv
 import glob
-import gzip
-import io
-import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
-
-Row = dict[str, Any]
+from distill.data.files import READABLE, Row, kind_of, read_file, without_nulls
+from distill.errors import ConfigError, did_you_mean, first_line
 
 KNOWN_DATA: Mapping[str, str] = {"alpaca-demo": "data/alpaca-demo.json"}
 """Data sets that ``data.path`` can name -> their file in the cache."""
 
-_COMPRESSED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _NOT_DATA = (".md", ".txt", ".yaml", ".yml", ".py", ".lock", ".gitattributes")
-"""Files beside the shards of a folder."""
-_READABLE = ".jsonl, .json, .csv, .tsv, .parquet and .arrow, and .gz, .bz2 and .xz of them"
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json")
+"""Endings and names of files beside the shards of a folder."""
 
 
 def read_rows(name: str, split: str, cache: Path) -> list[Row]:
@@ -40,7 +23,7 @@ def read_rows(name: str, split: str, cache: Path) -> list[Row]:
 
     ``name``: one of :data:`KNOWN_DATA`, a file, a folder of files of one kind, a folder that
     ``Dataset.save_to_disk`` wrote, a pattern such as ``data/*.jsonl``, or the id of a data set for `datasets`.
-    ``split``: of an id or a saved ``DatasetDict``. ``cache``: where fetched data sets are.
+    ``split``: of everything that has splits. ``cache``: where fetched data sets are.
 
     Raises: ConfigError with the file and the line.
     """
@@ -48,57 +31,69 @@ def read_rows(name: str, split: str, cache: Path) -> list[Row]:
         path = cache / KNOWN_DATA[name]
         if not path.is_file():
             raise ConfigError("data.path", name, "be fetched first", f"run `distill data fetch {name}`")
-        return _read_file(path)
-    path = Path(name).expanduser()
+        return read_file(path)
+    path = Path(os.path.expanduser(name))
     if path.is_file():
-        return _read_file(path)
+        return read_file(path)
     if path.is_dir():
-        return _read_folder(path, split)
-    if matches := sorted(glob.glob(str(path))):
-        return [row for match in matches for row in _read_file(Path(match))]
-    if _kind(path) is not None or path.is_absolute() or glob.has_magic(name):
+        return _read_folder(path.absolute(), split)
+    if matches := [
+        file for file in map(Path, sorted(glob.glob(str(path), recursive=True))) if file.is_file()
+    ]:
+        return [row for file in matches for row in read_file(file)]
+    if kind_of(path) is not None or path.is_absolute() or name.startswith("~") or glob.has_magic(name):
         raise ConfigError("data.path", name, "be a file that exists", "check the path")
     return _read_hub(name, split)
-
-
-def _read_file(path: Path) -> list[Row]:
-    kind = _kind(path)
-    if kind is None:
-        must = f"be of a kind that is read ({_READABLE})"
-        raise ConfigError("data.path", path, must, "convert the file, or correct its ending")
-    try:
-        return list(_READERS[kind](path))
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        must = f"be a readable file ({first_line(error)})"
-        raise ConfigError("data.path", path, must, "check the file, or write it again") from None
-
-
-def _kind(path: Path) -> str | None:
-    """The ending that decides how a file is read, without that of a compression and in lower case."""
-    name = path.name.lower()
-    for ending in _COMPRESSED:
-        name = name.removesuffix(ending)
-    ending = Path(name).suffix
-    return ending if ending in _READERS else None
 
 
 def _read_folder(path: Path, split: str) -> list[Row]:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _read_saved(path, split)
-    shards = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file()
-        and not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
-        and file.suffix.lower() not in _NOT_DATA
-    )
+    shards = sorted(file for file in path.rglob("*") if _is_shard(file, path))
     if not shards:
-        raise ConfigError("data.path", path, f"contain files that are read ({_READABLE})", "check the path")
-    kinds = {_kind(file) for file in shards}
+        raise ConfigError("data.path", path, f"contain files that are read ({READABLE})", "check the path")
+    shards = _shards_of_split(path, shards, split)
+    kinds = {kind_of(file) for file in shards}
     if len(kinds) > 1:
         must = f"contain files of one kind (it has {', '.join(sorted({file.suffix for file in shards}))})"
         raise ConfigError("data.path", path, must, "name one of them with a pattern, such as folder/*.jsonl")
-    return [row for shard in shards for row in _read_file(shard)]
+    return [row for shard in shards for row in read_file(shard)]
+
+
+def _is_shard(file: Path, folder: Path) -> bool:
+    is_hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+    is_about = file.suffix.lower() in _NOT_DATA or file.name in _ABOUT_DATA
+    return not is_hidden and not is_about and file.is_file()
+
+
+def _shards_of_split(folder: Path, shards: Sequence[Path], split: str) -> list[Path]:
+    """The files of a split, by the rules with which `datasets` finds splits in names (train-00000-of-00002).
+
+    Raises: ConfigError when there is no such split, or a file belongs to none.
+    """
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    base = glob.escape(str(folder))
+    found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+    splits = {str(name): set(map(Path, files)) for name, files in found.items()}
+    _require_split(split, splits, folder)
+    in_none = sorted(set(shards).difference(*splits.values()))
+    if in_none:
+        must = (
+            f"have each file in a split ({', '.join(splits)}), but {in_none[0].name} is in none by its name"
+        )
+        raise ConfigError("data.path", folder, must, "name the files with a pattern, such as folder/*.jsonl")
+    return [file for file in shards if file in splits[split]]
+
+
+def _require_split(split: str, splits: Iterable[object], folder: Path) -> None:
+    names = [str(name) for name in splits]
+    if split not in names:
+        must = f"be one of {', '.join(names)}, the splits of {folder}"
+        remedy = did_you_mean(
+            split, names, f"set it to {names[0]}" if len(names) == 1 else "choose one of them"
+        )
+        raise ConfigError("data.split", split, must, remedy)
 
 
 def _read_saved(path: Path, split: str) -> list[Row]:
@@ -110,11 +105,9 @@ def _read_saved(path: Path, split: str) -> list[Row]:
         must = f"be a folder that save_to_disk wrote ({first_line(error)})"
         raise ConfigError("data.path", path, must, "write it again") from None
     if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            must = f"be one of {', '.join(map(str, saved))}, the splits of {path}"
-            raise ConfigError("data.split", split, must, did_you_mean(split, map(str, saved)))
+        _require_split(split, saved, path)
         saved = saved[split]
-    return [_without_nulls(row) for row in saved]
+    return [without_nulls(row) for row in saved]
 
 
 def _read_hub(name: str, split: str) -> list[Row]:
@@ -132,132 +125,4 @@ def _read_hub(name: str, split: str) -> list[Row]:
             f"(split {split}): {first_line(error)}",
             did_you_mean(name, KNOWN_DATA, "check the path and data.split"),
         ) from None
-    return [_without_nulls(row) for row in loaded]  # pyright: ignore[reportArgumentType]
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drop null members of nested objects: Arrow gives each object the keys of all objects of its column."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(member) for name, member in value.items() if member is not None}
-    if isinstance(value, list):
-        return [_without_nulls(member) for member in value]
-    return value
-
-
-# Kinds of files
-
-
-def _opened(path: Path) -> IO[bytes]:
-    opener = _COMPRESSED.get(path.suffix.lower())
-    return opener(path, "rb") if opener else path.open("rb")
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with _opened(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _json_object(line, f"{path} line {number}")
-
-
-def _json_object(line: bytes, where: str) -> Row:
-    try:
-        row = json.loads(_decoded(line, where))
-    except json.JSONDecodeError as error:
-        must = f"be JSON: {error.msg} in column {error.colno}"
-        raise ConfigError(where, NO_VALUE, must, "correct the line") from None
-    return _as_object(row, where)
-
-
-def _decoded(text: bytes, where: str | Path) -> str:
-    try:
-        return text.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        must = f"be UTF-8, but byte {error.start} is not"
-        raise ConfigError(where, NO_VALUE, must, "convert the text to UTF-8") from None
-
-
-def _as_object(row: object, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise ConfigError(where, NO_VALUE, f"be a JSON object, not {json_kind(row)}", "write {...}")
-    return row
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    with _opened(path) as file:
-        text = _decoded(file.read(), path)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        must = f"be JSON: {error.msg} in column {error.colno}"
-        remedy = "correct it, or name it .jsonl if it has one object per line"
-        raise ConfigError(f"{path} line {error.lineno}", NO_VALUE, must, remedy) from None
-    if not isinstance(rows, list):
-        must = f"be a JSON list of objects, not {json_kind(rows)}"
-        raise ConfigError(path, NO_VALUE, must, "write [{...}, ...]")
-    for index, row in enumerate(rows):
-        yield _as_object(row, f"{path} row {index}")
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    return _read_separated(path, ",")
-
-
-def _read_tsv(path: Path) -> Iterator[Row]:
-    return _read_separated(path, "\t")
-
-
-def _read_separated(path: Path, separator: str) -> Iterator[Row]:
-    with _opened(path) as file:
-        text = _decoded(file.read(), path)
-    csv.field_size_limit(1 << 30)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    try:
-        for row in rows:
-            if None in row or None in row.values():
-                must = f"have {len(rows.fieldnames or ())} fields, as the header has"
-                raise ConfigError(
-                    f"{path} line {rows.line_num}", NO_VALUE, must, "quote the field that is split"
-                )
-            yield row
-    except csv.Error as error:
-        raise ConfigError(
-            f"{path} line {rows.line_num}", NO_VALUE, f"be CSV: {error}", "correct it"
-        ) from None
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    try:
-        with _opened(path) as file:
-            rows = pq.read_table(pa.BufferReader(file.read())).to_pylist()
-    except pa.ArrowException as error:
-        must = f"be a Parquet file: {first_line(error)}"
-        raise ConfigError(path, NO_VALUE, must, "check the file or write it again") from None
-    yield from map(_without_nulls, rows)
-
-
-def _read_arrow(path: Path) -> Iterator[Row]:
-    import datasets
-
-    try:
-        rows = datasets.Dataset.from_file(str(path))
-    except (pa.ArrowException, OSError) as error:
-        must = f"be an Arrow file: {first_line(error)}"
-        raise ConfigError(path, NO_VALUE, must, "check the file or write it again") from None
-    yield from map(_without_nulls, rows)
-
-
-_READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-}
-
-
-def json_kind(value: object) -> str:
-    """The kind of a value, for messages."""
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return kinds.get(type(value), "a number")
+    return [without_nulls(row) for row in loaded]  # pyright: ignore[reportArgumentType]

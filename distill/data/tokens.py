@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from distill.data.conversation import require_encodable
 from distill.data.render import Rendered
 from distill.errors import NO_VALUE, ConfigError
 
@@ -25,6 +26,8 @@ class Tokens:
     reference: list[int] | None
     mask: list[bool] | None
     """Per reference token: whether the assistant wrote it. None: it wrote all."""
+    cut: bool
+    """Whether the reference is longer than the limit and lost its end."""
     merged: bool
     """Whether the whole text has a token across the end of the prompt, which was split for the reference."""
 
@@ -54,7 +57,7 @@ def tokenize(
     found = []
     for text, prompt in zip(texts, prompts, strict=True):
         if not text.written:
-            found.append(Tokens(prompt=prompt.ids, reference=None, mask=None, merged=False))
+            found.append(Tokens(prompt=prompt.ids, reference=None, mask=None, cut=False, merged=False))
             continue
         whole = next(wholes)
         merged = whole.ids[: len(prompt.ids)] != prompt.ids
@@ -63,12 +66,13 @@ def tokenize(
         except ConfigError:
             if references_required:
                 raise
-            found.append(Tokens(prompt=prompt.ids, reference=None, mask=None, merged=False))
+            found.append(Tokens(prompt=prompt.ids, reference=None, mask=None, cut=False, merged=False))
             continue
-        ids, mask = _reference(rest, text, stop_token_ids, max_reference_tokens)
-        found.append(
-            Tokens(prompt=prompt.ids, reference=ids or None, mask=None if all(mask) else mask, merged=merged)
-        )
+        ids, mask = _reference(rest, text, stop_token_ids)
+        cut = len(ids) > max_reference_tokens
+        ids, mask = _up_to_written(ids[:max_reference_tokens], mask[:max_reference_tokens])
+        reference, mask = ids or None, None if all(mask) else mask
+        found.append(Tokens(prompt=prompt.ids, reference=reference, mask=mask, cut=cut, merged=merged))
     return found
 
 
@@ -88,9 +92,7 @@ class _Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> None:
         if not tokenizer.is_fast:
             must = "be a fast one, which knows where in the text a token starts"
-            remedy = (
-                "convert it: AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder)"
-            )
+            remedy = "use a teacher whose folder has a tokenizer.json"
             raise ConfigError("teacher's tokenizer", type(tokenizer).__name__, must, remedy)
         self._tokenizer = tokenizer
         self._add_special_tokens = add_special_tokens
@@ -104,7 +106,7 @@ class _Encoder:
         if not texts:
             return []
         for row, text in texts:
-            _require_encodable(row, text)
+            require_encodable(text, f"data row {row}")
         encoded: Any = self._tokenizer(
             [text for _, text in texts],
             add_special_tokens=self._add_special_tokens,
@@ -163,7 +165,7 @@ class _Encoder:
 
 
 def _reference(
-    rest: _Encoding, text: Rendered, stop_token_ids: Sequence[int], limit: int
+    rest: _Encoding, text: Rendered, stop_token_ids: Sequence[int]
 ) -> tuple[list[int], list[bool]]:
     """The ids of a reference and which of them the assistant wrote.
 
@@ -177,22 +179,13 @@ def _reference(
                 mask[i] = True
                 if token in stop_token_ids:
                     break
-    ids = list(rest.ids)
-    last = max((i for i, written in enumerate(mask) if written), default=-1)
-    ids, mask = ids[: last + 1], mask[: last + 1]
+    ids, mask = _up_to_written(rest.ids, mask)
     if ids and ids[-1] not in stop_token_ids:
         ids, mask = [*ids, *stop_token_ids[:1]], [*mask, *[True] * len(stop_token_ids[:1])]
-    ids, mask = ids[:limit], mask[:limit]
-    while mask and not mask[-1]:
-        ids.pop()
-        mask.pop()
     return ids, mask
 
 
-def _require_encodable(row: int, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):x}"
-        must = f"be text that can be encoded (it has {half}, half of a pair)"
-        raise ConfigError(f"data row {row}", NO_VALUE, must, "correct or remove the row") from None
+def _up_to_written(ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
+    """Drop the tokens after the last one that the assistant wrote."""
+    end = max((i + 1 for i, written in enumerate(mask) if written), default=0)
+    return ids[:end], mask[:end]

@@ -16,13 +16,13 @@ from distill.run.folder import HELDOUT_PROMPTS, TRAINING_PROMPTS, RunFolder
 
 def columns(rows: LoadedRows) -> Iterator[Check]:
     """What is read from the data set, and the columns that are not."""
-    yield Check("rows", "pass", rows.summary())
+    yield Check("data", "pass", rows.summary())
     if rows.unused_columns:
         unused = ", ".join(f"{name} ({count} rows)" for name, count in rows.unused_columns.items())
         yield Check(
             "unused columns",
             "warn",
-            f"{unused}; format {rows.format} takes {rows.possible_columns}",
+            f"columns that are not read: {unused}; format {rows.format} takes {rows.possible_columns}",
             "rename a column that should be read, or ignore this",
         )
 
@@ -88,13 +88,7 @@ def summary(config: RunConfig, table: pa.Table, num_references: int) -> Iterator
     num_train = table.num_rows - data.num_heldout
     template = "the teacher's chat template" if data.chat_template else "no chat template"
     yield Check("data", "pass", f"{num_train} training prompts, {data.num_heldout} held out; {template}")
-    facts = prompt_facts(table)
-    left_out = {
-        "rows left out because their prompt is too long": facts.num_long,
-        "rows left out of training because their prompt is held out": facts.num_repeated,
-        "references that begin inside a token of the whole text, which is split": facts.num_merged,
-    }
-    for what, count in left_out.items():
+    for what, count in prompt_facts(table).described().items():
         if count:
             yield Check("data", "warn", f"{what}: {count}")
     batches = {

@@ -161,5 +161,15 @@ def test_prompts_that_repeat_a_held_out_one_are_not_trained_on(tokenizer):
         assert prompt_facts(table).num_repeated == left_out
         expected = texts.count  # every repeat of a held-out prompt, and nothing else
         assert left_out == sum(expected(text) for text in heldout) - 2
+        assert prompt_facts(table).num_duplicates == 3  # two more "a" and one more "b"
     with pytest.raises(ConfigError, match="all 3 usable rows are held out or repeat a held-out prompt"):
         build_prompts([example("u:a", f"a:{i}", row=i) for i in range(3)], tokenizer, DATA, [STOP])
+
+
+def test_references_that_are_cut_are_counted(tokenizer):
+    rows = [example("u:Q", "a:abc"), example("u:R", "a:abcd", row=1), example("u:S", row=2)]
+    table = build_prompts(rows, tokenizer, dataclasses.replace(DATA, max_reference_tokens=4), [STOP])
+    assert prompt_facts(table).num_cut == 1  # "abc" and its stop token fit
+    words = prompt_facts(table).described()
+    assert words["references cut to data.max_reference_tokens"] == 1
+    assert len(words) == len(dataclasses.fields(prompt_facts(table)))

@@ -41,6 +41,11 @@ def compressed(opener: Callable[..., object]) -> Callable[[Path], None]:
     return write
 
 
+def zstd(path: Path) -> None:
+    with pa.output_stream(str(path), compression="zstd") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in ROWS).encode())
+
+
 def folder_of_shards(path: Path) -> None:
     (path / "deep").mkdir(parents=True)
     for number, row in enumerate(ROWS):
@@ -63,6 +68,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "rows.JSONL.GZ": compressed(gzip.open),
     "rows.jsonl.bz2": compressed(bz2.open),
     "rows.jsonl.xz": compressed(lzma.open),
+    "rows.jsonl.zst": zstd,
     "shards": folder_of_shards,
     "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
     "splits": lambda path: datasets.DatasetDict(
@@ -107,12 +113,22 @@ def test_nested_nulls_of_arrow_are_not_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [
-        ("rows.docx", "x", r"must be of a kind that is read \(\.jsonl, \.json, \.csv"),
+        ("rows.docx", "x", r"must be of a kind that is read \(\.jsonl, \.ndjson, \.json, \.csv"),
         ("rows", "x", "must be of a kind that is read"),
         ("rows.csv", "prompt,completion\na,b,c\n", "line 2 must have 2 fields, as the header has"),
         ("rows.csv", 'prompt\n"a', "must be CSV"),
         ("rows.jsonl.gz", "plain", "must be a readable file"),
+        ("rows.jsonl.zst", "plain", "must be a readable file"),
         ("rows.arrow", "x", "must be an Arrow file"),
+        (
+            "rows.jsonl",
+            '{"prompt": "a", "prompt": "b"}',
+            "line 1 must have each name once, but prompt is there twice",
+        ),
+        ("rows.json", '[{"prompt": [{"a": 1, "a": 2}]}]', "must have each name once, but a is there twice"),
+        ("rows.csv", "prompt,prompt\na,b\n", "line 1 must have each name once, but prompt is there twice"),
+        ("rows.jsonl", "[" * 100_000, "line 1 must be JSON of a usual size"),
+        ("rows.jsonl", '{"n": ' + "1" * 5000 + "}", "line 1 must be JSON of a usual size"),
     ],
 )
 def test_other_files_are_refused_in_one_line(tmp_path: Path, name: str, contents: str, message: str) -> None:
@@ -135,7 +151,51 @@ def test_folders_that_are_no_data_are_refused(tmp_path: Path) -> None:
     assert read_rows(str(tmp_path / "empty" / "*.jsonl"), "train", tmp_path) == ROWS  # as the remedy says
 
 
+def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table([["a"], ["b"]], names=["prompt", "prompt"]), tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match="must have each name once, but prompt is there twice"):
+        read_rows(str(tmp_path / "rows.parquet"), "train", tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["plain", "[a] é"])
+@pytest.mark.parametrize(
+    ("training", "test"),
+    [
+        ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+        ("train.jsonl", "test.jsonl"),
+        ("train/rows.jsonl", "test/rows.jsonl"),
+    ],
+)
+def test_a_folder_is_read_by_split(tmp_path: Path, folder: str, training: str, test: str) -> None:
+    base = tmp_path / folder
+    for name, row in ((training, ROWS[0]), (test, ROWS[1])):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(json.dumps(row))
+    (base / "dataset_infos.json").write_text("{}")
+    assert read_rows(str(base), "train", tmp_path) == ROWS[:1]
+    assert read_rows(str(base), "test", tmp_path) == ROWS[1:]
+    with pytest.raises(ConfigError, match=r"^data\.split=validation must be one of t.*, the splits of "):
+        read_rows(str(base), "validation", tmp_path)
+
+
+def test_a_file_beside_the_splits_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    for name in ("train", "test", "rows"):
+        jsonl(tmp_path / f"{name}.jsonl")
+    with pytest.raises(
+        ConfigError, match=r"each file in a split \(train, test\), but rows\.jsonl is in none"
+    ):
+        read_rows(str(tmp_path), "train", tmp_path)
+    assert read_rows(str(tmp_path / "*.jsonl"), "train", tmp_path) == ROWS * 3  # as the remedy says
+
+
 def test_a_missing_file_is_no_hub_id(tmp_path: Path) -> None:
-    for name in ("nowhere.jsonl", str(tmp_path / "nowhere"), "nowhere/*.csv"):
+    (tmp_path / "folder").mkdir()
+    for name in (
+        "nowhere.jsonl",
+        str(tmp_path / "nowhere"),
+        "nowhere/*.csv",
+        "~nouser/x",
+        f"{tmp_path}/fold*",
+    ):
         with pytest.raises(ConfigError, match="must be a file that exists"):
             read_rows(name, "train", tmp_path)

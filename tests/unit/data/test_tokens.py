@@ -2,126 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
-from distill.config import DataConfig
-from distill.data import Example, Turn, build_prompts, prompt_facts
 from distill.errors import ConfigError
 from tests.unit.data.builders import example
-
-TEXTS = [
-    "It is 0. It is one, or two?", "user assistant system", "Say hi.\nSay it twice.\n\nGood bye!", "a b c d e f",
-    "The answer: 42. No answer.", "éé ☃ ☃", "  spaces   and\ttabs",
-]  # fmt: skip
-CHAT = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '</s>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-WITH_BOS = "<s>" + CHAT
-INLINE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}"
-    "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
-)
-SPECIAL = ["<unk>", "<s>", "</s>"]
-
-
-def _byte_level(add_prefix_space: bool) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    return tokenizer
-
-
-def _metaspace(scheme: str) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    bytes_ = [f"<0x{number:02X}>" for number in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=[*SPECIAL, *bytes_])
-    tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    return tokenizer
-
-
-def _legacy_llama() -> Tokenizer:
-    """Llama 2's fast tokenizer: the dummy space comes from a normalizer, before every piece of text."""
-    tokenizer = _metaspace("never")
-    tokenizer.pre_tokenizer = None
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return tokenizer
-
-
-def _unigram() -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    letters = sorted({letter for text in [*TEXTS, CHAT] for letter in text} | {"▁"})
-    trainer = trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=SPECIAL, unk_token="<unk>", initial_alphabet=letters
-    )
-    tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    return tokenizer
-
-
-KINDS: dict[str, Callable[[], Tokenizer]] = {
-    "byte-level": lambda: _byte_level(False),
-    "byte-level with a prefix space": lambda: _byte_level(True),
-    "metaspace always": lambda: _metaspace("always"),
-    "metaspace first": lambda: _metaspace("first"),
-    "metaspace never": lambda: _metaspace("never"),
-    "legacy llama": _legacy_llama,
-    "unigram": _unigram,
-}
+from tests.unit.data.kinds import CHAT, DATA, INLINE, KINDS, WITH_BOS, fast, row_of
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Tokenizer:
     return KINDS[request.param]()
-
-
-def fast(kind: Tokenizer, template: str | None, *, adds: str = "") -> PreTrainedTokenizerFast:
-    backend = Tokenizer.from_str(kind.to_str())
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    if adds:
-        ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
-        backend.post_processor = processors.TemplateProcessing(single=adds, special_tokens=ids)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def row_of(row: Example, tokenizer: PreTrainedTokenizerFast, data: DataConfig) -> tuple[dict, int]:
-    other = example("u:other words", "a:one", row=1)
-    stop = tokenizer.convert_tokens_to_ids("</s>")
-    table = build_prompts([row, other], tokenizer, data, [stop])  # type: ignore[list-item]
-    return next(found for found in table.to_pylist() if found["data_row"] == 0), prompt_facts(
-        table
-    ).num_merged
-
-
-DATA = DataConfig(num_heldout=1, max_reference_tokens=1000, max_prompt_tokens=1000)
 
 
 @pytest.mark.parametrize("template", [CHAT, WITH_BOS, INLINE], ids=["chat", "bos", "inline"])
@@ -204,78 +99,5 @@ def test_masks_of_several_turns_follow_the_text(kind: Tokenizer) -> None:
     row, _ = row_of(example("u:Say hi.", "a:It is 0.", "u:Say it", "a:one"), tokenizer, DATA)
     written = [t for t, kept in zip(row["reference_tokens"], row["reference_mask"], strict=True) if kept]
     assert written.count(tokenizer.eos_token_id) == 2
-    text = tokenizer.decode(written)
-    assert "Say it" not in text and "It is 0." in text and "one" in text
-
-
-# The template shows everything
-
-
-def tools_example(**parts: object) -> Example:
-    call = {"function": {"name": "clock", "arguments": {}}}
-    reference = (Turn(role="assistant", content="", details={"tool_calls": [call]}),)
-    return Example(
-        row=0, prompt=(Turn(role="user", content="Time?"),), reference=reference, tools=({"name": "clock"},)
-    )
-
-
-SHOWS_CALLS = CHAT.replace(
-    "m['content'] +", "m['content'] + (m['tool_calls'][0]['function']['name'] if m['tool_calls'] else '') +"
-)
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (CHAT, "data row 0: its tools must be shown by the tokenizer's chat template, which ignores tools"),
-        ("{{ tools }}" + CHAT, "data row 0: the assistant's turn=\"clock\" must be shown by the tokenizer's"),
-        ("{{ tools }}" + SHOWS_CALLS, None),
-    ],
-)
-def test_tools_and_calls_reach_the_text_or_are_refused(template: str, message: str | None) -> None:
-    tokenizer = fast(KINDS["byte-level"](), template)
-    if message is None:
-        row, _ = row_of(tools_example(), tokenizer, DATA)
-        assert "clock" in tokenizer.decode(row["prompt_tokens"])
-        assert tokenizer.decode(row["reference_tokens"]) == "clock</s>"
-        return
-    with pytest.raises(ConfigError, match=message):
-        row_of(tools_example(), tokenizer, DATA)
-
-
-def test_a_template_that_drops_the_system_turn_is_refused() -> None:
-    template = "{% for m in messages if m['role'] != 'system' %}" + CHAT.partition("%}")[2]
-    with pytest.raises(ConfigError, match=r"data row 0: the system's turn=\"Be kind\" must be shown"):
-        row_of(example("s:Be kind", "u:Q", "a:A"), fast(KINDS["byte-level"](), template), DATA)
-
-
-REASONING = CHAT.replace("m['content'] +", "m['content'].split('</think>')[-1] +")
-
-
-def test_a_template_that_drops_reasoning_is_refused_only_for_references() -> None:
-    tokenizer = fast(KINDS["byte-level"](), REASONING)
-    with pytest.raises(ConfigError, match="data row 0: the assistant's turn="):
-        row_of(example("u:Q", "a:<think>why</think>A"), tokenizer, DATA)
-    history = Example(
-        row=0,
-        prompt=example("u:P", "a:<think>why</think>A", "u:Q").prompt
-        + example("u:P", "a:<think>why</think>A", "u:Q").reference,
-        reference=(Turn(role="assistant", content="B"),),
-    )
-    row, _ = row_of(history, tokenizer, DATA)
-    assert "why" not in tokenizer.decode(row["prompt_tokens"])
-
-
-def test_an_unstable_template_matters_only_where_references_are_trained_on() -> None:
-    tokenizer = fast(KINDS["byte-level"](), "{{ messages|length }}" + CHAT)
-    rows = [example("u:Q", "a:A", "u:R", "a:B"), example("u:other", "a:one", row=1)]
-    stop = tokenizer.eos_token_id
-    with pytest.raises(ConfigError, match=r"prefix-stable .* set sft\.enabled=false"):
-        build_prompts(rows, tokenizer, DATA, [stop])  # type: ignore[list-item]
-    table = build_prompts(rows, tokenizer, DATA, [stop], references_required=False)  # type: ignore[list-item]
-    assert table["reference_tokens"].null_count == 2
-    stable = fast(KINDS["byte-level"](), CHAT)
-    assert build_prompts(rows, stable, DATA, [stop], references_required=False).equals(  # type: ignore[list-item]
-        build_prompts(rows, stable, DATA, [stop])  # type: ignore[list-item]
-    )
-    assert "A" in table["reference_text"].to_pylist()[0] + table["reference_text"].to_pylist()[1]
+    text = tokenizer.decode(written).replace(" ", "")  # WordPiece writes a space between all tokens
+    assert "Sayit" not in text and "Itis0." in text and "one" in text
