@@ -19,7 +19,8 @@ _Engine = RolloutConfig | ScoringConfig
 
 _VLLM_ON_GPU = ("gptq", "awq", "fp8", "compressed-tensors")
 _VLLM_ON_CPU = ("gptq", "awq", "compressed-tensors")
-"""Formats that vLLM 0.32 loads. Its CPU build lacks kernels for fp8 checkpoints; no build has bitsandbytes."""
+"""Formats that vLLM 0.32 loads. Those of the CPU build were tried with tiny models; it fails on fp8 for lack of
+kernels. Those of a GPU are on vLLM's list and were not tried. Neither list has bitsandbytes."""
 _CPU_BITS = 4
 """The CPU build's only width of gptq and awq."""
 _ORIGINAL = "use the checkpoint that it was quantised from"

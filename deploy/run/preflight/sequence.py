@@ -135,10 +135,12 @@ class Preflight:
 
     def _opened(self, role: str, facts: ModelFacts, sections: Sequence[str]) -> Iterator[Check]:
         """Check that the engines of ``sections`` can open a model."""
+        for_vllm = any(getattr(self.config, section).engine == "vllm" for section in sections)
+        if for_vllm:
+            weights.require_only_its_files(f"{role}.model", facts)
         if quantised.quantisation(facts) is not None:
             yield quantised.loaded_by(role, facts, self.config, sections)
         else:
-            for_vllm = any(getattr(self.config, section).engine == "vllm" for section in sections)
             yield weights.tensors(role, facts, for_vllm=for_vllm)
 
     def _tokenizers(self) -> Iterator[Check]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from deploy.run.model_facts import ModelFacts
 from deploy.run.preflight.outcome import Check
-from deploy.run.tensor_files import StoredTensor
+from deploy.run.tensor_files import INDEX, WHOLE, StoredTensor
 from distill.errors import ConfigError, first_line
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -47,6 +47,20 @@ def tensors(role: str, facts: ModelFacts, *, for_vllm: bool) -> Check:
     if for_vllm:
         _require_architecture(setting, facts, type(model).__name__)
     return Check(f"{role} weights", "pass", f"{len(facts.tensors)} tensors, those of its config.json")
+
+
+def require_only_its_files(setting: str, facts: ModelFacts) -> None:
+    """Raises: ConfigError when vLLM would load files that do not belong to the model.
+
+    Without an index, vLLM loads every safetensors file of a folder, and the last one counts.
+    """
+    other = [path.name for path in sorted(facts.folder.glob("*.safetensors")) if path.name != WHOLE]
+    if other and not (facts.folder / INDEX).exists():
+        raise ConfigError(
+            setting, facts.folder, f"contain no safetensors file beside {WHOLE}, because vLLM would load {other[0]}"
+            f"{_more(other)} too",
+            f"copy the folder without {', '.join(other)}, and give the copy",
+        )  # fmt: skip
 
 
 def head(role: str, facts: ModelFacts) -> Check:

@@ -104,6 +104,19 @@ def test_shards_beside_a_whole_file(doctor: Doctor, tmp_path: Path) -> None:
     assert passes(doctor(folder))
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_another_model_beside_a_whole_file_for_vllm(doctor: Doctor, tmp_path: Path, role: str) -> None:
+    """Without an index, vLLM loads both files, and its weights are those of the last one."""
+    folder = save_tiny_llama(tmp_path / "model")
+    other = save_tiny_llama(tmp_path / "other", seed=7) / "model.safetensors"
+    other.rename(folder / "old.safetensors")
+    assert passes(doctor(folder, role=role))
+    error = fault(doctor(folder, "rollout.engine=vllm", "scoring.engine=vllm", role=role))
+    assert error.name == f"{role}.model" and "vLLM would load old.safetensors too" in error.must
+    (folder / "old.safetensors").unlink()
+    assert passes(doctor(folder, "rollout.engine=vllm", "scoring.engine=vllm", role=role))
+
+
 def test_index_of_a_whole_file(doctor: Doctor, tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model")
     names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
