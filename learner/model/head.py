@@ -20,7 +20,7 @@ from torch import Tensor
 from distill.errors import ConfigError
 
 _PLAIN = (
-    "ernie4_5", "exaone4", "gemma", "glm", "glm4", "gpt2", "gpt_neox", "helium", "llama", "ministral",
+    "ernie4_5", "exaone4", "gemma", "glm", "glm4", "gpt_neox", "helium", "llama", "ministral",
     "mistral", "mixtral", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen2_moe",
     "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
@@ -46,8 +46,7 @@ def known_architectures() -> list[str]:
 _HEAD_NAMES = ("lm_head", "embed_out")
 _EMBEDDING_NAMES = (
     "model.embed_tokens.weight", "model.decoder.embed_tokens.weight", "decoder.embed_tokens.weight",
-    "transformer.wte.weight", "wte.weight", "gpt_neox.embed_in.weight",
-    "transformer.word_embeddings.weight", "word_embeddings.weight",
+    "gpt_neox.embed_in.weight",
 )  # fmt: skip
 
 
@@ -76,6 +75,10 @@ class LogitTransform:
     def prefix(self, num_tokens: int) -> LogitTransform:
         """The transform of the first ``num_tokens`` tokens."""
         return self if self.bias is None else replace(self, bias=self.bias[:num_tokens])
+
+    def detach(self) -> LogitTransform:
+        """The transform as a constant."""
+        return self if self.bias is None else replace(self, bias=self.bias.detach())
 
     @classmethod
     def from_config(cls, config: Any, bias: Tensor | None = None) -> LogitTransform:

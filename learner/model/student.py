@@ -76,7 +76,9 @@ class Student:
             )
         # Dropout off: the objective is a function of the policy, not of a noisy copy of it.
         self.model: Any = model.to(self.device).eval()
-        self.transform = LogitTransform.from_config(self.model.config)
+        # Phi's head has a bias. It is a parameter like any other: optimizer steps change it in place.
+        bias = getattr(self.model.get_output_embeddings(), "bias", None)
+        self.transform = LogitTransform.from_config(self.model.config, bias)
 
     @property
     def head_weight(self) -> nn.Parameter:

@@ -100,7 +100,7 @@ class Heads:
 
     @classmethod
     def of(cls, student: TrainedModel, teacher: Head) -> Heads:
-        head = Head(student.head_weight.detach(), student.transform)
+        head = Head(student.head_weight.detach(), student.transform.detach())
         num_tokens = min(head.num_tokens, teacher.num_tokens)
         return cls(head.prefix(num_tokens), teacher.prefix(num_tokens))
 
