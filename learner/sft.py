@@ -7,6 +7,7 @@ function of (seed, step). Called by :mod:`learner.process.fit`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import pyarrow as pa
 import torch
@@ -19,7 +20,7 @@ from distill.replay.draws import DrawOrder
 from learner.batch import token_batch
 from learner.model.chunked import chunked_loss
 from learner.model.student import Student
-from learner.optimizer import learning_rate, set_learning_rate
+from learner.optimizer import learning_rate, require_finite, set_learning_rate
 
 
 def run_sft(
@@ -29,6 +30,7 @@ def run_sft(
     order: DrawOrder,
     sft: SftConfig,
     *,
+    section: Literal["sft", "proxy"],
     first_update: int,
     micro_batch_tokens: int,
     vocabulary_chunk: int,
@@ -37,9 +39,12 @@ def run_sft(
 ) -> None:
     """Train from ``first_update`` to ``sft.num_updates``.
 
-    ``rows_of``: returns the rows of some draws, one batch each. ``after_update`` is called with
+    ``section``: where the settings are, for errors. ``rows_of``: returns the rows of some draws, one batch each. ``after_update`` is called with
     the number of updates done and ``{"sft/loss", "sft/learning_rate", "sft/num_tokens"}``.
+
+    Raises: Diverged when a loss or gradient is not finite; the model is then that of the last update.
     """
+    model = "proxy" if section == "proxy" else "student"
     for update in range(first_update, sft.num_updates):
         first = update * sft.rows_per_update
         draws = [order.draw(number) for number in range(first, first + sft.rows_per_update)]
@@ -62,7 +67,8 @@ def run_sft(
             )
             loss.backward()
             total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
+        require_finite(f"the {model}", total, float(norm), f"{section}.learning_rate")
         optimizer.step()
         metrics = {
             "sft/loss": total,

@@ -73,6 +73,7 @@ def fit(
         corpus.rows,
         DrawOrder("teacher_text", corpus.num_rows, config.seed),
         training,
+        section="proxy" if out_dir.name == "proxy" else "sft",
         first_update=done,
         micro_batch_tokens=resolve_micro_batch_tokens(learner.micro_batch_tokens, student.device.type),
         vocabulary_chunk=learner.vocabulary_chunk,

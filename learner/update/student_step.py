@@ -6,7 +6,6 @@ of both models').
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -14,10 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distill.config import MethodConfig
-from distill.errors import Diverged
 from distill.objectives import cross_entropy, entropy, total_variation
 from learner.batch import Pack, TokenBatch
 from learner.model.chunked import ChunkedLogits, LossOfChunk, chunked_loss
+from learner.optimizer import require_finite
 from learner.ranks import ALONE, Ranks
 from learner.update import diagnostics
 from learner.update.credit_step import Credit
@@ -62,13 +61,9 @@ def student_step(
         sums, {"teacher_text": batch.num_teacher_tokens, "student_text": batch.num_student_tokens}
     )
     metrics = to_floats(means | {"policy/grad_norm": grad_norm})
-    if not (math.isfinite(metrics["policy/loss"]) and math.isfinite(metrics["policy/grad_norm"])):
-        raise Diverged(
-            "the student's loss and gradient norm",
-            f"{metrics['policy/loss']}, {metrics['policy/grad_norm']}",
-            "be finite",
-            "lower learner.learning_rate; the student has not changed",
-        )
+    require_finite(
+        "the student", metrics["policy/loss"], metrics["policy/grad_norm"], "learner.learning_rate"
+    )
     optimizer.step()
     return metrics
 
