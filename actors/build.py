@@ -120,4 +120,5 @@ async def build_scorer(config: RunConfig, inputs: RunInputs, writer_id: str, mod
         store=build_store(config, inputs, writer_id),
         writer_id=writer_id,
         max_groups=config.scoring.max_groups,
+        fills_payload=config.recipe.payload == "hidden",
     )

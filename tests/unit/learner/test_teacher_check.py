@@ -70,7 +70,13 @@ async def checked(tmp_path: Path):
         str(teacher), ScoringConfig(dtype="float32"), max_model_tokens=64
     )
     scorer = TeacherScorer(
-        corpus=rows, heldout_corpus=rows, teacher=engine, store=store, writer_id="teacher", max_groups=4
+        corpus=rows,
+        heldout_corpus=rows,
+        teacher=engine,
+        store=store,
+        writer_id="teacher",
+        max_groups=4,
+        fills_payload=True,
     )
     yield _Remote(scorer), store, str(corpus), Head.from_checkpoint(teacher)
     await scorer.close()
