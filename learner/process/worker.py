@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 from distill.algorithm import train_loop
@@ -71,29 +72,28 @@ class LearnerWorker:
 
         ``replay``: the service, as :class:`distill.interfaces.Replay` and as ``ReplayControl``.
         """
-        store, publisher = self._store(), self._publisher(receivers)
-        recorder = Recorder(self.folder, self.alarms, self.report)
-        scorer = self._scorer()
-        await self._check_teacher(samplers, store, scorer.teacher_head, recorder)
-        milestones = self._milestones(
-            replay,
-            recorder,
-            Evaluator(self.folder, samplers, store, scorer, HeldoutTexts(self.inputs)),
-            [publisher.stats, *actor_stats],
-        )
-        num_updates = self.config.learner.num_updates
-        self.report(activity="training", num_updates=num_updates, started=time.time())
-        start = time.monotonic()
-        await train_loop(
-            replay,
-            store,
-            self.distiller,
-            publisher,
-            milestones,
-            updates_done=self.distiller.updates_done,
-            num_updates=num_updates,
-        )
-        recorder.close()
+        store, publisher, scorer = self._store(), self._publisher(receivers), self._scorer()
+        # A run that ends by an error keeps its last rows, which explain it.
+        with closing(Recorder(self.folder, self.alarms, self.report)) as recorder:
+            await self._check_teacher(samplers, store, scorer.teacher_head, recorder)
+            milestones = self._milestones(
+                replay,
+                recorder,
+                Evaluator(self.folder, samplers, store, scorer, HeldoutTexts(self.inputs)),
+                [publisher.stats, *actor_stats],
+            )
+            num_updates = self.config.learner.num_updates
+            self.report(activity="training", num_updates=num_updates, started=time.time())
+            start = time.monotonic()
+            await train_loop(
+                replay,
+                store,
+                self.distiller,
+                publisher,
+                milestones,
+                updates_done=self.distiller.updates_done,
+                num_updates=num_updates,
+            )
         await asyncio.to_thread(self.writer.write, self.distiller.student, self.folder.student)
         seconds = time.monotonic() - start
         return {
