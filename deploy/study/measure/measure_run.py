@@ -29,6 +29,8 @@ import xxhash
 from numpy.typing import ArrayLike
 from sacrebleu.metrics.bleu import BLEU
 
+from deploy.exits import DONE, guarded
+from deploy.fetch import local_checkpoint
 from deploy.study.measure.inference import Models, Tokens, position_logits, sample
 from deploy.study.measure.measures_file import (
     READ_AT,
@@ -41,7 +43,6 @@ from deploy.study.measure.two_sample import correct_guesses
 from distill.config import RunConfig
 from distill.config.load import load_config
 from distill.data import read_table, write_table
-from distill.errors import DistillError
 from distill.evaluation import divergences, rouge_l
 from distill.run.folder import RunFolder
 
@@ -80,12 +81,13 @@ def measure_run(run_dir: Path, texts_folder: Path, *, of_teacher: bool = False) 
     ``texts_folder``: keeps the teacher's answers to held-out prompts, by teacher, prompts and seed. They
     are sampled when absent; the runs of a seed share them.
 
-    Raises: ConfigError when the run does not exist.
+    Raises: ConfigError when the run or its teacher does not exist.
     """
     folder = RunFolder(run_dir)
     folder.require()
     config = load_config(folder.config)
-    models = Models.of(str(config.teacher.model), str(folder.student))
+    teacher = local_checkpoint(str(config.teacher.model), config.teacher.revision, "teacher.model")
+    models = Models.of(str(teacher), str(folder.student))
     heldout = _heldout(folder, config, models.teacher, texts_folder)
     if of_teacher:
         path = teacher_measures_path(texts_folder, heldout.key)
@@ -97,7 +99,8 @@ def measure_run(run_dir: Path, texts_folder: Path, *, of_teacher: bool = False) 
 def _heldout(folder: RunFolder, config: RunConfig, teacher: Any, texts_folder: Path) -> Heldout:
     table = read_table(folder.path / "data" / "heldout.parquet").slice(0, config.evaluation.num_prompts)
     prompts, limit = table["prompt_tokens"].to_pylist(), config.corpus.max_new_tokens
-    identity = json.dumps([str(config.teacher.model), prompts, limit, config.seed])
+    revision = [] if config.teacher.revision is None else [config.teacher.revision]
+    identity = json.dumps([str(config.teacher.model), *revision, prompts, limit, config.seed])
     key = xxhash.xxh3_64_hexdigest(identity.encode())
     path = texts_folder / f"{key}.parquet"
     if not path.exists():
@@ -194,7 +197,7 @@ def _measure_references(models: Models, heldout: Heldout, sums: Sums) -> None:
     given = [list(reference or []) for reference in heldout.reference_tokens]
     bits, num_bytes = np.zeros(len(given)), np.zeros(len(given))
     for i, student in position_logits([models.student], heldout.prompts, given):
-        logprobs = student.log_softmax(-1)
+        logprobs = student[:, : models.num_tokens].log_softmax(-1)
         bits[i] = -float(logprobs.gather(-1, torch.tensor(given[i], dtype=torch.long)[:, None]).sum())
         num_bytes[i] = len(models.text(given[i]).encode())
     sums.put("bits_per_byte", bits / math.log(2), num_bytes)
@@ -213,13 +216,12 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path, help="folder for the teacher's answers, which runs share")
     parser.add_argument("--teacher", action="store_true", help="measure the teacher instead of the student")
-    arguments = parser.parse_args()
-    try:
-        measure_run(arguments.run, arguments.folder, of_teacher=arguments.teacher)
-    except DistillError as error:
-        print(f"distill: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return guarded(_measure, parser.parse_args())
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    measure_run(arguments.run, arguments.folder, of_teacher=arguments.teacher)
+    return DONE
 
 
 if __name__ == "__main__":
