@@ -154,6 +154,7 @@ def _train(model: TinyModel, texts: Sequence[Text], folder: Path, say: Callable[
             rows_per_update=model.rows_per_update,
             learning_rate=model.learning_rate,
         ),
+        section="sft",
         first_update=0,
         micro_batch_tokens=4096,
         vocabulary_chunk=512,
