@@ -1,9 +1,9 @@
 """The pipeline: which part runs when, and what each part waits for.
 
     prompts ─► rollout_loop ─► store, replay ─► score_loop ─► store, replay ─► train_loop
-                    ▲                               ▲                             │
-                    │ weights v+1                   │ teacher text                │
-                    └───────────────────────────────┴──────── publisher ◄─────────┘
+                    ▲                                ▲                             │
+                    │ weights v+1      teacher text ─┘                             │
+                    └───────────────────────────────────────── publisher ◄─────────┘
 
 | loop           | consumes                | produces             | waits for                            |
 |----------------|-------------------------|----------------------|--------------------------------------|

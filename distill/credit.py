@@ -6,8 +6,7 @@ gap before it, or the cost of the token itself), with a mask that is true where 
 :func:`to_rows` scatters flat positions into this form. Entries where the mask is false count 0, so
 everything after a row's end is 0.
 
-Legend: B rows, T longest response, N positions. t counts from 0; the symbols of the method,
-G and R, count it from 1, which changes nothing but the name.
+Legend: B rows, T longest response, N positions. t counts from 0, in G_t and R_t as well.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def returns(
 ) -> Float[Tensor, "B T"]:
     """The sum or mean of the costs in a token's span.
 
-    ``normalize``: ``discount`` divides by the sum of the discounts, R_t = G_t / Σ_{k=1..T−t} γ^k
+    ``normalize``: ``discount`` divides by the sum of the discounts, R_t = G_t / Σ_{k=1..T−1−t} γ^k
     for the future, so that equal costs c give c; ``length`` by the number of tokens in the span;
     T is the row's own length. A span without tokens gives 0 (the future of a row's last token).
     """
