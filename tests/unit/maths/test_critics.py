@@ -136,10 +136,10 @@ def test_the_running_mean_of_the_critics():
         critics.step()
         for mean, value in zip(means, critics.student_text.parameters(), strict=True):
             mean += 0.25 * (value.detach() - mean)
-    for mean, value in zip(means, critics.opponent("student_text").parameters(), strict=True):
+    for mean, value in zip(means, critics.witness("student_text").parameters(), strict=True):
         torch.testing.assert_close(value, mean)
-    assert pair(0).opponent("student_text") is not critics.opponent("student_text")
-    assert (newest := pair(0)).opponent("student_text") is newest.student_text
+    assert pair(0).witness("student_text") is not critics.witness("student_text")
+    assert (newest := pair(0)).witness("student_text") is newest.student_text
 
 
 @pytest.mark.parametrize("config", [{}, {"ema": 0.9}, {"rank": None}])
@@ -157,8 +157,8 @@ def test_state_goes_through_a_checkpoint(config):
         each.step()
     assert same(trained, restored)
     for a, b in zip(
-        trained.opponent("student_text").parameters(),
-        restored.opponent("student_text").parameters(),
+        trained.witness("student_text").parameters(),
+        restored.witness("student_text").parameters(),
         strict=True,
     ):
         assert torch.equal(a, b)
