@@ -8,7 +8,7 @@ from typing import Literal
 
 from actors.rollout import RolloutWorker
 from actors.shown import ShownPrompts
-from actors.teacher import TeacherScorer
+from actors.teacher import TeacherWorker
 from distill.config import RolloutConfig, RunConfig
 from distill.data import PromptTable, TextCorpus
 from distill.interfaces import Generator, Teacher
@@ -111,9 +111,11 @@ async def build_rollout(config: RunConfig, inputs: RunInputs, writer_id: str) ->
     )
 
 
-async def build_scorer(config: RunConfig, inputs: RunInputs, writer_id: str, model_dir: str) -> TeacherScorer:
-    """Build a scorer for one model, the teacher or its proxy, and start its engine."""
-    return TeacherScorer(
+async def build_teacher_worker(
+    config: RunConfig, inputs: RunInputs, writer_id: str, model_dir: str
+) -> TeacherWorker:
+    """Build a teacher worker for one model, the teacher or its proxy, and start its engine."""
+    return TeacherWorker(
         corpus=TextCorpus.read(inputs.teacher_text),
         heldout_corpus=TextCorpus.read(inputs.heldout_corpus),
         teacher=await build_teacher(config, model_dir),

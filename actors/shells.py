@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.build import build_generator, build_rollout, build_scorer
+from actors.build import build_generator, build_rollout, build_teacher_worker
 from actors.corpus import write_corpus
 from actors.rollout import RolloutWorker
 from actors.shown import ShownPrompts
-from actors.teacher import TeacherScorer
+from actors.teacher import TeacherWorker
 from distill.config import RunConfig
 from distill.data import PromptTable
 from distill.files import write_json
@@ -88,13 +88,13 @@ class RolloutActor:
 class TeacherActor:
     """The shell of a scorer: of the teacher, or of its proxy."""
 
-    worker: TeacherScorer
+    worker: TeacherWorker
 
     def pid(self) -> int:
         return os.getpid()
 
     async def start(self, config: RunConfig, inputs: RunInputs, writer_id: str, model_dir: str) -> None:
-        self.worker = await build_scorer(config, inputs, writer_id, model_dir)
+        self.worker = await build_teacher_worker(config, inputs, writer_id, model_dir)
 
     async def run(self, replay: Any) -> None:
         service: Any = Remote(replay)

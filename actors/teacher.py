@@ -1,4 +1,4 @@
-"""The teacher scorer, a plain class that adds hidden states to rolled-out groups and corpus draws.
+"""The teacher worker, a plain class that adds hidden states to rolled-out groups and corpus draws.
 
 It runs :func:`distill.algorithm.score_loop`. :class:`actors.shells.TeacherActor` makes it an actor.
 """
@@ -16,7 +16,7 @@ from distill.replay.service import ReplayService
 from distill.replay.tidy import release_segments
 
 
-class TeacherScorer:
+class TeacherWorker:
     """Scores the jobs of the replay, and held-out text on request."""
 
     def __init__(

@@ -26,7 +26,8 @@ class Draw:
     """One draw of the data order: the unit of the ledger.
 
     ``number`` counts the draws of the table from 0; ``index`` is the row that was drawn, of the prompt
-    table (``student_text``, ``heldout``) or of the corpus (``teacher_text``).
+    table (``student_text``, ``heldout``) or of the corpus (``teacher_text``). Before training, when the corpus
+    is written, ``index`` is the row of the prompt that the teacher answers.
     """
 
     table: Table

@@ -44,7 +44,7 @@ class RunContext:
             self._memory.add(name, pid)
         return handle
 
-    def wait_for_start(self, calls: dict[str, Any]) -> dict[str, Any]:
+    def wait_briefly(self, calls: dict[str, Any]) -> dict[str, Any]:
         """Wait at most ``cluster.start_timeout_s`` for one call per actor; returns the results by actor."""
         return self.backend.wait(calls, timeout_s=self.config.cluster.start_timeout_s)
 

@@ -30,8 +30,8 @@ from learner.model.student import Student
 from learner.update.positions import Heads, teacher_hidden
 
 
-class Samplers(Protocol):
-    """The rollout worker and the teacher scorer, as an evaluation needs them."""
+class HeldoutActors(Protocol):
+    """The rollout actor and the teacher actor together, as an evaluation needs them."""
 
     async def sample_heldout(self, num_prompts: int) -> list[GroupRef]: ...
 
@@ -44,7 +44,7 @@ class Samplers(Protocol):
     async def release_heldout(self) -> None: ...
 
 
-class Scorer:
+class PolicyScorer:
     """Both policies' log-probabilities at every response token of some scored rows."""
 
     def __init__(self, student: Student, teacher_head: Head, micro_batch_tokens: int, chunk: int) -> None:
@@ -78,10 +78,10 @@ class Evaluator:
     """Measures the current student on held-out prompts, with samples of its live weights."""
 
     def __init__(
-        self, folder: RunFolder, samplers: Samplers, store: Store, score: Scorer, texts: HeldoutTexts
+        self, folder: RunFolder, actors: HeldoutActors, store: Store, score: PolicyScorer, texts: HeldoutTexts
     ) -> None:
         self._folder = folder
-        self._samplers = samplers
+        self._samplers = actors
         self._store = store
         self._score = score
         self._texts = texts

@@ -21,7 +21,7 @@ from distill.run.metrics import EventLog
 from learner.model.student import Student
 from learner.optimizer import adamw, load_optimizer_tensors, optimizer_tensors
 from learner.process.checkpoint import Checkpoints
-from learner.process.recorder import Report
+from learner.process.recorder import ReportFacts
 from learner.process.saver import StudentWriter
 from learner.sft import run_sft
 
@@ -36,7 +36,7 @@ def fit(
     corpus_path: str,
     out_dir: Path,
     training: SftConfig,
-    report: Report,
+    report: ReportFacts,
 ) -> dict[str, float]:
     """Train ``model_dir`` on a corpus into a Hugging Face checkpoint at ``out_dir``.
 

@@ -21,8 +21,8 @@ from learner.process.fit import fit
 from learner.process.worker import LearnerWorker
 
 
-class _Samplers:
-    """The rollout actor and the teacher actor as one :class:`learner.process.evaluator.Samplers`."""
+class _RolloutAndTeacher:
+    """The rollout actor and the teacher actor as one :class:`learner.process.evaluator.HeldoutActors`."""
 
     def __init__(self, rollout: Remote, teacher: Remote) -> None:
         self.sample_heldout = rollout.sample_heldout
@@ -73,7 +73,7 @@ class LearnerActor:
         """``rollout``: the actor that samples, for training or for evaluations only. ``scorer``: fills
         the payload. ``teacher``: scores for evaluations; it is the scorer unless there is a proxy."""
         sampling: Any = Remote(rollout)
-        samplers: Any = _Samplers(sampling, Remote(teacher))
+        samplers: Any = _RolloutAndTeacher(sampling, Remote(teacher))
         return await self.worker.train(
             Remote(replay),
             samplers,

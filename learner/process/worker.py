@@ -24,10 +24,10 @@ from learner.model.head import Head
 from learner.model.student import Student
 from learner.process.adaptive_share import AdaptiveShare
 from learner.process.checkpoint import Checkpoints
-from learner.process.evaluator import Evaluator, HeldoutTexts, Samplers, Scorer
+from learner.process.evaluator import Evaluator, HeldoutActors, HeldoutTexts, PolicyScorer
 from learner.process.milestones import ReplayControl, RunMilestones
 from learner.process.publish import SharedMemoryPublisher, WeightReceiver
-from learner.process.recorder import Recorder, Report, resumed_alarms
+from learner.process.recorder import Recorder, ReportFacts, resumed_alarms
 from learner.process.saver import Saver, StudentWriter
 from learner.process.teacher_check import check_teacher
 
@@ -37,7 +37,7 @@ Stats = Callable[[], Awaitable[dict[str, float]]]
 class LearnerWorker:
     """One learner rank, at the newest checkpoint of its run."""
 
-    def __init__(self, config: RunConfig, inputs: RunInputs, report: Report) -> None:
+    def __init__(self, config: RunConfig, inputs: RunInputs, report: ReportFacts) -> None:
         """Load the models and the newest checkpoint. ``report``: takes facts for the live line."""
         self.config = config
         self.inputs = inputs
@@ -64,7 +64,7 @@ class LearnerWorker:
     async def train(
         self,
         replay: Any,
-        samplers: Samplers,
+        heldout: HeldoutActors,
         receivers: Sequence[WeightReceiver],
         actor_stats: Sequence[Stats],
     ) -> dict[str, Any]:
@@ -75,11 +75,11 @@ class LearnerWorker:
         store, publisher, scorer = self._store(), self._publisher(receivers), self._scorer()
         # A run that ends by an error keeps its last rows, which explain it.
         with closing(Recorder(self.folder, self.alarms, self.report)) as recorder:
-            await self._check_teacher(samplers, store, scorer.teacher_head, recorder)
+            await self._check_teacher(heldout, store, scorer.teacher_head, recorder)
             milestones = self._milestones(
                 replay,
                 recorder,
-                Evaluator(self.folder, samplers, store, scorer, HeldoutTexts(self.inputs)),
+                Evaluator(self.folder, heldout, store, scorer, HeldoutTexts(self.inputs)),
                 [publisher.stats, *actor_stats],
             )
             num_updates = self.config.learner.num_updates
@@ -142,7 +142,7 @@ class LearnerWorker:
         )
 
     async def _check_teacher(
-        self, samplers: Samplers, store: SegmentStore, head: Head, recorder: Recorder
+        self, heldout: HeldoutActors, store: SegmentStore, head: Head, recorder: Recorder
     ) -> None:
         """Raises: ConfigError when the engine's teacher is another distribution than the learner's."""
         num_texts = min(self.config.scoring.check, self.config.evaluation.num_prompts)
@@ -150,14 +150,14 @@ class LearnerWorker:
             return
         self.report(activity="comparing the teacher's engine with the learner")
         head = head.prefix(self.inputs.num_tokens)
-        tv = await check_teacher(samplers, store, self.inputs.heldout_corpus, num_texts, head)
+        tv = await check_teacher(heldout, store, self.inputs.heldout_corpus, num_texts, head)
         recorder.event("teacher_checked", num_texts=num_texts, tv=tv)
 
-    def _scorer(self) -> Scorer:
+    def _scorer(self) -> PolicyScorer:
         """Evaluations compare with the teacher itself, even where a proxy stands in for it in training."""
         student, teacher = self.distiller.student, self.distiller.teacher
         if self.inputs.has_proxy:
             teacher = Head.from_checkpoint(self.inputs.teacher_dir, device=student.device)
         learner = self.config.learner
         micro_batch_tokens = resolve_micro_batch_tokens(learner.micro_batch_tokens, student.device.type)
-        return Scorer(student, teacher, micro_batch_tokens, learner.vocabulary_chunk)
+        return PolicyScorer(student, teacher, micro_batch_tokens, learner.vocabulary_chunk)

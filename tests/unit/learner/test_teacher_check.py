@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from actors.corpus import write_corpus
-from actors.teacher import TeacherScorer
+from actors.teacher import TeacherWorker
 from actors.transformers_engine import TransformersGenerator, TransformersTeacher
 from distill.config import RolloutConfig, ScoringConfig
 from distill.data import PromptTable, TextCorpus
@@ -69,7 +69,7 @@ async def checked(tmp_path: Path):
     engine = await TransformersTeacher.start(
         str(teacher), ScoringConfig(dtype="float32"), max_model_tokens=64
     )
-    scorer = TeacherScorer(
+    scorer = TeacherWorker(
         corpus=rows,
         heldout_corpus=rows,
         teacher=engine,
@@ -85,7 +85,7 @@ async def checked(tmp_path: Path):
 class _Remote:
     """The scorer as the learner sees it: all methods are coroutines."""
 
-    def __init__(self, scorer: TeacherScorer) -> None:
+    def __init__(self, scorer: TeacherWorker) -> None:
         self._scorer = scorer
 
     async def score_heldout(self, num_rows: int) -> list[GroupRef]:
