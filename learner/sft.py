@@ -22,6 +22,9 @@ from learner.model.chunked import chunked_loss
 from learner.model.student import Student
 from learner.optimizer import learning_rate, require_finite, set_learning_rate
 
+FINAL_FRACTION = 0.1
+"""Learning rate of the last step, as a fraction of the peak."""
+
 
 def run_sft(
     student: Student,
@@ -49,7 +52,7 @@ def run_sft(
         first = update * sft.rows_per_update
         draws = [order.draw(number) for number in range(first, first + sft.rows_per_update)]
         batch = token_batch(rows_of(draws), micro_batch_tokens).to(student.device)
-        rate = learning_rate(update, sft.num_updates, sft.learning_rate, sft.warmup_fraction, 0.1)
+        rate = learning_rate(update, sft.num_updates, sft.learning_rate, sft.warmup_fraction, FINAL_FRACTION)
         set_learning_rate(optimizer, rate)
         optimizer.zero_grad(set_to_none=True)
         total = 0.0

@@ -44,6 +44,21 @@ class HeldoutActors(Protocol):
     async def release_heldout(self) -> None: ...
 
 
+class RolloutAndTeacher:
+    """Implements :class:`HeldoutActors` with the handles of two actors."""
+
+    def __init__(self, rollout: Any, teacher: Any) -> None:
+        """The arguments are :class:`distill.machine.remote.Remote`, or objects with the workers' methods."""
+        self.sample_heldout = rollout.sample_heldout
+        self.answer_shown = rollout.answer_shown
+        self.score_samples = teacher.score_samples
+        self.score_heldout = teacher.score_heldout
+        self._actors = (rollout, teacher)
+
+    async def release_heldout(self) -> None:
+        await asyncio.gather(*(actor.release_heldout() for actor in self._actors))
+
+
 class PolicyScorer:
     """Both policies' log-probabilities at every response token of some scored rows."""
 

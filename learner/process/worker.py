@@ -19,6 +19,7 @@ from distill.replay.segments import SegmentStore
 from distill.run.alarms import Alarms
 from distill.run.folder import PolicyVersionCounter, RunFolder
 from distill.run.inputs import RunInputs
+from distill.run.store import open_store
 from learner.distiller import Distiller
 from learner.model.head import Head
 from learner.model.student import Student
@@ -72,7 +73,8 @@ class LearnerWorker:
 
         ``replay``: the service, as :class:`distill.interfaces.Replay` and as ``ReplayControl``.
         """
-        store, publisher, scorer = self._store(), self._publisher(receivers), self._scorer()
+        store = open_store(self.config.replay, self.inputs, "learner")
+        publisher, scorer = self._publisher(receivers), self._scorer()
         # A run that ends by an error keeps its last rows, which explain it.
         with closing(Recorder(self.folder, self.alarms, self.report)) as recorder:
             await self._check_teacher(heldout, store, scorer.teacher_head, recorder)
@@ -102,17 +104,6 @@ class LearnerWorker:
             "num_tokens": self.distiller.num_tokens,
             "timing_s": {"training": seconds - sum(milestones.seconds.values()), **milestones.seconds},
         }
-
-    def _store(self) -> SegmentStore:
-        replay = self.config.replay
-        return SegmentStore(
-            memory_dir=self.inputs.segments,
-            spill_dir=self.folder.replay,
-            writer_id="learner",
-            node=self.inputs.node,
-            segment_bytes=replay.segment_bytes,
-            memory_bytes=replay.memory_bytes,
-        )
 
     def _publisher(self, receivers: Sequence[WeightReceiver]) -> SharedMemoryPublisher:
         return SharedMemoryPublisher(
