@@ -99,7 +99,7 @@ async def _measure(
     return await asyncio.to_thread(_gaps, folder.student, batches, learner_dtype)
 
 
-def _gaps(student_dir: Path, batches: Sequence[Any], learner_dtype: str) -> Parity:
+def _gaps(student_dir: Path, batches: Sequence[Any], learner_dtype: Any) -> Parity:
     import torch
 
     from learner.batch import token_batch

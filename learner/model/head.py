@@ -141,10 +141,8 @@ class Head:
         return Head(self.weight[:num_tokens], self.transform.prefix(num_tokens))
 
     @classmethod
-    def from_checkpoint(
-        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> Head:
-        """Read only the head from a Hugging Face checkpoint in safetensors.
+    def from_checkpoint(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Head:
+        """Read only the head from a Hugging Face checkpoint in safetensors, as float32.
 
         Raises: ConfigError when the architecture is unknown or the tensor is not there.
         """
@@ -161,7 +159,7 @@ class Head:
         if weight_name is None:
             raise ConfigError("checkpoint", folder, f"contain {' or '.join(_HEAD_NAMES)}, or a known embedding",
                            "save it again with save_pretrained")  # fmt: skip
-        weight = _read_tensor(files, weight_name).to(device, dtype)
+        weight = _read_tensor(files, weight_name).to(device, torch.float32)
         bias_name = next((f"{name}.bias" for name in _HEAD_NAMES if f"{name}.bias" in files), None)
         bias = None if bias_name is None else _read_tensor(files, bias_name).to(device, torch.float32)
         return cls(weight, replace(transform, bias=bias))

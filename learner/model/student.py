@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.machine.hardware import ONE_LOAD_AT_A_TIME, computes_in_bfloat16
+from distill.machine.hardware import ONE_LOAD_AT_A_TIME, resolve_dtype
 from distill.machine.vector_math import settle_vector_math
 from learner.batch import Pack
 from learner.model.attention import PACKED
 from learner.model.head import LogitTransform
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -30,15 +32,9 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """The compute format of a setting; ``auto`` is bfloat16 if the processor computes in it.
-
-    Elsewhere bfloat16 is emulated: on an AVX2 processor it is twenty times slower than float32.
-    """
-    if name == "auto":
-        fast = device.type == "cuda" or computes_in_bfloat16()
-        return torch.bfloat16 if fast else torch.float32
-    return getattr(torch, name)
+def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
+    """The compute format of a setting; ``auto`` is bfloat16 where it is not emulated."""
+    return getattr(torch, resolve_dtype(name, "cuda" if device.type == "cuda" else "cpu"))
 
 
 def _set_matmul_precision(device: torch.device, precision: torch.dtype) -> None:
@@ -63,7 +59,7 @@ _PREFIX = "student."
 class Student:
     """A causal LM in training."""
 
-    def __init__(self, folder: str | Path, *, precision: str = "auto", device: str = "auto") -> None:
+    def __init__(self, folder: str | Path, *, precision: Precision = "auto", device: str = "auto") -> None:
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         _set_matmul_precision(self.device, self.precision)
@@ -83,10 +79,6 @@ class Student:
     @property
     def head_weight(self) -> nn.Parameter:
         return self.model.get_output_embeddings().weight
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter once; a tied head is the embedding."""

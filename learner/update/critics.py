@@ -180,14 +180,6 @@ class CriticPair:
         self._max_grad_norm = config.max_grad_norm
         self.optimizer = torch.optim.Adam(self.parameters(), lr=config.learning_rate, betas=(0.0, 0.9))
 
-    @property
-    def teacher_text(self) -> Critic:
-        return self._critics["teacher_text"]
-
-    @property
-    def student_text(self) -> Critic:
-        return self._critics["student_text"]
-
     def __getitem__(self, text: Text) -> Critic:
         return self._critics[text]
 
