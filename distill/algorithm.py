@@ -49,6 +49,8 @@ from distill.schema import with_teacher_hidden
 class RunStopped(DistillError, RuntimeError):
     """The replay was stopped before the last update."""
 
+    code = "stopped"
+
 
 class Milestones(Protocol):
     """The work around the updates: records, evaluations, checkpoints."""
