@@ -22,14 +22,14 @@ from distill.run.folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Text:
+class Reference:
     """A prompt and its reference, as token ids."""
 
     prompt: list[int]
     reference: list[int]
 
 
-def loss_of(model: Any, texts: Sequence[Text]) -> float:
+def loss_of(model: Any, texts: Sequence[Reference]) -> float:
     """Mean cross-entropy of all reference tokens, in nats."""
     import torch
 
@@ -86,13 +86,14 @@ def losses(
     return found
 
 
-def _heldout(table: Path, num_texts: int, max_tokens: int) -> list[Text]:
+def _heldout(table: Path, num_texts: int, max_tokens: int) -> list[Reference]:
     from distill.data import read_table
 
     rows = read_table(table).select(["prompt_tokens", "reference_tokens"]).to_pylist()
     with_reference = [row for row in rows if row["reference_tokens"]]
     return [
-        Text(row["prompt_tokens"], row["reference_tokens"][:max_tokens]) for row in with_reference[:num_texts]
+        Reference(row["prompt_tokens"], row["reference_tokens"][:max_tokens])
+        for row in with_reference[:num_texts]
     ]
 
 

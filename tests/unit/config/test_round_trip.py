@@ -18,6 +18,8 @@ from tests.unit.config.settings import STUDENT, VALID, leaf_paths, replaced
 def values(hint: object) -> st.SearchStrategy:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return st.one_of([values(kind) for kind in typing.get_args(hint)])
+    if typing.get_origin(hint) is list:
+        return st.lists(values(typing.get_args(hint)[0]).filter(lambda value: value != "???"), max_size=3)
     if typing.get_origin(hint) is typing.Literal:
         return st.sampled_from(typing.get_args(hint))
     return {
