@@ -241,7 +241,7 @@ class _Text:
                     f"{self.name}: {name} at token {step} of {self.trajectory_ids[row]}",
                     values[wrong[0]],
                     f"be finite ({len(wrong)} tokens are not)",
-                    "mask the same tail of both vocabularies",
+                    "lower learner.learning_rate, or sft.learning_rate if this is the evaluation before training",
                 )
 
     def _where(self, place: int) -> tuple[int, int]:
