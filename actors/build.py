@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Literal
 
+from actors.corpus import ROWS_PER_CALL, CorpusWorker
 from actors.rollout import RolloutWorker
 from actors.shown import ShownPrompts
-from actors.teacher import TeacherScorer
+from actors.teacher import TeacherWorker
 from distill.config import RolloutConfig, RunConfig
 from distill.data import PromptTable, TextCorpus
 from distill.interfaces import Generator, Teacher
-from distill.replay.segments import SegmentStore
 from distill.run.inputs import RunInputs
+from distill.run.store import open_store
 
 
 async def build_generator(
@@ -66,18 +67,6 @@ async def build_teacher(config: RunConfig, model_dir: str) -> Teacher:
     )
 
 
-def build_store(config: RunConfig, inputs: RunInputs, writer_id: str) -> SegmentStore:
-    """Open the store that writes this process's segment files and reads those of every process."""
-    return SegmentStore(
-        memory_dir=inputs.segments,
-        spill_dir=Path(inputs.run_dir) / "replay",
-        writer_id=writer_id,
-        node=inputs.node,
-        segment_bytes=config.replay.segment_bytes,
-        memory_bytes=config.replay.memory_bytes,
-    )
-
-
 async def build_rollout(config: RunConfig, inputs: RunInputs, writer_id: str) -> RolloutWorker:
     """Build a rollout worker and start its engine."""
     generator = await build_generator(
@@ -105,19 +94,39 @@ async def build_rollout(config: RunConfig, inputs: RunInputs, writer_id: str) ->
         ),
         shown=ShownPrompts.read(inputs.shown_prompts, config.rollout.max_new_tokens),
         generator=generator,
-        store=build_store(config, inputs, writer_id),
+        store=open_store(config.replay, inputs, writer_id),
         writer_id=writer_id,
         together=config.replay.lock_step,
     )
 
 
-async def build_scorer(config: RunConfig, inputs: RunInputs, writer_id: str, model_dir: str) -> TeacherScorer:
-    """Build a scorer for one model, the teacher or its proxy, and start its engine."""
-    return TeacherScorer(
+async def build_teacher_worker(
+    config: RunConfig, inputs: RunInputs, writer_id: str, model_dir: str
+) -> TeacherWorker:
+    """Build a teacher worker for one model, the teacher or its proxy, and start its engine."""
+    return TeacherWorker(
         corpus=TextCorpus.read(inputs.teacher_text),
         heldout_corpus=TextCorpus.read(inputs.heldout_corpus),
         teacher=await build_teacher(config, model_dir),
-        store=build_store(config, inputs, writer_id),
+        store=open_store(config.replay, inputs, writer_id),
         writer_id=writer_id,
         max_groups=config.scoring.max_groups,
+        fills_payload=config.recipe.payload == "hidden",
     )
+
+
+async def build_corpus_worker(
+    config: RunConfig, teacher_dir: str, stop_token_ids: Sequence[int], num_tokens: int
+) -> CorpusWorker:
+    """Build a corpus worker and start the rollout engine on the teacher."""
+    generator = await build_generator(
+        teacher_dir,
+        replace(config.rollout, max_num_seqs=ROWS_PER_CALL),
+        max_model_tokens=config.max_model_tokens,
+        stop_token_ids=stop_token_ids,
+        num_tokens=num_tokens,
+        on_push="recompute",
+        lock_step=True,
+        seed=config.corpus.seed,
+    )
+    return CorpusWorker(config.corpus, generator)

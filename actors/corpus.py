@@ -1,5 +1,7 @@
 """Writes the teacher corpus: the teacher's answers to the prompts of a table, sampled once before training.
 
+:class:`actors.shells.CorpusActor` makes :class:`CorpusWorker` an actor.
+
 An interrupted writer leaves what it has finished as parts beside the file, and the next one continues there.
 """
 
@@ -12,9 +14,57 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from actors.shown import ShownPrompts
+from distill.config import CorpusConfig
 from distill.data import PromptTable, read_table, write_table
+from distill.files import write_json
 from distill.interfaces import Draw, Generator
 from distill.schema import Trajectory, trajectory_batch
+
+ROWS_PER_CALL = 128
+"""Texts of the corpus that the teacher samples together."""
+
+
+class CorpusWorker:
+    """Samples the teacher for the corpora and the report of a run."""
+
+    def __init__(self, corpus: CorpusConfig, generator: Generator) -> None:
+        self.corpus = corpus
+        self.generator = generator
+        self.num_rows = self.num_tokens = 0
+
+    async def write(self, prompts_path: str, num_prompts: int, samples_per_prompt: int, path: str) -> int:
+        """Write answers to the first prompts of a table to ``path``; returns the number of response tokens."""
+        self.num_rows = self.num_tokens = 0
+        prompts = PromptTable.read(
+            prompts_path,
+            samples_per_prompt=samples_per_prompt,
+            max_new_tokens=self.corpus.max_new_tokens,
+            seed=self.corpus.seed,
+        )
+        await write_corpus(
+            prompts,
+            num_prompts,
+            self.generator,
+            Path(path),
+            rows_per_call=ROWS_PER_CALL,
+            progress=self._progress,
+        )
+        return self.num_tokens
+
+    async def answer_shown(self, prompts_path: str, path: str) -> None:
+        """Write the teacher's greedy answers to a table's prompts to ``path``, as JSON lists of token ids."""
+        shown = ShownPrompts.read(prompts_path, self.corpus.max_new_tokens)
+        write_json(Path(path), {"answers": await shown.answers(self.generator)})
+
+    def stats(self) -> dict[str, float]:
+        return {"corpus/num_rows": float(self.num_rows), "corpus/num_tokens": float(self.num_tokens)}
+
+    async def close(self) -> None:
+        await self.generator.close()
+
+    def _progress(self, num_rows: int, num_tokens: int) -> None:
+        self.num_rows, self.num_tokens = num_rows, num_tokens
 
 
 async def write_corpus(

@@ -21,7 +21,7 @@ class BusyClock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around a call."""
+        """Count the seconds of a ``with`` block as busy."""
         if self._num_running == 0:
             self._since = time.monotonic()
         self._num_running += 1
@@ -74,7 +74,6 @@ class MeteredTeacher:
 
     def __init__(self, inner: Teacher) -> None:
         self.inner = inner
-        self.hidden_size = inner.hidden_size
         self.num_tokens = 0
         self.clock = BusyClock()
 

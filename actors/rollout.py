@@ -41,12 +41,12 @@ class RolloutWorker:
         self.together = together
         self._heldout_groups: list[GroupRef] = []
 
-    async def run(self, replay: ReplayService, max_draws: int = 1) -> None:
+    async def run(self, replay: ReplayService) -> None:
         """Sample until the replay reports the end of the run."""
         tidy = asyncio.create_task(release_segments(replay.freed_segments, self.store, self.writer_id))
         try:
             await rollout_loop(
-                replay, self.prompts, self.generator, self.store, max_draws=max_draws, together=self.together
+                replay, self.prompts, self.generator, self.store, max_draws=1, together=self.together
             )
         finally:
             tidy.cancel()

@@ -1,4 +1,4 @@
-"""The teacher scorer, a plain class that adds hidden states to rolled-out groups and corpus draws.
+"""The teacher worker, a plain class that adds hidden states to rolled-out groups and corpus draws.
 
 It runs :func:`distill.algorithm.score_loop`. :class:`actors.shells.TeacherActor` makes it an actor.
 """
@@ -16,7 +16,7 @@ from distill.replay.service import ReplayService
 from distill.replay.tidy import release_segments
 
 
-class TeacherScorer:
+class TeacherWorker:
     """Scores the jobs of the replay, and held-out text on request."""
 
     def __init__(
@@ -28,20 +28,24 @@ class TeacherScorer:
         store: SegmentStore,
         writer_id: str,
         max_groups: int,
+        fills_payload: bool,
     ) -> None:
+        """``fills_payload``: whether the recipe's losses need the hidden states; evaluations always do."""
         self.corpus = corpus
         self.heldout_corpus = heldout_corpus
         self.teacher = MeteredTeacher(teacher)
         self.store = store
         self.writer_id = writer_id
         self.max_groups = max_groups
+        self.fills_payload = fills_payload
         self._heldout_groups: list[GroupRef] = []
 
     async def run(self, replay: ReplayService) -> None:
         """Score until the replay reports the end of the run."""
         tidy = asyncio.create_task(release_segments(replay.freed_segments, self.store, self.writer_id))
         try:
-            await score_loop(replay, self.corpus, self.teacher, self.store, max_groups=self.max_groups)
+            teacher = self.teacher if self.fills_payload else None
+            await score_loop(replay, self.corpus, teacher, self.store, max_groups=self.max_groups)
         finally:
             tidy.cancel()
 

@@ -20,9 +20,8 @@ class ThreadedTeacher(ABC):
     One thread does all of the work, so calls queue up and the event loop stays free.
     """
 
-    def __init__(self, thread: ThreadPoolExecutor, hidden_size: int) -> None:
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
         self._thread = thread
-        self.hidden_size = hidden_size
 
     async def hidden_states(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
@@ -36,7 +35,7 @@ class ThreadedTeacher(ABC):
     async def hidden_states_float32(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
-        """Return the same states before they are rounded: float32 arrays [T, D]."""
+        """Return the same states before they are rounded: float32 arrays [T, D]. The engines' tests compare these."""
         return await self._in_thread(lambda: [s.float().numpy() for s in self._states(prompts, responses)])
 
     @abstractmethod

@@ -289,7 +289,7 @@ class TransformersTeacher(ThreadedTeacher):
     """
 
     def __init__(self, model: Any, thread: ThreadPoolExecutor) -> None:
-        super().__init__(thread, model.config.hidden_size)
+        super().__init__(thread)
         self._model: Any = model
 
     @classmethod

@@ -1,9 +1,9 @@
 """The pipeline: which part runs when, and what each part waits for.
 
     prompts ─► rollout_loop ─► store, replay ─► score_loop ─► store, replay ─► train_loop
-                    ▲                               ▲                             │
-                    │ weights v+1                   │ teacher text                │
-                    └───────────────────────────────┴──────── publisher ◄─────────┘
+                    ▲                                ▲                             │
+                    │ weights v+1      teacher text ─┘                             │
+                    └───────────────────────────────────────── publisher ◄─────────┘
 
 | loop           | consumes                | produces             | waits for                            |
 |----------------|-------------------------|----------------------|--------------------------------------|
@@ -49,6 +49,8 @@ from distill.schema import with_teacher_hidden
 class RunStopped(DistillError, RuntimeError):
     """The replay was stopped before the last update."""
 
+    code = "stopped"
+
 
 class Milestones(Protocol):
     """The work around the updates: records, evaluations, checkpoints."""
@@ -90,15 +92,24 @@ async def roll_out(
 
 
 async def score_loop(
-    replay: Replay, corpus: Corpus, teacher: Teacher, store: Store, *, max_groups: int
+    replay: Replay, corpus: Corpus, teacher: Teacher | None, store: Store, *, max_groups: int
 ) -> None:
-    """Add the teacher's payload to rolled-out groups and to rows of teacher text."""
+    """Add the teacher's payload to rolled-out groups and to rows of teacher text.
+
+    ``teacher``: None for a recipe whose losses need no payload.
+    """
     while job := await replay.take_for_scoring(max_groups):
         await replay.insert_scored(await score(job, corpus, teacher, store))
 
 
-async def score(job: ScoringJob, corpus: Corpus, teacher: Teacher, store: Store) -> list[GroupRef]:
-    """Score a job in one call to the teacher and store the groups with their payload."""
+async def score(job: ScoringJob, corpus: Corpus, teacher: Teacher | None, store: Store) -> list[GroupRef]:
+    """Score a job in one call to the teacher and store the groups with their payload.
+
+    Without a teacher, rolled-out groups stay where they are, and rows of the corpus are stored as they are.
+    """
+    if teacher is None:
+        rows = zip(job.teacher_draws, corpus.rows(job.teacher_draws), strict=True)
+        return [*job.groups, *(store.append(draw, batch) for draw, batch in rows)]
     draws = [group.draw for group in job.groups] + list(job.teacher_draws)
     batches = [store.read(group) for group in job.groups] + corpus.rows(job.teacher_draws)
     prompts = [tokens for batch in batches for tokens in batch.column("prompt_tokens").to_pylist()]

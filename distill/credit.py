@@ -10,8 +10,7 @@ everything after a row's end is 0.
 costs, but are 1 where the mask is false: a token that the loss leaves out, because the policy did not
 choose it, is as likely under both policies.
 
-Legend: B rows, T longest response, N positions. t counts from 0; the symbols of the method,
-G and R, count it from 1, which changes nothing but the name.
+Legend: B rows, T longest response, N positions. t counts from 0, in G_t and R_t as well.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def returns(
 ) -> Float[Tensor, "B T"]:
     """The sum or mean of the costs in a token's span.
 
-    ``normalize``: ``discount`` divides by the sum of the discounts, R_t = G_t / Σ_{k=1..T−t} γ^k
+    ``normalize``: ``discount`` divides by the sum of the discounts, R_t = G_t / Σ_{k=1..T−1−t} γ^k
     for the future, so that equal costs c give c; ``length`` by the number of tokens in the span;
     T is the row's own length. A span without tokens gives 0 (the future of a row's last token).
     ``ratios``: of text that an older policy wrote, whose continuation after t :func:`_reweighted`

@@ -1,6 +1,6 @@
 """Protocols between the loops of :mod:`distill.algorithm` and the parts that do the work.
 
-All engines pass one contract suite (tests/integration/test_engine_contract.py); ``tests/fakes.py`` has
+All engines pass one contract suite (tests/integration/test_engine_contract_*.py); ``tests/fakes.py`` has
 fakes of the engines and the learner for tests of the loops. Values that cross a process boundary
 are small frozen dataclasses of plain values; a group of rows crosses it as a :class:`GroupRef`.
 """
@@ -26,7 +26,8 @@ class Draw:
     """One draw of the data order: the unit of the ledger.
 
     ``number`` counts the draws of the table from 0; ``index`` is the row that was drawn, of the prompt
-    table (``student_text``, ``heldout``) or of the corpus (``teacher_text``).
+    table (``student_text``, ``heldout``) or of the corpus (``teacher_text``). Before training, when the corpus
+    is written, ``index`` is the row of the prompt that the teacher answers.
     """
 
     table: Table
@@ -150,8 +151,6 @@ class Generator(Protocol):
 class Teacher(Protocol):
     """Scores text with the teacher."""
 
-    hidden_size: int
-
     async def hidden_states(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
@@ -253,10 +252,16 @@ class Publisher(Protocol):
 class WeightPushError(DistillError, RuntimeError):
     """A push that did not arrive complete, in time and under the right version."""
 
+    code = "weight_push"
+
 
 class EngineDied(DistillError, RuntimeError):
     """A process of an inference engine ended unexpectedly."""
 
+    code = "engine_died"
+
 
 class SegmentMissing(DistillError, LookupError):
     """A group whose segment is in neither shared memory nor the spill folder, or is too short to contain it."""
+
+    code = "segment_missing"

@@ -2,7 +2,7 @@
 
 Called by ``learner.update.losses`` (with gradients) and by ``distill.evaluation`` (without). The
 functions are independent of configs, modules and processes. They map tensors and plain numbers to
-``[N]``, so mask and denominator stay with the caller and a sum over micro-batches is the full batch.
+``[N]``, so the caller applies mask and denominator, and sums over micro-batches add up to the full batch's.
 
 Legend: N states, V vocabulary. p = π(·|s) the policy (the student, trained), q = π*(·|s) the
 teacher (fixed), m = (p + q)/2, f(s, ·) a critic's values. Policy first, teacher second, always;

@@ -145,9 +145,7 @@ def trajectory_batch(rows: Sequence[Trajectory]) -> pa.RecordBatch:
     return batch
 
 
-def with_teacher_hidden(
-    batch: pa.RecordBatch, hidden: Sequence[np.ndarray], scored_at: datetime | None = None
-) -> pa.RecordBatch:
+def with_teacher_hidden(batch: pa.RecordBatch, hidden: Sequence[np.ndarray]) -> pa.RecordBatch:
     """Return the batch with its hidden payload.
 
     ``hidden``: one uint16 array [T, D] (bf16 bits) per row, in row order.
@@ -160,7 +158,7 @@ def with_teacher_hidden(
     flat = np.concatenate([np.ascontiguousarray(states).reshape(-1) for states in hidden])
     values = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.uint16()), width)
     column = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
-    stamp = pa.array([scored_at or datetime.now(UTC)] * batch.num_rows, pa.timestamp("us", tz="UTC"))
+    stamp = pa.array([datetime.now(UTC)] * batch.num_rows, pa.timestamp("us", tz="UTC"))
     columns = {name: batch.column(name) for name in batch.schema.names}
     columns |= {"scored_at": stamp, "teacher_hidden": column}
     schema = trajectory_schema(width)

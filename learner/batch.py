@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,10 @@ from torch import Tensor
 from distill.machine.bfloat16 import from_bits
 from distill.schema import hidden_rows
 from learner.ranks import Ranks
+
+Text = Literal["teacher_text", "student_text"]
+TEXTS: tuple[Text, Text] = ("teacher_text", "student_text")
+"""The two texts of an update: ``teacher_text`` (sampled from the teacher, or references) and ``student_text``."""
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,10 @@ class Distiller:
         pack_tokens = resolve_micro_batch_tokens(learner.micro_batch_tokens, device.type)
         batch = token_batch(batches, pack_tokens).to(device)
         # The student's updates come after the critics' warm-up, if critics are learned.
-        warmup = config.critic.warmup_updates if self.critics is not None else 0
+        num_warmup = config.critic.warmup_updates if self.critics is not None else 0
         rate = learning_rate(
-            max(0, self.updates_done - warmup),
-            max(1, learner.num_updates - warmup),
+            max(0, self.updates_done - num_warmup),
+            max(1, learner.num_updates - num_warmup),
             learner.learning_rate,
             learner.warmup_fraction,
             learner.final_fraction,
@@ -76,8 +76,8 @@ class Distiller:
             self.teacher,
             self.critics,
             config.method,
-            seed=self.updates_done,
-            critics_only=self.updates_done < warmup,
+            update_number=self.updates_done,
+            warmup=self.updates_done < num_warmup,
         )
         self.updates_done += 1
         self.num_tokens += batch.num_input_tokens

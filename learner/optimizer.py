@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from distill.errors import Diverged
+
 
 def adamw(
     parameters: Iterable[nn.Parameter], *, beta1: float, beta2: float, weight_decay: float
@@ -19,6 +21,20 @@ def adamw(
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def require_finite(model: str, loss: float, grad_norm: float, setting: str) -> None:
+    """Call it before a step. ``model``: who is trained, for the error; ``setting``: its learning rate.
+
+    Raises: Diverged when the loss or the norm of its gradient is not finite.
+    """
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise Diverged(
+            f"{model}'s loss and gradient norm",
+            f"{loss}, {grad_norm}",
+            "be finite",
+            f"lower {setting}; {model} has not changed",
+        )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:

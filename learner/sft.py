@@ -6,22 +6,24 @@ function of (seed, step). Called by :mod:`learner.process.fit`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from distill.config import SftConfig
-from distill.errors import Diverged
 from distill.interfaces import Draw
 from distill.objectives import cross_entropy
 from distill.replay.draws import DrawOrder
 from learner.batch import token_batch
 from learner.model.chunked import chunked_loss
 from learner.model.student import Student
-from learner.optimizer import learning_rate, set_learning_rate
+from learner.optimizer import learning_rate, require_finite, set_learning_rate
+
+FINAL_FRACTION = 0.1
+"""Learning rate of the last step, as a fraction of the peak."""
 
 
 def run_sft(
@@ -31,6 +33,7 @@ def run_sft(
     order: DrawOrder,
     sft: SftConfig,
     *,
+    section: Literal["sft", "proxy"],
     first_update: int,
     micro_batch_tokens: int,
     vocabulary_chunk: int,
@@ -39,16 +42,17 @@ def run_sft(
 ) -> None:
     """Train from ``first_update`` to ``sft.num_updates``.
 
-    ``rows_of``: returns the rows of some draws, one batch each. ``after_update`` is called with
+    ``section``: where the settings are, for errors. ``rows_of``: returns the rows of some draws, one batch each. ``after_update`` is called with
     the number of updates done and ``{"sft/loss", "sft/learning_rate", "sft/num_tokens"}``.
 
-    Raises: Diverged when the loss or the gradient is not finite; the model is then unchanged.
+    Raises: Diverged when a loss or gradient is not finite; the model is then that of the last update.
     """
+    model = "proxy" if section == "proxy" else "student"
     for update in range(first_update, sft.num_updates):
         first = update * sft.rows_per_update
         draws = [order.draw(number) for number in range(first, first + sft.rows_per_update)]
         batch = token_batch(rows_of(draws), micro_batch_tokens).to(student.device)
-        rate = learning_rate(update, sft.num_updates, sft.learning_rate, sft.warmup_fraction, 0.1)
+        rate = learning_rate(update, sft.num_updates, sft.learning_rate, sft.warmup_fraction, FINAL_FRACTION)
         set_learning_rate(optimizer, rate)
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
@@ -66,14 +70,8 @@ def run_sft(
             )
             loss.backward()
             total += float(loss.detach())
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm))
-        if not (math.isfinite(total) and math.isfinite(grad_norm)):
-            raise Diverged(
-                f"the loss and gradient norm of fine-tuning update {update + 1}",
-                f"{total}, {grad_norm}",
-                "be finite",
-                "lower its learning rate (sft.learning_rate, or proxy.learning_rate for a proxy)",
-            )
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
+        require_finite(f"the {model}", total, float(norm), f"{section}.learning_rate")
         optimizer.step()
         metrics = {
             "sft/loss": total,

@@ -1,6 +1,6 @@
 """Fakes of the engines and the learner, for tests of the loops.
 
-The real ones have tests of their own: tests/integration/test_engine_contract.py, tests/unit/learner.
+The real ones have tests of their own: tests/integration/test_engine_contract_*.py, tests/unit/learner.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class FakeGenerator:
 class FakeTeacher:
     """Returns the response's tokens as hidden states, so that tests detect mixed-up rows."""
 
-    hidden_size = 4
+    width = 4
 
     async def hidden_states(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[np.ndarray]:
         await asyncio.sleep(0)
-        return [np.repeat(np.array(tokens, np.uint16)[:, None], self.hidden_size, 1) for tokens in responses]
+        return [np.repeat(np.array(tokens, np.uint16)[:, None], self.width, 1) for tokens in responses]
 
     async def close(self) -> None:
         pass

@@ -85,7 +85,7 @@ class VllmGenerator:
         that pad theirs differently, and normalize log-probabilities over those. None: sample from all.
         ``lock_step``: admit all requests of a call while the engine is paused, so that timing does not
         decide which of them share a step. ``backend``: the backend of vLLM's weight transfer; a push by
-        manifest needs ``shared_memory``.
+        manifest needs ``shared_memory``, and no run uses another one yet.
 
         Raises: ConfigError when the machine has fewer cores than ranks.
         """
@@ -174,7 +174,7 @@ class VllmGenerator:
         await self.receive(asdict(manifest), manifest.policy_version)
 
     async def init_transfer(self, init_info: dict[str, Any]) -> None:
-        """Connect to the trainer of an nccl or ipc backend (has not run on a GPU)."""
+        """Connect to the trainer of an nccl or ipc backend. No run uses it yet, and it has not run on a GPU."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))

@@ -25,7 +25,7 @@ class VllmTeacher(ThreadedTeacher):
     """
 
     def __init__(self, engine: LLMEngine, thread: ThreadPoolExecutor) -> None:
-        super().__init__(thread, engine.model_config.get_hidden_size())
+        super().__init__(thread)
         self._engine = engine
         self._num_requests = 0
 

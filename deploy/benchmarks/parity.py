@@ -99,7 +99,7 @@ async def _measure(
     return await asyncio.to_thread(_gaps, folder.student, batches, learner_dtype)
 
 
-def _gaps(student_dir: Path, batches: Sequence[Any], learner_dtype: str) -> Parity:
+def _gaps(student_dir: Path, batches: Sequence[Any], learner_dtype: Any) -> Parity:
     import torch
 
     from learner.batch import token_batch
@@ -107,7 +107,7 @@ def _gaps(student_dir: Path, batches: Sequence[Any], learner_dtype: str) -> Pari
     from learner.model.student import Student
 
     student = Student(student_dir, precision=learner_dtype)
-    head = Head(student.head_weight.detach(), student.transform)
+    head = Head(student.head_weight.detach(), student.transform.detach())
     gaps: list[float] = []
     for pack in token_batch(batches, 2048).to(student.device).packs:
         with torch.no_grad():

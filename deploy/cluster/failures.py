@@ -21,11 +21,11 @@ class ActorFailed(DistillError, RuntimeError):
         return cls(actor, NO_VALUE, f"finish its work; it raised {type(cause).__name__}: {cause}")
 
     @classmethod
-    def late(cls, actors: Iterable[str], timeout_s: float) -> ActorFailed:
-        """The error for actors that have not answered in time."""
+    def late(cls, actors: Iterable[str], timeout_s: float, *, logs: str = "") -> ActorFailed:
+        """The error for actors that have not answered in time. ``logs``: where those of the actors are."""
         return cls(
             ", ".join(sorted(actors)), NO_VALUE, f"answer within {timeout_s:.0f} s",
-            "raise cluster.start_timeout_s, or read the actors' logs under /tmp/ray",
+            "raise cluster.start_timeout_s" + (f", or read the actors' logs under {logs}" if logs else ""),
         )  # fmt: skip
 
 

@@ -28,6 +28,8 @@ _KILL_AFTER_S = 1.5
 """Time that Ray has to kill an actor before the driver kills its processes."""
 _RESULT_TIMEOUT_S = 60.0
 """Time for fetching the result of a call that has returned."""
+_LOGS = "/tmp/ray"
+"""Where Ray writes what its actors print."""
 
 
 class RayCluster(Backend):
@@ -118,7 +120,7 @@ class RayCluster(Backend):
                 results[name] = self._get(name, call, _RESULT_TIMEOUT_S)
             tick()
             if timeout_s is not None and pending and time.monotonic() - start > timeout_s:
-                raise ActorFailed.late(pending.values(), timeout_s)
+                raise ActorFailed.late(pending.values(), timeout_s, logs=_LOGS)
         return results
 
     def poll(self, call: Any, timeout_s: float = 2.0) -> Any | None:
@@ -180,7 +182,7 @@ class RayCluster(Backend):
                 raise ActorFailed(name, NO_VALUE, f"finish its work; it raised {cause}") from error
             raise ActorFailed(name, NO_VALUE, f"live; it died ({first_line(error)})") from error
         except GetTimeoutError as error:
-            raise ActorFailed.late([name], timeout_s) from error
+            raise ActorFailed.late([name], timeout_s, logs=_LOGS) from error
 
 
 def _loopback(run_id: str) -> str | None:

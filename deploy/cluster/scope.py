@@ -1,4 +1,4 @@
-"""A run's folder in shared memory, and its end by signal."""
+"""A run's folder in shared memory, and SIGTERM as a way to end a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from distill.errors import NO_VALUE, DistillError
-from distill.replay.segments import sweep
+from distill.replay.segments import FOLDER_PREFIX, sweep
 from distill.run.inputs import shared_memory_root
 
 CLAIM_TIMEOUT_S = 60.0
@@ -24,6 +24,8 @@ _DRIVER_LOCK = ".driver"
 class ClaimFailed(DistillError, RuntimeError):
     """A folder in shared memory that a driver could not claim in time."""
 
+    code = "claim"
+
 
 class SharedFolder:
     """The run's folder in shared memory.
@@ -33,7 +35,7 @@ class SharedFolder:
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
-        self._path = shared_memory_root() / f"distill-{run_id}"
+        self._path = shared_memory_root() / f"{FOLDER_PREFIX}{run_id}"
 
     def claim(self) -> None:
         """Create the folder, empty, and remove the folders of runs whose driver has ended.
@@ -48,7 +50,7 @@ class SharedFolder:
             sweep(
                 root,
                 lambda run_id: (
-                    run_id == self._run_id or _is_locked(root / f"distill-{run_id}" / _DRIVER_LOCK)
+                    run_id == self._run_id or _is_locked(root / f"{FOLDER_PREFIX}{run_id}" / _DRIVER_LOCK)
                 ),
             )
             shutil.rmtree(self._path, ignore_errors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deploy.report.model import Code, Paragraph, Report, Sample, Table, piece_text
 
@@ -29,7 +29,6 @@ def _fenced(text: str) -> str:
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("deploy.report"),
-        autoescape=select_autoescape(enabled_extensions=("html.j2",)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -44,7 +44,7 @@ class RunContext:
             self._memory.add(name, pid)
         return handle
 
-    def wait_for_start(self, calls: dict[str, Any]) -> dict[str, Any]:
+    def wait_briefly(self, calls: dict[str, Any]) -> dict[str, Any]:
         """Wait at most ``cluster.start_timeout_s`` for one call per actor; returns the results by actor."""
         return self.backend.wait(calls, timeout_s=self.config.cluster.start_timeout_s)
 
@@ -53,7 +53,7 @@ class RunContext:
 def run_context(config: RunConfig, record: RunRecord, progress: Progress) -> Iterator[RunContext]:
     """Start the backend and the memory sampler. A run that succeeds has its peaks of memory in the record."""
     with ExitStack() as stack:
-        with record.timed("start_ray"):
+        with record.timed("start_backend"):
             backend = stack.enter_context(_backend(config.cluster, record.folder.run_id))
         memory = stack.enter_context(MemorySampler({"driver": os.getpid()}))
         for pid in backend.service_pids():

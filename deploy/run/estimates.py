@@ -98,11 +98,12 @@ class Estimates:
         samples = config.learner.prompts_per_update * config.rollout.samples_per_prompt
         student_rows = samples if config.recipe.uses_student_text else 0
         teacher_rows = config.learner.teacher_rows_per_update if config.recipe.teacher_text != "none" else 0
-        response = student_rows * config.rollout.max_new_tokens + teacher_rows * self._teacher_tokens()
+        response = student_rows * config.rollout.max_new_tokens + teacher_rows * self._teacher_text_limit
         return int((student_rows + teacher_rows) * prompt) + response
 
-    def _teacher_tokens(self) -> int:
-        """The longest row of teacher text."""
+    @property
+    def _teacher_text_limit(self) -> int:
+        """Longest response of the recipe's teacher text, in tokens."""
         if self.config.recipe.teacher_text == "reference":
             return self.config.data.max_reference_tokens
         return self.config.corpus.max_new_tokens
@@ -122,10 +123,14 @@ class Estimates:
         config = self.config
         plan = BatchPlan.of(config)
         updates = min(config.replay.max_policy_age + 2, config.learner.num_updates)
-        response = max(config.rollout.max_new_tokens, self._teacher_tokens())
-        row = response * (2 * self.scored.hidden_size + 16) + 4 * config.data.max_prompt_tokens + 512
-        students = plan.prompts_per_update * config.rollout.samples_per_prompt if plan.may_use_student else 0
-        texts = plan.teacher_rows_per_update
+        samples = plan.prompts_per_update * config.rollout.samples_per_prompt if plan.may_use_student else 0
+        students = samples * self._row_bytes(config.rollout.max_new_tokens)
+        texts = plan.teacher_rows_per_update * self._row_bytes(self._teacher_text_limit)
         # When an update has one text or the other, chance or a growing share can pick the same every time.
         each = students + texts if plan.both_texts else max(students, texts)
-        return updates * each * row
+        return updates * each
+
+    def _row_bytes(self, response_tokens: int) -> int:
+        """Bytes of a row with the longest prompt."""
+        payload = 2 * self.scored.hidden_size if self.config.recipe.payload == "hidden" else 0
+        return response_tokens * (payload + 16) + 4 * self.config.data.max_prompt_tokens + 512

@@ -70,7 +70,7 @@ def write_corpora(run: RunContext, inputs: RunInputs) -> RunInputs:
         return inputs
     with run.record.timed("corpus"):
         writer = run.start_actor("corpus", CorpusActor, run.config.rollout.num_threads)
-        run.wait_for_start(
+        run.wait_briefly(
             {
                 "corpus": writer.start.remote(
                     run.config, inputs.teacher_dir, inputs.stop_token_ids, inputs.num_tokens
@@ -202,9 +202,9 @@ def _start_distillation(run: RunContext, inputs: RunInputs) -> _Distillation:
     }
     for name, scorer in scorers.items():
         starting[name] = scorer.start.remote(config, inputs, f"{name}-0", models[name])
-    state = run.wait_for_start(starting)["learner"]
+    state = run.wait_briefly(starting)["learner"]
     if state is not None:
-        run.wait_for_start({"replay": replay.load_state.remote(state["ledger"])})
+        run.wait_briefly({"replay": replay.load_state.remote(state["ledger"])})
         run.progress.say(f"resumed from the checkpoint after update {state['updates_done']}")
     return _Distillation(replay, sampler, scorers)
 
@@ -239,7 +239,7 @@ def _record_actors(run: RunContext, actors: _Distillation) -> None:
     """Record the tokens and the busy times of the sampler and the scorers."""
     sampler = sampler_name(run.config)
     handles = {sampler: actors.sampler} | actors.scorers
-    stats = run.wait_for_start({name: actor.stats.remote() for name, actor in handles.items()})
+    stats = run.wait_briefly({name: actor.stats.remote() for name, actor in handles.items()})
     for name in actors.scorers:
         run.record.tokens[f"{name}_scored"] = stats[name]["teacher/num_tokens"]
         run.record.timing_s[f"{name}_busy"] = stats[name]["timing/teacher_busy_s"]

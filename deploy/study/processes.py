@@ -22,6 +22,8 @@ _POLL_S = 0.2
 class ProcessFailed(DistillError, RuntimeError):
     """A process ended with an unexpected exit code; the message names it and the file of its output."""
 
+    code = "process"
+
 
 @dataclass(frozen=True)
 class Command:

@@ -325,6 +325,8 @@ class Study:
 class StudyUnfinished(DistillError, RuntimeError):
     """A study ends without results."""
 
+    code = "study_unfinished"
+
 
 def _preflight(job: Job) -> None:
     """Check a recipe before the study's first run.

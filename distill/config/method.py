@@ -89,9 +89,9 @@ class RecipeConfig:
         weights = self.loss_weight, self.anchor_weight, self.long_weight
         return "hidden" if max(weights) > 0 else "text"
 
-    def loss_on(self, source: Literal["teacher_text", "student_text"]) -> Loss:
+    def loss_on(self, text: Literal["teacher_text", "student_text"]) -> Loss:
         """The main loss on one of the two texts."""
-        return self.student_text_loss or self.loss if source == "student_text" else self.loss
+        return self.student_text_loss or self.loss if text == "student_text" else self.loss
 
     def violations(self) -> Iterator[ConfigError]:
         yield from self._text_violations()

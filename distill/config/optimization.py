@@ -21,7 +21,7 @@ class SftConfig:
     rows_per_update: int = 16
     """Number of references per optimizer step."""
     learning_rate: float = 5e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW. A cosine lowers it to a tenth of the peak in the last step."""
     warmup_fraction: float = 0.05
     """Fraction of the optimizer steps over which the learning rate rises to its peak."""
 
@@ -49,7 +49,7 @@ class ProxyConfig:
     rows_per_update: int = 16
     """Number of teacher texts per optimizer step."""
     learning_rate: float = 5e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW. A cosine lowers it to a tenth of the peak in the last step."""
     warmup_fraction: float = 0.05
     """Fraction of the optimizer steps over which the learning rate rises to its peak."""
 

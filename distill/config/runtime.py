@@ -33,7 +33,8 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.85
     """Fraction of the GPU's memory for weights and key-value cache. Not used on a CPU."""
     max_num_seqs: int = 64
-    """Largest number of sequences that are decoded together."""
+    """Largest number of sequences that are decoded together. The corpus of teacher text is sampled 128 at a time,
+    whatever this is."""
 
     def violations(self) -> Iterator[ConfigError]:
         yield from bounded("rollout", self, ">= 1", "samples_per_prompt", "max_new_tokens", "max_num_seqs")
@@ -58,7 +59,8 @@ class ScoringConfig:
     gpu_memory_utilization: float = 0.85
     """Fraction of the GPU's memory for weights and key-value cache. Not used on a CPU."""
     max_groups: int = 64
-    """Largest number of groups that are scored in one call."""
+    """Largest number of groups that are scored in one call. It has no effect in lock-step
+    (``replay.max_policy_age=0``), where a call scores all groups of an update."""
     check: int = 4
     """Number of held-out texts of the teacher on which a run, when it starts, compares the probabilities that the
     learner computes for the teacher with those that the engine sampled from. A total variation above 0.05 ends

@@ -24,10 +24,11 @@ from distill.evaluation.results import EXTRA_METRICS, METRICS, Evaluation
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SOURCES: tuple[tuple[Literal["teacher_text", "student_text"], str], ...] = (
+_WRITERS: tuple[tuple[Literal["teacher_text", "student_text"], str], ...] = (
     ("teacher_text", "teacher"),
     ("student_text", "student"),
 )
+"""The two texts of an evaluation, each with the ``source`` of its rows."""
 _DIVERGENCES = ("tv", "forward_kl", "reverse_kl", "jsd")
 _BLOCK_NUMBERS = 1 << 19
 """Numbers per block of rows on a CPU: small enough that a block's temporaries stay in the cache."""
@@ -142,7 +143,7 @@ def measure(
     """
     texts = {
         name: _Text(name, source, rows)
-        for (name, source), rows in zip(_SOURCES, (teacher_rows, student_rows), strict=True)
+        for (name, source), rows in zip(_WRITERS, (teacher_rows, student_rows), strict=True)
     }
     prompts = _common_prompts(texts["teacher_text"], texts["student_text"])
     sums = _PromptSums(prompts)
@@ -179,7 +180,7 @@ class _PromptSums:
 
 
 class _Text:
-    """The rows of one source, with room for the values measured at each response token."""
+    """The rows of one text, with room for the values measured at each response token."""
 
     def __init__(self, name: str, source: str, batches: Sequence[pa.RecordBatch]):
         self.name = name
@@ -240,9 +241,7 @@ class _Text:
                     f"{self.name}: {name} at token {step} of {self.trajectory_ids[row]}",
                     values[wrong[0]],
                     f"be finite ({len(wrong)} tokens are not)",
-                    "lower learner.learning_rate and train again, because the model's outputs are not numbers"
-                    if np.isnan(values[wrong[0]])
-                    else "mask the same tail of both vocabularies",
+                    "lower learner.learning_rate, or sft.learning_rate if this is the evaluation before training",
                 )
 
     def _where(self, place: int) -> tuple[int, int]:

@@ -28,8 +28,7 @@ class Purpose(IntEnum):
 
 def seeded_generator(seed: int, purpose: Purpose, number: int) -> np.random.Generator:
     """Return the generator of (seed, purpose, number)."""
-    # SeedSequence rejects negative numbers, but a user's seed can be negative.
-    return np.random.default_rng([seed % 2**64, purpose, number])
+    return np.random.default_rng([seed, purpose, number])
 
 
 class DrawOrder:
@@ -96,10 +95,6 @@ class BatchPlan:
     def student_groups(self, update: int) -> int:
         """Return the number of student groups that ``update`` uses."""
         return self.student_through(update + 1) - self.student_through(update)
-
-    def teacher_rows(self, update: int) -> int:
-        """Return the number of teacher rows that ``update`` uses."""
-        return self.teacher_through(update + 1) - self.teacher_through(update)
 
     def student_through(self, updates: int) -> int:
         """Return the number of student groups that the first ``updates`` updates use."""

@@ -15,7 +15,7 @@ from distill.interfaces import Draw, GroupRef, Lease, ScoringJob
 from distill.replay.draws import BatchPlan, DrawOrder
 from distill.replay.ledger import DrawState, Item, ReplayError, Stage, TrainedDraws, VersionHistory
 from distill.replay.limiter import RateLimiter
-from distill.replay.payload_cache import PayloadCache, SegmentLedger
+from distill.replay.payload_cache import PayloadCache, SegmentUse
 from distill.replay.student_table import StudentTable
 from distill.replay.teacher_table import TeacherTable
 
@@ -53,7 +53,7 @@ class ReplayIndex:
         self._leases: dict[int, Lease] = {}
         self._num_sampled = 0
         self._open = False
-        self._segments = SegmentLedger()
+        self._segments = SegmentUse()
         self._cache = PayloadCache(self._segments, self._replay.max_bytes)
         self._student = StudentTable(
             self._replay, self._plan, self._limiter, self._student_order, self._segments, trained, versions

@@ -21,6 +21,8 @@ Stage = Literal["rollout", "scoring"]
 class ReplayError(DistillError, RuntimeError):
     """A call that contradicts the ledger, or a setting under which the index cannot work."""
 
+    code = "replay"
+
 
 class DrawState(IntEnum):
     """The progress of a draw, in ascending order."""

@@ -10,12 +10,12 @@ from collections import Counter, OrderedDict
 from distill.interfaces import GroupRef
 
 
-class SegmentLedger:
+class SegmentUse:
     """Which segments contain a live group, and how many bytes are live.
 
     A writer may delete a segment only when every group that it wrote there was inserted and is
-    dead. The ledger does not know groups that are written but not yet inserted, so it reports a
-    freed segment with the number of groups that were ever inserted from it.
+    dead. Groups that are written but not yet inserted are unknown here, so a freed segment is reported with the
+    number of groups that were ever inserted from it.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class SegmentLedger:
             self._freed.add(segment)
 
     def replace(self, old: GroupRef, new: GroupRef) -> None:
-        """Move a group. Without a teacher payload a group keeps its location, and nothing changes."""
+        """Move a group. Where the recipe needs no payload, a group keeps its location, and nothing changes."""
         if old.location != new.location:
             self.remove(old)
             self.add(new)
@@ -58,7 +58,7 @@ class PayloadCache:
     A row that an admitted draw waits for or uses is pinned and never evicted.
     """
 
-    def __init__(self, segments: SegmentLedger, max_bytes: int) -> None:
+    def __init__(self, segments: SegmentUse, max_bytes: int) -> None:
         self._segments = segments
         self._max_bytes = max_bytes
         self._rows: OrderedDict[int, GroupRef] = OrderedDict()

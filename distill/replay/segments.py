@@ -36,18 +36,20 @@ FOLDER_PREFIX = "distill-"
 class RemoteSegment(DistillError, NotImplementedError):
     """A group on another node, which cannot be fetched yet."""
 
+    code = "remote_segment"
 
-def sweep(root: Path, alive: Callable[[str], bool], prefix: str = FOLDER_PREFIX) -> list[Path]:
+
+def sweep(root: Path, alive: Callable[[str], bool]) -> list[Path]:
     """Remove the folders of runs that are not ``alive(run_id)``; returns them.
 
-    It touches only this user's folders with the prefix and follows no links.
+    It touches only this user's folders with :data:`FOLDER_PREFIX` and follows no links.
     """
     removed: list[Path] = []
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        ours = entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False)
+        ours = entry.name.startswith(FOLDER_PREFIX) and entry.is_dir(follow_symlinks=False)
         if not ours or entry.stat(follow_symlinks=False).st_uid != os.getuid():
             continue
-        if not alive(entry.name.removeprefix(prefix)):
+        if not alive(entry.name.removeprefix(FOLDER_PREFIX)):
             shutil.rmtree(entry.path, ignore_errors=True)
             removed.append(Path(entry.path))
     return removed
@@ -178,14 +180,6 @@ class SegmentStore:
             if name in self._appended:
                 self._announced_dead[name] = num_dead
         self._delete_dead()
-
-    def close(self, delete: bool) -> None:
-        """Close the open file and all maps; with ``delete``, remove this writer's files as well."""
-        self._seal()
-        self._maps.clear()
-        if delete:
-            for name in list(self._appended):
-                self._delete(name)
 
     # Writing
 

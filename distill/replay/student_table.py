@@ -14,7 +14,7 @@ from distill.interfaces import Draw, GroupRef
 from distill.replay.draws import BatchPlan, DrawOrder, Purpose, seeded_generator
 from distill.replay.ledger import DrawState, Item, ReplayError, Stage, TrainedDraws, VersionHistory
 from distill.replay.limiter import RateLimiter
-from distill.replay.payload_cache import SegmentLedger
+from distill.replay.payload_cache import SegmentUse
 
 
 class StudentTable:
@@ -32,7 +32,7 @@ class StudentTable:
         plan: BatchPlan,
         limiter: RateLimiter,
         order: DrawOrder | None,
-        segments: SegmentLedger,
+        segments: SegmentUse,
         trained: TrainedDraws,
         versions: VersionHistory,
     ) -> None:

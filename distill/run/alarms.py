@@ -56,12 +56,12 @@ class Alarms:
         if len(self._rows) < WINDOW:
             return []
         raised: list[str] = []
-        for source in ("teacher_text", "student_text"):
-            tightness = self._mean(f"critic/{source}.tightness")
+        for text in ("teacher_text", "student_text"):
+            tightness = self._mean(f"critic/{text}.tightness")
             if tightness is not None and tightness < WEAK:
                 raised += self._once(
-                    f"weak_{source}",
-                    f"critic/{source}.tightness is {tightness:.2f} over {WINDOW} updates and should be at least "
+                    f"weak_{text}",
+                    f"critic/{text}.tightness is {tightness:.2f} over {WINDOW} updates and should be at least "
                     f"{WEAK}: the critic is too weak to be trusted; use critic.features=ratio, or raise "
                     "critic.rank, critic.learning_rate or recipe.anchor_weight",
                 )

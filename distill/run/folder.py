@@ -89,9 +89,6 @@ class RunFolder:
         self._lock_file = self.path / ".lock"
         self._lock: int | None = None
 
-    def checkpoint(self, updates_done: int) -> Path:
-        return self.checkpoints / f"step-{updates_done}"
-
     def evaluation(self, label: str) -> Path:
         return self.evaluations / f"{label}.parquet"
 

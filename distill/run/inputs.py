@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill.replay.segments import FOLDER_PREFIX
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunInputs:
@@ -59,7 +61,7 @@ class RunInputs:
     @property
     def shared_memory(self) -> Path:
         """This run's folder in shared memory."""
-        return shared_memory_root() / f"distill-{self.run_id}"
+        return shared_memory_root() / f"{FOLDER_PREFIX}{self.run_id}"
 
     @property
     def segments(self) -> Path:

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.files import plain, write_bytes
+from distill.run.folder import RunFolder
 
-PARTS = ("rollout", "teacher", "replay", "critic", "policy", "weights", "timing")
+PARTS = ("rollout", "teacher", "replay", "critic", "policy", "timing")
 _NAME = re.compile(rf"(?:{'|'.join(PARTS)})/[a-z0-9_]+(?:[./][a-z0-9_]+)*")
 
 
@@ -52,7 +53,7 @@ def reproducible(table: pa.Table) -> pa.Table:
 
 def read_metrics(run_dir: str | Path) -> pa.Table:
     """Read the present ``metrics.parquet``; the table has no rows if there is no file yet."""
-    path = Path(run_dir) / "metrics.parquet"
+    path = RunFolder(run_dir).metrics
     return pq.ParquetFile(path).read() if path.is_file() else _empty()
 
 
@@ -68,7 +69,7 @@ class MetricsWriter:
     def __init__(
         self, run_dir: str | Path, interval_s: float = 5.0, clock: Callable[[], float] = time.monotonic
     ):
-        self.path = Path(run_dir) / "metrics.parquet"
+        self.path = RunFolder(run_dir).metrics
         self._interval_s = interval_s
         self._clock = clock
         self._written = read_metrics(run_dir)
@@ -150,7 +151,7 @@ class EventLog:
     """
 
     def __init__(self, run_dir: str | Path):
-        self.path = Path(run_dir) / "events.jsonl"
+        self.path = RunFolder(run_dir).events
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._guard = threading.Lock()
@@ -176,7 +177,7 @@ class EventLog:
 
 def read_events(run_dir: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the events so far, oldest first."""
-    path = Path(run_dir) / "events.jsonl"
+    path = RunFolder(run_dir).events
     if not path.is_file():
         return
     with open(path, encoding="utf-8", errors="replace") as file:

@@ -2,10 +2,11 @@
 
 Called by :mod:`learner.update`, :mod:`learner.sft` and the evaluation. A row of logits is V numbers
 per position, so rows exist for one chunk at a time, and the gradient is formed within the chunk.
-Two sizes matter. Matrix products are efficient over many positions: the *chunk*. Elementwise passes on
-a CPU are efficient over few, because their temporaries then stay in the cache and are not returned to
-the operating system after every pass: the *block*, some rows of a chunk. At V = 49,152 a pass over
-fresh rows of 256 positions took 21 ms as a whole and 2 to 3 ms in blocks.
+Matrix products are efficient over many positions, so one product covers a whole *chunk*. On a CPU,
+elementwise passes are efficient over few positions, because their temporaries then stay in the cache and
+are not returned to the operating system after every pass. These passes therefore cover one *block* at a
+time, which is some rows of a chunk. At V = 49,152 a pass over fresh rows of 256 positions took 21 ms as a
+whole and 2 to 3 ms in blocks.
 
 Legend: N positions, D features, V vocabulary.
 """

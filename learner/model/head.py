@@ -46,8 +46,7 @@ def known_architectures() -> list[str]:
 _HEAD_NAMES = ("lm_head", "embed_out")
 _EMBEDDING_NAMES = (
     "model.embed_tokens.weight", "model.decoder.embed_tokens.weight", "decoder.embed_tokens.weight",
-    "transformer.wte.weight", "wte.weight", "gpt_neox.embed_in.weight",
-    "transformer.word_embeddings.weight", "word_embeddings.weight",
+    "gpt_neox.embed_in.weight",
 )  # fmt: skip
 
 
@@ -76,6 +75,10 @@ class LogitTransform:
     def prefix(self, num_tokens: int) -> LogitTransform:
         """The transform of the first ``num_tokens`` tokens."""
         return self if self.bias is None else replace(self, bias=self.bias[:num_tokens])
+
+    def detach(self) -> LogitTransform:
+        """The transform as a constant."""
+        return self if self.bias is None else replace(self, bias=self.bias.detach())
 
     @classmethod
     def from_config(cls, config: Any, bias: Tensor | None = None) -> LogitTransform:
@@ -138,10 +141,8 @@ class Head:
         return Head(self.weight[:num_tokens], self.transform.prefix(num_tokens))
 
     @classmethod
-    def from_checkpoint(
-        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> Head:
-        """Read only the head from a Hugging Face checkpoint in safetensors.
+    def from_checkpoint(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Head:
+        """Read only the head from a Hugging Face checkpoint in safetensors, as float32.
 
         Raises: ConfigError when the architecture is unknown or the tensor is not there.
         """
@@ -158,7 +159,7 @@ class Head:
         if weight_name is None:
             raise ConfigError("checkpoint", folder, f"contain {' or '.join(_HEAD_NAMES)}, or a known embedding",
                            "save it again with save_pretrained")  # fmt: skip
-        weight = _read_tensor(files, weight_name).to(device, dtype)
+        weight = _read_tensor(files, weight_name).to(device, torch.float32)
         bias_name = next((f"{name}.bias" for name in _HEAD_NAMES if f"{name}.bias" in files), None)
         bias = None if bias_name is None else _read_tensor(files, bias_name).to(device, torch.float32)
         return cls(weight, replace(transform, bias=bias))

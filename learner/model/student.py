@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.errors import ConfigError
-from distill.machine.hardware import ONE_LOAD_AT_A_TIME, computes_in_bfloat16
+from distill.machine.hardware import ONE_LOAD_AT_A_TIME, resolve_dtype
 from distill.machine.vector_math import settle_vector_math
 from learner.batch import Pack
 from learner.model.attention import PACKED
 from learner.model.head import LogitTransform
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -31,15 +32,9 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """The compute format of a setting; ``auto`` is bfloat16 if the processor computes in it.
-
-    Elsewhere bfloat16 is emulated: on an AVX2 processor it is twenty times slower than float32.
-    """
-    if name == "auto":
-        fast = device.type == "cuda" or computes_in_bfloat16()
-        return torch.bfloat16 if fast else torch.float32
-    return getattr(torch, name)
+def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
+    """The compute format of a setting; ``auto`` is bfloat16 where it is not emulated."""
+    return getattr(torch, resolve_dtype(name, "cuda" if device.type == "cuda" else "cpu"))
 
 
 def _set_matmul_precision(device: torch.device, precision: torch.dtype) -> None:
@@ -64,7 +59,7 @@ _PREFIX = "student."
 class Student:
     """A causal LM in training."""
 
-    def __init__(self, folder: str | Path, *, precision: str = "auto", device: str = "auto") -> None:
+    def __init__(self, folder: str | Path, *, precision: Precision = "auto", device: str = "auto") -> None:
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         _set_matmul_precision(self.device, self.precision)
@@ -77,18 +72,13 @@ class Student:
             )
         # Dropout off: the objective is a function of the policy, not of a noisy copy of it.
         self.model: Any = model.to(self.device).eval()
-        if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
-            must = "have an output head without bias, because a student's bias is not trained"
-            raise ConfigError("student.model", folder, must, "choose another student")
-        self.transform = LogitTransform.from_config(self.model.config)
+        # Phi's head has a bias. It is a parameter like any other: optimizer steps change it in place.
+        bias = getattr(self.model.get_output_embeddings(), "bias", None)
+        self.transform = LogitTransform.from_config(self.model.config, bias)
 
     @property
     def head_weight(self) -> nn.Parameter:
         return self.model.get_output_embeddings().weight
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter once; a tied head is the embedding."""

@@ -30,8 +30,8 @@ from learner.model.student import Student
 from learner.update.positions import Heads, teacher_hidden
 
 
-class Samplers(Protocol):
-    """The rollout worker and the teacher scorer, as an evaluation needs them."""
+class HeldoutActors(Protocol):
+    """The rollout actor and the teacher actor together, as an evaluation needs them."""
 
     async def sample_heldout(self, num_prompts: int) -> list[GroupRef]: ...
 
@@ -44,7 +44,22 @@ class Samplers(Protocol):
     async def release_heldout(self) -> None: ...
 
 
-class Scorer:
+class RolloutAndTeacher:
+    """Implements :class:`HeldoutActors` with the handles of two actors."""
+
+    def __init__(self, rollout: Any, teacher: Any) -> None:
+        """The arguments are :class:`distill.machine.remote.Remote`, or objects with the workers' methods."""
+        self.sample_heldout = rollout.sample_heldout
+        self.answer_shown = rollout.answer_shown
+        self.score_samples = teacher.score_samples
+        self.score_heldout = teacher.score_heldout
+        self._actors = (rollout, teacher)
+
+    async def release_heldout(self) -> None:
+        await asyncio.gather(*(actor.release_heldout() for actor in self._actors))
+
+
+class PolicyScorer:
     """Both policies' log-probabilities at every response token of some scored rows."""
 
     def __init__(self, student: Student, teacher_head: Head, micro_batch_tokens: int, chunk: int) -> None:
@@ -78,10 +93,10 @@ class Evaluator:
     """Measures the current student on held-out prompts, with samples of its live weights."""
 
     def __init__(
-        self, folder: RunFolder, samplers: Samplers, store: Store, score: Scorer, texts: HeldoutTexts
+        self, folder: RunFolder, actors: HeldoutActors, store: Store, score: PolicyScorer, texts: HeldoutTexts
     ) -> None:
         self._folder = folder
-        self._samplers = samplers
+        self._samplers = actors
         self._store = store
         self._score = score
         self._texts = texts

@@ -21,7 +21,7 @@ from distill.run.metrics import EventLog
 from learner.model.student import Student
 from learner.optimizer import adamw, load_optimizer_tensors, optimizer_tensors
 from learner.process.checkpoint import Checkpoints
-from learner.process.recorder import Report
+from learner.process.recorder import ReportFacts
 from learner.process.saver import StudentWriter
 from learner.sft import run_sft
 
@@ -36,7 +36,7 @@ def fit(
     corpus_path: str,
     out_dir: Path,
     training: SftConfig,
-    report: Report,
+    report: ReportFacts,
 ) -> dict[str, float]:
     """Train ``model_dir`` on a corpus into a Hugging Face checkpoint at ``out_dir``.
 
@@ -73,6 +73,7 @@ def fit(
         corpus.rows,
         DrawOrder("teacher_text", corpus.num_rows, config.seed),
         training,
+        section="proxy" if out_dir.name == "proxy" else "sft",
         first_update=done,
         micro_batch_tokens=resolve_micro_batch_tokens(learner.micro_batch_tokens, student.device.type),
         vocabulary_chunk=learner.vocabulary_chunk,

@@ -16,10 +16,10 @@ from distill.interfaces import Lease
 from learner.process.adaptive_share import AdaptiveShare
 from learner.process.evaluator import Evaluator
 from learner.process.recorder import Recorder
-from learner.process.saver import Ledger, Saver
+from learner.process.saver import CommitTarget, Saver
 
 
-class ReplayControl(Ledger, Protocol):
+class ReplayControl(CommitTarget, Protocol):
     """The replay service as the milestones see it."""
 
     async def stats(self) -> dict[str, float]: ...

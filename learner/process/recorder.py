@@ -16,14 +16,14 @@ from distill.run.alarms import Alarms
 from distill.run.folder import RunFolder
 from distill.run.metrics import EventLog, MetricsWriter, read_metrics
 
-Report = Callable[..., None]
+ReportFacts = Callable[..., None]
 """Takes keyword facts for the live line; the driver polls them."""
 
 
 class Recorder:
     """Writes what happens in a run folder, and reports it to the live line."""
 
-    def __init__(self, folder: RunFolder, alarms: Alarms, report: Report) -> None:
+    def __init__(self, folder: RunFolder, alarms: Alarms, report: ReportFacts) -> None:
         self.report = report
         self._alarms = alarms
         self._metrics = MetricsWriter(folder.path)

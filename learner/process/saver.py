@@ -21,7 +21,7 @@ from learner.model.student import Student
 from learner.process.checkpoint import Checkpoints
 
 
-class Ledger(Protocol):
+class CommitTarget(Protocol):
     """The part of the replay service that a checkpoint needs."""
 
     async def state(self) -> dict[str, Any]: ...
@@ -47,7 +47,7 @@ class Saver:
         self._writer = writer
         self._states = states
 
-    async def save(self, updates_done: int, policy_version: int, ledger: Ledger) -> None:
+    async def save(self, updates_done: int, policy_version: int, replay: CommitTarget) -> None:
         """Write a checkpoint, then make its acknowledgements final.
 
         The order matters: before the checkpoint is durable, a crash would undo the update.
@@ -55,12 +55,12 @@ class Saver:
         state = {
             "updates_done": updates_done,
             "policy_version": policy_version,
-            "ledger": await ledger.state(),
+            "ledger": await replay.state(),
             **{name: state() for name, state in self._states.items()},
         }
         tensors = self._distiller.tensors()
         await asyncio.to_thread(self._checkpoints.save, updates_done, tensors, state)
-        await ledger.commit(updates_done)
+        await replay.commit(updates_done)
 
     async def keep_best(self, updates_done: int, metric: str, evaluation: Evaluation) -> float | None:
         """Keep the student if an evaluation is the best so far; returns the value if it is."""

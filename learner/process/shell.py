@@ -17,22 +17,9 @@ from distill.config import RunConfig, SftConfig
 from distill.machine.remote import Remote
 from distill.run.inputs import RunInputs
 from learner.process.cut import cut
+from learner.process.evaluator import RolloutAndTeacher
 from learner.process.fit import fit
 from learner.process.worker import LearnerWorker
-
-
-class _Samplers:
-    """The rollout actor and the teacher actor as one :class:`learner.process.evaluator.Samplers`."""
-
-    def __init__(self, rollout: Remote, teacher: Remote) -> None:
-        self.sample_heldout = rollout.sample_heldout
-        self.answer_shown = rollout.answer_shown
-        self.score_samples = teacher.score_samples
-        self.score_heldout = teacher.score_heldout
-        self._actors = (rollout, teacher)
-
-    async def release_heldout(self) -> None:
-        await asyncio.gather(*(actor.release_heldout() for actor in self._actors))
 
 
 class LearnerActor:
@@ -73,10 +60,9 @@ class LearnerActor:
         """``rollout``: the actor that samples, for training or for evaluations only. ``scorer``: fills
         the payload. ``teacher``: scores for evaluations; it is the scorer unless there is a proxy."""
         sampling: Any = Remote(rollout)
-        samplers: Any = _Samplers(sampling, Remote(teacher))
         return await self.worker.train(
             Remote(replay),
-            samplers,
+            RolloutAndTeacher(sampling, Remote(teacher)),
             [sampling],
             [sampling.stats, Remote(scorer).stats],
         )

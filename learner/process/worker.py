@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 from distill.algorithm import train_loop
@@ -18,15 +19,16 @@ from distill.replay.segments import SegmentStore
 from distill.run.alarms import Alarms
 from distill.run.folder import PolicyVersionCounter, RunFolder
 from distill.run.inputs import RunInputs
+from distill.run.store import open_store
 from learner.distiller import Distiller
 from learner.model.head import Head
 from learner.model.student import Student
 from learner.process.adaptive_share import AdaptiveShare
 from learner.process.checkpoint import Checkpoints
-from learner.process.evaluator import Evaluator, HeldoutTexts, Samplers, Scorer
+from learner.process.evaluator import Evaluator, HeldoutActors, HeldoutTexts, PolicyScorer
 from learner.process.milestones import ReplayControl, RunMilestones
 from learner.process.publish import SharedMemoryPublisher, WeightReceiver
-from learner.process.recorder import Recorder, Report, resumed_alarms
+from learner.process.recorder import Recorder, ReportFacts, resumed_alarms
 from learner.process.saver import Saver, StudentWriter
 from learner.process.teacher_check import check_teacher
 
@@ -36,7 +38,7 @@ Stats = Callable[[], Awaitable[dict[str, float]]]
 class LearnerWorker:
     """One learner rank, at the newest checkpoint of its run."""
 
-    def __init__(self, config: RunConfig, inputs: RunInputs, report: Report) -> None:
+    def __init__(self, config: RunConfig, inputs: RunInputs, report: ReportFacts) -> None:
         """Load the models and the newest checkpoint. ``report``: takes facts for the live line."""
         self.config = config
         self.inputs = inputs
@@ -63,7 +65,7 @@ class LearnerWorker:
     async def train(
         self,
         replay: Any,
-        samplers: Samplers,
+        heldout: HeldoutActors,
         receivers: Sequence[WeightReceiver],
         actor_stats: Sequence[Stats],
     ) -> dict[str, Any]:
@@ -71,20 +73,20 @@ class LearnerWorker:
 
         ``replay``: the service, as :class:`distill.interfaces.Replay` and as ``ReplayControl``.
         """
-        store, publisher = self._store(), self._publisher(receivers)
-        recorder = Recorder(self.folder, self.alarms, self.report)
-        scorer = self._scorer()
-        await self._check_teacher(samplers, store, scorer.teacher_head, recorder)
-        milestones = self._milestones(
-            replay,
-            recorder,
-            Evaluator(self.folder, samplers, store, scorer, HeldoutTexts(self.inputs)),
-            [publisher.stats, *actor_stats],
-        )
-        num_updates = self.config.learner.num_updates
-        self.report(activity="training", num_updates=num_updates, started=time.time())
-        start = time.monotonic()
-        try:
+        store = open_store(self.config.replay, self.inputs, "learner")
+        publisher, scorer = self._publisher(receivers), self._scorer()
+        # A run that ends by an error keeps its last rows, which explain it.
+        with closing(Recorder(self.folder, self.alarms, self.report)) as recorder:
+            await self._check_teacher(heldout, store, scorer.teacher_head, recorder)
+            milestones = self._milestones(
+                replay,
+                recorder,
+                Evaluator(self.folder, heldout, store, scorer, HeldoutTexts(self.inputs)),
+                [publisher.stats, *actor_stats],
+            )
+            num_updates = self.config.learner.num_updates
+            self.report(activity="training", num_updates=num_updates, started=time.time())
+            start = time.monotonic()
             await train_loop(
                 replay,
                 store,
@@ -94,8 +96,6 @@ class LearnerWorker:
                 updates_done=self.distiller.updates_done,
                 num_updates=num_updates,
             )
-        finally:
-            recorder.close()  # the rows before a failure are those that explain it
         await asyncio.to_thread(self.writer.write, self.distiller.student, self.folder.student)
         seconds = time.monotonic() - start
         return {
@@ -104,17 +104,6 @@ class LearnerWorker:
             "num_tokens": self.distiller.num_tokens,
             "timing_s": {"training": seconds - sum(milestones.seconds.values()), **milestones.seconds},
         }
-
-    def _store(self) -> SegmentStore:
-        replay = self.config.replay
-        return SegmentStore(
-            memory_dir=self.inputs.segments,
-            spill_dir=self.folder.replay,
-            writer_id="learner",
-            node=self.inputs.node,
-            segment_bytes=replay.segment_bytes,
-            memory_bytes=replay.memory_bytes,
-        )
 
     def _publisher(self, receivers: Sequence[WeightReceiver]) -> SharedMemoryPublisher:
         return SharedMemoryPublisher(
@@ -144,7 +133,7 @@ class LearnerWorker:
         )
 
     async def _check_teacher(
-        self, samplers: Samplers, store: SegmentStore, head: Head, recorder: Recorder
+        self, heldout: HeldoutActors, store: SegmentStore, head: Head, recorder: Recorder
     ) -> None:
         """Raises: ConfigError when the engine's teacher is another distribution than the learner's."""
         num_texts = min(self.config.scoring.check, self.config.evaluation.num_prompts)
@@ -152,14 +141,14 @@ class LearnerWorker:
             return
         self.report(activity="comparing the teacher's engine with the learner")
         head = head.prefix(self.inputs.num_tokens)
-        tv = await check_teacher(samplers, store, self.inputs.heldout_corpus, num_texts, head)
+        tv = await check_teacher(heldout, store, self.inputs.heldout_corpus, num_texts, head)
         recorder.event("teacher_checked", num_texts=num_texts, tv=tv)
 
-    def _scorer(self) -> Scorer:
+    def _scorer(self) -> PolicyScorer:
         """Evaluations compare with the teacher itself, even where a proxy stands in for it in training."""
         student, teacher = self.distiller.student, self.distiller.teacher
         if self.inputs.has_proxy:
             teacher = Head.from_checkpoint(self.inputs.teacher_dir, device=student.device)
         learner = self.config.learner
         micro_batch_tokens = resolve_micro_batch_tokens(learner.micro_batch_tokens, student.device.type)
-        return Scorer(student, teacher, micro_batch_tokens, learner.vocabulary_chunk)
+        return PolicyScorer(student, teacher, micro_batch_tokens, learner.vocabulary_chunk)

@@ -16,13 +16,14 @@ from distill.objectives import (
     moment_gap,
     sampled_critic_loss,
 )
+from learner.batch import TEXTS
 from learner.model.chunked import ChunkedLogits, chunked_loss
 from learner.model.head import LogitTransform
 from learner.ranks import ALONE, Ranks
-from learner.update.critics import SOURCES, Critic, CriticPair
+from learner.update.critics import Critic, CriticPair
 from learner.update.positions import Heads, Policies, Positions, to_floats
 
-WARM_UP_POSITIONS = 512
+WARMUP_POSITIONS = 512
 """Approximate positions of a warm-up step: young critics learn more from many short steps."""
 SATURATION = 0.95
 """Share of the bound beyond which an action value counts as saturated."""
@@ -35,8 +36,8 @@ def critic_step(
     config: CriticConfig,
     *,
     chunk: int,
-    seed: int,
-    warm_up: bool = False,
+    update_number: int,
+    warmup: bool = False,
     from_text: bool = False,
     discount: float = 1.0,
     ranks: Ranks = ALONE,
@@ -46,60 +47,60 @@ def critic_step(
     The slices together are all positions, unless ``positions_per_step`` makes them smaller. The first
     slice is measured before its step, while it is new to the critics.
 
-    ``warm_up``: as many steps as it takes for none to see more than 512 positions. ``from_text``: the gap
+    ``warmup``: as many steps as it takes for each to see about 512 positions. ``from_text``: the gap
     is taken between the text's tokens and the policy, because ``heads.teacher`` is a proxy's.
     ``discount``: a position weighs discount^t in its critic's mean: γ with ``credit.form=exact``, so that
     on fresh text the critics maximise the very distance that the student minimises.
     """
     device = positions.step.device
-    slice_of, num_steps = _slices(positions, config, seed, warm_up, ranks)
+    slice_of, num_steps = _slices(positions, config, update_number, warmup, ranks)
     norms: list[Tensor] = []
     totals: dict[str, Tensor] = {}
-    steps_of = dict.fromkeys(SOURCES, 0)
+    steps_of = dict.fromkeys(TEXTS, 0)
     for number in range(num_steps):
         critics.zero_grad()
-        for source in SOURCES:
-            part = positions.select(slice_of == number).of(source)
+        for text in TEXTS:
+            part = positions.select(slice_of == number).of(text)
             weight = discount ** part.step.double()
             total = ranks.sum(weight.sum())
             if len(part):
-                measure = steps_of[source] == 0
+                measure = steps_of[text] == 0
                 means = _critic_gradient(
-                    part, weight / total, heads, critics[source], config, chunk, measure, from_text
+                    part, weight / total, heads, critics[text], config, chunk, measure, from_text
                 )
                 for name, value in means.items():
-                    key = f"critic/{source}.{name}"
+                    key = f"critic/{text}.{name}"
                     totals[key] = totals[key] + value if key in totals else value
-            steps_of[source] += int(total > 0)
+            steps_of[text] += int(total > 0)
         ranks.sum_gradients(critics.parameters())
         norms.append(critics.step())
     totals = ranks.sum_by_name(totals, device)
-    for source, steps in steps_of.items():
+    for text, steps in steps_of.items():
         if steps:
-            totals[f"critic/{source}.loss"] /= steps
+            totals[f"critic/{text}.loss"] /= steps
     return _tightness(to_floats(totals | {"critic/grad_norm": torch.stack(norms).mean()}))
 
 
 def _slices(
-    positions: Positions, config: CriticConfig, seed: int, warm_up: bool, ranks: Ranks
+    positions: Positions, config: CriticConfig, update_number: int, warmup: bool, ranks: Ranks
 ) -> tuple[Int[Tensor, " N"], int]:
     """The slice of each position, and how many of the slices get a step.
 
-    A slice is every M-th token of every row, starting at ``seed``. M, the number of slices, is at most
+    A slice is every M-th token of every row, starting at ``update_number``. M, the number of slices, is at most
     the number of tokens of the longest row, so that no slice is empty. A slice depends on nothing but a
     token's place in its row, so neither packing nor the order of rows changes it.
     """
     device = positions.step.device
     num_positions = ranks.sum_count(len(positions), device)
     num_steps = config.num_steps
-    if warm_up:
-        num_steps = max(num_steps, -(-num_positions // WARM_UP_POSITIONS))
+    if warmup:
+        num_steps = max(num_steps, -(-num_positions // WARMUP_POSITIONS))
     num_slices = num_steps
     if config.positions_per_step is not None:
         num_slices = max(num_steps, -(-num_positions // config.positions_per_step))
     longest = int(positions.step.max()) + 1 if len(positions) else 1
     num_slices = min(num_slices, ranks.max_count(longest, device))
-    return (positions.step + seed) % num_slices, min(num_steps, num_slices)
+    return (positions.step + update_number) % num_slices, min(num_steps, num_slices)
 
 
 def _critic_gradient(
@@ -176,9 +177,9 @@ def _metrics_from_text(
 
 def _tightness(metrics: dict[str, float]) -> dict[str, float]:
     """Replace the best critic's gap with the share of it that the critic reaches; 1 if it is 0."""
-    for source in SOURCES:
-        best = metrics.pop(f"critic/{source}.best", None)
+    for text in TEXTS:
+        best = metrics.pop(f"critic/{text}.best", None)
         if best is not None:
-            gap = metrics[f"critic/{source}.d_mm"]
-            metrics[f"critic/{source}.tightness"] = gap / best if best > 0 else 1.0
+            gap = metrics[f"critic/{text}.d_mm"]
+            metrics[f"critic/{text}.tightness"] = gap / best if best > 0 else 1.0
     return metrics

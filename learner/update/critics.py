@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +35,9 @@ from torch import Tensor, nn
 
 from distill.config import CriticConfig
 from distill.errors import Diverged
+from learner.batch import TEXTS, Text
 from learner.model.head import Head
 from learner.optimizer import load_optimizer_tensors, optimizer_tensors
-
-Source = Literal["teacher_text", "student_text"]
-SOURCES: tuple[Source, Source] = ("teacher_text", "student_text")
-"""The two texts of an update: ``teacher_text`` (sampled from the teacher, or references) and ``student_text``."""
 
 _MIN_WIDTH = 128
 
@@ -175,28 +172,20 @@ class CriticPair:
         device: torch.device | str = "cpu",
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._critics: dict[Source, Critic] = {
-            source: Critic(config, teacher, student, generator).to(device) for source in SOURCES
+        self._critics: dict[Text, Critic] = {
+            text: Critic(config, teacher, student, generator).to(device) for text in TEXTS
         }
         self._ema = config.ema
         self._means = copy.deepcopy(self._critics) if config.ema else self._critics
         self._max_grad_norm = config.max_grad_norm
         self.optimizer = torch.optim.Adam(self.parameters(), lr=config.learning_rate, betas=(0.0, 0.9))
 
-    @property
-    def teacher_text(self) -> Critic:
-        return self._critics["teacher_text"]
+    def __getitem__(self, text: Text) -> Critic:
+        return self._critics[text]
 
-    @property
-    def student_text(self) -> Critic:
-        return self._critics["student_text"]
-
-    def __getitem__(self, source: Source) -> Critic:
-        return self._critics[source]
-
-    def opponent(self, source: Source) -> Critic:
-        """The student's opponent: the newest critic, or its running mean (``ema``)."""
-        return self._means[source]
+    def witness(self, text: Text) -> Critic:
+        """The critic that the student plays against: the newest one, or its running mean (``ema``)."""
+        return self._means[text]
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for critic in self._critics.values() for parameter in critic.parameters()]
@@ -229,8 +218,8 @@ class CriticPair:
 
     @torch.no_grad()
     def _update_means(self) -> None:
-        for source, critic in self._critics.items():
-            for mean, value in zip(self._means[source].parameters(), critic.parameters(), strict=True):
+        for text, critic in self._critics.items():
+            for mean, value in zip(self._means[text].parameters(), critic.parameters(), strict=True):
                 mean.lerp_(value, 1 - self._ema)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -249,6 +238,6 @@ class CriticPair:
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         kinds = {"critic": self._critics} | ({"critic_mean": self._means} if self._ema else {})
         for kind, critics in kinds.items():
-            for source, critic in critics.items():
+            for text, critic in critics.items():
                 for name, value in critic.named_parameters():
-                    yield f"{kind}.{source}.{name}", value
+                    yield f"{kind}.{text}.{name}", value

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.objectives import cross_entropy, entropy, moment_gap
-from learner.update.critics import Source
+from learner.batch import Text
 from learner.update.positions import Policies
 
 Sums = dict[str, Tensor]
@@ -28,13 +28,13 @@ _COUNT = "num_"
 
 @torch.no_grad()
 def of_policies(
-    source: Source,
+    text: Text,
     both: Policies,
     tv: Float[Tensor, " N"],
     log_ratio: Float[Tensor, "N V"],
     f: Float[Tensor, "N V"] | None,
 ) -> Sums:
-    """Exact divergences of the policies (``tv`` among them), and the gap that the student's opponent sees.
+    """Exact divergences of the policies (``tv`` among them), and the gap of the text's witness.
 
     Both divergences come from one log-ratio: the logits of a batch are finite, and every pass over the
     vocabulary takes noticeable time.
@@ -47,7 +47,7 @@ def of_policies(
     }
     if f is not None:
         values["moment_gap"] = moment_gap(*both.pair, f, **both.probs)
-    return {f"{source}.{name}": value.sum() for name, value in values.items()}
+    return {f"{text}.{name}": value.sum() for name, value in values.items()}
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def of_gradients(
     }
 
 
-def means(sums: Sums, num_tokens: Mapping[Source, int]) -> Sums:
+def means(sums: Sums, num_tokens: Mapping[Text, int]) -> Sums:
     """Sums over a whole update to means over the tokens they count, as metrics ``policy/...``.
 
     ``loss`` is a sum already. ``importance_ess``: effective share of the samples, (mean ρ)² / mean ρ²,

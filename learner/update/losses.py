@@ -24,11 +24,11 @@ from distill.objectives import (
     skew_forward_kl,
     skew_reverse_kl,
 )
-from learner.update.critics import Source
+from learner.batch import Text
 from learner.update.positions import Policies
 
 
-def text_weights(recipe: RecipeConfig) -> dict[Source, float]:
+def text_weights(recipe: RecipeConfig) -> dict[Text, float]:
     """Weight of the main loss on each text: 1 − β and β if every update contains both, otherwise 1."""
     if recipe.student_text == "every_update" and recipe.teacher_text != "none":
         return {"teacher_text": 1 - recipe.beta, "student_text": recipe.beta}
@@ -47,7 +47,7 @@ DIVERGENCES: Mapping[str, Callable[[Policies, RecipeConfig], Tensor]] = {
 
 def position_losses(
     recipe: RecipeConfig,
-    source: Source,
+    text: Text,
     both: Policies,
     targets: Int[Tensor, " N"],
     *,
@@ -64,11 +64,11 @@ def position_losses(
     ``behavior_logprobs`` their log-probability under the policy that sampled (for ``ppo_clip``).
     """
     loss = torch.zeros_like(both.policy_logprobs[:, 0])
-    weight = text_weights(recipe)[source]
+    weight = text_weights(recipe)[text]
     if weight * recipe.loss_weight > 0:
-        main = _main_loss(recipe.loss_on(source), recipe, both, f, variance_penalty)
+        main = _main_loss(recipe.loss_on(text), recipe, both, f, variance_penalty)
         loss = loss + weight * recipe.loss_weight * main
-    if source == "student_text" and advantage is not None and weight * recipe.long_weight > 0:
+    if text == "student_text" and advantage is not None and weight * recipe.long_weight > 0:
         if ppo_clip is None:
             score = policy_gradient(both.policy_logprobs, targets, advantage)
         else:
@@ -77,9 +77,9 @@ def position_losses(
                 both.policy_logprobs, targets, advantage, behavior_logprobs, ppo_clip
             )
         loss = loss + weight * recipe.long_weight * score
-    if source == "teacher_text" and recipe.anchor_weight > 0:
+    if text == "teacher_text" and recipe.anchor_weight > 0:
         loss = loss + recipe.anchor_weight * DIVERGENCES[recipe.anchor](both, recipe)
-    if source == "teacher_text" and recipe.lm_weight > 0:
+    if text == "teacher_text" and recipe.lm_weight > 0:
         loss = loss + recipe.lm_weight * cross_entropy(both.policy_logprobs, targets)
     return loss
 

@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from learner.batch import Pack, TokenBatch
+from learner.batch import Pack, Text, TokenBatch
 from learner.model.head import Head, LogitTransform
-from learner.update.critics import Source
 
 
 @runtime_checkable
@@ -87,8 +86,8 @@ class Positions:
     def select(self, mask: Bool[Tensor, " N"]) -> Positions:
         return Positions(**{name: value[mask] for name, value in vars(self).items()})
 
-    def of(self, source: Source) -> Positions:
-        return self.select(self.is_student_text if source == "student_text" else ~self.is_student_text)
+    def of(self, text: Text) -> Positions:
+        return self.select(self.is_student_text if text == "student_text" else ~self.is_student_text)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Heads:
 
     @classmethod
     def of(cls, student: TrainedModel, teacher: Head) -> Heads:
-        head = Head(student.head_weight.detach(), student.transform)
+        head = Head(student.head_weight.detach(), student.transform.detach())
         num_tokens = min(head.num_tokens, teacher.num_tokens)
         return cls(head.prefix(num_tokens), teacher.prefix(num_tokens))
 

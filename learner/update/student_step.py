@@ -6,7 +6,6 @@ of both models').
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -14,14 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distill.config import MethodConfig
-from distill.errors import Diverged
 from distill.objectives import cross_entropy, entropy, total_variation
-from learner.batch import Pack, TokenBatch
+from learner.batch import Pack, Text, TokenBatch
 from learner.model.chunked import ChunkedLogits, LossOfChunk, chunked_loss
+from learner.optimizer import require_finite
 from learner.ranks import ALONE, Ranks
 from learner.update import diagnostics
 from learner.update.credit_step import Credit
-from learner.update.critics import Source
 from learner.update.losses import position_losses
 from learner.update.positions import Heads, Policies, TrainedModel, teacher_hidden, to_floats
 from learner.update.witness import Witness
@@ -32,7 +30,7 @@ def student_step(
     optimizer: torch.optim.Optimizer,
     batch: TokenBatch,
     heads: Heads | None,
-    witnesses: Mapping[Source, Witness] | None,
+    witnesses: Mapping[Text, Witness] | None,
     method: MethodConfig,
     credit: Credit | None = None,
     states: list[Tensor] | None = None,
@@ -40,8 +38,8 @@ def student_step(
 ) -> dict[str, float]:
     """One optimizer step of the student over all packs, with the critics fixed.
 
-    ``heads``: None for a recipe that compares no distributions. ``witnesses``: the student's opponent on
-    each text, if the recipe has any. ``states``: the student's states of each pack with their graphs, if
+    ``heads``: None for a recipe that compares no distributions. ``witnesses``: that of each
+    text, if the recipe has any. ``states``: the student's states of each pack with their graphs, if
     an earlier pass kept them; the list is emptied, so that each pack's activations are freed after use.
 
     Raises: Diverged when the loss or the gradient is not finite; the student is then unchanged.
@@ -62,13 +60,9 @@ def student_step(
         sums, {"teacher_text": batch.num_teacher_tokens, "student_text": batch.num_student_tokens}
     )
     metrics = to_floats(means | {"policy/grad_norm": grad_norm})
-    if not (math.isfinite(metrics["policy/loss"]) and math.isfinite(metrics["policy/grad_norm"])):
-        raise Diverged(
-            "the student's loss and gradient norm",
-            f"{metrics['policy/loss']}, {metrics['policy/grad_norm']}",
-            "be finite",
-            "lower learner.learning_rate; the student has not changed",
-        )
+    require_finite(
+        "the student", metrics["policy/loss"], metrics["policy/grad_norm"], "learner.learning_rate"
+    )
     optimizer.step()
     return metrics
 
@@ -81,7 +75,7 @@ class _StudentObjective:
         student: TrainedModel,
         batch: TokenBatch,
         heads: Heads | None,
-        witnesses: Mapping[Source, Witness] | None,
+        witnesses: Mapping[Text, Witness] | None,
         method: MethodConfig,
         credit: Credit | None,
     ) -> None:
@@ -93,11 +87,11 @@ class _StudentObjective:
         self._penalty = method.critic.penalty if method.critic.zero_sum else 0.0
         self._chunk = method.learner.vocabulary_chunk
         self._credit = credit
-        self._num_tokens: dict[Source, int] = {
+        self._num_tokens: dict[Text, int] = {
             "teacher_text": batch.num_teacher_tokens,
             "student_text": batch.num_student_tokens,
         }
-        num_rows: dict[Source, int] = {
+        num_rows: dict[Text, int] = {
             "teacher_text": batch.num_teacher_rows,
             "student_text": batch.num_student_rows,
         }
@@ -109,7 +103,7 @@ class _StudentObjective:
 
         Positions are sorted by text, and no block contains both texts, so a block has one critic.
         """
-        order, num_teacher = _sorted_by_source(pack)
+        order, num_teacher = _sorted_by_text(pack)
         hidden = hidden.index_select(0, order)
         if self._heads is None:
             loss_of_chunk = self._text_loss(pack, order, num_teacher, hidden.dtype)
@@ -134,9 +128,9 @@ class _StudentObjective:
 
         def loss_of_chunk(where: slice, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             logprobs = logits.log_softmax(-1)
-            source = _source(where, num_teacher)
-            metrics = {f"{source}.entropy": entropy(logprobs.detach()).sum()}
-            if source == "student_text":
+            text = _text_at(where, num_teacher)
+            metrics = {f"{text}.entropy": entropy(logprobs.detach()).sum()}
+            if text == "student_text":
                 return torch.zeros_like(metrics["student_text.entropy"]), metrics
             losses = self._recipe.lm_weight * cross_entropy(logprobs, targets[where])
             return (weight[where] * losses).sum() / self._denominator["teacher_text"], metrics
@@ -150,7 +144,7 @@ class _StudentObjective:
         features = teacher_hidden(pack)[order]
         teacher_logits = ChunkedLogits(heads.teacher, features, self._chunk)
         values = {
-            source: witness.at(features, hidden, self._chunk) for source, witness in self._witnesses.items()
+            text: witness.at(features, hidden, self._chunk) for text, witness in self._witnesses.items()
         }
         targets, row, step = pack.targets[order], pack.row[order], pack.step[order]
         behavior = pack.behavior_logprobs[order]
@@ -158,14 +152,14 @@ class _StudentObjective:
         advantage = None if self._credit is None else _look_up(self._credit.advantage, row, step)
 
         def loss_of_chunk(where: slice, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            source = _source(where, num_teacher)
+            text = _text_at(where, num_teacher)
             both = Policies.from_logits(logits, teacher_logits(where))
             with torch.no_grad():
                 log_ratio = both.log_ratio()
-                f = values[source](where, both, log_ratio) if values else None
+                f = values[text](where, both, log_ratio) if values else None
             losses = position_losses(
                 self._recipe,
-                source,
+                text,
                 both,
                 targets[where],
                 f=f,
@@ -176,14 +170,14 @@ class _StudentObjective:
             )
             fixed = both.detach()
             tv = total_variation(*fixed.pair, **fixed.probs)
-            sums = diagnostics.of_policies(source, fixed, tv, log_ratio, f)
-            if source == "student_text":
+            sums = diagnostics.of_policies(text, fixed, tv, log_ratio, f)
+            if text == "student_text":
                 tokens, length = targets[where], self._lengths[row[where]]
                 sums |= diagnostics.of_student_text(fixed, tv, tokens, step[where], length, behavior[where])
                 if advantage is not None and f is not None and self._recipe.loss_weight > 0:
                     scale = self._recipe.long_weight / self._recipe.loss_weight
                     sums |= diagnostics.of_gradients(fixed, f, tokens, scale * advantage[where])
-            return (weight[where] * losses).sum() / self._denominator[source], sums
+            return (weight[where] * losses).sum() / self._denominator[text], sums
 
         return loss_of_chunk
 
@@ -200,11 +194,11 @@ class _StudentObjective:
         return weight
 
 
-def _source(where: slice, num_teacher: int) -> Source:
+def _text_at(where: slice, num_teacher: int) -> Text:
     return "teacher_text" if where.stop <= num_teacher else "student_text"
 
 
-def _sorted_by_source(pack: Pack) -> tuple[Int[Tensor, " N"], int]:
+def _sorted_by_text(pack: Pack) -> tuple[Int[Tensor, " N"], int]:
     """The counted positions, teacher text first, and the number of those of teacher text."""
     teacher = (pack.counted & ~pack.is_student_text).nonzero().squeeze(1)
     student = (pack.counted & pack.is_student_text).nonzero().squeeze(1)

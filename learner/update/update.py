@@ -1,32 +1,33 @@
 """One update of the game: first the critics, then the student against them.
 
-The steps, numbered as in docs/method.md, "The algorithm"; each is a function of that name:
+The steps, numbered and named as in docs/method.md, "The algorithm":
 
     Input: student text with log μ(a_t); teacher text; the teacher's states h*; π, π*, f1, f2
 
-    1  states        h of π at every response position of both texts             collect_positions()
-    2  critic steps  K times, on disjoint slices of the positions:               critic_step()
+    1  States        h of π at every response position of both texts             collect_positions()
+    2  Critic steps  K times, on disjoint slices of the positions:               critic_step()
                        f1 ← Adam on mean[ −g_f1 + (λ/2) Var_m f1 ]   teacher text
                        f2 ← Adam on mean[ −g_f2 + (λ/2) Var_m f2 ]   student text
                      then f1 and f2 are constants                                witnesses()
-    3  credit        A_t = R_t − b_t from the gaps that follow token t           assign_credit()
-    4  student loss  (1−β) c_loss mean[ g_f1 ]              teacher text         student_step()
+    3  Credit        A_t = R_t − b_t from the gaps that follow token t           assign_credit()
+    4  Student step  (1−β) c_loss mean[ g_f1 ]              teacher text         student_step()
                      +  β  c_loss mean[ g_f2 ]              student text
                      +  β  c_long mean[ log π(a_t) A_t ]    student text
                      +     η_kl   mean[ D(π*, π) ]          teacher text
                      +     η_lm   mean[ −log π(y_t) ]       teacher text
-    5  student step  clip the gradient; AdamW                                    student_step()
+    5  Optimizer     clip the gradient; AdamW                                    student_step()
+       step
 
 with g_f(s) = Σ_a (π*(a|s) − π(a|s)) f(s, a), the moment gap, and D the anchor (forward KL by default).
 A recipe replaces both gaps by a divergence, or drops terms; an update with one text weighs it 1
-instead of 1−β or β. With ``credit.form=exact`` a mean is a sum with weights γ^t over every response,
-divided by the number of responses: L_off and L_on themselves. At π = π* the gaps and the anchor are 0
-whatever the critics are.
+instead of 1−β or β. With ``credit.form=exact`` a mean of step 4 is a sum with weights γ^t over every
+response, divided by the number of responses: L_off and L_on themselves. A mean of step 2 then has the same
+weights, divided by their sum. At π = π* the gaps and the anchor are 0 whatever the critics are.
 
-| loss of              | terms                                          | file                          |
+| what                 | terms                                          | file                          |
 |----------------------|------------------------------------------------|-------------------------------|
-| a critic             | −g_f + (λ/2) Var_m f                           | :mod:`.critic_step`           |
-| a position of text   | main loss, long horizon, anchor, cross-entropy | :mod:`.losses`                |
+| a critic's loss      | −g_f + (λ/2) Var_m f                           | :mod:`.critic_step`           |
+| a position's losses  | main loss, long horizon, anchor, cross-entropy | :mod:`.losses`                |
 | their formulas       | every divergence, gap and policy gradient      | :mod:`distill.objectives`     |
 | a token's advantage  | returns, baselines, importance ratios          | :mod:`distill.credit`         |
 
@@ -45,12 +46,12 @@ import torch
 from torch import Tensor
 
 from distill.config import MethodConfig
-from learner.batch import TokenBatch
+from learner.batch import Text, TokenBatch
 from learner.model.head import Head
 from learner.ranks import ALONE, Ranks
 from learner.update.credit_step import Credit, assign_credit, needs_credit
 from learner.update.critic_step import critic_step
-from learner.update.critics import CriticPair, Source
+from learner.update.critics import CriticPair
 from learner.update.positions import Heads, Positions, TrainedModel, collect_positions
 from learner.update.student_step import student_step
 from learner.update.witness import Witness, witnesses
@@ -64,15 +65,15 @@ def update(
     critics: CriticPair | None,
     method: MethodConfig,
     *,
-    seed: int,
-    critics_only: bool = False,
+    update_number: int,
+    warmup: bool = False,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Critics, then student; returns the metrics of this update.
 
     ``teacher`` may be None for a recipe without teacher payload, ``critics`` for one without learned
-    critics. ``seed`` chooses which positions each critic step sees; pass the update's number.
-    ``critics_only``: a warm-up update, which leaves the student alone if there are learned critics.
+    critics. ``update_number`` (from 0) decides which positions each critic step sees.
+    ``warmup``: whether this is a warm-up update, which leaves the student alone if there are learned critics.
     ``ranks``: who else has groups of this update; metrics and step are then the same on all.
 
     Raises: Diverged when a loss or gradient is not finite; the parameters it belongs to are unchanged.
@@ -83,24 +84,26 @@ def update(
     if teacher is None:
         raise ValueError(f"recipe {method.recipe.name} needs the teacher's head")
     heads = Heads.of(student, teacher)
-    learning = critics if method.uses_moment_gap else None
-    credits = needs_credit(method.recipe, method.credit) and batch.num_student_tokens > 0 and not critics_only
+    learned_critics = critics if method.uses_moment_gap else None
+    needs_advantages = (
+        needs_credit(method.recipe, method.credit) and batch.num_student_tokens > 0 and not warmup
+    )
     metrics: dict[str, float] = {}
     states: list[Tensor] | None = None
     credit: Credit | None = None
 
-    if learning or credits:  # 1
-        keep_graph = method.learner.keep_activations and not critics_only
+    if learned_critics or needs_advantages:  # 1
+        keep_graph = method.learner.keep_activations and not warmup
         positions, states = collect_positions(student, batch, keep_graph=keep_graph)
-    if learning:  # 2
-        metrics = _critics(positions, heads, learning, method, seed, critics_only, ranks)
-        if critics_only:
+    if learned_critics:  # 2
+        metrics = _critics(positions, heads, learned_critics, method, update_number, warmup, ranks)
+        if warmup:
             return metrics
-    opponents = witnesses(method.critic, critics, heads) if method.uses_moment_gap else {}
-    if credits:  # 3
-        credit = _credit(positions, batch, heads, opponents, method, ranks)
+    witness_of = witnesses(method.critic, critics, heads) if method.uses_moment_gap else {}
+    if needs_advantages:  # 3
+        credit = _credit(positions, batch, heads, witness_of, method, ranks)
     student_metrics = student_step(  # 4, 5
-        student, optimizer, batch, heads, opponents, method, credit, states, ranks=ranks
+        student, optimizer, batch, heads, witness_of, method, credit, states, ranks=ranks
     )
     return metrics | student_metrics
 
@@ -110,8 +113,8 @@ def _critics(
     heads: Heads,
     critics: CriticPair,
     method: MethodConfig,
-    seed: int,
-    warm_up: bool,
+    update_number: int,
+    warmup: bool,
     ranks: Ranks,
 ) -> dict[str, float]:
     recipe = method.recipe
@@ -121,8 +124,8 @@ def _critics(
         critics,
         method.critic,
         chunk=method.learner.vocabulary_chunk,
-        seed=seed,
-        warm_up=warm_up,
+        update_number=update_number,
+        warmup=warmup,
         from_text=recipe.teacher_gives == "text",
         discount=recipe.gamma if method.credit.form == "exact" else 1.0,
         ranks=ranks,
@@ -133,7 +136,7 @@ def _credit(
     positions: Positions,
     batch: TokenBatch,
     heads: Heads,
-    opponents: Mapping[Source, Witness],
+    witness_of: Mapping[Text, Witness],
     method: MethodConfig,
     ranks: Ranks,
 ) -> Credit:
@@ -141,7 +144,7 @@ def _credit(
         positions.of("student_text"),
         batch.group,
         heads,
-        opponents.get("student_text"),
+        witness_of.get("student_text"),
         method.recipe,
         method.credit,
         chunk=method.learner.vocabulary_chunk,

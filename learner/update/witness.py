@@ -1,4 +1,4 @@
-"""The witness f of a moment gap: the student's opponent, a constant of the student step.
+"""The witness of a moment gap: the f that the student plays against, a constant of the student step.
 
 ``critic.form`` selects it: the two learned critics, or the optimum of an unlimited critic
 (``closed_form``, ``sign``), which needs no training and is a function of the two policies.
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from distill.config import CriticConfig
 from distill.objectives import closed_form_critic, sign_critic
+from learner.batch import TEXTS, Text
 from learner.model.chunked import ChunkedLogits
 from learner.model.head import Head, LogitTransform
-from learner.update.critics import SOURCES, Critic, CriticPair, Source
+from learner.update.critics import Critic, CriticPair
 from learner.update.positions import Heads, Policies
 
 Values = Callable[[slice, Policies, Tensor], Tensor]
@@ -67,14 +68,14 @@ class FixedWitness:
         return lambda where, both, log_ratio: self._f(both)
 
 
-def witnesses(config: CriticConfig, critics: CriticPair | None, heads: Heads) -> dict[Source, Witness]:
+def witnesses(config: CriticConfig, critics: CriticPair | None, heads: Heads) -> dict[Text, Witness]:
     """The witness of each text, with the critics in their present state."""
     if config.form == "learned":
         if critics is None:
             raise ValueError("critic.form=learned needs critics")
-        return {source: LearnedWitness(critics.opponent(source), heads) for source in SOURCES}
+        return {text: LearnedWitness(critics.witness(text), heads) for text in TEXTS}
     fixed = FixedWitness(_closed_form(config) if config.form == "closed_form" else _sign(config))
-    return dict.fromkeys(SOURCES, fixed)
+    return dict.fromkeys(TEXTS, fixed)
 
 
 def _closed_form(config: CriticConfig) -> Callable[[Policies], Tensor]:

@@ -233,7 +233,7 @@ def test_every_sum_over_ranks_is_of_tensors_that_nccl_takes(world: Path) -> None
             found.append(
                 update(
                     side.student, side.optimizer, batch, side.teacher, side.critics, side.config.method,
-                    seed=0, ranks=ranks,
+                    update_number=0, ranks=ranks,
                 )
             )  # fmt: skip
     finally:

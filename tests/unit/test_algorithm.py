@@ -60,6 +60,7 @@ class World:
         self.prompts = PromptTable(table, samples_per_prompt=2, max_new_tokens=5, seed=config.seed)
         self.corpus = TextCorpus(corpus_rows(NUM_TEXTS))
         self.generator = FakeGenerator(delay_s)
+        self.teacher: FakeTeacher | None = FakeTeacher()
         self.learner = FakeLearner()
         self.milestones = FakeMilestones()
         self.publisher = FakePublisher(self.generator)
@@ -96,7 +97,7 @@ class World:
                 max_draws=1,
                 together=together,
             ),
-            score_loop(self.service, self.corpus, FakeTeacher(), self.stores["teacher"], max_groups=4),
+            score_loop(self.service, self.corpus, self.teacher, self.stores["teacher"], max_groups=4),
             train_loop(
                 self.service,
                 self.stores["learner"],
@@ -170,6 +171,21 @@ async def test_text_only_recipe_samples_nothing(tmp_path: Path) -> None:
     await world.run()
     assert world.generator.num_calls == 0
     assert all(len(draws) == 2 for draws in world.learner.seen)
+
+
+@pytest.mark.parametrize("student_text", ["every_update", "none"])
+async def test_a_recipe_without_payload_gets_the_same_rows(tmp_path: Path, student_text: str) -> None:
+    """Groups stay where the rollout actor wrote them; only rows of teacher text are stored again."""
+    found = []
+    for name in ("scored", "plain"):
+        world = World(make_config(student_text=student_text), tmp_path / name)
+        world.teacher = FakeTeacher() if name == "scored" else None
+        await world.run()
+        found.append([batch for batches in world.learner.batches for batch in batches])
+    for scored, plain in zip(*found, strict=True):
+        assert "teacher_hidden" not in plain.schema.names
+        for column in ("trajectory_id", "response_tokens", "behavior_logprobs"):
+            assert plain.column(column).equals(scored.column(column))
 
 
 async def test_a_stopped_replay_ends_training_with_an_error(tmp_path: Path) -> None:

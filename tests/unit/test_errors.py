@@ -141,7 +141,9 @@ def test_what_an_actor_raised_keeps_its_class_and_gets_its_name():
     assert type(error) is ActorFailed and error.code == "actor"
     assert str(error) == "learner must finish its work; it raised KeyError: 'x'"
     late = ActorFailed.late(["teacher", "learner"], 600.0)
-    assert str(late).startswith("learner, teacher must answer within 600 s; raise cluster.start_timeout_s")
+    assert str(late) == "learner, teacher must answer within 600 s; raise cluster.start_timeout_s"
+    late = ActorFailed.late(["learner"], 1.0, logs="/logs")
+    assert str(late).endswith("; raise cluster.start_timeout_s, or read the actors' logs under /logs")
 
 
 # Kinds
@@ -155,14 +157,19 @@ def test_what_an_actor_raised_keeps_its_class_and_gets_its_name():
         (Diverged, "diverged", 1, FloatingPointError),
         (SchemaError, "schema", 1, ValueError),
         (ActorFailed, "actor", 1, RuntimeError),
-        (WeightPushError, "failed", 1, RuntimeError),
-        (SegmentMissing, "failed", 1, LookupError),
+        (WeightPushError, "weight_push", 1, RuntimeError),
+        (SegmentMissing, "segment_missing", 1, LookupError),
     ],
 )
 def test_codes_of_the_kinds(kind, code, exit_code, base):
     assert (kind.code, kind.exit_code) == (code, exit_code)
     assert issubclass(kind, DistillError) and issubclass(kind, base)
     assert kind("a", 1, "be 2").parts()["code"] == code
+
+
+def test_a_code_names_one_kind():
+    codes = [kind.code for kind in all_kinds() if kind is not DistillError]
+    assert len(set(codes)) == len(codes), sorted(codes)
 
 
 def test_every_kind_accepts_the_parts_and_survives_pickling():

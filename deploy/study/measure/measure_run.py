@@ -82,7 +82,7 @@ def measure_run(run_dir: Path, texts_folder: Path, *, of_teacher: bool = False) 
     ``texts_folder``: keeps the teacher's answers to held-out prompts, by teacher, prompts and seed. They
     are sampled when absent; the runs of a seed share them.
 
-    Raises: ConfigError when the run does not exist.
+    Raises: ConfigError when the run or its teacher does not exist.
     """
     folder = RunFolder(run_dir)
     folder.require()
@@ -100,7 +100,8 @@ def measure_run(run_dir: Path, texts_folder: Path, *, of_teacher: bool = False) 
 def _heldout(folder: RunFolder, config: RunConfig, teacher: Any, texts_folder: Path) -> Heldout:
     table = read_table(folder.data / HELDOUT_PROMPTS).slice(0, config.evaluation.num_prompts)
     prompts, limit = table["prompt_tokens"].to_pylist(), config.corpus.max_new_tokens
-    identity = json.dumps([str(config.teacher.model), prompts, limit, config.seed])
+    revision = [] if config.teacher.revision is None else [config.teacher.revision]
+    identity = json.dumps([str(config.teacher.model), *revision, prompts, limit, config.seed])
     key = xxhash.xxh3_64_hexdigest(identity.encode())
     path = texts_folder / f"{key}.parquet"
     if not path.exists():
@@ -197,7 +198,7 @@ def _measure_references(models: Models, heldout: Heldout, sums: Sums) -> None:
     given = [list(reference or []) for reference in heldout.reference_tokens]
     bits, num_bytes = np.zeros(len(given)), np.zeros(len(given))
     for i, student in position_logits([models.student], heldout.prompts, given):
-        logprobs = student.log_softmax(-1)
+        logprobs = student[:, : models.num_tokens].log_softmax(-1)
         bits[i] = -float(logprobs.gather(-1, torch.tensor(given[i], dtype=torch.long)[:, None]).sum())
         num_bytes[i] = len(models.text(given[i]).encode())
     sums.put("bits_per_byte", bits / math.log(2), num_bytes)

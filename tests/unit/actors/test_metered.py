@@ -25,8 +25,6 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 class HeldEngine:
     """A generator and teacher whose calls end when the test releases them."""
 
-    hidden_size = 2
-
     def __init__(self) -> None:
         self.released: list[asyncio.Event] = []
 

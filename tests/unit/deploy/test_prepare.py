@@ -111,6 +111,34 @@ def test_memory_estimate_counts_the_sampler_of_every_recipe(world: Path, recipe:
     assert estimate[name] > 3 << 30
 
 
+def window(world: Path, *settings: str) -> int:
+    preflight = Preflight(tiny_config(world, *settings))
+    preflight.run()
+    preflight.require()
+    return preflight.estimates.window()
+
+
+def test_buffer_estimate_has_every_response_at_its_own_limit(world: Path) -> None:
+    """Two updates of four rows, with prompts of 64 tokens; the teacher's states are 64 wide."""
+    fixed = 4 * 64 + 512
+    assert window(world, "recipe=kd", "data.max_reference_tokens=100") == 2 * 4 * (100 * (128 + 16) + fixed)
+    assert window(world, "recipe=fkl", "corpus.max_new_tokens=20") == 2 * 4 * (20 * (128 + 16) + fixed)
+    assert window(world, "recipe=sft", "data.max_reference_tokens=100") == 2 * 4 * (100 * 16 + fixed)
+    both = window(world, "recipe=ammd", "corpus.max_new_tokens=20", "rollout.samples_per_prompt=1")
+    assert both == 2 * 4 * (28 * (128 + 16) + 2 * fixed)
+
+
+def test_memory_estimate_grows_with_the_references(world: Path) -> None:
+    def learner(limit: int) -> int:
+        settings = ("recipe=kd", "learner.keep_activations=true", f"data.max_reference_tokens={limit}")
+        preflight = Preflight(tiny_config(world, *settings))
+        preflight.run()
+        preflight.require()
+        return preflight.estimates.memory()["learner"]
+
+    assert learner(400) > learner(100)
+
+
 @pytest.mark.parametrize(
     ("settings", "layers", "reason"),
     [

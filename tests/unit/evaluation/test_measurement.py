@@ -108,7 +108,7 @@ def test_a_divergence_that_is_not_finite_raises_with_its_position():
     with pytest.raises(
         Diverged,
         match=r"^teacher_text: forward_kl at token 1 of heldout-0-2/0=inf must be finite \(1 tokens are not\); "
-        "mask the same tail of both vocabularies$",
+        "lower learner\.learning_rate, or sft\.learning_rate if this is the evaluation before training$",
     ):
         measured(policies)
     policies.policy[0, 1] = math.nan

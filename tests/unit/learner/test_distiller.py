@@ -24,7 +24,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def turns(world: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[tuple[bool, float]]:
-    """(critics_only, learning rate) of each of ten updates."""
+    """(warmup, learning rate) of each of ten updates."""
     empty = world / "empty.yaml"
     empty.write_text("{}\n")
     settings = [*tiny_overrides(world), "learner.num_updates=10", "learner.learning_rate=1.0",
@@ -32,8 +32,8 @@ def turns(world: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list
     config: RunConfig = load_config(empty, settings, Path(distiller.__file__).parents[1] / "deploy/configs")
     found: list[tuple[bool, float]] = []
 
-    def record(student, optimizer: torch.optim.Optimizer, *args, critics_only: bool, **rest):
-        found.append((critics_only, optimizer.param_groups[0]["lr"]))
+    def record(student, optimizer: torch.optim.Optimizer, *args, warmup: bool, **rest):
+        found.append((warmup, optimizer.param_groups[0]["lr"]))
         return {}
 
     monkeypatch.setattr(distiller, "update", record)
@@ -46,7 +46,7 @@ def turns(world: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list
 
 def test_the_students_rate_starts_after_the_critics_warm_up(world, monkeypatch):
     found = turns(world, monkeypatch, "recipe=ammd", "critic.warmup_updates=2")
-    assert [critics_only for critics_only, _ in found] == [True] * 2 + [False] * 8
+    assert [warmup for warmup, _ in found] == [True] * 2 + [False] * 8
     rates = [rate for _, rate in found[2:]]
     assert rates[:2] == pytest.approx([0.5, 1.0])  # a quarter of its own eight updates rises
     assert rates == [*rates[:2], *sorted(rates[2:], reverse=True)]
@@ -57,7 +57,7 @@ def test_the_students_rate_starts_after_the_critics_warm_up(world, monkeypatch):
 def test_there_is_no_warm_up_without_learned_critics(world, monkeypatch, recipe):
     plain = turns(world, monkeypatch, f"recipe={recipe}")
     assert turns(world, monkeypatch, f"recipe={recipe}", "critic.warmup_updates=4") == plain
-    assert not any(critics_only for critics_only, _ in plain)
+    assert not any(warmup for warmup, _ in plain)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from distill.errors import ConfigError
+from deploy.run.model_facts import ModelFacts
+from distill.objectives import cross_entropy
 from distill.schema import Trajectory, trajectory_batch
 from learner.batch import TokenBatch, token_batch
+from learner.model.chunked import chunked_loss
 from learner.model.head import Head, known_architectures
 from learner.model.student import Student
+from learner.update.positions import Heads
 
 SMALL = {
     "vocab_size": 97,
@@ -41,7 +44,6 @@ SMALL = {
     "initializer_range": 0.2,
 }
 OWN: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_inner": 64},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 48},
     "cohere": {"logit_scale": 0.3},
     "cohere2": {"logit_scale": 0.3},
@@ -57,7 +59,11 @@ ROWS = ((9, 4), (3, 11), (1, 1), (6, 2))
 def _checkpoint(folder: Path, model_type: str) -> Path:
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**(SMALL | OWN.get(model_type, {})))
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        torch.nn.init.normal_(bias)  # it starts at 0, where a head without it would look the same
+    model.save_pretrained(folder)
     return folder
 
 
@@ -83,7 +89,7 @@ def test_packed_states_and_head_give_the_models_logits(tmp_path: Path, model_typ
     folder = _checkpoint(tmp_path, model_type)
     student = Student(folder, precision="float32")
     plain: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    head = Head(student.head_weight.detach(), student.transform)
+    head = Head(student.head_weight.detach(), student.transform.detach())
     batch = _packed(64)
     assert len(batch.packs) == 1  # one pack of four sequences
     pack = batch.packs[0]
@@ -97,6 +103,35 @@ def test_packed_states_and_head_give_the_models_logits(tmp_path: Path, model_typ
         assert expected.std() > 0.05
         torch.testing.assert_close(got[inside], expected, rtol=1e-4, atol=1e-4)
         first += length
+
+
+def test_a_heads_bias_is_trained_and_pushed(tmp_path: Path) -> None:
+    folder = _checkpoint(tmp_path, "phi")
+    student = Student(folder, precision="float32")
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    for pack in _packed(1).packs:  # one sequence each
+
+        def loss_of_chunk(where: slice, logits: torch.Tensor, targets: torch.Tensor = pack.targets):
+            return cross_entropy(logits.log_softmax(-1), targets[where]).sum(), {}
+
+        states = student.states(pack)
+        chunked_loss(states, student.head_weight, student.transform, loss_of_chunk, 3)[0].backward()
+        logits = plain(pack.input_ids[None]).logits[0, pack.state_index]
+        torch.nn.functional.cross_entropy(logits, pack.targets, reduction="sum").backward()
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    assert expected["lm_head.bias"].abs().max() > 0.1
+    for name, parameter in student.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+    assert "lm_head.bias" in dict(student.named_weights())
+    assert (
+        Heads.of(student, Head.from_checkpoint(folder)).student.transform.bias is not student.transform.bias
+    )
+
+
+@pytest.mark.parametrize("model_type", known_architectures())
+def test_the_preflight_can_read_every_architecture(tmp_path: Path, model_type: str) -> None:
+    facts = ModelFacts.read(_checkpoint(tmp_path, model_type), "teacher.model", "save it again")
+    assert (facts.model_type, facts.vocab_size, facts.hidden_size) == (model_type, 97, 48)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
@@ -118,9 +153,3 @@ def test_a_saved_student_names_no_attention_of_ours(tmp_path: Path) -> None:
     student.save(tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert not [name for name in config if "attn_implementation" in name]
-
-
-def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
-    """Its bias would be left out of the student's policy, and never be trained."""
-    with pytest.raises(ConfigError, match="must have an output head without bias"):
-        Student(_checkpoint(tmp_path, "phi"), precision="float32")

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from actors.corpus import write_corpus
-from actors.teacher import TeacherScorer
+from actors.teacher import TeacherWorker
 from actors.transformers_engine import TransformersGenerator, TransformersTeacher
 from distill.config import RolloutConfig, ScoringConfig
 from distill.data import PromptTable, TextCorpus
@@ -69,8 +69,14 @@ async def checked(tmp_path: Path):
     engine = await TransformersTeacher.start(
         str(teacher), ScoringConfig(dtype="float32"), max_model_tokens=64
     )
-    scorer = TeacherScorer(
-        corpus=rows, heldout_corpus=rows, teacher=engine, store=store, writer_id="teacher", max_groups=4
+    scorer = TeacherWorker(
+        corpus=rows,
+        heldout_corpus=rows,
+        teacher=engine,
+        store=store,
+        writer_id="teacher",
+        max_groups=4,
+        fills_payload=True,
     )
     yield _Remote(scorer), store, str(corpus), Head.from_checkpoint(teacher)
     await scorer.close()
@@ -79,7 +85,7 @@ async def checked(tmp_path: Path):
 class _Remote:
     """The scorer as the learner sees it: all methods are coroutines."""
 
-    def __init__(self, scorer: TeacherScorer) -> None:
+    def __init__(self, scorer: TeacherWorker) -> None:
         self._scorer = scorer
 
     async def score_heldout(self, num_rows: int) -> list[GroupRef]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import CriticConfig
-from learner.batch import Pack, TokenBatch
+from learner.batch import TEXTS, Pack, TokenBatch
 from learner.model.head import Head, LogitTransform
-from learner.update.critics import SOURCES, CriticPair, ModelSize
+from learner.update.critics import CriticPair, ModelSize
 
 VOCABULARY = 11
 STUDENT_SIZE = 6
@@ -51,9 +51,9 @@ def critic_pair(
     """Critics in float64; ``shake`` moves every parameter off its start. ``sizes``: teacher's, student's."""
     pair = CriticPair(config, *sizes, seed=3)
     generator = torch.Generator().manual_seed(4)
-    for source in SOURCES:
-        pair[source].double()
-        pair._means[source].double()
+    for text in TEXTS:
+        pair[text].double()
+        pair._means[text].double()
     with torch.no_grad():
         for parameter in pair.parameters():
             parameter += shake * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

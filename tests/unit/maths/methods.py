@@ -118,7 +118,7 @@ def run(
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     learned = critics if method.critic.form == "learned" else None
     metrics = update(
-        student, optimizer, batch_of(rows, packs), teacher or teacher_head(), learned, method, seed=1
+        student, optimizer, batch_of(rows, packs), teacher or teacher_head(), learned, method, update_number=1
     )
     grads = {name: before[name] - value.detach() for name, value in student.named_parameters()}
     return metrics, grads, critics

@@ -79,7 +79,7 @@ class _Row:
         elif config.form == "closed_form":
             self.f = closed_form_critic(self.log_p.detach(), self.log_q, config.bound, config.penalty)
         elif critics is not None:
-            critic = critics.opponent("student_text" if row.is_student_text else "teacher_text")
+            critic = critics.witness("student_text" if row.is_student_text else "teacher_text")
             with torch.no_grad():
                 heads = Heads.of(student, teacher)
                 table = critic.table(heads.teacher, heads.student)

@@ -139,7 +139,6 @@ CONFIGS = {
     "gemma2": {"final_logit_softcapping": 0.05, "head_dim": 8},
     "cohere": {"logit_scale": 0.25, "pad_token_id": 0, "eos_token_id": 1},
     "granite": {"logits_scaling": 3.0},
-    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 1},
     "phi": {},
 }
 
@@ -152,8 +151,6 @@ def test_heads_are_what_the_models_compute(tmp_path, model_type):
         "vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    if model_type == "gpt2":
-        sizes = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **(sizes | CONFIGS[model_type]))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

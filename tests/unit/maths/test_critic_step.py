@@ -35,9 +35,9 @@ def test_critics_learn_the_difference(features):
     config = CriticConfig(features=features, learning_rate=1e-2, rank=16)
     critics, heads = critic_pair(config), Heads.of(student, teacher_head())
     positions, _ = collect_positions(student, batch_of(rows))
-    seen = [critic_step(positions, heads, critics, config, chunk=1000, seed=n) for n in range(40)]
-    for source in ("teacher_text", "student_text"):
-        tightness = [metrics[f"critic/{source}.tightness"] for metrics in seen]
+    seen = [critic_step(positions, heads, critics, config, chunk=1000, update_number=n) for n in range(40)]
+    for text in ("teacher_text", "student_text"):
+        tightness = [metrics[f"critic/{text}.tightness"] for metrics in seen]
         if features == "ratio":  # it starts at the optimum: nothing to gain, and it stays
             assert tightness[0] == pytest.approx(1.0)
         else:
@@ -45,7 +45,7 @@ def test_critics_learn_the_difference(features):
         assert tightness[-1] > (0.9 if features == "ratio" else 0.6)
         if features == "ratio":
             assert tightness[-1] == pytest.approx(1.0, abs=0.05)
-            assert float(critics[source].ratio_weight.detach()) == pytest.approx(0.5, abs=0.05)
+            assert float(critics[text].ratio_weight.detach()) == pytest.approx(0.5, abs=0.05)
 
 
 def test_critics_learn_from_tokens_only():
@@ -56,7 +56,8 @@ def test_critics_learn_from_tokens_only():
     critics, heads = critic_pair(config), Heads.of(student, teacher_head())
     positions, _ = collect_positions(student, batch_of(rows))
     seen = [
-        critic_step(positions, heads, critics, config, chunk=1000, seed=n, from_text=True) for n in range(40)
+        critic_step(positions, heads, critics, config, chunk=1000, update_number=n, from_text=True)
+        for n in range(40)
     ]
     gaps = [metrics["critic/teacher_text.d_mm"] for metrics in seen]
     assert gaps[0] == 0.0
@@ -72,7 +73,7 @@ def test_a_text_only_teacher_trains_the_critics_through_its_tokens():
     student = TinyStudent()
     positions, _ = collect_positions(student, batch_of(rows))
     heads = Heads.of(student, teacher_head())
-    critic_step(positions, heads, by_tokens, settings.critic, chunk=7, seed=1, from_text=True)
+    critic_step(positions, heads, by_tokens, settings.critic, chunk=7, update_number=1, from_text=True)
     for ours, theirs in zip(critics.parameters(), by_tokens.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
     assert not any("tightness" in name for name in metrics)
@@ -100,10 +101,10 @@ def test_the_critics_gradient_is_that_of_their_loss_written_out(monkeypatch, nam
     trained, reference = (critic_pair(config, shake=0.1) for _ in range(2))
     monkeypatch.setattr(trained, "step", lambda: torch.zeros(()))
     metrics = critic_step(
-        positions, heads, trained, config, chunk=7, seed=0, discount=discount, from_text=from_text
+        positions, heads, trained, config, chunk=7, update_number=0, discount=discount, from_text=from_text
     )
-    for source in ("teacher_text", "student_text"):
-        part, critic = positions.of(source), reference[source]
+    for text in ("teacher_text", "student_text"):
+        part, critic = positions.of(text), reference[text]
         log_p = heads.student.logits(part.student_hidden).log_softmax(-1)
         log_q = heads.teacher.logits(part.teacher_hidden).log_softmax(-1)
         p, q = log_p.exp().detach(), log_q.exp()
@@ -123,12 +124,10 @@ def test_the_critics_gradient_is_that_of_their_loss_written_out(monkeypatch, nam
         weight = discount ** part.step.double()
         loss = (weight * (penalty - gap)).sum() / weight.sum()
         loss.backward()
-        assert metrics[f"critic/{source}.loss"] == pytest.approx(float(loss.detach()), abs=1e-12)
+        assert metrics[f"critic/{text}.loss"] == pytest.approx(float(loss.detach()), abs=1e-12)
         d_mm = (weight * gap).sum() / weight.sum()
-        assert metrics[f"critic/{source}.d_mm"] == pytest.approx(float(d_mm.detach()), abs=1e-12)
-        for (which, ours), theirs in zip(
-            trained[source].named_parameters(), critic.parameters(), strict=True
-        ):
+        assert metrics[f"critic/{text}.d_mm"] == pytest.approx(float(d_mm.detach()), abs=1e-12)
+        for (which, ours), theirs in zip(trained[text].named_parameters(), critic.parameters(), strict=True):
             assert ours.grad is not None and ours.grad.abs().max() > 0, which
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-12, rtol=1e-9)
 
@@ -147,7 +146,7 @@ def test_slices_are_never_empty():
     heads, config = Heads.of(student, teacher_head()), replace(CRITIC, positions_per_step=1)
     for seed in range(20):
         critics = critic_pair(config)
-        critic_step(positions, heads, critics, config, chunk=7, seed=seed)
+        critic_step(positions, heads, critics, config, chunk=7, update_number=seed)
         assert any(parameter.grad is not None for parameter in critics.parameters()), seed
 
 
@@ -157,9 +156,9 @@ def test_critic_metrics_are_fresh_and_of_the_closed_form():
     config = CriticConfig(num_steps=2)
     positions, _ = collect_positions(student, batch_of(rows))
     heads = Heads.of(student, teacher_head())
-    metrics = critic_step(positions, heads, critic_pair(config), config, chunk=100, seed=0)
-    for source in ("teacher_text", "student_text"):
-        part = positions.of(source)
+    metrics = critic_step(positions, heads, critic_pair(config), config, chunk=100, update_number=0)
+    for text in ("teacher_text", "student_text"):
+        part = positions.of(text)
         part = part.select(part.step % 2 == 0)
         log_p, log_q = (
             head.logits(hidden).log_softmax(-1)
@@ -168,10 +167,10 @@ def test_critic_metrics_are_fresh_and_of_the_closed_form():
         p, q = log_p.exp(), log_q.exp()
         best = closed_form_critic(log_p, log_q, 1.0, 2.0)
         gap = ((q - p) ** 2 / (q + p)).sum(-1).mean()
-        assert metrics[f"critic/{source}.d_mm"] == pytest.approx(float(gap))
-        assert metrics[f"critic/{source}.tightness"] == pytest.approx(1.0)
+        assert metrics[f"critic/{text}.d_mm"] == pytest.approx(float(gap))
+        assert metrics[f"critic/{text}.tightness"] == pytest.approx(1.0)
         saturated = ((p + q) / 2 * (best.abs() > 0.95)).sum(-1).mean()
-        assert metrics[f"critic/{source}.saturation"] == pytest.approx(float(saturated))
+        assert metrics[f"critic/{text}.saturation"] == pytest.approx(float(saturated))
 
 
 @pytest.mark.parametrize("distance", [1e-3, 0.1, 1.0, 10.0])
@@ -191,9 +190,9 @@ def test_the_closed_form_is_tight_at_any_distance(distance):
     for features, expected in (("ratio", 1.0), ("teacher", 0.0)):
         config = CriticConfig(features=features, rank=8, num_steps=1)
         critics = critic_pair(config, sizes=(size, size))
-        metrics = critic_step(positions, heads, critics, config, chunk=100, seed=0)
-        for source in ("teacher_text", "student_text"):
-            assert metrics[f"critic/{source}.tightness"] == pytest.approx(expected, abs=1e-4)
+        metrics = critic_step(positions, heads, critics, config, chunk=100, update_number=0)
+        for text in ("teacher_text", "student_text"):
+            assert metrics[f"critic/{text}.tightness"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_warm_up_update_makes_short_steps(monkeypatch):
@@ -201,11 +200,11 @@ def test_a_warm_up_update_makes_short_steps(monkeypatch):
     positions, _ = collect_positions(student, batch_of(random_rows()))
     heads = Heads.of(student, teacher_head())
     steps = []
-    monkeypatch.setattr(critic_step_module, "WARM_UP_POSITIONS", 5)
+    monkeypatch.setattr(critic_step_module, "WARMUP_POSITIONS", 5)
     monkeypatch.setattr(critics, "step", lambda: steps.append(1) or torch.zeros(()))
-    critic_step(positions, heads, critics, CRITIC, chunk=7, seed=0)
+    critic_step(positions, heads, critics, CRITIC, chunk=7, update_number=0)
     assert len(steps) == CRITIC.num_steps
-    critic_step(positions, heads, critics, CRITIC, chunk=7, seed=0, warm_up=True)
+    critic_step(positions, heads, critics, CRITIC, chunk=7, update_number=0, warmup=True)
     longest = int(positions.step.max()) + 1  # a slice is a place in the row
     assert len(steps) == CRITIC.num_steps + min(math.ceil(len(positions) / 5), longest) > 2 * CRITIC.num_steps
 
@@ -224,11 +223,11 @@ def test_smaller_slices(monkeypatch):
 
     monkeypatch.setattr(critic_step_module, "_critic_gradient", recording)
     config = replace(CRITIC, positions_per_step=12)
-    critic_step(positions, heads, critics, config, chunk=7, seed=2)
+    critic_step(positions, heads, critics, config, chunk=7, update_number=2)
     num_slices = math.ceil(len(positions) / 12)
     assert num_slices > CRITIC.num_steps
-    for source in ("teacher_text", "student_text"):
-        parts = [part for part in seen if bool(part.is_student_text[0]) == (source == "student_text")]
+    for text in ("teacher_text", "student_text"):
+        parts = [part for part in seen if bool(part.is_student_text[0]) == (text == "student_text")]
         assert len(parts) == CRITIC.num_steps
         assert {int(s) for part in parts for s in (part.step + 2) % num_slices} == set(
             range(CRITIC.num_steps)
@@ -241,8 +240,8 @@ def test_a_warm_up_update_moves_only_the_critics():
     start = [value.detach().clone() for value in critics.parameters()]
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     metrics = update(
-        student, optimizer, batch_of(random_rows()), teacher_head(), critics, METHODS["ammd"], seed=0,
-        critics_only=True,
+        student, optimizer, batch_of(random_rows()), teacher_head(), critics, METHODS["ammd"], update_number=0,
+        warmup=True,
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(start, critics.parameters(), strict=True))

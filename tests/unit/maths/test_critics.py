@@ -40,7 +40,7 @@ def test_a_ratio_aware_critic_starts_at_the_optimum_of_the_regularised_game():
     for bound in (1.0, 2.5):
         config = CriticConfig(bound=bound)
         *models, log_ratio = inputs()
-        f = values(critic_pair(config).teacher_text, *models, log_ratio)
+        f = values(critic_pair(config)["teacher_text"], *models, log_ratio)
         torch.testing.assert_close(f, bound * torch.tanh(log_ratio / 2))
         policy = Head(TinyStudent().head_weight.detach(), LogitTransform()).logits(models[1]).log_softmax(-1)
         best = closed_form_critic(policy, policy + log_ratio, bound, config.penalty)
@@ -49,14 +49,14 @@ def test_a_ratio_aware_critic_starts_at_the_optimum_of_the_regularised_game():
 
 @pytest.mark.parametrize("features", ["teacher", "both"])
 def test_other_critics_start_at_zero(features):
-    assert not values(critic_pair(CriticConfig(features=features)).student_text, *inputs()).any()
+    assert not values(critic_pair(CriticConfig(features=features))["student_text"], *inputs()).any()
 
 
 @pytest.mark.parametrize("features", ["teacher", "both", "ratio"])
 def test_the_form_is_the_documented_one(features):
     """Token by token, from the equation."""
     config = CriticConfig(features=features, rank=3, bound=1.5)
-    critic = critic_pair(config, shake=0.3).student_text
+    critic = critic_pair(config, shake=0.3)["student_text"]
     teacher_hidden, student_hidden, teacher, student, log_ratio = inputs()
     f = values(critic, teacher_hidden, student_hidden, teacher, student, log_ratio)
 
@@ -78,7 +78,7 @@ def test_the_form_is_the_documented_one(features):
 
 
 def test_the_dense_form():
-    critic = critic_pair(CriticConfig(features="ratio", rank=None, bound=1.5), shake=0.3).student_text
+    critic = critic_pair(CriticConfig(features="ratio", rank=None, bound=1.5), shake=0.3)["student_text"]
     teacher_hidden, student_hidden, teacher, student, log_ratio = inputs()
     f = values(critic, teacher_hidden, student_hidden, teacher, student, log_ratio)
     for n in range(N):
@@ -94,12 +94,12 @@ def test_the_dense_form():
 @pytest.mark.parametrize("rank", [4, None])
 def test_a_random_start_is_of_the_size_of_a_trained_critic(rank):
     config = CriticConfig(features="teacher", rank=rank, start="random")
-    f = values(critic_pair(config).student_text, *inputs())
+    f = values(critic_pair(config)["student_text"], *inputs())
     assert 0.2 < f.detach().abs().mean() < 0.95
 
 
 def test_the_activations_gradient():
-    critic = critic_pair(CriticConfig(bound=1.5)).student_text
+    critic = critic_pair(CriticConfig(bound=1.5))["student_text"]
     generator = torch.Generator().manual_seed(1)
     x, log_ratio = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
     x.requires_grad_()
@@ -124,22 +124,24 @@ def loss_of(pair: CriticPair) -> Tensor:
 
 def test_the_seed_decides_the_start_and_the_two_differ():
     assert same(pair(0), pair(0)) and not same(pair(0), pair(1))
-    assert not torch.equal(pair().teacher_text.teacher.projection, pair().student_text.teacher.projection)
+    assert not torch.equal(
+        pair()["teacher_text"].teacher.projection, pair()["student_text"].teacher.projection
+    )
 
 
 def test_the_running_mean_of_the_critics():
     critics = pair(0, ema=0.75)
-    means = [value.detach().clone() for value in critics.student_text.parameters()]
+    means = [value.detach().clone() for value in critics["student_text"].parameters()]
     for _ in range(3):
         critics.zero_grad()
         loss_of(critics).backward()
         critics.step()
-        for mean, value in zip(means, critics.student_text.parameters(), strict=True):
+        for mean, value in zip(means, critics["student_text"].parameters(), strict=True):
             mean += 0.25 * (value.detach() - mean)
-    for mean, value in zip(means, critics.opponent("student_text").parameters(), strict=True):
+    for mean, value in zip(means, critics.witness("student_text").parameters(), strict=True):
         torch.testing.assert_close(value, mean)
-    assert pair(0).opponent("student_text") is not critics.opponent("student_text")
-    assert (newest := pair(0)).opponent("student_text") is newest.student_text
+    assert pair(0).witness("student_text") is not critics.witness("student_text")
+    assert (newest := pair(0)).witness("student_text") is newest["student_text"]
 
 
 @pytest.mark.parametrize("config", [{}, {"ema": 0.9}, {"rank": None}])
@@ -157,8 +159,8 @@ def test_state_goes_through_a_checkpoint(config):
         each.step()
     assert same(trained, restored)
     for a, b in zip(
-        trained.opponent("student_text").parameters(),
-        restored.opponent("student_text").parameters(),
+        trained.witness("student_text").parameters(),
+        restored.witness("student_text").parameters(),
         strict=True,
     ):
         assert torch.equal(a, b)
@@ -166,33 +168,34 @@ def test_state_goes_through_a_checkpoint(config):
 
 def test_steps_clip_each_critic_and_refuse_what_is_not_finite():
     critics = pair(max_grad_norm=0.5)
-    before = [p.clone() for p in critics.student_text.parameters()]
-    (1e3 * critics.teacher_text.teacher.constant.sum()).backward()
+    before = [p.clone() for p in critics["student_text"].parameters()]
+    (1e3 * critics["teacher_text"].teacher.constant.sum()).backward()
     norm = critics.step()
     assert norm > 1e3
-    grad = critics.teacher_text.teacher.constant.grad
+    grad = critics["teacher_text"].teacher.constant.grad
     torch.testing.assert_close(grad.norm(), torch.tensor(0.5), atol=1e-4, rtol=0)
-    assert all(torch.equal(a, b) for a, b in zip(before, critics.student_text.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, critics["student_text"].parameters(), strict=True))
     critics.zero_grad()
     (
-        1e3 * critics.teacher_text.teacher.constant.sum() + 1e-2 * critics.student_text.teacher.constant.sum()
+        1e3 * critics["teacher_text"].teacher.constant.sum()
+        + 1e-2 * critics["student_text"].teacher.constant.sum()
     ).backward()
-    small = critics.student_text.teacher.constant.grad.clone()
+    small = critics["student_text"].teacher.constant.grad.clone()
     critics.step()
     torch.testing.assert_close(
-        critics.teacher_text.teacher.constant.grad.norm(), torch.tensor(0.5), atol=1e-4, rtol=0
+        critics["teacher_text"].teacher.constant.grad.norm(), torch.tensor(0.5), atol=1e-4, rtol=0
     )
     torch.testing.assert_close(
-        critics.student_text.teacher.constant.grad, small
+        critics["student_text"].teacher.constant.grad, small
     )  # a quiet one keeps its step
-    off = [p.clone() for p in critics.teacher_text.parameters()]
+    off = [p.clone() for p in critics["teacher_text"].parameters()]
     critics.zero_grad()
-    (critics.teacher_text.teacher.constant.sum() * torch.inf).backward()
+    (critics["teacher_text"].teacher.constant.sum() * torch.inf).backward()
     with pytest.raises(
         Diverged, match=r"^norm of the critics' gradient=inf must be finite; lower critic\.learning_rate"
     ):
         critics.step()
-    assert all(torch.equal(a, b) for a, b in zip(off, critics.teacher_text.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(off, critics["teacher_text"].parameters(), strict=True))
 
 
 def test_adam_without_momentum():

@@ -57,13 +57,13 @@ def rows_of(settings: MethodConfig, groups: set[int]) -> list[Any]:
 
 
 def one_update(
-    settings: MethodConfig, rows: Sequence[Any], ranks: Ranks, *, critics_only: bool = False
+    settings: MethodConfig, rows: Sequence[Any], ranks: Ranks, *, warmup: bool = False
 ) -> dict[str, Any]:
     student, critics = TinyStudent(), critic_pair(settings.critic, shake=0.1)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     metrics = update(
-        student, optimizer, batch_of(rows), teacher_head(), critics, settings, seed=1,
-        critics_only=critics_only, ranks=ranks,
+        student, optimizer, batch_of(rows), teacher_head(), critics, settings, update_number=1,
+        warmup=warmup, ranks=ranks,
     )  # fmt: skip
     tensors = dict(student.named_parameters()) | critics.state_dict()
     return {"metrics": metrics, "tensors": {key: value.detach() for key, value in tensors.items()}}
@@ -77,8 +77,8 @@ def _rank(rank: int, folder: str) -> None:
     )  # fmt: skip
     ranks = Ranks(dist.group.WORLD)
     found = {}
-    for case, (settings, deal, warm_up) in CASES.items():
-        found[case] = one_update(settings, rows_of(settings, deal[rank]), ranks, critics_only=warm_up)
+    for case, (settings, deal, warmup) in CASES.items():
+        found[case] = one_update(settings, rows_of(settings, deal[rank]), ranks, warmup=warmup)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -93,8 +93,8 @@ def of_ranks(tmp_path_factory) -> list[dict[Any, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_how_groups_are_dealt_out_does_not_matter(of_ranks, case):
-    settings, _, warm_up = CASES[case]
-    alone = one_update(settings, rows_of(settings, {0, 1, -1, -2}), ALONE, critics_only=warm_up)
+    settings, _, warmup = CASES[case]
+    alone = one_update(settings, rows_of(settings, {0, 1, -1, -2}), ALONE, warmup=warmup)
     for found in of_ranks:
         torch.testing.assert_close(found[case]["metrics"], alone["metrics"], atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(found[case]["tensors"], alone["tensors"], atol=1e-9, rtol=1e-9)

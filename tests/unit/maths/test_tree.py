@@ -16,7 +16,7 @@ from distill.config import MethodConfig, RecipeConfig
 from distill.config.load import load_config
 from distill.credit import advantages
 from distill.objectives import closed_form_critic, critic_loss, moment_gap, sign_critic, total_variation
-from learner.update.critics import Source
+from learner.batch import Text
 from learner.update.losses import DIVERGENCES, position_losses
 from learner.update.positions import Policies
 from tests.unit.maths import tree
@@ -214,9 +214,9 @@ def objective(game: Game, p: Tensor) -> Tensor:
     return total
 
 
-def direct_losses(game: Game, source: Source, p: Tensor) -> Tensor:
-    """[R]: the code's losses without credit, over the states and next tokens of the source's text."""
-    text = game.policy if source == "student_text" else game.off_text
+def direct_losses(game: Game, text: Text, p: Tensor) -> Tensor:
+    """[R]: the code's losses without credit, over the states and next tokens of a text."""
+    writer = game.policy if text == "student_text" else game.off_text
 
     def repeated(values: Tensor) -> Tensor:
         return values.flatten(0, 1).repeat_interleave(tree.NUM_TOKENS, dim=0)
@@ -225,10 +225,10 @@ def direct_losses(game: Game, source: Source, p: Tensor) -> Tensor:
     targets = torch.arange(tree.NUM_TOKENS).repeat(len(p) * tree.NUM_STATES)
     method = game.method
     losses = position_losses(
-        method.recipe, source, both, targets, f=repeated(game.f),
+        method.recipe, text, both, targets, f=repeated(game.f),
         variance_penalty=method.critic.penalty if method.critic.zero_sum else 0.0,
     )  # fmt: skip
-    weight = tree.occupancy(text, GAMMA)[:, :, None] * text.exp()
+    weight = tree.occupancy(writer, GAMMA)[:, :, None] * writer.exp()
     return (losses.view(p.shape) * weight).sum((1, 2))
 
 

@@ -140,7 +140,7 @@ def test_a_student_equal_to_the_teacher_does_not_move(name):
     learned = critics if settings.critic.form == "learned" else None
     before = [parameter.detach().clone() for parameter in student.parameters()]
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
-    metrics = update(student, optimizer, batch_of(rows), teacher, learned, settings, seed=1)
+    metrics = update(student, optimizer, batch_of(rows), teacher, learned, settings, update_number=1)
     assert metrics["policy/loss"] == pytest.approx(0.0, abs=1e-12)
     for ours, was in zip(student.parameters(), before, strict=True):
         torch.testing.assert_close(ours.detach(), was, atol=1e-12, rtol=0)
@@ -276,12 +276,12 @@ def test_a_text_recipe_needs_neither_teacher_nor_payload():
     bare = replace(batch, packs=tuple(replace(pack, teacher_hidden=None) for pack in batch.packs))
     student = TinyStudent()
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
-    metrics = update(student, optimizer, bare, None, None, METHODS["sft"], seed=0)
+    metrics = update(student, optimizer, bare, None, None, METHODS["sft"], update_number=0)
     assert metrics["policy/loss"] == pytest.approx(run(METHODS["sft"], rows)[0]["policy/loss"])
     with pytest.raises(ValueError, match="teacher states"):
         student_step(student, optimizer, bare, Heads.of(student, teacher_head()), None, METHODS["kd"])
     with pytest.raises(ValueError, match="needs the teacher's head"):
-        update(student, optimizer, bare, None, None, METHODS["kd"], seed=0)
+        update(student, optimizer, bare, None, None, METHODS["kd"], update_number=0)
 
 
 def test_a_non_finite_loss_stops_before_the_step():
@@ -305,13 +305,13 @@ def test_costs_before_the_students_step_are_the_gaps_it_minimises():
     critics, heads = critic_pair(CRITIC, shake=0.2), Heads.of(student, teacher_head())
     batch = batch_of(rows)
     positions, _ = collect_positions(student, batch)
-    opponents = witnesses(CRITIC, critics, heads)
+    witness_of = witnesses(CRITIC, critics, heads)
     on = positions.of("student_text")
     credit = assign_credit(
-        on, batch.group, heads, opponents["student_text"], settings.recipe, settings.credit, chunk=5
+        on, batch.group, heads, witness_of["student_text"], settings.recipe, settings.credit, chunk=5
     )
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
-    metrics = student_step(student, optimizer, batch, heads, opponents, settings)
+    metrics = student_step(student, optimizer, batch, heads, witness_of, settings)
     gaps = credit.advantage[on.row, on.step]
     assert metrics["policy/student_text.moment_gap"] == pytest.approx(float(gaps.mean()))
 

@@ -182,7 +182,9 @@ input()
     heir = make_store("teacher-7")
     new = heir.append(draw(6), scored_rows(6))
     assert (ref.location.segment, new.location.segment) == ("teacher-7-0.arrow", "teacher-7-1.arrow")
-    heir.close(delete=True)
+    heir.append(draw(7), rows(7))  # another schema: another segment
+    heir.release({new.location.segment: 1})
+    assert new.location.segment not in files(tmp_path / "memory")
     assert hidden_rows(make_store().read(ref))[0][0, 0] == 5
 
 
@@ -223,17 +225,6 @@ def test_groups_that_never_reach_the_replay_are_deleted_by_discard(make_store, t
     assert known.location.segment in files(tmp_path / "memory")
     store.discard([heldout])
     assert known.location.segment not in files(tmp_path / "memory")
-
-
-@pytest.mark.parametrize("delete", [True, False])
-def test_close_deletes_only_this_writers_files_and_only_on_request(make_store, tmp_path, delete):
-    store = make_store(segment_bytes=4096, memory_bytes=8192)
-    refs = [store.append(draw(number), scored_rows(number)) for number in range(4)]
-    make_store("rollout-0").append(draw(0), rows(0))
-    store.close(delete=delete)
-    left = files(tmp_path / "memory") + files(tmp_path / "spill")
-    expected = {"rollout-0-0.arrow"} | (set() if delete else {ref.location.segment for ref in refs})
-    assert set(left) == expected
 
 
 def test_a_group_on_another_node_is_rejected(make_store):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill.interfaces import Draw
-from distill.replay.payload_cache import PayloadCache, SegmentLedger
+from distill.replay.payload_cache import PayloadCache, SegmentUse
 from tests.unit.replay.builders import (
     group,
     open_index,
@@ -46,7 +46,7 @@ def test_payload_over_the_bound_is_evicted_but_never_that_of_admitted_draws():
 
 
 def test_the_row_used_last_stays_longest():
-    segments = SegmentLedger()
+    segments = SegmentUse()
     cache = PayloadCache(segments, max_bytes=250)
     rows = [Draw(table="teacher_text", number=number, epoch=0, index=number) for number in range(3)]
     for row in rows[:2]:

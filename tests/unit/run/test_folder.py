@@ -24,7 +24,7 @@ def test_a_new_folder_and_its_paths(tmp_path):
     with RunFolder(tmp_path / "a" / "run") as folder:
         assert folder.create("seed: 0\n", "abc") is False
         assert folder.config.read_text() == "seed: 0\n"
-        assert folder.checkpoint(20) == tmp_path / "a" / "run" / "checkpoints" / "step-20"
+        assert folder.checkpoints == tmp_path / "a" / "run" / "checkpoints"
         assert folder.evaluation("before").name == "before.parquet"
         assert len(folder.run_id) == 8
         assert int(folder.run_id, 16) >= 0

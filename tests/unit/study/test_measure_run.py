@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 import torch
 
+from deploy.exits import guarded
+from deploy.run.preflight import Preflight
+from deploy.run.prepare import prepare
 from deploy.study.measure import inference, measure_run
 from deploy.study.measure.inference import Models, position_logits, sample
 from deploy.study.measure.measure_run import Heldout, Sums, bleu, distinct
-from deploy.study.measure.measures_file import Measures, are_measured
+from deploy.study.measure.measures_file import Measures, are_measured, measures_path
+from distill.config.tree import fingerprint, to_yaml
 from distill.data import write_table
-from tests.tiny import save_tiny_llama
+from distill.run.folder import RunFolder
+from tests.tiny import make_world, save_tiny_llama, tiny_config
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 
@@ -83,6 +88,53 @@ def test_bits_per_byte_of_the_references(models):
     ) / np.log(2)
     assert sums.columns["bits_per_byte.sum"].sum() == pytest.approx(expected, rel=1e-4)
     assert sums.columns["bits_per_byte.weight"].tolist() == [2, 0, 1]
+
+
+def test_a_student_with_a_longer_vocabulary_is_cut_to_the_common_one(tmp_path):
+    """Otherwise ids that the teacher lacks would take a part of the probability."""
+    save_tiny_llama(tmp_path / "teacher")
+    save_tiny_llama(tmp_path / "student", seed=1, vocab_size=320)
+    padded = Models.of(str(tmp_path / "teacher"), str(tmp_path / "student"))
+    sums = Sums(3)
+    measure_run._measure_references(padded, heldout([[], [], []]), sums)
+    logits = single_row_logits(padded.student, PROMPTS[2], [42])[:, :258]
+    bits = -float(logits.log_softmax(-1)[0, 42]) / np.log(2)
+    assert sums.columns["bits_per_byte.sum"][2] == pytest.approx(bits, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def run_of_a_fetched_teacher(tmp_path_factory: pytest.TempPathFactory):
+    """The folder of a run whose teacher is named, not a folder."""
+    world = tmp_path_factory.mktemp("world")
+    make_world(world)
+    (world / "cache/models").mkdir(parents=True)
+    (world / "teacher").rename(world / "cache/models/smollm2-135m")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTILL_CACHE", str(world / "cache"))
+        config = tiny_config(world, "teacher.model=smollm2-135m", "evaluation.num_prompts=2")
+        preflight = Preflight(config)
+        preflight.run()
+        preflight.require()
+        with RunFolder(config.run_dir) as folder:
+            folder.create(to_yaml(config), fingerprint(config))
+            prepare(config, preflight, folder)
+        save_tiny_llama(folder.student, seed=1)
+        yield folder.path
+
+
+def measure(*arguments: object) -> int:
+    return guarded(measure_run.main, list(map(str, arguments)))
+
+
+def test_a_fetched_teacher_is_found_by_its_name(run_of_a_fetched_teacher, tmp_path, monkeypatch):
+    assert measure(run_of_a_fetched_teacher, tmp_path) == 0
+    assert are_measured(measures_path(run_of_a_fetched_teacher))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(run_of_a_fetched_teacher, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    assert measure(run_of_a_fetched_teacher, tmp_path / "file" / "texts") == 1
+    assert capsys.readouterr().err.startswith("distill: [Errno ")
 
 
 def test_distinct_ngrams():
