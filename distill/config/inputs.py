@@ -139,6 +139,10 @@ class DataConfig:
     ``skip``: the row is left out and counted."""
 
     def violations(self) -> Iterator[ConfigError]:
+        if not self.path:
+            yield ConfigError(
+                "data.path", self.path, "name data", "give a file, a data set's name or a hub id"
+            )
         yield from bounded("data", self, ">= 1", "num_heldout", "max_prompt_tokens", "max_reference_tokens")
 
 

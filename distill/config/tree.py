@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from distill.config import RunConfig, StudentInitConfig
 from distill.config.retired import RETIRED
 from distill.config.rules import default_remedy
-from distill.config.written import typed
+from distill.config.written import kinds_of, typed
 from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
 
 Tree = dict[str, Any]
@@ -85,7 +85,17 @@ def flat_settings(config: RunConfig) -> dict[str, Any]:
 
 def setting_names() -> list[str]:
     """Dotted names of all settings, as in YAML."""
-    return [name for name, _ in _leaves(RunConfig, "")]
+    return list(setting_types())
+
+
+def setting_types() -> dict[str, Any]:
+    """Dotted name, as in YAML -> type of the setting."""
+    return dict(_leaves(RunConfig, ""))
+
+
+def is_text(hint: Any) -> bool:
+    """Whether a setting of this type contains text that the user chooses."""
+    return any(kind in (str, list[str]) for kind in kinds_of(hint))
 
 
 def build(tree: Tree) -> RunConfig:
@@ -99,13 +109,26 @@ def build(tree: Tree) -> RunConfig:
     except OmegaConfBaseException as error:
         raise _explain(error, tree) from None
     flat = flatten(_written(config))
-    for name, hint in _leaves(RunConfig, ""):
+    for name, hint in setting_types().items():
         value = flat[name]
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(name, value, "be finite", default_remedy(_default(name)))
         if _choices(hint) and value is not None and value not in _choices(hint):
             raise _wrong_value(name, hint, value)  # the result of an interpolation
+        if is_text(hint):
+            _require_printable(name, value)
     return config
+
+
+def _require_printable(name: str, value: str | list[str] | None) -> None:
+    """Require text that files can contain: the bytes of a name on disk need not be UTF-8.
+
+    Raises: ConfigError.
+    """
+    for text in value if isinstance(value, list) else [value or ""]:
+        if (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)) or "\0" in text:
+            remedy = "rename the file or folder if it is a path, or write other text"
+            raise ConfigError(name, ascii(text), "be UTF-8 text without a null byte", remedy)
 
 
 @cache
@@ -134,6 +157,8 @@ def _by_field(tree: Tree, part: type, prefix: str) -> Tree:
                 )
             renamed[field_name] = _by_field(value or {}, typing.cast(type, hint), f"{name}.")
         elif isinstance(value, dict) or (isinstance(value, list) and not _is_list(hint)):
+            raise _wrong_value(name, hint, value)
+        elif hint is bool and isinstance(value, str) and "${" not in value:  # OmegaConf reads 2 as true
             raise _wrong_value(name, hint, value)
         elif value == "???":  # OmegaConf's mark for a missing value, which it would replace with the default
             raise ConfigError(name, value, "be given", "replace ??? with a value")
@@ -169,21 +194,24 @@ def _written(part: Any, *, escape: bool = False) -> Tree:
             tree[written] = _written(value, escape=escape)
         elif float in (hint, *typing.get_args(hint)) and value is not None:
             tree[written] = float(value)
-        elif isinstance(value, str) and escape:
-            tree[written] = _escaped(value)
-        elif isinstance(value, list) and escape:
-            tree[written] = [_escaped(item) if isinstance(item, str) else item for item in value]
+        elif isinstance(value, str | list) and escape:
+            tree[written] = escaped(value)
         else:
             tree[written] = value
     return tree
 
 
-def _escaped(text: str) -> str:
-    """Escape ``${``, which OmegaConf reads as an interpolation unless a backslash precedes it.
+def escaped(value: Any) -> Any:
+    """Escape ``${`` in text and in the texts of a list; other values are returned unchanged.
 
-    Backslashes that already precede it are doubled.
+    OmegaConf reads it as an interpolation unless a backslash precedes it. Backslashes that already precede it are
+    doubled.
     """
-    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text)
+    if isinstance(value, list):
+        return [escaped(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -224,7 +252,7 @@ def _initials(name: str) -> str:
 
 def _explain(error: OmegaConfBaseException, tree: Tree) -> ConfigError:
     name = _written_path(error.full_key or "")
-    hint = dict(_leaves(RunConfig, "")).get(name)
+    hint = setting_types().get(name)
     if isinstance(error, ValidationError) and hint is not None:
         return _wrong_value(name, hint, flatten(tree).get(name))
     return ConfigError(
