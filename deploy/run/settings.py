@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from deploy import PRESETS
 from deploy.fetch import MODELS
+from deploy.paths import absolute_path, path_or_name
 from distill.config import RunConfig
 from distill.config.load import load_config, override
 from distill.config.tree import MAY_CHANGE, kept_settings
@@ -34,13 +33,13 @@ def absolute(config: RunConfig) -> RunConfig:
 
     So a run can be resumed from another folder. Names of models and data that can be fetched, and hub ids, stay.
     """
-    data = replace(config.data, path=_absolute(config.data.path, KNOWN_DATA))
+    data = replace(config.data, path=path_or_name(config.data.path, KNOWN_DATA, "data.path"))
     sections: dict[str, Any] = {"data": data}
     for name in ("teacher", "student", "proxy"):
         section = getattr(config, name)
         if section.model is not None:
-            sections[name] = replace(section, model=_absolute(section.model, MODELS))
-    return replace(config, run_dir=os.path.abspath(os.path.expanduser(config.run_dir)), **sections)
+            sections[name] = replace(section, model=path_or_name(section.model, MODELS, f"{name}.model"))
+    return replace(config, run_dir=str(absolute_path(config.run_dir, "run_dir")), **sections)
 
 
 def config_to_resume(run_dir: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -48,7 +47,7 @@ def config_to_resume(run_dir: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises: ConfigError when the folder is not a run's, or an override may not change.
     """
-    folder = RunFolder(os.path.expanduser(run_dir))
+    folder = RunFolder(absolute_path(run_dir, "--resume"))
     folder.require()
     return load_run(folder.config, [*overrides, override("run_dir", str(folder.path))])
 
@@ -75,14 +74,6 @@ def require_same_settings(folder: RunFolder, config: RunConfig) -> None:
         f"stay {_shown(there[name])}, as it was when the run in {folder.path} began{also}",
         f"set it back, or choose another run_dir; a resumed run may change only {', '.join(MAY_CHANGE)} and cluster",
     )
-
-
-def _absolute(text: str, known: object) -> str:
-    if text in known:  # type: ignore[operator]
-        return text
-    path = os.path.abspath(os.path.expanduser(text))
-    is_path = text.startswith(("~", "/", "./", "../")) or os.path.exists(path) or glob.has_magic(text)
-    return path if is_path else text
 
 
 def _shown(value: object) -> str:

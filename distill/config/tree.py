@@ -120,7 +120,7 @@ def build(tree: Tree) -> RunConfig:
     return config
 
 
-def _require_printable(name: str, value: str | list[str] | None) -> None:
+def _require_printable(name: str, value: Any) -> None:
     """Require text that files can contain: the bytes of a name on disk need not be UTF-8.
 
     Raises: ConfigError.
@@ -156,15 +156,20 @@ def _by_field(tree: Tree, part: type, prefix: str) -> Tree:
                     name, _shown(value), "be a section", f"write its settings, for example {_example(name)}"
                 )
             renamed[field_name] = _by_field(value or {}, typing.cast(type, hint), f"{name}.")
-        elif isinstance(value, dict) or (isinstance(value, list) and not _is_list(hint)):
-            raise _wrong_value(name, hint, value)
-        elif hint is bool and isinstance(value, str) and "${" not in value:  # OmegaConf reads 2 as true
+        elif not _has_shape(value, hint):
             raise _wrong_value(name, hint, value)
         elif value == "???":  # OmegaConf's mark for a missing value, which it would replace with the default
             raise ConfigError(name, value, "be given", "replace ??? with a value")
         else:
             renamed[field_name] = value
     return renamed
+
+
+def _has_shape(value: Any, hint: Any) -> bool:
+    """Whether a value can be of a type; OmegaConf checks the rest."""
+    if hint is bool and isinstance(value, str):
+        return "${" in value  # OmegaConf would read 2 as true
+    return not isinstance(value, dict) and (not isinstance(value, list) or _is_list(hint))
 
 
 @cache

@@ -59,7 +59,7 @@ ALWAYS_TEXT = [name for name, hint in setting_types().items() if hint is str]
 MAYBE_NULL = [name for name, hint in setting_types().items() if hint == str | None]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TEXTS, st.sampled_from(ALWAYS_TEXT + MAYBE_NULL))
 def test_text_on_the_command_line_comes_back_as_it_is(tmp_path_factory, text, name):
     """And from the config.yaml that a run writes of it. The rules are about other things than the text."""

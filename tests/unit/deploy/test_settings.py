@@ -10,6 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from deploy.cli.chat import run_chat
+from deploy.fetch import cache_dir
 from deploy.run.preflight import Preflight
 from deploy.run.prepare import prepare
 from deploy.run.settings import absolute, config_to_resume, keep_settings, load_run, require_same_settings
@@ -45,6 +47,40 @@ def test_every_path_counts_from_the_working_directory(home: Path, name: str) -> 
     assert resolved("./x") == f"{home}/work/x"
     assert resolved("my data é #1") == f"{home}/work/my data é #1"
     assert resolved("/x") == "/x"
+
+
+def test_a_student_can_be_a_path(home: Path) -> None:
+    assert load_run(None, ["student.model=~/x y"]).student.model == f"{home}/x y"
+
+
+def test_dots_after_a_link_mean_the_folder_above_its_target(home: Path) -> None:
+    (home / "far" / "deep").mkdir(parents=True)
+    (home / "far" / "rows.jsonl").touch()
+    (home / "work" / "link").symlink_to(home / "far" / "deep")
+    config = load_run(None, [*CUT, "data.path=link/../rows.jsonl", "run_dir=link/run"])
+    assert config.data.path == f"{home}/far/rows.jsonl"
+    assert config.run_dir == f"{home}/work/link/run"
+
+
+def test_a_home_folder_of_an_unknown_user(home: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run(None, [*CUT, "run_dir=~nosuchuser/x"])
+    assert str(caught.value) == (
+        "run_dir=~nosuchuser/x must begin with the home folder of a user that exists; "
+        "write the folder in full, or ./~nosuchuser/x if its name begins with ~"
+    )
+    assert load_run(None, [*CUT, "run_dir=./~nosuchuser/x"]).run_dir == f"{home}/work/~nosuchuser/x"
+
+
+def test_arguments_and_the_cache_are_paths_of_the_same_kind(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "model").mkdir()
+    with pytest.raises(ConfigError, match=rf"^model={home}/model must contain a checkpoint"):
+        run_chat("~/model", None, 1)
+    for text, folder in (("~/c", home / "c"), ("c", home / "work" / "c")):
+        monkeypatch.setenv("DISTILL_CACHE", text)
+        assert cache_dir() == folder
 
 
 def test_names_and_hub_ids_are_no_paths(home: Path) -> None:
