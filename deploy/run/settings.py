@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from deploy.fetch import MODELS
 from deploy.paths import absolute_path, path_or_name
 from distill.config import RunConfig
 from distill.config.load import load_config, override
-from distill.config.tree import MAY_CHANGE, kept_settings
+from distill.config.tree import MAY_CHANGE, flat_settings, kept_settings
 from distill.data import KNOWN_DATA
 from distill.errors import ConfigError
 from distill.files import write_json
@@ -45,35 +46,56 @@ def absolute(config: RunConfig) -> RunConfig:
 def config_to_resume(run_dir: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Load the configuration that a run folder contains, with ``run_dir`` as the folder's present place.
 
-    Raises: ConfigError when the folder is not a run's, or an override may not change.
+    Raises: ConfigError when the folder is not a run's, and for an override of ``run_dir``.
     """
     folder = RunFolder(absolute_path(run_dir, "--resume"))
     folder.require()
+    for text in overrides:
+        name, _, value = text.partition("=")
+        if name.strip() == "run_dir":
+            must = f"be left out, because the run is in {folder.path}"
+            raise ConfigError(
+                "run_dir", value, must, "leave it out; to move the run, move its folder and resume that"
+            )
     return load_run(folder.config, [*overrides, override("run_dir", str(folder.path))])
 
 
 def keep_settings(folder: RunFolder, config: RunConfig) -> None:
-    """Write the settings that a new run begins with, which a resumed run is compared with."""
-    if not folder.settings.exists():
-        write_json(folder.settings, kept_settings(config))
+    """Write the settings of this incarnation, with which the next one is compared."""
+    write_json(folder.settings, flat_settings(config))
+
+
+def changes_of(folder: RunFolder, config: RunConfig) -> Iterator[str]:
+    """What a resumed run has otherwise than its last incarnation, as lines for the user."""
+    for name, old, new in _differences(folder, config):
+        if name in MAY_CHANGE:
+            schedule = "; from here on, the learning rate is that of the new schedule"
+            yield f"{name}={_shown(new)} (it was {_shown(old)}){schedule if name == 'learner.num_updates' else ''}"
 
 
 def require_same_settings(folder: RunFolder, config: RunConfig) -> None:
-    """Raises: ConfigError that names a setting which the run in ``folder`` has otherwise."""
-    if not folder.exists or not folder.settings.exists():  # the folder itself compares the fingerprint
-        return
-    there, here = json.loads(folder.settings.read_text()), kept_settings(config)
-    changed = [name for name in here if name in there and here[name] != there[name]]
+    """Raises: ConfigError that names the settings which the run in ``folder`` has otherwise."""
+    kept = kept_settings(config)
+    changed = [difference for difference in _differences(folder, config) if difference[0] in kept]
     if not changed:
         return
-    name, others = changed[0], changed[1:]
-    also = f" (also changed: {', '.join(others)})" if others else ""
+    name, old, new = changed[0]
+    also = "".join(f"; {other}={_shown(now)} was {_shown(then)}" for other, then, now in changed[1:])
+    back = shlex.join(override(other, then) for other, then, _ in changed)
     raise ConfigError(
         name,
-        _shown(here[name]),
-        f"stay {_shown(there[name])}, as it was when the run in {folder.path} began{also}",
-        f"set it back, or choose another run_dir; a resumed run may change only {', '.join(MAY_CHANGE)} and cluster",
+        _shown(new),
+        f"stay {_shown(old)}, as it was when the run in {folder.path} began{also}",
+        f"choose another run_dir for a new run, or continue that run with `{folder.resume_command} {back}`",
     )
+
+
+def _differences(folder: RunFolder, config: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(name, value of the folder's run, value of ``config``) of every setting that differs."""
+    if not folder.exists or not folder.settings.exists():  # the folder itself compares the fingerprint
+        return []
+    there, here = json.loads(folder.settings.read_text()), flat_settings(config)
+    return [(name, there[name], here[name]) for name in here if name in there and here[name] != there[name]]
 
 
 def _shown(value: object) -> str:

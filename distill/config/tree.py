@@ -52,7 +52,7 @@ def fingerprint(config: RunConfig) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(tree, sort_keys=True).encode())
 
 
-MAY_CHANGE = (
+_LENGTH_AND_RECORDS = (
     "learner.num_updates",
     "evaluation.every",
     "evaluation.num_prompts_during",
@@ -61,6 +61,21 @@ MAY_CHANGE = (
     "checkpoint.keep",
     "scoring.check",
 )
+_ENGINE_RESOURCES = ("num_threads", "tensor_parallel_size", "kv_cache_gib", "gpu_memory_utilization")
+_RESOURCES = (
+    *(f"{section}.{name}" for section in ("rollout", "scoring") for name in _ENGINE_RESOURCES),
+    "rollout.max_num_seqs",
+    "scoring.max_groups",
+    *(f"replay.{name}" for name in ("memory_bytes", "max_bytes", "segment_bytes")),
+    *(
+        f"learner.{name}"
+        for name in ("num_threads", "micro_batch_tokens", "keep_activations", "vocabulary_chunk")
+    ),
+    "weights.deadline_s",
+)
+"""Memory, processors and time: they change numbers by rounding at most. A run that has too little of one can only
+continue with another value."""
+MAY_CHANGE = (*_LENGTH_AND_RECORDS, *_RESOURCES)
 """The settings that may be changed when a run is resumed, in addition to those outside the fingerprint."""
 
 
