@@ -15,7 +15,7 @@ from typing import Any
 
 import distill.config
 from distill.config import RunConfig
-from distill.config.tree import WRITTEN_NAMES
+from distill.config.tree import MAY_CHANGE, WRITTEN_NAMES
 
 _HEAD = """# Settings
 
@@ -23,14 +23,29 @@ _HEAD = """# Settings
 
 A YAML file contains the sections below, and `distill train FILE section.name=value` overrides a setting of the
 file. A recipe can be given by name: `recipe: kd` in the file or `recipe=kd` on the command line loads the preset
-`deploy/configs/recipes/kd.yaml`. `recipe: {preset: kd, lm_weight: 0.3}` loads it and changes one of its fields.
+`deploy/configs/recipes/kd.yaml`. `recipe: {{preset: kd, lm_weight: 0.3}}` loads it and changes one of its fields.
+
+**Values** are read by the type of their setting. Text on the command line is taken as it is (`data.path=my data #1.jsonl`
+needs quotes only for the shell); in a file it needs quotes only where YAML would end it, as at ` #`. A setting that can be
+null is null if it is `null`, `~` or left empty; the text `null` itself can only be given in a file, in quotes. In a file,
+`${{seed}}` stands for the value of another setting.
+
+**Paths** (`run_dir`, `data.path` and the models) may begin with `~`. A relative path counts from the working directory, on
+the command line as in a file. The names of models and data that can be fetched are never paths; other text is a path if
+something exists there, or if it begins with `~`, `/`, `./` or `../`.
+
+**A resumed run** (`distill train --resume RUN section.name=value`) keeps its settings, except for those of `cluster`
+and these: {may_change}. Its folder may be moved before.
 """
 
 
 def config_docs() -> str:
     """Generate the whole page."""
     docs = _field_docs()
-    parts = [_HEAD, *_section("top level", RunConfig(), "", docs)]
+    parts = [
+        _HEAD.format(may_change=", ".join(f"`{name}`" for name in MAY_CHANGE)),
+        *_section("top level", RunConfig(), "", docs),
+    ]
     for field in fields(RunConfig):
         value = getattr(RunConfig(), field.name)
         if is_dataclass(value):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from deploy.live_line import State, live_line
+from deploy.paths import absolute_path
 from deploy.pip_progress import PipFailed, PipTimeout, run_pip
 from distill.data import KNOWN_DATA
 from distill.errors import NO_VALUE, ConfigError, DistillError, did_you_mean, first_line
@@ -95,7 +96,7 @@ Convert = Callable[[Path, Path], None]
 
 def cache_dir() -> Path:
     """$DISTILL_CACHE, or ~/.cache/distill."""
-    return Path(os.environ.get("DISTILL_CACHE") or "~/.cache/distill").expanduser()
+    return absolute_path(os.environ.get("DISTILL_CACHE") or "~/.cache/distill", "DISTILL_CACHE")
 
 
 def model_folder(name: str, cache: Path) -> Path:
@@ -176,7 +177,7 @@ def resolve_model(name: str, revision: str | None, cache: Path, *, setting: str 
         if not path.is_dir():
             raise ConfigError(setting, name, "be fetched first", f"run `distill models fetch {name}`")
     else:
-        path = Path(name).expanduser()
+        path = Path(name)
         if not path.is_dir():
             return _hub_id(name, setting)
         if not (path / "config.json").is_file():
@@ -197,7 +198,7 @@ def local_checkpoint(name: str, revision: str | None, setting: str, cache: Path 
 
     Raises: ConfigError when the model cannot be found, or is an adapter or weights in another format.
     """
-    _refuse_other_formats(Path(name).expanduser(), setting)
+    _refuse_other_formats(Path(name), setting)
     place = resolve_model(name, revision, cache or cache_dir(), setting=setting)
     if Path(place).is_dir():
         return Path(place)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deploy.fetch import local_checkpoint
+from deploy.fetch import MODELS, local_checkpoint
+from deploy.paths import path_or_name
 from deploy.report.safe_text import strip_control
 
 
@@ -16,7 +17,7 @@ def run_chat(model: str, prompt: str | None, max_new_tokens: int) -> int:
 
     Raises: ConfigError when the model does not exist.
     """
-    folder = local_checkpoint(model, None, "model")
+    folder = local_checkpoint(path_or_name(model, MODELS, "model"), None, "model")
     answer = _load(folder, max_new_tokens)
     if prompt is not None:
         print(strip_control(answer([{"role": "user", "content": prompt}])))

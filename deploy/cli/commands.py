@@ -31,12 +31,13 @@ def train(options: argparse.Namespace) -> int:
         raise ConfigError("train", NO_VALUE, must, "see `distill train --help`")
     else:
         config = _load(options)
-    then = f"resume with: distill train --resume {config.run_dir}"
+    folder = RunFolder(config.run_dir)
+    then = f"resume with: {folder.resume_command}"
     try:
         with Progress() as progress:
             summary = run_train(config, progress)
     except KeyboardInterrupt as error:
-        complain(f"interrupted; {then}" if RunFolder(config.run_dir).exists else "interrupted")
+        complain(f"interrupted; {then}" if folder.exists else "interrupted")
         return exit_code(error)
     except RunFailed as failure:
         complain(str(failure))
@@ -110,7 +111,7 @@ def report(options: argparse.Namespace) -> int:
             "run_dir",
             folder.path,
             "contain summary.json, which a run writes at its end",
-            f"finish it with: distill train --resume {folder.path}",
+            f"finish it with: {folder.resume_command}",
         )
     print_report(run_report(folder.path, summary))
     return DONE

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from deploy import PRESETS
 from deploy.fetch import DATA, MODELS, cache_dir, data_file, is_hub_id, model_folder, resolve_model
+from deploy.paths import path_or_name
 from deploy.recipes import find_recipe
 from deploy.run.model_facts import SAVE_AGAIN, ModelFacts
 from distill.config import DataConfig, EvaluationConfig
@@ -102,7 +103,7 @@ def _model(option: str, name: str) -> ModelFacts | None:
     """The facts of a model on this machine, or None for one that has to be downloaded first."""
     if name in MODELS and not model_folder(name, cache_dir()).is_dir():
         return None
-    place = resolve_model(name, None, cache_dir(), setting=option)
+    place = resolve_model(path_or_name(name, MODELS, option), None, cache_dir(), setting=option)
     return ModelFacts.read(place, option, SAVE_AGAIN) if Path(place).is_dir() else None
 
 
@@ -127,8 +128,9 @@ def _rows(data: str) -> Sequence[Example]:
     """
     if data in DATA and not data_file(data, cache_dir()).is_file():
         return []
-    if data in DATA or os.path.exists(os.path.expanduser(data)) or glob.has_magic(data):
-        return load_rows(DataConfig(path=data), cache_dir()).examples
+    place = path_or_name(data, DATA, "--data")
+    if data in DATA or os.path.exists(place) or glob.has_magic(place):
+        return load_rows(DataConfig(path=place), cache_dir()).examples
     if not is_hub_id(data) or Path(data).suffix:
         must = (
             f"be a file or folder that exists, one of {', '.join(DATA)}, or the id of a data set (owner/name)"

@@ -38,6 +38,9 @@ NODE = "local"
 
 def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> RunInputs:
     """Write the tables; returns the inputs of the first stage."""
+    if not folder.has_prompts:  # an earlier start died in between, and the data can have changed since
+        for table in folder.data.glob("*.parquet"):
+            table.unlink()
     train, heldout = training_rows(preflight.prompts), heldout_rows(preflight.prompts)
     references = None
     if preflight.num_references:

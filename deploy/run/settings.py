@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deploy import PRESETS
 from deploy.fetch import MODELS
+from deploy.paths import absolute_path, path_or_name
 from distill.config import RunConfig
 from distill.config.load import load_config, override
-from distill.config.tree import MAY_CHANGE, kept_settings
+from distill.config.tree import MAY_CHANGE, flat_settings, kept_settings
 from distill.data import KNOWN_DATA
 from distill.errors import ConfigError
 from distill.files import write_json
@@ -34,55 +34,68 @@ def absolute(config: RunConfig) -> RunConfig:
 
     So a run can be resumed from another folder. Names of models and data that can be fetched, and hub ids, stay.
     """
-    data = replace(config.data, path=_absolute(config.data.path, KNOWN_DATA))
+    data = replace(config.data, path=path_or_name(config.data.path, KNOWN_DATA, "data.path"))
     sections: dict[str, Any] = {"data": data}
     for name in ("teacher", "student", "proxy"):
         section = getattr(config, name)
         if section.model is not None:
-            sections[name] = replace(section, model=_absolute(section.model, MODELS))
-    return replace(config, run_dir=os.path.abspath(os.path.expanduser(config.run_dir)), **sections)
+            sections[name] = replace(section, model=path_or_name(section.model, MODELS, f"{name}.model"))
+    return replace(config, run_dir=str(absolute_path(config.run_dir, "run_dir")), **sections)
 
 
 def config_to_resume(run_dir: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Load the configuration that a run folder contains, with ``run_dir`` as the folder's present place.
 
-    Raises: ConfigError when the folder is not a run's, or an override may not change.
+    Raises: ConfigError when the folder is not a run's, and for an override of ``run_dir``.
     """
-    folder = RunFolder(os.path.expanduser(run_dir))
+    folder = RunFolder(absolute_path(run_dir, "--resume"))
     folder.require()
+    for text in overrides:
+        name, _, value = text.partition("=")
+        if name.strip() == "run_dir":
+            must = f"be left out, because the run is in {folder.path}"
+            raise ConfigError(
+                "run_dir", value, must, "leave it out; to move the run, move its folder and resume that"
+            )
     return load_run(folder.config, [*overrides, override("run_dir", str(folder.path))])
 
 
 def keep_settings(folder: RunFolder, config: RunConfig) -> None:
-    """Write the settings that a new run begins with, which a resumed run is compared with."""
-    if not folder.settings.exists():
-        write_json(folder.settings, kept_settings(config))
+    """Write the settings of this incarnation, with which the next one is compared."""
+    write_json(folder.settings, flat_settings(config))
+
+
+def changes_of(folder: RunFolder, config: RunConfig) -> Iterator[str]:
+    """What a resumed run has otherwise than its last incarnation, as lines for the user."""
+    for name, old, new in _differences(folder, config):
+        if name in MAY_CHANGE:
+            schedule = "; from here on, the learning rate is that of the new schedule"
+            yield f"{name}={_shown(new)} (it was {_shown(old)}){schedule if name == 'learner.num_updates' else ''}"
 
 
 def require_same_settings(folder: RunFolder, config: RunConfig) -> None:
-    """Raises: ConfigError that names a setting which the run in ``folder`` has otherwise."""
-    if not folder.exists or not folder.settings.exists():  # the folder itself compares the fingerprint
-        return
-    there, here = json.loads(folder.settings.read_text()), kept_settings(config)
-    changed = [name for name in here if name in there and here[name] != there[name]]
+    """Raises: ConfigError that names the settings which the run in ``folder`` has otherwise."""
+    kept = kept_settings(config)
+    changed = [difference for difference in _differences(folder, config) if difference[0] in kept]
     if not changed:
         return
-    name, others = changed[0], changed[1:]
-    also = f" (also changed: {', '.join(others)})" if others else ""
+    name, old, new = changed[0]
+    also = "".join(f"; {other}={_shown(now)} was {_shown(then)}" for other, then, now in changed[1:])
+    back = shlex.join(override(other, then) for other, then, _ in changed)
     raise ConfigError(
         name,
-        _shown(here[name]),
-        f"stay {_shown(there[name])}, as it was when the run in {folder.path} began{also}",
-        f"set it back, or choose another run_dir; a resumed run may change only {', '.join(MAY_CHANGE)} and cluster",
+        _shown(new),
+        f"stay {_shown(old)}, as it was when the run in {folder.path} began{also}",
+        f"choose another run_dir for a new run, or continue that run with `{folder.resume_command} {back}`",
     )
 
 
-def _absolute(text: str, known: object) -> str:
-    if text in known:  # type: ignore[operator]
-        return text
-    path = os.path.abspath(os.path.expanduser(text))
-    is_path = text.startswith(("~", "/", "./", "../")) or os.path.exists(path) or glob.has_magic(text)
-    return path if is_path else text
+def _differences(folder: RunFolder, config: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(name, value of the folder's run, value of ``config``) of every setting that differs."""
+    if not folder.exists or not folder.settings.exists():  # the folder itself compares the fingerprint
+        return []
+    there, here = json.loads(folder.settings.read_text()), flat_settings(config)
+    return [(name, there[name], here[name]) for name in here if name in there and here[name] != there[name]]
 
 
 def _shown(value: object) -> str:

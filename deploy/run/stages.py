@@ -22,6 +22,7 @@ from deploy.run.estimates import sampler_name
 from deploy.run.progress import training_line
 from deploy.run.rates import Rates
 from distill.config import SftConfig
+from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
 
 
@@ -40,7 +41,7 @@ def warm_start(run: RunContext, inputs: RunInputs) -> RunInputs:
     """Fine-tune the student on the references, if the configuration asks for it."""
     if not run.config.sft.enabled:
         return inputs
-    out = Path(inputs.run_dir) / "sft"
+    out = RunFolder(inputs.run_dir).sft
     if not out.exists():
         assert inputs.references is not None  # the preflight has checked it
         _fit(run, inputs, "warm start", inputs.student_dir, inputs.references, out, run.config.sft)

@@ -9,7 +9,7 @@ from deploy.run.preflight import Preflight
 from deploy.run.prepare import prepare
 from deploy.run.progress import Progress
 from deploy.run.record import RunRecord
-from deploy.run.settings import keep_settings, require_same_settings
+from deploy.run.settings import changes_of, keep_settings, require_same_settings
 from deploy.run.stages import STAGES
 from distill.config import RunConfig
 from distill.config.tree import resume_fingerprint, to_yaml
@@ -46,9 +46,13 @@ def train(config: RunConfig, progress: Progress) -> dict[str, Any]:
     preflight.require()
     with folder:
         resumes = folder.create(to_yaml(config), resume_fingerprint(config))
-        keep_settings(folder, config)
         progress.say(f"{'resuming' if resumes else 'new run'} {folder.path}")
+        for change in changes_of(folder, config):
+            progress.say(change)
+        keep_settings(folder, config)
         try:
+            if config.learner.num_updates > _updates_made(folder):
+                folder.remove_results()
             return _run_stages(config, preflight, folder, progress)
         except Exception as error:
             raise RunFailed(error, _keep_failure(folder, error)) from error
@@ -77,13 +81,19 @@ def _keep_failure(folder: RunFolder, error: Exception) -> str:
 def _finished(folder: RunFolder, config: RunConfig) -> dict[str, Any] | None:
     """The summary of the folder's run, if that has ended and the configuration has no more updates.
 
-    Raises: ConfigError when it has made more updates than the configuration has.
+    Raises: ConfigError when it has made more updates than the configuration has, or as many without having ended.
     """
     summary = folder.read_summary() if folder.exists else None
-    wanted = config.learner.num_updates
-    if summary is None or summary["updates"] < wanted:
-        return None
-    if summary["updates"] > wanted:
-        must = f"be >= {summary['updates']}, the updates that the run in {folder.path} has made"
+    made, wanted = _updates_made(folder), config.learner.num_updates
+    has_ended = summary is not None or folder.evaluation("after").exists()
+    fewest = made if has_ended else made + 1
+    if made and wanted < fewest:
+        must = f"be >= {fewest}, because the run in {folder.path} has made {made} updates"
         raise ConfigError("learner.num_updates", wanted, must, "raise it, or choose another run_dir")
-    return summary
+    return summary if wanted == made else None
+
+
+def _updates_made(folder: RunFolder) -> int:
+    """Updates that a run has in its newest checkpoint, or in its summary if the checkpoints have been deleted."""
+    summary = folder.read_summary()
+    return max([*folder.steps, summary["updates"] if summary is not None else 0])

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy import PRESETS
+from deploy.run.settings import load_run
 from deploy.study.spec import Settings, StudySpec
 from deploy.study.tasks.registry import Task
 from distill.config import RunConfig
-from distill.config.load import load_config, override
+from distill.config.load import override
 from distill.config.tree import fingerprint
 from distill.errors import ConfigError, Diverged
 from distill.run.folder import RunFolder
@@ -68,7 +68,7 @@ class Jobs:
         """
         overrides = self._overrides(recipe, seed, tuned, tuning)
         with of_recipe(recipe):
-            config = load_config(None, overrides, PRESETS)
+            config = load_run(None, overrides)
         run_dir = self.folder / "runs" / f"{recipe}-{fingerprint(config)}-{self.code}"
         return Job(recipe, seed, tuned, tuning, tuple(overrides), config, run_dir)
 

@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.config import RunConfig
-from distill.config.tree import Tree, build, setting_names
-from distill.config.written import Written, WrittenLoader
+from distill.config.tree import Tree, build, escaped, is_text, setting_types
+from distill.config.written import NULL, Written, WrittenLoader, kinds_of, typed
 from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
 
 
@@ -50,7 +50,17 @@ def load_config(
 
 
 def override(name: str, value: object) -> str:
-    """A setting as an override, which :func:`load_config` reads back as the same value."""
+    """A setting as an override, which :func:`load_config` reads back as the same value.
+
+    Raises: ConfigError when ``value``, read from YAML without the setting's type, is a number where the setting
+    is text, or a text that an override cannot express.
+    """
+    kinds = kinds_of(setting_types().get(name))
+    can_be_null = type(None) in kinds
+    if str in kinds and not isinstance(value, str) and not (value is None and can_be_null):
+        raise ConfigError(name, json.dumps(value, default=str), "be text", "put it in quotes")
+    if str in kinds and can_be_null and isinstance(value, str) and value in NULL:
+        raise ConfigError(name, repr(value), "not be a text that means null", "leave it out, or write null")
     return f"{name}={value if isinstance(value, str) else json.dumps(value)}"
 
 
@@ -122,13 +132,16 @@ def _not_yaml(what: object, error: Exception, remedy: str) -> ConfigError:
 
 
 def _parse_override(text: str) -> Tree:
-    """A layer with one setting. Its value stays as written; that of a section is read as YAML."""
+    """A layer with one setting, whose text is exactly what was written; the value of a section is read as YAML."""
     name, equals, written = text.partition("=")
     name = name.strip()
     if not equals or not name:
         raise ConfigError(f"{text!r}", NO_VALUE, "be name=value", "for example learner.num_updates=40")
     tree: Any = Written(written)
-    if name not in setting_names():
+    hint = setting_types().get(name)
+    if hint is not None and is_text(hint):
+        tree = escaped(typed(tree, hint))
+    elif hint is None:
         try:
             tree = yaml.load(written, WrittenLoader)
         except yaml.YAMLError as error:

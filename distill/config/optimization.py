@@ -82,7 +82,8 @@ class LearnerConfig:
     """The distillation: sizes of an update, the student's optimizer, memory and device."""
 
     num_updates: int = 20
-    """Number of updates, including ``critic.warmup_updates``."""
+    """Number of updates, including ``critic.warmup_updates``. A resumed run can be given another number; from its
+    next update on, the learning rate is that of the schedule over the new number."""
     prompts_per_update: int = 16
     """Number of prompts in an update that the student answers, ``rollout.samples_per_prompt`` times each."""
     teacher_rows_per_update: int = 16

@@ -108,6 +108,8 @@ class RunConfig:
     def violations(self) -> Iterator[ConfigError]:
         """Every broken rule: first the rules of single sections, then those across sections."""
         yield from bounded("", self, ">= 0", "seed")
+        if not self.run_dir:
+            yield ConfigError("run_dir", "", "name a folder", "give a path, such as runs/run")
         for part in (getattr(self, section.name) for section in fields(self)):
             if is_dataclass(part):
                 yield from part.violations()  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from distill.config import RunConfig, StudentInitConfig
 from distill.config.retired import RETIRED
 from distill.config.rules import default_remedy
-from distill.config.written import typed
+from distill.config.written import kinds_of, typed
 from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
 
 Tree = dict[str, Any]
@@ -52,7 +52,7 @@ def fingerprint(config: RunConfig) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(tree, sort_keys=True).encode())
 
 
-MAY_CHANGE = (
+_LENGTH_AND_RECORDS = (
     "learner.num_updates",
     "evaluation.every",
     "evaluation.num_prompts_during",
@@ -61,6 +61,21 @@ MAY_CHANGE = (
     "checkpoint.keep",
     "scoring.check",
 )
+_ENGINE_RESOURCES = ("num_threads", "tensor_parallel_size", "kv_cache_gib", "gpu_memory_utilization")
+_RESOURCES = (
+    *(f"{section}.{name}" for section in ("rollout", "scoring") for name in _ENGINE_RESOURCES),
+    "rollout.max_num_seqs",
+    "scoring.max_groups",
+    *(f"replay.{name}" for name in ("memory_bytes", "max_bytes", "segment_bytes")),
+    *(
+        f"learner.{name}"
+        for name in ("num_threads", "micro_batch_tokens", "keep_activations", "vocabulary_chunk")
+    ),
+    "weights.deadline_s",
+)
+"""Memory, processors and time: they change numbers by rounding at most. A run that has too little of one can only
+continue with another value."""
+MAY_CHANGE = (*_LENGTH_AND_RECORDS, *_RESOURCES)
 """The settings that may be changed when a run is resumed, in addition to those outside the fingerprint."""
 
 
@@ -85,7 +100,17 @@ def flat_settings(config: RunConfig) -> dict[str, Any]:
 
 def setting_names() -> list[str]:
     """Dotted names of all settings, as in YAML."""
-    return [name for name, _ in _leaves(RunConfig, "")]
+    return list(setting_types())
+
+
+def setting_types() -> dict[str, Any]:
+    """Dotted name, as in YAML -> type of the setting."""
+    return dict(_leaves(RunConfig, ""))
+
+
+def is_text(hint: Any) -> bool:
+    """Whether a setting of this type contains text that the user chooses."""
+    return any(kind in (str, list[str]) for kind in kinds_of(hint))
 
 
 def build(tree: Tree) -> RunConfig:
@@ -99,13 +124,26 @@ def build(tree: Tree) -> RunConfig:
     except OmegaConfBaseException as error:
         raise _explain(error, tree) from None
     flat = flatten(_written(config))
-    for name, hint in _leaves(RunConfig, ""):
+    for name, hint in setting_types().items():
         value = flat[name]
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(name, value, "be finite", default_remedy(_default(name)))
         if _choices(hint) and value is not None and value not in _choices(hint):
             raise _wrong_value(name, hint, value)  # the result of an interpolation
+        if is_text(hint):
+            _require_printable(name, value)
     return config
+
+
+def _require_printable(name: str, value: Any) -> None:
+    """Require text that files can contain: the bytes of a name on disk need not be UTF-8.
+
+    Raises: ConfigError.
+    """
+    for text in value if isinstance(value, list) else [value or ""]:
+        if (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)) or "\0" in text:
+            remedy = "rename the file or folder if it is a path, or write other text"
+            raise ConfigError(name, ascii(text), "be UTF-8 text without a null byte", remedy)
 
 
 @cache
@@ -133,13 +171,20 @@ def _by_field(tree: Tree, part: type, prefix: str) -> Tree:
                     name, _shown(value), "be a section", f"write its settings, for example {_example(name)}"
                 )
             renamed[field_name] = _by_field(value or {}, typing.cast(type, hint), f"{name}.")
-        elif isinstance(value, dict) or (isinstance(value, list) and not _is_list(hint)):
+        elif not _has_shape(value, hint):
             raise _wrong_value(name, hint, value)
         elif value == "???":  # OmegaConf's mark for a missing value, which it would replace with the default
             raise ConfigError(name, value, "be given", "replace ??? with a value")
         else:
             renamed[field_name] = value
     return renamed
+
+
+def _has_shape(value: Any, hint: Any) -> bool:
+    """Whether a value can be of a type; OmegaConf checks the rest."""
+    if hint is bool and isinstance(value, str):
+        return "${" in value  # OmegaConf would read 2 as true
+    return not isinstance(value, dict) and (not isinstance(value, list) or _is_list(hint))
 
 
 @cache
@@ -169,21 +214,24 @@ def _written(part: Any, *, escape: bool = False) -> Tree:
             tree[written] = _written(value, escape=escape)
         elif float in (hint, *typing.get_args(hint)) and value is not None:
             tree[written] = float(value)
-        elif isinstance(value, str) and escape:
-            tree[written] = _escaped(value)
-        elif isinstance(value, list) and escape:
-            tree[written] = [_escaped(item) if isinstance(item, str) else item for item in value]
+        elif isinstance(value, str | list) and escape:
+            tree[written] = escaped(value)
         else:
             tree[written] = value
     return tree
 
 
-def _escaped(text: str) -> str:
-    """Escape ``${``, which OmegaConf reads as an interpolation unless a backslash precedes it.
+def escaped(value: Any) -> Any:
+    """Escape ``${`` in text and in the texts of a list; other values are returned unchanged.
 
-    Backslashes that already precede it are doubled.
+    OmegaConf reads it as an interpolation unless a backslash precedes it. Backslashes that already precede it are
+    doubled.
     """
-    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text)
+    if isinstance(value, list):
+        return [escaped(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -224,7 +272,7 @@ def _initials(name: str) -> str:
 
 def _explain(error: OmegaConfBaseException, tree: Tree) -> ConfigError:
     name = _written_path(error.full_key or "")
-    hint = dict(_leaves(RunConfig, "")).get(name)
+    hint = setting_types().get(name)
     if isinstance(error, ValidationError) and hint is not None:
         return _wrong_value(name, hint, flatten(tree).get(name))
     return ConfigError(

@@ -8,14 +8,15 @@ known. A setting that is text gets exactly what was written.
 from __future__ import annotations
 
 import re
+import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-_NULL = ("", "~", "null", "Null", "NULL")
+NULL = ("", "~", "null", "Null", "NULL")
+"""Unquoted texts that are null, for a setting that can be null."""
 
 
 class Written(str):
@@ -30,6 +31,9 @@ class WrittenLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = set[str]()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "found a key that is not the name of a setting"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             if key.value in keys and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     "while constructing a mapping",
@@ -53,22 +57,27 @@ def typed(value: Any, hint: Any) -> Any:
 
     Text that does not suit the type is returned as text, for the caller to reject.
     """
-    kinds = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else (hint,)
-    kinds = kinds or (hint,)
+    kinds = kinds_of(hint)
     of_items = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list), None)
-    if typing.get_origin(hint) is list:
-        of_items = typing.get_args(hint)[0]
     if isinstance(value, list) and of_items is not None:
         return [typed(item, of_items) for item in value]
     if not isinstance(value, Written):
         return value
-    if type(None) in kinds and value in _NULL:
+    if type(None) in kinds and value in NULL:
         return None
     if of_items is not None:
         return typed(_as_yaml(value), hint)
-    if str in kinds or any(value in typing.get_args(kind) for kind in kinds):
+    read = next((_READERS[kind] for kind in kinds if kind in _READERS), str)
+    try:
+        return read(value.strip() if read is not str else value)
+    except (KeyError, ValueError):
         return str(value)
-    return _resolved(value)
+
+
+def kinds_of(hint: Any) -> tuple[Any, ...]:
+    """The types that a setting's value can have: ``int | None`` has two."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if is_union else (hint,)
 
 
 def _as_yaml(text: Written) -> Any:
@@ -79,10 +88,24 @@ def _as_yaml(text: Written) -> Any:
     return loaded if isinstance(loaded, list) else str(text)
 
 
-def _resolved(text: Written) -> Any:
-    """The number or boolean that a text is in YAML, with ``1e-3`` as a number."""
-    try:
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException):
-        return str(text)
-    return typing.cast(dict[str, Any], tree)["value"]
+def _integer(text: str) -> int:
+    """Read a decimal, 0x, 0o or 0b number. ``010`` is ten, which YAML reads as eight."""
+    has_base = text.lower().lstrip("+-").startswith(("0x", "0o", "0b"))
+    return int(text, 0 if has_base else 10)
+
+
+def _boolean(text: str) -> bool:
+    return _BOOLEANS[text.lower()]
+
+
+_BOOLEANS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
+_READERS: dict[Any, Callable[[str], Any]] = {int: _integer, float: float, bool: _boolean}

@@ -10,7 +10,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
+import shlex
 import socket
 import traceback
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,12 @@ TRAINING_PROMPTS, HELDOUT_PROMPTS = "train.parquet", "heldout.parquet"
 """Files of the folder ``data`` with the parts of the prompt table."""
 _IN_IDENTITY = ("run_id", "incarnation", "fingerprint", "created_at")
 _IN_SUMMARY = ("updates", "recipe", "before", "after", "timing_s", "peak_pss_bytes", "wall_s")
+
+
+def checkpoint_steps(root: Path) -> list[int]:
+    """Return the steps of the complete checkpoints ``step-N`` in a folder, ascending."""
+    found = [re.fullmatch(r"step-(\d+)", path.name) for path in root.glob("step-*")]
+    return sorted(int(match[1]) for match in found if match)
 
 
 class PolicyVersionCounter:
@@ -81,6 +89,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.cut = self.path / "student-init"
         self.cut_layers = self.path / "student-init-layers.json"
+        self.sft = self.path / "sft"
         self.student = self.path / "student"
         self.best = self.path / "best"
         self.evaluations = self.path / "evaluations"
@@ -91,6 +100,21 @@ class RunFolder:
 
     def evaluation(self, label: str) -> Path:
         return self.evaluations / f"{label}.parquet"
+
+    @property
+    def steps(self) -> list[int]:
+        """The updates after which there is a checkpoint, ascending."""
+        return checkpoint_steps(self.checkpoints)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the prompt table has been written, so that later incarnations use it."""
+        return all((self.data / name).exists() for name in (TRAINING_PROMPTS, HELDOUT_PROMPTS))
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run, for a shell."""
+        return f"distill train --resume {shlex.quote(str(self.path))}"
 
     # Opening
 
@@ -174,8 +198,15 @@ class RunFolder:
         """
         if not self.summary.is_file():
             return None
-        remedy = f"remove it, and let `distill train --resume {self.path}` write it again"
+        remedy = f"remove it, and let `{self.resume_command}` write it again"
         return _read_json("summary", self.summary, _IN_SUMMARY, remedy)
+
+    def remove_results(self) -> None:
+        """Remove what a run wrote at its end, because it continues to a later one."""
+        self._require_lock()
+        answers = self.evaluations / "after-answers.json"
+        for result in (self.summary, self.evaluation("after"), answers):
+            result.unlink(missing_ok=True)
 
     def write_failure(self, error: Exception) -> None:
         """Record why the run failed: ``failure.json`` as data, ``failure.txt`` with the traceback."""

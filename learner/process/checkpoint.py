@@ -7,7 +7,6 @@ There is no pickle: tensors are safetensors, everything else is JSON.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from distill.errors import DistillError
 from distill.files import new_folder
+from distill.run.folder import checkpoint_steps
 from distill.weights import checksum_file
 
 MANIFEST = "manifest.json"
@@ -38,8 +38,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
-        found = [re.fullmatch(r"step-(\d+)", path.name) for path in self.root.glob("step-*")]
-        return sorted(int(match[1]) for match in found if match)
+        return checkpoint_steps(self.root)
 
     def latest(self) -> Path | None:
         steps = self.steps()

@@ -49,10 +49,11 @@ def prompts(config: RunConfig, rows: LoadedRows, tokenizer: Any, stop_token_ids:
 
 def stored_prompts(folder: RunFolder, prompts: pa.Table) -> pa.Table | None:
     """The prompt table that the run to be resumed began with, if ``prompts`` is another one by now."""
-    files = [folder.data / name for name in (TRAINING_PROMPTS, HELDOUT_PROMPTS)]
-    if not all(file.exists() for file in files):
+    if not folder.has_prompts:
         return None
-    stored = pa.concat_tables([read_table(file) for file in files])
+    stored = pa.concat_tables(
+        [read_table(folder.data / name) for name in (TRAINING_PROMPTS, HELDOUT_PROMPTS)]
+    )
     return None if stored.equals(prompts) else stored
 
 

@@ -115,16 +115,15 @@ def disk(config: RunConfig, estimates: Estimates) -> Iterator[Check]:
     """
     run_dir = Path(config.run_dir).absolute()
     place = require_writable("run_dir", run_dir, "choose another run_dir")
-    RunFolder(run_dir).refuse_foreign_files()
+    folder = RunFolder(run_dir)
+    folder.refuse_foreign_files()
     student = estimates.student_parameters()
-    # A checkpoint contains weights and two moments. A new one is complete before the oldest is deleted.
-    need = student * 12 * (config.checkpoint.keep + 1) + student * 4 * 4
-    need = max(0, need - _bytes_in(run_dir))  # a resumed run has some of it already
+    need = student * _bytes_per_parameter(folder, config.checkpoint.keep)
     free = shutil.disk_usage(place).free
     if free < need:
         raise ConfigError(
             "free disk", f"{free >> 20} MiB", f"be >= {need >> 20} MiB at {place}",
-                 "lower checkpoint.keep or choose another run_dir"
+                 "free some there, lower checkpoint.keep, or choose another run_dir"
         )  # fmt: skip
     shm = shared_memory_root()
     wanted = min(config.replay.memory_bytes, estimates.window()) + 2 * 4 * student
@@ -164,6 +163,12 @@ def ports(config: RunConfig) -> Iterator[Check]:
     yield Check("ports", "pass", "loopback has free ports for a local Ray")
 
 
-def _bytes_in(folder: Path) -> int:
-    """Bytes of all files below a folder; 0 for one that does not exist."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _bytes_per_parameter(folder: RunFolder, keep: int) -> int:
+    """Bytes on disk per parameter of the student, of what the run in ``folder`` has still to write.
+
+    A checkpoint contains weights and two moments. A new one is complete before the oldest is deleted. Models are
+    the cut, the fine-tuned, the best and the last student; the last two are written anew.
+    """
+    num_checkpoints = keep + 1 - min(keep, len(folder.steps))
+    num_models = 4 - folder.cut.exists() - folder.sft.exists()
+    return 12 * num_checkpoints + 4 * num_models

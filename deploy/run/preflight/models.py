@@ -27,7 +27,7 @@ def _again(name: str, folder: Path) -> str:
     """How to get a checkpoint whose files are missing or broken."""
     if name in MODELS:
         return f"delete {folder} and run `distill models fetch {name}` again"
-    if Path(name).expanduser().is_dir():
+    if Path(name).is_dir():
         return SAVE_AGAIN
     repository = folder.parents[1]  # what the hub's client has of it: snapshots/REVISION is the folder
     return f"delete {repository} and run this again with access to the hub"

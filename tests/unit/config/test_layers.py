@@ -6,16 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from distill.config import RecipeConfig, StudentInitConfig
-from distill.config.load import load_config, override
-from distill.config.tree import flat_settings, flatten, setting_names, to_yaml
+from distill.config.tree import flatten, setting_names, to_yaml
 from distill.errors import ConfigError
 from tests.unit.config.settings import STUDENT
-
-CUT = ["student.init.from=teacher", "student.init.num_layers=1"]
 
 
 def test_overrides_take_precedence_over_the_file(load):
@@ -83,62 +78,3 @@ def test_loading_imports_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.one_of(
-        st.sampled_from(
-            [
-                "2025_11_26",
-                "my data #1.jsonl",
-                "1e5",
-                "on",
-                "0x10",
-                "2025-11-26",
-                "a: b",
-                "'q'",
-                '"q"',
-                " x ",
-                "null",
-                "~",
-                "[a]",
-                "{",
-                "#",
-            ]
-        ),
-        st.text(st.characters(codec="utf-8", exclude_characters="$"), min_size=1),
-    )
-)
-def test_text_on_the_command_line_comes_back_as_it_is(text):
-    for name in ("run_dir", "data.path"):
-        assert flat_settings(load_config(None, [*CUT, override(name, text)]))[name] == text
-
-
-@pytest.mark.parametrize("text", ["2025_11_26", "1e5", "on", "0x10", "2025-11-26", "12:30:45", "NaN", ".5"])
-def test_text_in_a_file_needs_no_quotes(load, text):
-    assert load(STUDENT + f"run_dir: {text}\nevaluation: {{shown_prompts: [{text}, b]}}").run_dir == text
-    assert load(STUDENT + f"teacher: {{revision: {text}}}").teacher.revision == text
-    assert load(STUDENT + f"evaluation: {{shown_prompts: [{text}, b]}}").evaluation.shown_prompts == [
-        text,
-        "b",
-    ]
-
-
-def test_null_is_null_only_where_it_can_be(load):
-    for text in ("null", "~", ""):
-        assert load(STUDENT, [f"teacher.revision={text}"]).teacher.revision is None
-        assert load(STUDENT + f"teacher: {{revision: {text}}}").teacher.revision is None
-    assert load(STUDENT + "teacher: {revision: 'null'}").teacher.revision == "null"
-    assert load(STUDENT, ["run_dir=null"]).run_dir == "null"
-
-
-def test_numbers_and_lists_are_read_by_their_type(load):
-    config = load(STUDENT, ["learner.learning_rate=1e-3", "sft.enabled=off", "seed=1_0"])
-    assert (config.learner.learning_rate, config.sft.enabled, config.seed) == (1e-3, False, 10)
-    cut = load(STUDENT, ["student.init={from: teacher, num_layers: null, layers: [0, 2]}"]).student.init
-    assert cut.layers == [0, 2] and cut.num_layers is None
-    assert load(STUDENT, ["student.init.num_layers=", "student.init.layers=[0,1]"]).student.init.layers == [
-        0,
-        1,
-    ]

@@ -49,7 +49,6 @@ def message(load: Callable[..., RunConfig], text: str, *overrides: str) -> str:
         ("recipe=gkdd", "; did you mean gkd?"),
         ("corpus.seed=${nowhere}", "corpus.seed must be loadable (Interpolation key 'nowhere' not found); correct the value"),
         ("student.init={from: 'a", "line 1 must be YAML (found unexpected end of stream); correct the value"),
-        ("run_dir=${", "run_dir must be loadable (no viable alternative at input '${'); correct the value"),
         ("foo", "'foo' must be name=value"),
         ("=3", "'=3' must be name=value"),
         ("recipe.beta=2", "recipe.beta=2.0 must lie in [0, 1]; correct the value (the default is 0.25)"),
@@ -74,6 +73,10 @@ def test_error_of_an_override(load, wrong, part):
         (
             "learner:\n  lerning_rate: 1\n",
             "learner.lerning_rate must be the name of a setting; did you mean learner.learning_rate?",
+        ),
+        (
+            "? [seed]\n: 2\n",
+            "run.yaml line 2 must be YAML (found a key that is not the name of a setting); correct",
         ),
         ("1: 2\n", "1 must be the name of a setting; use one of run_dir, seed, recipe, teacher"),
         (

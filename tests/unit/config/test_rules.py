@@ -45,7 +45,7 @@ BROKEN = [
     "credit.baseline=whiten credit.form=exact",
     "credit.ratio=token credit.form=exact replay.max_policy_age=1 credit.ratio_max=null",
     "credit.ratio_max=2 credit.form=exact replay.max_policy_age=1 credit.ratio=per_decision",
-    "critic.zero_sum=true recipe=ammd_blackbox", "critic.warmup_updates=20", "teacher.model=",
+    "critic.zero_sum=true recipe=ammd_blackbox", "critic.warmup_updates=20", "teacher.model=", "run_dir=", "data.path=",
     "student.init.num_layers=3 student.init.from=null student.model=x", "student.init.layers=[0,1]",
     "student.init.num_layers=null student.init.layers=[0,2,1]", "recipe=imitkd recipe.anchor_weight=0.5",
     "recipe.loss_weight=0 recipe.anchor_weight=0", "recipe=opd recipe.lm_weight=1",

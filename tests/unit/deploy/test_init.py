@@ -170,8 +170,8 @@ def test_no_file_is_overwritten(complaint: Callable[..., str], tmp_path: Path) -
     [
         (["--teacher", "/no/model"], ["--teacher=/no/model must be a folder that exists"]),
         (["--teacher", "smollm2-135"], ["--teacher=smollm2-135", "did you mean smollm2-135m?"]),
-        (["--student", "./none"], ["--student=./none must be a folder that exists"]),
-        (["--student", "."], ["--student=. must contain a checkpoint"]),
+        (["--student", "./none"], ["--student=/", "/none must be a folder that exists"]),
+        (["--student", "."], ["--student=/", " must contain a checkpoint"]),
         (["--data", "none.jsonl"], ["--data=none.jsonl must be a file or folder that exists"]),
         (["--data", "some/none.jsonl"], ["--data=some/none.jsonl must be a file or folder that exists"]),
         (["--data", "alpaca-dem"], ["--data=alpaca-dem must be", "did you mean alpaca-demo?"]),
