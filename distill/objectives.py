@@ -186,6 +186,27 @@ def critic_loss(
     return 0.5 * variance_penalty * variance - _dot(teacher_probs - policy_probs, centred)
 
 
+def critic_loss_from_optimum(
+    f: Float[Tensor, "N V"],
+    optimum: Float[Tensor, "N V"],
+    variance_penalty: float,
+    *,
+    policy_probs: Float[Tensor, "N V"],
+    teacher_probs: Float[Tensor, "N V"],
+) -> Float[Tensor, " N"]:
+    """(λ/2) (Var_m(f − f°) − Var_m f°): :func:`critic_loss` with its square completed.
+
+    ``optimum``: f° = (2/λ) (q − p)/(q + p), where g_f = λ Cov_m(f, f°) and E_m f° = 0. The gradient in f is
+    λ m (f − f° − E_m(f − f°)). At f = f° it is exactly 0, whereas the two terms of the other form cancel
+    only up to rounding.
+    """
+    mean_probs = (policy_probs + teacher_probs) * 0.5
+    difference = f - optimum
+    centred = difference - _dot(mean_probs, difference).detach()[:, None]
+    excess = _dot(mean_probs, centred.square()) - _dot(mean_probs, optimum.square())
+    return 0.5 * variance_penalty * excess
+
+
 def sampled_critic_loss(
     policy_logprobs: Float[Tensor, "N V"],
     targets: Int[Tensor, " N"],

@@ -218,8 +218,9 @@ class CriticConfig:
     bound: float = 1.0
     """Bound B of a critic's values: |f| <= B."""
     ratio_start: float = 0.5
-    """Initial value of the learned factor s of the log-ratio. 0.5 is the optimum of the regularised game. Only
-    used with ``features=ratio``."""
+    """Initial value of the learned factor s of the log-ratio. 0.5 is the optimum of the regularised game, where a
+    critic stays if ``variance_penalty`` is null and the teacher gives probabilities. Only used with
+    ``features=ratio``."""
     variance_penalty: float | None = None
     """Weight lambda of the penalty (lambda/2) Var_m f, where m is the mean of the two policies. null: 2/bound."""
     zero_sum: bool = False

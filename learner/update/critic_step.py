@@ -13,6 +13,7 @@ from distill.config import CriticConfig
 from distill.objectives import (
     closed_form_critic,
     critic_loss,
+    critic_loss_from_optimum,
     moment_gap,
     sampled_critic_loss,
 )
@@ -20,7 +21,7 @@ from learner.batch import TEXTS
 from learner.model.chunked import ChunkedLogits, chunked_loss
 from learner.model.head import LogitTransform
 from learner.ranks import ALONE, Ranks
-from learner.update.critics import Critic, CriticPair
+from learner.update.critics import Critic, CriticPair, optimum
 from learner.update.positions import Heads, Policies, Positions, to_floats
 
 WARMUP_POSITIONS = 512
@@ -132,7 +133,7 @@ def _critic_gradient(
             )
             metrics = _metrics_from_text(both, f.detach(), tokens, config) if measure else {}
         else:
-            losses = critic_loss(*both.pair, f, config.penalty, **both.probs)
+            losses = _critic_losses(critic, both, f, log_ratio, config.penalty)
             metrics = _critic_metrics(both, f.detach(), config) if measure else {}
         weight = share[where].to(losses.dtype)
         return weight @ losses, {name: weight @ values for name, values in metrics.items()}
@@ -147,6 +148,19 @@ def _critic_gradient(
     )
     loss.backward()
     return {"loss": loss.detach()} | metrics
+
+
+def _critic_losses(
+    critic: Critic, both: Policies, f: Tensor, log_ratio: Tensor, variance_penalty: float
+) -> Float[Tensor, " N"]:
+    """The critic's loss, in the form that has no rounding at a ratio-aware critic's start.
+
+    Such a critic starts at the optimum, where the other form has a gradient of rounding errors. Adam divides a
+    gradient by its size and would turn them into full steps, which differ with ``learner.vocabulary_chunk``.
+    """
+    if critic.ratio_weight is None:
+        return critic_loss(*both.pair, f, variance_penalty, **both.probs)
+    return critic_loss_from_optimum(f, optimum(log_ratio, variance_penalty), variance_penalty, **both.probs)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ h is a model's state before the token, e_a the normalised row of that model's un
 and ρ = π*/π. ``features`` selects the terms: ``teacher`` has the first, ``both`` the first from each
 model, ``ratio`` the first from the teacher and the log-ratio. W2 and c (or w and b) start at 0, so a
 critic starts at f = 0, and a ratio-aware one (s = ½) at tanh(½ log ρ) = (π* − π)/(π* + π), the optimum
-of the regularised game at λ = 2/B.
+of the regularised game at λ = 2/B, where its gradient is exactly 0 (:func:`optimum`).
 
 The argument of the tanh is a head of rank r, (u/√r + c) · (P e_a), or, dense, a head over the features.
 It is therefore computed and differentiated as logits are (:func:`learner.model.chunked.chunked_loss`),
@@ -144,12 +144,26 @@ class Critic(nn.Module):
         return [] if self.ratio_weight is None else [self.ratio_weight]
 
 
-class _BoundedTanh(torch.autograd.Function):
+def optimum(log_ratio: Float[Tensor, "N V"], variance_penalty: float) -> Float[Tensor, "N V"]:
+    """f° = (2/λ) tanh(½ log ρ) = (2/λ) (π* − π)/(π* + π), the minimiser of the critics' loss.
+
+    The operations are those of :meth:`Critic.activate`, so a ratio-aware critic at its start equals it to the
+    last bit if λ = 2/B.
+    """
+    return _bounded_tanh(0.5 * log_ratio, 2 / variance_penalty)
+
+
+def _bounded_tanh(x: Tensor, bound: float) -> Tensor:
     """B · tanh(x) as B (2σ(2x) − 1), because on a CPU a sigmoid takes a quarter of the time of a tanh."""
+    return torch.mul(x, 2.0).sigmoid_().mul_(2 * bound).sub_(bound)
+
+
+class _BoundedTanh(torch.autograd.Function):
+    """:func:`_bounded_tanh` with its derivative taken from its value."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
-        y = torch.mul(x, 2.0).sigmoid_().mul_(2 * bound).sub_(bound)
+        y = _bounded_tanh(x, bound)
         ctx.save_for_backward(y)
         ctx.bound = bound
         return y

@@ -13,18 +13,20 @@ from distill.objectives import closed_form_critic
 from learner.model.head import Head, LogitTransform
 from learner.update import critic_step as critic_step_module
 from learner.update.critic_step import critic_step
-from learner.update.critics import ModelSize
+from learner.update.critics import CriticPair, ModelSize
 from learner.update.positions import Heads, Positions, collect_positions
 from learner.update.update import update
 from tests.unit.maths.batches import (
+    SIZES,
     VOCABULARY,
+    Row,
     TinyStudent,
     batch_of,
     critic_pair,
     random_rows,
     teacher_head,
 )
-from tests.unit.maths.methods import CRITIC, METHODS, RECIPES, rows_for, run
+from tests.unit.maths.methods import CRITIC, LEARNER, METHODS, RECIPES, rows_for, run
 
 
 @pytest.mark.parametrize("features", ["ratio", "teacher", "both"])
@@ -46,6 +48,73 @@ def test_critics_learn_the_difference(features):
         if features == "ratio":
             assert tightness[-1] == pytest.approx(1.0, abs=0.05)
             assert float(critics[text].ratio_weight.detach()) == pytest.approx(0.5, abs=0.05)
+
+
+def in_float32(rows: list[Row], pair: CriticPair, chunk: int) -> tuple[dict[str, float], TinyStudent]:
+    """An update of ammd by a step of size 1, in the numbers that training uses."""
+    student = TinyStudent().float()
+    teacher = teacher_head()
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    settings = replace(METHODS["ammd"], learner=replace(LEARNER, vocabulary_chunk=chunk))
+    metrics = update(
+        student,
+        optimizer,
+        batch_of(rows),
+        Head(teacher.weight.float(), teacher.transform),
+        pair,
+        settings,
+        update_number=0,
+    )
+    return metrics, student
+
+
+def test_the_first_update_does_not_depend_on_the_chunk():
+    """Critics at their start and a fresh Adam: a gradient of rounding errors would become steps of 3e-3."""
+    found = []
+    for chunk in (1, 2, 5, 1000):
+        pair = CriticPair(CRITIC, *SIZES, seed=3)
+        found.append((*in_float32(random_rows(), pair, chunk), pair))
+    first_metrics, first_student, first_pair = found[0]
+    for metrics, student, pair in found[1:]:
+        assert metrics == pytest.approx(first_metrics, rel=1e-5, abs=1e-6)
+        for ours, theirs in zip(pair.parameters(), first_pair.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+        for ours, theirs in zip(student.parameters(), first_student.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bound", [1.0, 1.5, 2.7])
+def test_a_ratio_aware_critic_stays_at_the_optimum(bound):
+    """With the default penalty its start is the best critic at every state, so its gradient is exactly 0."""
+    config = replace(CRITIC, bound=bound)
+    student, pair = TinyStudent().float(), CriticPair(config, *SIZES, seed=3)
+    start = [value.detach().clone() for value in pair.parameters()]
+    positions, _ = collect_positions(student, batch_of(random_rows()))
+    teacher = teacher_head()
+    heads = Heads.of(student, Head(teacher.weight.float(), teacher.transform))
+    metrics = critic_step(positions, heads, pair, config, chunk=7, update_number=0)
+    assert metrics["critic/grad_norm"] == 0
+    assert metrics["critic/teacher_text.d_mm"] > 0.1
+    assert metrics["critic/teacher_text.loss"] == pytest.approx(
+        -metrics["critic/teacher_text.d_mm"] / 2, rel=0.5
+    )
+    assert all(torch.equal(a, b) for a, b in zip(start, pair.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [replace(CRITIC, variance_penalty=3.0), replace(CRITIC, ratio_start=0.6)],
+    ids=["penalty", "start"],
+)
+def test_a_ratio_aware_critic_away_from_the_optimum_learns(config):
+    student, pair = TinyStudent(), critic_pair(config)
+    positions, _ = collect_positions(student, batch_of(random_rows()))
+    heads = Heads.of(student, teacher_head())
+    losses = [
+        critic_step(positions, heads, pair, config, chunk=7, update_number=0)["critic/teacher_text.loss"]
+        for _ in range(20)
+    ]
+    assert losses[-1] < losses[0]
 
 
 def test_critics_learn_from_tokens_only():
@@ -235,7 +304,7 @@ def test_smaller_slices(monkeypatch):
 
 
 def test_a_warm_up_update_moves_only_the_critics():
-    student, critics = TinyStudent(), critic_pair(CRITIC)
+    student, critics = TinyStudent(), critic_pair(CRITIC, shake=0.1)
     before = [value.detach().clone() for value in student.parameters()]
     start = [value.detach().clone() for value in critics.parameters()]
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
