@@ -36,6 +36,8 @@ DOWNLOAD_TIMEOUT_S = 3600
 class FetchError(DistillError, RuntimeError):
     """A fetch that failed because of the network, the package index, or a file other than the expected one."""
 
+    code = "fetch"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Artefact:

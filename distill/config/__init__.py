@@ -2,7 +2,7 @@
 
 Every component receives its own section, and the whole configuration is written to ``config.yaml`` in the run
 folder. :mod:`distill.config.load` reads files, presets and overrides and suggests a name for a mistyped one.
-The rules in this package need only the values of the settings; ``deploy/run/preflight.py`` checks those that
+The rules in this package need only the values of the settings; ``deploy/run/preflight/`` checks those that
 need models, data or the machine. Neither torch nor transformers is imported, so ``distill --help`` and the
 validation are instant.
 """
