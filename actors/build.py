@@ -12,7 +12,7 @@ from actors.shown import ShownPrompts
 from actors.teacher import TeacherWorker
 from distill.config import RolloutConfig, RunConfig
 from distill.data import PromptTable, TextCorpus
-from distill.interfaces import Generator, Teacher
+from distill.interfaces import Generator, Holder, Teacher
 from distill.run.inputs import RunInputs
 from distill.run.store import open_store
 
@@ -67,7 +67,7 @@ async def build_teacher(config: RunConfig, model_dir: str) -> Teacher:
     )
 
 
-async def build_rollout(config: RunConfig, inputs: RunInputs, writer_id: str) -> RolloutWorker:
+async def build_rollout(config: RunConfig, inputs: RunInputs, holder: Holder) -> RolloutWorker:
     """Build a rollout worker and start its engine."""
     generator = await build_generator(
         inputs.student_dir,
@@ -94,23 +94,25 @@ async def build_rollout(config: RunConfig, inputs: RunInputs, writer_id: str) ->
         ),
         shown=ShownPrompts.read(inputs.shown_prompts, config.rollout.max_new_tokens),
         generator=generator,
-        store=open_store(config.replay, inputs, writer_id),
-        writer_id=writer_id,
+        store=open_store(config.replay, inputs, str(holder)),
+        holder=holder,
+        capacity=max(1, config.rollout.max_num_seqs // config.rollout.samples_per_prompt),
         together=config.replay.lock_step,
     )
 
 
 async def build_teacher_worker(
-    config: RunConfig, inputs: RunInputs, writer_id: str, model_dir: str
+    config: RunConfig, inputs: RunInputs, holder: Holder, model_dir: str
 ) -> TeacherWorker:
     """Build a teacher worker for one model, the teacher or its proxy, and start its engine."""
     return TeacherWorker(
         corpus=TextCorpus.read(inputs.teacher_text),
         heldout_corpus=TextCorpus.read(inputs.heldout_corpus),
         teacher=await build_teacher(config, model_dir),
-        store=open_store(config.replay, inputs, writer_id),
-        writer_id=writer_id,
-        max_groups=config.scoring.max_groups,
+        store=open_store(config.replay, inputs, str(holder)),
+        holder=holder,
+        capacity=config.scoring.max_num_seqs,
+        together=config.replay.lock_step,
         fills_payload=config.recipe.payload == "hidden",
     )
 

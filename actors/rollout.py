@@ -7,15 +7,13 @@ actor.
 
 from __future__ import annotations
 
-import asyncio
-
 from actors.metered import MeteredGenerator
 from actors.shown import ShownPrompts
 from distill.algorithm import roll_out, rollout_loop
-from distill.interfaces import Draw, Generator, GroupRef, Prompts, WeightManifest
+from distill.interfaces import Draw, Generator, Holder, Prompts, Replay, SampleRef, WeightManifest
+from distill.replay.desk import Desk
 from distill.replay.segments import SegmentStore
-from distill.replay.service import ReplayService
-from distill.replay.tidy import release_segments
+from distill.replay.tidy import deleting_dead_segments
 
 
 class RolloutWorker:
@@ -29,47 +27,52 @@ class RolloutWorker:
         shown: ShownPrompts,
         generator: Generator,
         store: SegmentStore,
-        writer_id: str,
+        holder: Holder,
+        capacity: int,
         together: bool,
     ) -> None:
+        """``capacity``: draws at a time."""
         self.prompts = prompts
         self.heldout = heldout
         self.shown = shown
         self.generator = MeteredGenerator(generator)
         self.store = store
-        self.writer_id = writer_id
+        self.holder = holder
+        self.capacity = capacity
         self.together = together
-        self._heldout_groups: list[GroupRef] = []
+        self._heldout_samples: list[SampleRef] = []
 
-    async def run(self, replay: ReplayService) -> None:
+    async def run(self, replay: Replay) -> None:
         """Sample until the replay reports the end of the run."""
-        tidy = asyncio.create_task(release_segments(replay.freed_segments, self.store, self.writer_id))
-        try:
-            await rollout_loop(
-                replay, self.prompts, self.generator, self.store, max_draws=1, together=self.together
-            )
-        finally:
-            tidy.cancel()
+        desk = Desk(
+            replay,
+            self.holder,
+            self.store,
+            capacity=1 if self.together else self.capacity,
+            samples_per_draw=self.prompts.samples_per_prompt,
+        )
+        async with deleting_dead_segments(replay, self.store):
+            await rollout_loop(desk, self.prompts, self.generator, self.store, together=self.together)
 
-    async def sample_heldout(self, num_prompts: int) -> list[GroupRef]:
+    async def sample_heldout(self, num_prompts: int) -> list[SampleRef]:
         """Sample each of the first held-out prompts once.
 
         The seeds are the same at every evaluation, so that two evaluations of one prompt differ only by the
         weights.
         """
         draws = [Draw(table="heldout", number=i, epoch=0, index=i) for i in range(num_prompts)]
-        groups = await roll_out(draws, self.heldout, self.generator, self.store)
-        self._heldout_groups += groups
-        return groups
+        samples = await roll_out(draws, self.heldout, self.generator, self.store)
+        self._heldout_samples += samples
+        return samples
 
     async def answer_shown(self) -> list[list[int]]:
         """The student's greedy answers to the prompts that the report shows."""
         return await self.shown.answers(self.generator)
 
     def release_heldout(self) -> None:
-        """Discard the held-out samples after the evaluation has read them."""
-        self.store.discard(self._heldout_groups)
-        self._heldout_groups = []
+        """Give up the held-out samples after the evaluation has read them."""
+        self.store.settle(self._heldout_samples)
+        self._heldout_samples = []
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         await self.generator.update_weights(manifest)

@@ -15,10 +15,11 @@ from actors.corpus import CorpusWorker
 from actors.rollout import RolloutWorker
 from actors.teacher import TeacherWorker
 from distill.config import RunConfig
-from distill.interfaces import GroupRef, WeightManifest
+from distill.interfaces import Holder, SampleRef, WeightManifest
 from distill.machine.remote import Remote
 from distill.replay.draws import BatchPlan, DrawOrder
 from distill.replay.index import ReplayIndex
+from distill.replay.ledger import Shares
 from distill.replay.service import ReplayService
 from distill.run.inputs import RunInputs
 
@@ -36,6 +37,8 @@ class ReplayActor(ReplayService):
                 if num_teacher_rows
                 else None,
                 num_updates=config.learner.num_updates,
+                samples_per_prompt=config.rollout.samples_per_prompt,
+                pools=Shares(rollout=config.rollout.replicas, scoring=config.scoring.replicas),
             )
         )
 
@@ -51,8 +54,8 @@ class RolloutActor:
     def pid(self) -> int:
         return os.getpid()
 
-    async def start(self, config: RunConfig, inputs: RunInputs, writer_id: str) -> None:
-        self.worker = await build_rollout(config, inputs, writer_id)
+    async def start(self, config: RunConfig, inputs: RunInputs, holder: Holder) -> None:
+        self.worker = await build_rollout(config, inputs, holder)
 
     async def run(self, replay: Any) -> None:
         service: Any = Remote(replay)
@@ -61,7 +64,7 @@ class RolloutActor:
     async def update_weights(self, manifest: WeightManifest) -> None:
         await self.worker.update_weights(manifest)
 
-    async def sample_heldout(self, num_prompts: int) -> list[GroupRef]:
+    async def sample_heldout(self, num_prompts: int) -> list[SampleRef]:
         return await self.worker.sample_heldout(num_prompts)
 
     async def answer_shown(self) -> list[list[int]]:
@@ -85,17 +88,17 @@ class TeacherActor:
     def pid(self) -> int:
         return os.getpid()
 
-    async def start(self, config: RunConfig, inputs: RunInputs, writer_id: str, model_dir: str) -> None:
-        self.worker = await build_teacher_worker(config, inputs, writer_id, model_dir)
+    async def start(self, config: RunConfig, inputs: RunInputs, holder: Holder, model_dir: str) -> None:
+        self.worker = await build_teacher_worker(config, inputs, holder, model_dir)
 
     async def run(self, replay: Any) -> None:
         service: Any = Remote(replay)
         await self.worker.run(service)
 
-    async def score_samples(self, groups: Sequence[GroupRef]) -> list[GroupRef]:
-        return await self.worker.score_samples(groups)
+    async def score_samples(self, samples: Sequence[SampleRef]) -> list[SampleRef]:
+        return await self.worker.score_samples(samples)
 
-    async def score_heldout(self, num_rows: int) -> list[GroupRef]:
+    async def score_heldout(self, num_rows: int) -> list[SampleRef]:
         return await self.worker.score_heldout(num_rows)
 
     async def release_heldout(self) -> None:

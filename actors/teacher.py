@@ -1,23 +1,22 @@
-"""The teacher worker, a plain class that adds hidden states to rolled-out groups and corpus draws.
+"""The teacher worker, a plain class that adds hidden states to rolled-out samples and corpus draws.
 
 It runs :func:`distill.algorithm.score_loop`. :class:`actors.shells.TeacherActor` makes it an actor.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from actors.metered import MeteredTeacher
 from distill.algorithm import score, score_loop
-from distill.interfaces import Corpus, Draw, GroupRef, ScoringJob, Teacher
+from distill.interfaces import Corpus, Draw, Holder, Replay, SampleRef, Teacher, Work
+from distill.replay.desk import Desk
 from distill.replay.segments import SegmentStore
-from distill.replay.service import ReplayService
-from distill.replay.tidy import release_segments
+from distill.replay.tidy import deleting_dead_segments
 
 
 class TeacherWorker:
-    """Scores the jobs of the replay, and held-out text on request."""
+    """Scores the work of the replay, and held-out text on request."""
 
     def __init__(
         self,
@@ -26,47 +25,49 @@ class TeacherWorker:
         heldout_corpus: Corpus,
         teacher: Teacher,
         store: SegmentStore,
-        writer_id: str,
-        max_groups: int,
+        holder: Holder,
+        capacity: int,
+        together: bool,
         fills_payload: bool,
     ) -> None:
-        """``fills_payload``: whether the recipe's losses need the hidden states; evaluations always do."""
+        """``capacity``: texts at a time. ``fills_payload``: whether the recipe's losses need the hidden states;
+        evaluations always do."""
         self.corpus = corpus
         self.heldout_corpus = heldout_corpus
         self.teacher = MeteredTeacher(teacher)
         self.store = store
-        self.writer_id = writer_id
-        self.max_groups = max_groups
+        self.holder = holder
+        self.capacity = capacity
+        self.together = together
         self.fills_payload = fills_payload
-        self._heldout_groups: list[GroupRef] = []
+        self._heldout_samples: list[SampleRef] = []
 
-    async def run(self, replay: ReplayService) -> None:
+    async def run(self, replay: Replay) -> None:
         """Score until the replay reports the end of the run."""
-        tidy = asyncio.create_task(release_segments(replay.freed_segments, self.store, self.writer_id))
-        try:
-            teacher = self.teacher if self.fills_payload else None
-            await score_loop(replay, self.corpus, teacher, self.store, max_groups=self.max_groups)
-        finally:
-            tidy.cancel()
+        desk = Desk(replay, self.holder, self.store, capacity=1 if self.together else self.capacity)
+        teacher = self.teacher if self.fills_payload else None
+        async with deleting_dead_segments(replay, self.store):
+            await score_loop(desk, self.corpus, teacher, self.store, together=self.together)
 
-    async def score_samples(self, groups: Sequence[GroupRef]) -> list[GroupRef]:
+    async def score_samples(self, samples: Sequence[SampleRef]) -> list[SampleRef]:
         """Score the student's held-out samples."""
-        return await self._score_heldout(ScoringJob(groups=tuple(groups)))
+        return await self._score_heldout(samples)
 
-    async def score_heldout(self, num_rows: int) -> list[GroupRef]:
+    async def score_heldout(self, num_rows: int) -> list[SampleRef]:
         """Score the teacher text of the first held-out prompts."""
-        draws = tuple(Draw(table="heldout", number=i, epoch=0, index=i) for i in range(num_rows))
-        return await self._score_heldout(ScoringJob(teacher_draws=draws))
+        return await self._score_heldout(
+            [Draw(table="heldout", number=i, epoch=0, index=i) for i in range(num_rows)]
+        )
 
-    async def _score_heldout(self, job: ScoringJob) -> list[GroupRef]:
-        groups = await score(job, self.heldout_corpus, self.teacher, self.store)
-        self._heldout_groups += groups
-        return groups
+    async def _score_heldout(self, work: Sequence[Work]) -> list[SampleRef]:
+        samples = await score(work, self.heldout_corpus, self.teacher, self.store)
+        self._heldout_samples += samples
+        return samples
 
     def release_heldout(self) -> None:
-        """Discard the held-out groups after the evaluation has read them."""
-        self.store.discard(self._heldout_groups)
-        self._heldout_groups = []
+        """Give up the held-out rows after the evaluation has read them."""
+        self.store.settle(self._heldout_samples)
+        self._heldout_samples = []
 
     def stats(self) -> dict[str, float]:
         return {

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distill.interfaces import Tokens
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,9 +25,7 @@ class ThreadedTeacher(ABC):
     def __init__(self, thread: ThreadPoolExecutor) -> None:
         self._thread = thread
 
-    async def hidden_states(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> list[np.ndarray]:
+    async def hidden_states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[np.ndarray]:
         """Return the final-norm state before each response token: a uint16 array [T, D] (bf16 bits) per pair."""
         # Not above: it imports torch, which reads its environment then, and an engine sets that first.
         from distill.machine.bfloat16 import to_bits
@@ -33,7 +33,7 @@ class ThreadedTeacher(ABC):
         return await self._in_thread(lambda: [to_bits(s) for s in self._states(prompts, responses)])
 
     async def hidden_states_float32(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+        self, prompts: Sequence[Tokens], responses: Sequence[Tokens]
     ) -> list[np.ndarray]:
         """Return the same states before they are rounded: float32 arrays [T, D]. The engines' tests compare these."""
         return await self._in_thread(lambda: [s.float().numpy() for s in self._states(prompts, responses)])
@@ -43,9 +43,7 @@ class ThreadedTeacher(ABC):
         """Free the model and end its processes."""
 
     @abstractmethod
-    def _states(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> Sequence[Tensor]:
+    def _states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> Sequence[Tensor]:
         """[T, D] per pair: row t is the state that has seen the prompt and t response tokens.
 
         The last response token is therefore never fed, and the T rows begin at the prompt's last token.

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache
 from actors.threaded_teacher import ThreadedTeacher
 from distill.config import RolloutConfig, ScoringConfig
 from distill.errors import NO_VALUE, first_line
-from distill.interfaces import Completion, SampleRequest, WeightManifest, WeightPushError
+from distill.interfaces import Completion, SampleRequest, Tokens, WeightManifest, WeightPushError
 from distill.machine.hardware import ONE_LOAD_AT_A_TIME, resolve_dtype, usable_cores
 from distill.machine.vector_math import settle_vector_math
 from distill.weights import verify
@@ -307,9 +307,7 @@ class TransformersTeacher(ThreadedTeacher):
         self._model = None
 
     @torch.inference_mode()
-    def _states(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> list[torch.Tensor]:
+    def _states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[torch.Tensor]:
         states = []
         for prompt, response in zip(prompts, responses, strict=True):
             tokens = torch.tensor([[*map(int, prompt), *map(int, response[:-1])]])

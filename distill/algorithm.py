@@ -7,16 +7,22 @@
 
 | loop           | consumes                | produces             | waits for                            |
 |----------------|-------------------------|----------------------|--------------------------------------|
-| `rollout_loop` | admitted draws          | student groups       | the rate limiter (`replay.admit`)    |
-| `score_loop`   | groups, teacher draws   | groups with payload  | something unscored                   |
+| `rollout_loop` | admitted draws          | student samples      | the rate limiter                     |
+| `score_loop`   | samples, teacher draws  | rows with payload    | something unscored                   |
 | `train_loop`   | the groups of update u  | weights of version v | all groups of u scored, none too old |
 
 The three loops are written against the protocols of :mod:`distill.interfaces`. What one update
 computes is elsewhere: ``learner/update/update.py`` contains the method and
 :mod:`distill.objectives` its formulas.
 
-A group consists of all rollouts of one draw. It is stored before it is announced, so that every
-process that receives its reference can read it. ``policy_version`` counts pushes, ages count updates.
+A row is stored before it is announced, so that every process that receives its reference can read it. A *group*
+consists of all rows of one draw, and the learner gets whole groups. ``policy_version`` counts pushes, ages count
+updates.
+
+Several actors may run the first two loops, each at a :class:`~distill.replay.desk.Desk` of its own. With
+``together`` (lock-step), an actor processes all work of an answer in one call to its engine, because what is
+computed together decides the last bits of a result. Otherwise every sample goes its own way: it is scored as soon
+as it is finished, and what comes in joins the running steps of the engine.
 
 In one process the loops run under ``asyncio.gather`` (tests/unit/test_algorithm.py). In a cluster
 each runs in an actor of its own with a remote replay. The functions are the same.
@@ -25,25 +31,31 @@ each runs in an actor of its own with a remote replay. The functions are the sam
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import itertools
+from collections.abc import Coroutine, Sequence
 from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
 
 from distill.errors import DistillError
 from distill.interfaces import (
     Corpus,
     Draw,
     Generator,
-    GroupRef,
     Learner,
     Lease,
     Prompts,
     Publisher,
     Replay,
-    ScoringJob,
+    SampleRef,
+    SampleRequest,
     Store,
     Teacher,
+    Work,
 )
-from distill.schema import with_teacher_hidden
+from distill.replay.desk import Desk
+from distill.schema import tokens_of, with_teacher_hidden
 
 
 class RunStopped(DistillError, RuntimeError):
@@ -63,65 +75,83 @@ class Milestones(Protocol):
 
 
 async def rollout_loop(
-    replay: Replay, prompts: Prompts, generator: Generator, store: Store, *, max_draws: int, together: bool
+    desk: Desk, prompts: Prompts, generator: Generator, store: Store, *, together: bool
 ) -> None:
-    """Answer every admitted draw with the student's samples.
-
-    ``together``: sample all draws of an admission in one call (in lock-step their order is part of
-    the result). Otherwise each draw is a call, so that a finished group does not wait for others.
-    """
+    """Answer every draw of the desk with the student's samples, until the run is over."""
     async with asyncio.TaskGroup() as running:
-        while draws := await replay.admit(max_draws):
-            for batch in [draws] if together else [[draw] for draw in draws]:
-                running.create_task(_roll_out(batch, replay, prompts, generator, store))
-
-
-async def _roll_out(
-    draws: list[Draw], replay: Replay, prompts: Prompts, generator: Generator, store: Store
-) -> None:
-    await replay.insert(await roll_out(draws, prompts, generator, store))
+        async for work in desk:
+            draws = [draw for draw in work if isinstance(draw, Draw)]
+            if together:
+                running.create_task(_deliver(desk, roll_out(draws, prompts, generator, store)))
+                continue
+            for draw in draws:
+                for sample, request in enumerate(prompts.requests([draw])):
+                    one = _roll_out_sample(draw, sample, request, prompts, generator, store)
+                    running.create_task(_deliver(desk, one))
 
 
 async def roll_out(
     draws: Sequence[Draw], prompts: Prompts, generator: Generator, store: Store
-) -> list[GroupRef]:
-    """Sample and store one group per draw."""
+) -> list[SampleRef]:
+    """Sample and store the groups of some draws in one call to the generator."""
     completions = await generator.generate(prompts.requests(draws))
-    batches = prompts.groups(draws, completions)
-    return [store.append(draw, batch) for draw, batch in zip(draws, batches, strict=True)]
+    samples = itertools.product(draws, range(prompts.samples_per_prompt))  # in the order of the requests
+    rows = zip(samples, completions, strict=True)
+    return [
+        await asyncio.to_thread(store.append, draw, sample, prompts.row(draw, sample, completion))
+        for (draw, sample), completion in rows
+    ]
+
+
+async def _roll_out_sample(
+    draw: Draw, sample: int, request: SampleRequest, prompts: Prompts, generator: Generator, store: Store
+) -> list[SampleRef]:
+    [completion] = await generator.generate([request])
+    return [await asyncio.to_thread(store.append, draw, sample, prompts.row(draw, sample, completion))]
 
 
 async def score_loop(
-    replay: Replay, corpus: Corpus, teacher: Teacher | None, store: Store, *, max_groups: int
+    desk: Desk, corpus: Corpus, teacher: Teacher | None, store: Store, *, together: bool
 ) -> None:
-    """Add the teacher's payload to rolled-out groups and to rows of teacher text.
+    """Add the teacher's payload to the desk's samples and rows of teacher text, until the run is over.
 
     ``teacher``: None for a recipe whose losses need no payload.
     """
-    while job := await replay.take_for_scoring(max_groups):
-        await replay.insert_scored(await score(job, corpus, teacher, store))
+    async with asyncio.TaskGroup() as running:
+        async for work in desk:
+            for batch in [work] if together else [[each] for each in work]:
+                running.create_task(_deliver(desk, score(batch, corpus, teacher, store)))
 
 
-async def score(job: ScoringJob, corpus: Corpus, teacher: Teacher | None, store: Store) -> list[GroupRef]:
-    """Score a job in one call to the teacher and store the groups with their payload.
+async def score(
+    work: Sequence[Work], corpus: Corpus, teacher: Teacher | None, store: Store
+) -> list[SampleRef]:
+    """Score samples and rows of teacher text in one call to the teacher, and store them with their payload.
 
-    Without a teacher, rolled-out groups stay where they are, and rows of the corpus are stored as they are.
+    Without a teacher, samples stay where they are, and rows of the corpus are stored as they are.
     """
     if teacher is None:
-        rows = zip(job.teacher_draws, corpus.rows(job.teacher_draws), strict=True)
-        return [*job.groups, *(store.append(draw, batch) for draw, batch in rows)]
-    draws = [group.draw for group in job.groups] + list(job.teacher_draws)
-    batches = [store.read(group) for group in job.groups] + corpus.rows(job.teacher_draws)
-    prompts = [tokens for batch in batches for tokens in batch.column("prompt_tokens").to_pylist()]
-    responses = [tokens for batch in batches for tokens in batch.column("response_tokens").to_pylist()]
-    hidden = await teacher.hidden_states(prompts, responses)
-    scored: list[GroupRef] = []
-    first = 0
-    for draw, batch in zip(draws, batches, strict=True):
-        payload = hidden[first : first + batch.num_rows]
-        scored.append(store.append(draw, with_teacher_hidden(batch, payload)))
-        first += batch.num_rows
-    return scored
+        return [
+            each if isinstance(each, SampleRef) else store.append(each, 0, corpus.row(each)) for each in work
+        ]
+    rows = [store.read(each) if isinstance(each, SampleRef) else corpus.row(each) for each in work]
+    hidden = await teacher.hidden_states(
+        [tokens_of(row, "prompt_tokens") for row in rows],
+        [tokens_of(row, "response_tokens") for row in rows],
+    )
+    return [
+        await asyncio.to_thread(_store_scored, each, row, states, store)
+        for each, row, states in zip(work, rows, hidden, strict=True)
+    ]
+
+
+def _store_scored(work: Work, row: pa.RecordBatch, states: np.ndarray, store: Store) -> SampleRef:
+    draw, sample = (work.draw, work.sample) if isinstance(work, SampleRef) else (work, 0)
+    return store.append(draw, sample, with_teacher_hidden(row, [states]))
+
+
+async def _deliver(desk: Desk, work: Coroutine[None, None, list[SampleRef]]) -> None:
+    desk.deliver(await work)
 
 
 async def train_loop(
@@ -150,8 +180,8 @@ async def train_loop(
             raise RunStopped(
                 "updates done when the replay stopped", updates_done, f"be {num_updates}", "resume the run"
             )
-        batches = [store.read(group) for group in lease.groups]
-        metrics = await asyncio.to_thread(learner.update, batches)
+        rows = [store.read(sample) for group in lease.groups for sample in group.samples]
+        metrics = await asyncio.to_thread(learner.update, rows)
         await replay.acknowledge(updates_done)
         updates_done += 1
         version = await publisher.publish(updates_done)

@@ -2,23 +2,51 @@
 
 All engines pass one contract suite (tests/integration/test_engine_contract_*.py); ``tests/fakes.py`` has
 fakes of the engines and the learner for tests of the loops. Values that cross a process boundary
-are small frozen dataclasses of plain values; a group of rows crosses it as a :class:`GroupRef`.
+are small frozen dataclasses of plain values; a stored row crosses it as a :class:`SampleRef`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
 from distill.errors import DistillError
 
+Tokens: TypeAlias = Sequence[int] | np.ndarray
+"""Token ids of one text; engines make the one list that they need."""
+Role: TypeAlias = Literal["rollout", "teacher", "proxy"]
+"""The pools of actors that make rows."""
+Kind: TypeAlias = Literal["rollout", "scoring"]
+"""The two kinds of work that the replay hands out."""
 Table = Literal["student_text", "teacher_text", "heldout"]
 """``student_text``: prompts to roll out; ``teacher_text``: rows of teacher text (samples of the teacher
 or references); ``heldout``: prompts of the evaluation, which are never in the replay index."""
+
+
+@dataclass(frozen=True, order=True)
+class Holder:
+    """An actor that holds work, in one of its incarnations. A name is never used twice in a run.
+
+    Segments, leases of work and metrics carry the name, so what arrives late from a dead incarnation is
+    not taken for what its heir sends.
+    """
+
+    role: Role
+    number: int
+    """Place in the role's pool, from 0. An heir has the same number."""
+    incarnation: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.role}-{self.number}.{self.incarnation}"
+
+    @property
+    def kind(self) -> Kind:
+        """The work that it takes."""
+        return "rollout" if self.role == "rollout" else "scoring"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,44 +62,73 @@ class Draw:
     number: int
     epoch: int
     index: int
+    issue: int = 0
+    """How often it was issued before, because an actor died with it or its group became too old."""
 
     @property
     def draw_id(self) -> str:
         return f"{self.table}-{self.epoch}-{self.number}"
 
+    @property
+    def work_id(self) -> str:
+        """Unique among all work that is ever handed out."""
+        return f"{self.draw_id}.{self.issue}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """Where a group's record batch is stored: one Arrow IPC message in a segment file."""
+    """Where a row is stored: one Arrow IPC message in a segment file."""
 
     node: str
     segment: str
     offset: int
     num_bytes: int
+    trajectory_id: str
+    """What the row calls itself, so that a reader notices another row. A row of teacher text has the name of the
+    draw that it was scored for, whichever draw uses it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRef:
+    """A stored row, as the replay index knows it: a student's sample, or a row of teacher text."""
+
+    draw: Draw
+    sample: int
+    """Number within the group, from 0."""
+    location: Location
+    num_tokens: int
+    """Response tokens."""
+    oldest_version: int | None
+    """Oldest policy version that sampled one of its tokens; None for teacher text."""
+
+    @property
+    def work_id(self) -> str:
+        return f"{self.draw.work_id}/{self.sample}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRef:
-    """A stored group, as the replay index knows it."""
+    """All rows of one draw: the unit of leases, age and eviction."""
 
     draw: Draw
-    location: Location
-    num_rows: int
-    num_tokens: int
-    """Response tokens of all rows."""
-    oldest_version: int | None
-    """Oldest policy version that sampled one of its tokens; None for teacher text."""
+    samples: tuple[SampleRef, ...]
+
+
+Work: TypeAlias = Draw | SampleRef
+"""What an actor is given: a draw to roll out (a rollout actor) or to look up in the corpus and score (a teacher
+actor), or a sample to score."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringJob:
-    """The teacher's next work: rolled-out groups to read, and draws to look up in the corpus."""
+class Exchange:
+    """The answer to :meth:`Replay.exchange`."""
 
-    groups: tuple[GroupRef, ...] = ()
-    teacher_draws: tuple[Draw, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.groups or self.teacher_draws)
+    work: tuple[Work, ...] = ()
+    """New work, and work whose earlier answer did not arrive. A caller ignores what it has already."""
+    refused: tuple[str, ...] = ()
+    """``work_id`` of delivered samples that no draw waits for: late, or a second version. They are in no group."""
+    over: bool = False
+    """No more work will come: the run has ended, or the caller was declared dead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +208,7 @@ class Generator(Protocol):
 class Teacher(Protocol):
     """Scores text with the teacher."""
 
-    async def hidden_states(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> list[np.ndarray]:
+    async def hidden_states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[np.ndarray]:
         """Compute the final-norm hidden state before each response token.
 
         Returns one uint16 array [T, D] (bf16 bits) per pair, in order.
@@ -164,22 +219,21 @@ class Teacher(Protocol):
 
 
 class Replay(Protocol):
-    """The index of the replay buffer. Its waits are long polls; an empty result means that the run is over."""
+    """The index of the replay buffer. Its waits are long polls."""
 
-    async def admit(self, max_draws: int) -> list[Draw]:
-        """Return the prompts to roll out next. Waits for the rate limiter."""
+    async def exchange(
+        self, holder: Holder, done: Sequence[SampleRef], holding: Sequence[str], room: int
+    ) -> Exchange:
+        """Deliver finished samples and take new work, in one call that may be repeated.
+
+        ``done``: samples that are already in the store. ``holding``: ``work_id`` of everything that the caller
+        still works on, ``done`` excluded. ``room``: how much more it can take. Waits for work if there is
+        room and nothing to tell; a newer call of the same holder ends the wait of an older one.
+        """
         ...
 
-    async def insert(self, groups: Sequence[GroupRef]) -> None:
-        """Add rolled-out groups that are already in the store."""
-        ...
-
-    async def take_for_scoring(self, max_groups: int) -> ScoringJob:
-        """Return groups and teacher draws that have no payload yet. Waits until there are some."""
-        ...
-
-    async def insert_scored(self, groups: Sequence[GroupRef]) -> None:
-        """Add groups with their payload."""
+    async def live_segments(self, names: Sequence[str]) -> list[str]:
+        """Return those of the segments that contain a row which is still needed."""
         ...
 
     async def lease(self, update: int) -> Lease | None:
@@ -196,45 +250,54 @@ class Replay(Protocol):
 
 
 class Prompts(Protocol):
-    """The prompt table: draws as sample requests, and responses as groups."""
+    """The prompt table: draws as sample requests, and responses as rows."""
+
+    samples_per_prompt: int
 
     def requests(self, draws: Sequence[Draw]) -> list[SampleRequest]:
         """Return ``samples_per_prompt`` requests per draw, in draw order, seeded by (run, draw, sample)."""
         ...
 
-    def groups(self, draws: Sequence[Draw], completions: Sequence[Completion]) -> list[pa.RecordBatch]:
-        """Build one validated batch per draw from the responses to :meth:`requests`."""
+    def row(self, draw: Draw, sample: int, completion: Completion) -> pa.RecordBatch:
+        """Build the validated row of one response."""
         ...
 
 
 class Corpus(Protocol):
     """Fixed text, one row per corpus index, in the trajectory schema without payload."""
 
-    def rows(self, draws: Sequence[Draw]) -> list[pa.RecordBatch]:
-        """Return one batch of one row per draw, with the ids of the draw."""
+    def row(self, draw: Draw) -> pa.RecordBatch:
+        """Return the batch of one row that a draw selects, with the ids of the draw."""
         ...
 
 
 class Store(Protocol):
     """Writes this process's segment files and reads those of every process."""
 
-    def append(self, draw: Draw, batch: pa.RecordBatch) -> GroupRef:
-        """Write one group. When this returns, the group survives the death of this process."""
+    def append(self, draw: Draw, sample: int, row: pa.RecordBatch) -> SampleRef:
+        """Write one row. When this returns, the row survives the death of this process."""
         ...
 
-    def read(self, group: GroupRef) -> pa.RecordBatch:
-        """Map a group without copying.
+    def read(self, sample: SampleRef) -> pa.RecordBatch:
+        """Map a row without copying.
 
-        Raises: SegmentMissing when its segment is gone.
+        Raises: SegmentMissing when its segment is gone, or another row is in its place.
         """
+        ...
+
+    def settle(self, samples: Sequence[SampleRef]) -> None:
+        """Record that the replay index knows these rows of this writer, or that they will not be needed."""
         ...
 
 
 class Learner(Protocol):
     """Critics and student: one update from one batch."""
 
-    def update(self, batches: Sequence[pa.RecordBatch]) -> dict[str, float]:
-        """Take the critic steps, then the student step; returns the metrics of this update."""
+    def update(self, rows: Sequence[pa.RecordBatch]) -> dict[str, float]:
+        """Take the critic steps, then the student step; returns the metrics of this update.
+
+        ``rows``: batches of one or more rows; rows of one group are adjacent.
+        """
         ...
 
 
@@ -261,7 +324,13 @@ class EngineDied(DistillError, RuntimeError):
     code = "engine_died"
 
 
+class ReplayUnavailable(DistillError, ConnectionError):
+    """A call to the replay whose answer did not arrive. It may have taken effect or not, so it is repeated."""
+
+    code = "replay_unavailable"
+
+
 class SegmentMissing(DistillError, LookupError):
-    """A group whose segment is in neither shared memory nor the spill folder, or is too short to contain it."""
+    """A row whose segment is in neither shared memory nor the spill folder, or does not contain it."""
 
     code = "segment_missing"

@@ -176,6 +176,11 @@ def hidden_rows(batch: pa.RecordBatch) -> list[np.ndarray]:
     return [values[start:end] for start, end in itertools.pairwise(offsets)]
 
 
+def tokens_of(row: pa.RecordBatch, column: str) -> np.ndarray:
+    """Return the tokens of a batch of one row as an int32 array, without copying."""
+    return row.column(column)[0].values.to_numpy()
+
+
 def oldest_version(batch: pa.RecordBatch) -> int | None:
     """Return the oldest policy version that sampled any token of the batch; None for teacher text."""
     spans = batch.column("policy_versions")

@@ -111,7 +111,7 @@ class _Row:
 
 
 def token_batch(batches: Sequence[pa.RecordBatch], micro_batch_tokens: int) -> TokenBatch:
-    """Pack the groups of one update.
+    """Pack the rows of one update, in batches of one or more. Rows of one group have its ``group_id`` in common.
 
     Rows are numbered in the order given. Packing is first-fit decreasing: the longest row first, into the
     first pack with room; a row longer than ``micro_batch_tokens`` gets its own pack. The losses do not
@@ -119,10 +119,12 @@ def token_batch(batches: Sequence[pa.RecordBatch], micro_batch_tokens: int) -> T
     """
     rows: list[_Row] = []
     group: list[int] = []
-    for number, batch in enumerate(batches):
+    numbers: dict[str, int] = {}
+    for batch in batches:
         found = _rows(batch, len(rows))
         rows += found
-        group += [number if row.is_student_text else -1 for row in found]
+        for row, name in zip(found, batch.column("group_id").to_pylist(), strict=True):
+            group.append(numbers.setdefault(name, len(numbers)) if row.is_student_text else -1)
     bins: list[list[_Row]] = []
     room: list[int] = []
     for row in sorted(rows, key=lambda row: (-row.num_inputs, row.number)):

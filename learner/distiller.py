@@ -51,14 +51,14 @@ class Distiller:
         self.num_tokens = 0
         """Inputs that the backbone computed since this process started."""
 
-    def update(self, batches: Sequence[pa.RecordBatch]) -> dict[str, float]:
+    def update(self, rows: Sequence[pa.RecordBatch]) -> dict[str, float]:
         """Critic steps, then the student step, on the groups of one update."""
         start = time.monotonic()
         config = self.config
         learner = config.learner
         device = self.student.device
         pack_tokens = resolve_micro_batch_tokens(learner.micro_batch_tokens, device.type)
-        batch = token_batch(batches, pack_tokens).to(device)
+        batch = token_batch(rows, pack_tokens).to(device)
         # The student's updates come after the critics' warm-up, if critics are learned.
         num_warmup = config.critic.warmup_updates if self.critics is not None else 0
         rate = learning_rate(
@@ -83,7 +83,7 @@ class Distiller:
         self.num_tokens += batch.num_input_tokens
         return (
             metrics
-            | _text_metrics(batches)
+            | _text_metrics(rows)
             | {
                 "policy/learning_rate": rate,
                 "policy/teacher_text.num_tokens": float(batch.num_teacher_tokens),

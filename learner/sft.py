@@ -6,7 +6,7 @@ function of (seed, step). Called by :mod:`learner.process.fit`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import pyarrow as pa
@@ -29,7 +29,7 @@ FINAL_FRACTION = 0.1
 def run_sft(
     student: Student,
     optimizer: torch.optim.Optimizer,
-    rows_of: Callable[[Sequence[Draw]], list[pa.RecordBatch]],
+    row_of: Callable[[Draw], pa.RecordBatch],
     order: DrawOrder,
     sft: SftConfig,
     *,
@@ -42,7 +42,7 @@ def run_sft(
 ) -> None:
     """Train from ``first_update`` to ``sft.num_updates``.
 
-    ``section``: where the settings are, for errors. ``rows_of``: returns the rows of some draws, one batch each. ``after_update`` is called with
+    ``section``: where the settings are, for errors. ``row_of``: the row of a draw. ``after_update`` is called with
     the number of updates done and ``{"sft/loss", "sft/learning_rate", "sft/num_tokens"}``.
 
     Raises: Diverged when a loss or gradient is not finite; the model is then that of the last update.
@@ -51,7 +51,7 @@ def run_sft(
     for update in range(first_update, sft.num_updates):
         first = update * sft.rows_per_update
         draws = [order.draw(number) for number in range(first, first + sft.rows_per_update)]
-        batch = token_batch(rows_of(draws), micro_batch_tokens).to(student.device)
+        batch = token_batch([row_of(draw) for draw in draws], micro_batch_tokens).to(student.device)
         rate = learning_rate(update, sft.num_updates, sft.learning_rate, sft.warmup_fraction, FINAL_FRACTION)
         set_learning_rate(optimizer, rate)
         optimizer.zero_grad(set_to_none=True)

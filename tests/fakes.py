@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from distill.interfaces import Completion, Lease, SampleRequest, WeightManifest
+from distill.interfaces import Completion, Lease, SampleRequest, Tokens, WeightManifest
 from distill.schema import Trajectory, trajectory_batch
 
 
@@ -57,9 +57,7 @@ class FakeTeacher:
 
     width = 4
 
-    async def hidden_states(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> list[np.ndarray]:
+    async def hidden_states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[np.ndarray]:
         await asyncio.sleep(0)
         return [np.repeat(np.array(tokens, np.uint16)[:, None], self.width, 1) for tokens in responses]
 
@@ -68,15 +66,16 @@ class FakeTeacher:
 
 
 class FakeLearner:
-    """Records the batches of every update."""
+    """Records the draws and the rows of every update."""
 
     def __init__(self) -> None:
         self.seen: list[list[str]] = []
-        self.batches: list[list[pa.RecordBatch]] = []
+        self.rows: list[list[pa.RecordBatch]] = []
 
-    def update(self, batches: Sequence[pa.RecordBatch]) -> dict[str, float]:
-        self.seen.append([batch.column("draw_id")[0].as_py() for batch in batches])
-        self.batches.append(list(batches))
+    def update(self, rows: Sequence[pa.RecordBatch]) -> dict[str, float]:
+        names = (row.column("draw_id")[0].as_py() for row in rows)
+        self.seen.append(list(dict.fromkeys(names)))
+        self.rows.append(list(rows))
         return {"policy/loss": float(len(self.seen))}
 
 

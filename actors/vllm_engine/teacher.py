@@ -12,6 +12,7 @@ from actors.threaded_teacher import ThreadedTeacher
 from actors.vllm_engine.processes import end_processes, engine_processes
 from actors.vllm_engine.startup import STEP_TOKENS, current_device, engine_arguments, set_environment
 from distill.config import ScoringConfig
+from distill.interfaces import Tokens
 from distill.machine.hardware import usable_cores
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class VllmTeacher(ThreadedTeacher):
         self._thread.shutdown()
         await asyncio.to_thread(end_processes, engine_processes())
 
-    def _states(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Any]:
+    def _states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[Any]:
         from vllm import PoolingParams
         from vllm.inputs import tokens_input
 

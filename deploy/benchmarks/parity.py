@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -94,7 +95,9 @@ async def _measure(
     )
     draws = [Draw(table="heldout", number=i, epoch=0, index=i) for i in range(num_prompts)]
     completions = await generator.generate(prompts.requests(draws))
-    batches = prompts.groups(draws, completions)
+    batches = [
+        prompts.row(*each) for each in zip(draws, itertools.repeat(0), completions, strict=False)
+    ]  # one sample each
     await generator.close()
     return await asyncio.to_thread(_gaps, folder.student, batches, learner_dtype)
 

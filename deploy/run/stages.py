@@ -22,6 +22,7 @@ from deploy.run.estimates import sampler_name
 from deploy.run.progress import training_line
 from deploy.run.rates import Rates
 from distill.config import SftConfig
+from distill.interfaces import Holder, Role
 from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
 
@@ -195,14 +196,18 @@ def _start_distillation(run: RunContext, inputs: RunInputs) -> _Distillation:
     num_teacher_rows = pq.read_metadata(inputs.teacher_text).num_rows
     replay = run.start_actor("replay", ReplayActor, 1, config, inputs.num_prompts, num_teacher_rows)
     sampler = run.start_actor(sampler_name(config), RolloutActor, config.rollout.num_threads)
-    models = {"teacher": inputs.teacher_dir} | ({"proxy": inputs.scoring_dir} if inputs.has_proxy else {})
-    scorers = {name: run.start_actor(name, TeacherActor, config.scoring.num_threads) for name in models}
+    models: dict[Role, str] = {"teacher": inputs.teacher_dir}
+    if inputs.has_proxy:
+        models["proxy"] = inputs.scoring_dir
+    scorers: dict[str, Any] = {
+        name: run.start_actor(name, TeacherActor, config.scoring.num_threads) for name in models
+    }
     starting = {
-        sampler_name(config): sampler.start.remote(config, inputs, "rollout-0"),
+        sampler_name(config): sampler.start.remote(config, inputs, Holder("rollout", 0)),
         "learner": run.learner.load.remote(inputs),
     }
-    for name, scorer in scorers.items():
-        starting[name] = scorer.start.remote(config, inputs, f"{name}-0", models[name])
+    for role, model_dir in models.items():
+        starting[role] = scorers[role].start.remote(config, inputs, Holder(role, 0), model_dir)
     state = run.wait_briefly(starting)["learner"]
     if state is not None:
         run.wait_briefly({"replay": replay.load_state.remote(state["ledger"])})

@@ -17,6 +17,8 @@ class RolloutConfig:
 
     engine: Literal["vllm", "transformers"] = "vllm"
     """Library that samples. ``transformers`` is for machines without vLLM and for tiny models."""
+    replicas: int = 1
+    """Number of rollout actors. Each has a copy of the student."""
     samples_per_prompt: int = 2
     """Number of responses per prompt, which form a group."""
     max_new_tokens: int = 64
@@ -58,23 +60,25 @@ class ScoringConfig:
     """Size of the key-value cache in GiB. Not used on a GPU."""
     gpu_memory_utilization: float = 0.85
     """Fraction of the GPU's memory for weights and key-value cache. Not used on a CPU."""
-    max_groups: int = 64
-    """Largest number of groups that are scored in one call. It has no effect in lock-step
-    (``replay.max_policy_age=0``), where a call scores all groups of an update."""
+    replicas: int = 1
+    """Number of teacher actors, or of the proxy's where there is one. Each has a copy of the model."""
+    max_num_seqs: int = 64
+    """Largest number of texts that an actor scores at a time. It has no effect in lock-step
+    (``replay.max_policy_age=0``), where a call scores an actor's share of an update."""
     check: int = 4
     """Number of held-out texts of the teacher on which a run, when it starts, compares the probabilities that the
     learner computes for the teacher with those that the engine sampled from. A total variation above 0.05 ends
     the run. 0: no check."""
 
     def violations(self) -> Iterator[ConfigError]:
-        yield from bounded("scoring", self, ">= 1", "max_groups")
+        yield from bounded("scoring", self, ">= 1", "max_num_seqs")
         yield from bounded("scoring", self, ">= 0", "check", remedy="set it to 0 to leave the check out")
         yield from _engine_violations("scoring", self)
 
 
 def _engine_violations(section: str, part: RolloutConfig | ScoringConfig) -> Iterator[ConfigError]:
     """The rules that both engines share."""
-    yield from bounded(section, part, ">= 1", "tensor_parallel_size", "num_threads")
+    yield from bounded(section, part, ">= 1", "replicas", "tensor_parallel_size", "num_threads")
     yield from bounded(section, part, "> 0", "kv_cache_gib")
     yield from bounded(section, part, "(0, 1]", "gpu_memory_utilization")
 

@@ -65,7 +65,7 @@ _ENGINE_RESOURCES = ("num_threads", "tensor_parallel_size", "kv_cache_gib", "gpu
 _RESOURCES = (
     *(f"{section}.{name}" for section in ("rollout", "scoring") for name in _ENGINE_RESOURCES),
     "rollout.max_num_seqs",
-    "scoring.max_groups",
+    "scoring.max_num_seqs",
     *(f"replay.{name}" for name in ("memory_bytes", "max_bytes", "segment_bytes")),
     *(
         f"learner.{name}"
@@ -77,14 +77,17 @@ _RESOURCES = (
 continue with another value."""
 MAY_CHANGE = (*_LENGTH_AND_RECORDS, *_RESOURCES)
 """The settings that may be changed when a run is resumed, in addition to those outside the fingerprint."""
+MAY_CHANGE_UNLESS_LOCK_STEP = ("rollout.replicas", "scoring.replicas")
+"""In lock-step, the number of actors decides which texts are computed together."""
 
 
 def kept_settings(config: RunConfig) -> dict[str, Any]:
     """The settings, by name, that a resumed run must have as it had them when it began."""
+    may_change = MAY_CHANGE if config.replay.lock_step else (*MAY_CHANGE, *MAY_CHANGE_UNLESS_LOCK_STEP)
     return {
         name: value
         for name, value in flat_settings(config).items()
-        if name not in MAY_CHANGE and name.partition(".")[0] not in NOT_FINGERPRINTED
+        if name not in may_change and name.partition(".")[0] not in NOT_FINGERPRINTED
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,37 +50,24 @@ class PromptTable:
             for sample in range(self.samples_per_prompt)
         ]
 
-    def groups(self, draws: Sequence[Draw], completions: Sequence[Completion]) -> list[pa.RecordBatch]:
-        """Build one validated batch per draw from the responses to :meth:`requests`.
-
-        Raises: ValueError when there are not ``samples_per_prompt`` completions per draw.
-        """
-        if len(completions) != len(draws) * self.samples_per_prompt:
-            raise ValueError(
-                f"{len(draws)} draws need {len(draws) * self.samples_per_prompt} completions, got {len(completions)}"
-            )
-        now = datetime.now(UTC)
-        answers = iter(completions)
-        return [
-            trajectory_batch(
-                [
-                    Trajectory(
-                        draw_id=draw.draw_id,
-                        source="student",
-                        prompt_index=draw.index,
-                        sample_index=sample,
-                        prompt_tokens=self._prompts[draw.index].values.to_numpy(),
-                        response_tokens=completion.response_tokens,
-                        behavior_logprobs=completion.logprobs,
-                        policy_versions=completion.policy_versions,
-                        finish_reason=completion.finish_reason,
-                        generated_at=now,
-                    )
-                    for sample, completion in enumerate(itertools.islice(answers, self.samples_per_prompt))
-                ]
-            )
-            for draw in draws
-        ]
+    def row(self, draw: Draw, sample: int, completion: Completion) -> pa.RecordBatch:
+        """Build the validated row of one response to :meth:`requests`."""
+        return trajectory_batch(
+            [
+                Trajectory(
+                    draw_id=draw.draw_id,
+                    source="student",
+                    prompt_index=draw.index,
+                    sample_index=sample,
+                    prompt_tokens=self._prompts[draw.index].values.to_numpy(),
+                    response_tokens=completion.response_tokens,
+                    behavior_logprobs=completion.logprobs,
+                    policy_versions=completion.policy_versions,
+                    finish_reason=completion.finish_reason,
+                    generated_at=datetime.now(UTC),
+                )
+            ]
+        )
 
 
 _NAME_IN_SEED: Mapping[Table, str] = {"student_text": "student", "teacher_text": "text", "heldout": "heldout"}
@@ -112,11 +98,8 @@ class TextCorpus:
     def num_rows(self) -> int:
         return self._rows.num_rows
 
-    def rows(self, draws: Sequence[Draw]) -> list[pa.RecordBatch]:
-        """Return one batch of one row per draw. Each row is a group, so its sample number is 0."""
-        return [self._row(draw) for draw in draws]
-
-    def _row(self, draw: Draw) -> pa.RecordBatch:
+    def row(self, draw: Draw) -> pa.RecordBatch:
+        """Return the batch of one row that a draw selects. It is a group of its own, so its sample number is 0."""
         row = self._rows.take(pa.array([draw.index]))  # a copy: a slice would keep the whole corpus
         filled = {
             "trajectory_id": pa.array([f"{draw.draw_id}/0"]),

@@ -1,19 +1,21 @@
 """The replay index: the ledger of draws and the groups of each update, without rows, files or clock.
 
 Every method returns at once, with an empty result when there is nothing to return now;
-:mod:`distill.replay.service` turns empty results into waits. The two tables contain the draws. The
-index connects them: leases, acknowledgements, commits, versions, and the state for a checkpoint.
+:mod:`distill.replay.service` turns empty results into waits. The two tables contain the draws, and
+:class:`~distill.replay.holdings.Holdings` who works on which. The index connects them: deliveries, leases,
+acknowledgements, commits, versions, and the state for a checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from distill.config import ReplayConfig
-from distill.interfaces import Draw, GroupRef, Lease, ScoringJob
+from distill.interfaces import Holder, Kind, Lease, SampleRef, Work
 from distill.replay.draws import BatchPlan, DrawOrder
-from distill.replay.ledger import DrawState, Item, ReplayError, Stage, TrainedDraws, VersionHistory
+from distill.replay.holdings import Holdings
+from distill.replay.ledger import DrawState, ReplayError, Shares, TrainedDraws, VersionHistory
 from distill.replay.limiter import RateLimiter
 from distill.replay.payload_cache import PayloadCache, SegmentUse
 from distill.replay.student_table import StudentTable
@@ -37,13 +39,19 @@ class ReplayIndex:
         student_order: DrawOrder | None,
         teacher_order: DrawOrder | None,
         num_updates: int,
+        samples_per_prompt: int,
+        pools: Shares = Shares(),  # noqa: B008 (frozen)
     ) -> None:
+        """``pools``: numbers of rollout and of scoring actors, which matter in lock-step only."""
         self._replay = replay
         self._plan = plan
         self._limiter = RateLimiter(replay, plan, num_updates)
         self._student_order = student_order
         self._teacher_order = teacher_order
+        self._samples_per_prompt = samples_per_prompt
+        self._shares = pools if replay.lock_step else Shares()
         self.num_updates = num_updates
+        self._holdings = Holdings()
         self._start(0, TrainedDraws(), VersionHistory())
 
     def _start(self, updates_done: int, trained: TrainedDraws, versions: VersionHistory) -> None:
@@ -53,13 +61,27 @@ class ReplayIndex:
         self._leases: dict[int, Lease] = {}
         self._num_sampled = 0
         self._open = False
+        self._holdings.clear()
         self._segments = SegmentUse()
         self._cache = PayloadCache(self._segments, self._replay.max_bytes)
         self._student = StudentTable(
-            self._replay, self._plan, self._limiter, self._student_order, self._segments, trained, versions
+            self._replay,
+            self._plan,
+            self._limiter,
+            self._student_order,
+            self._segments,
+            self._shares,
+            self._samples_per_prompt,
+            trained,
+            versions,
         )
         self._teacher = TeacherTable(
-            self._plan, self._teacher_order, self._cache, self._replay.lock_step, updates_done
+            self._plan,
+            self._teacher_order,
+            self._cache,
+            self._shares.scoring,
+            self._replay.lock_step,
+            updates_done,
         )
         self._teacher.admit_through(self._limiter.teacher_updates(updates_done))
 
@@ -72,60 +94,102 @@ class ReplayIndex:
     def finished(self) -> bool:
         return self.updates_done >= self.num_updates
 
-    # Rollout actors
+    # Actors
 
-    def admit(self, max_draws: int) -> list[Draw]:
-        """Return the prompts to roll out next; in lock-step all of the update's, regardless of ``max_draws``."""
-        if not self._open or self.finished:
-            return []
-        return self._student.admit(max_draws, self.updates_done, self.next_update)
+    def has_work(self, kind: Kind) -> bool:
+        """Whether :meth:`take` may return something to an actor of this kind."""
+        if kind == "rollout":
+            return self._student.has_work
+        return self._student.has_samples or self._teacher.has_work
 
-    def insert(self, groups: Sequence[GroupRef]) -> None:
-        """Add rolled-out groups, all or none.
+    def take(self, holder: Holder, room: int) -> list[Work]:
+        """Return new work for an actor, at most ``room`` pieces of it.
 
-        Raises: ReplayError for a draw that is unknown, already inserted, or no longer dispatched.
+        A rollout actor gets draws. A teacher actor gets samples first, because they age, then rows of teacher
+        text. In lock-step an actor gets its whole share of an update regardless of its room, and a teacher
+        actor work of one kind, so that timing does not decide what is computed together.
         """
-        self._student.insert(groups)
-        self._cache.evict()
-
-    def requeue(self, draw_ids: Iterable[str], stage: Stage | None = None) -> int:
-        """Give back the draws of a dead actor; returns how many of them it still had.
-
-        ``stage``: the actor's work. Pass it when ``draw_ids`` can include draws that the actor had
-        finished, because a live actor of the other kind can have those by now.
-        """
-        tables = {"student_text": self._student, "teacher_text": self._teacher}
-        num_returned = 0
-        for draw_id in draw_ids:
-            table, _, rest = draw_id.partition("-")
-            num_returned += tables[table].requeue(draw_id, int(rest.partition("-")[2]), stage)
-        return num_returned
-
-    # Teacher actors
-
-    def take_for_scoring(self, max_groups: int) -> ScoringJob:
-        """Return student groups first, because they age, then teacher draws.
-
-        In lock-step a job is of one update and one kind.
-        """
-        if self._replay.lock_step:
-            groups = self._student.take_for_scoring(max_groups)
-            draws = [] if groups else self._teacher.take_for_scoring(max_groups)
+        work: list[Work] = []
+        if holder.kind == "rollout":
+            work += self._student.take(holder.number % self._shares.rollout, room)
         else:
-            groups = self._student.take_for_scoring(max_groups)
-            draws = self._teacher.take_for_scoring(max_groups - len(groups))
-        return ScoringJob(groups=tuple(groups), teacher_draws=tuple(draws))
+            share = holder.number % self._shares.scoring
+            work += self._student.take_samples(share, room)
+            if not (work and self._replay.lock_step):
+                work += self._teacher.take(share, room - len(work))
+        for each in work:
+            self._holdings.give(holder, each)
+        return work
 
-    def insert_scored(self, groups: Sequence[GroupRef]) -> None:
-        """Add groups with their payload, all or none.
+    def deliver(self, holder: Holder, done: Sequence[SampleRef]) -> list[str]:
+        """Add finished samples; returns the ``work_id`` of those that no draw waits for.
 
-        Raises: ReplayError for a draw that no teacher actor was scoring.
+        A sample is refused if its sender does not hold its work: it is late, because the work was given
+        to another actor, or a second version of one that is there. The same sample sent again is accepted
+        again, and changes nothing.
+
+        Raises: ReplayError for a student's sample without policy version.
         """
-        rows = [group for group in groups if group.draw.table == "teacher_text"]
-        self._teacher.check_expected(rows)
-        self._student.insert_scored([group for group in groups if group.draw.table == "student_text"])
-        self._teacher.insert_scored(rows)
-        self._cache.evict()
+        accept = self._accept_rollout if holder.kind == "rollout" else self._accept_scored
+        refused = [sample.work_id for sample in done if not accept(holder, sample)]
+        if done:
+            self._cache.evict()
+            self._admit()
+        return refused
+
+    def _accept_rollout(self, holder: Holder, sample: SampleRef) -> bool:
+        work_id = sample.draw.work_id
+        if not (self._holdings.holds(holder, work_id) and self._student.is_missing(sample)):
+            return self._student.is_delivered(sample)
+        if self._student.deliver(sample, self.next_update):
+            self._holdings.finish(holder, work_id)
+        return True
+
+    def _accept_scored(self, holder: Holder, sample: SampleRef) -> bool:
+        is_teacher_text = sample.draw.table == "teacher_text"
+        work_id = sample.draw.work_id if is_teacher_text else sample.work_id
+        held = self._holdings.holds(holder, work_id)
+        self._holdings.finish(holder, work_id)
+        if is_teacher_text:
+            if held and self._teacher.is_dispatched(sample.draw):
+                self._teacher.deliver(sample)
+                return True
+            return self._teacher.is_repeated(sample)
+        if held and self._student.is_in_scoring(sample):
+            self._student.deliver_scored(sample, self.next_update)
+            return True
+        return self._student.is_scored(sample)
+
+    def missing(self, holder: Holder, holding: Collection[str]) -> list[Work]:
+        """Return what an actor was given and does not know of, because an answer was lost."""
+        return self._holdings.missing(holder, holding)
+
+    def is_idle(self, holder: Holder) -> bool:
+        """Whether an actor holds no work."""
+        return not self._holdings.of(holder)
+
+    def is_dead(self, holder: Holder) -> bool:
+        return self._holdings.is_dead(holder)
+
+    def forget(self, holder: Holder) -> int:
+        """Declare an actor dead: refuse what it may still send, and give its work to others.
+
+        Returns how many pieces of work it held.
+        """
+        held = self._holdings.forget(holder)
+        for work in held:
+            if isinstance(work, SampleRef):
+                self._student.give_back_sample(work)
+            elif work.table == "teacher_text":
+                self._teacher.give_back(work)
+            else:
+                self._student.give_back(work)
+        return len(held)
+
+    def _admit(self) -> None:
+        """Admit what the limiter allows; before the first ``advance`` the engines' weights are unknown."""
+        if self._open and not self.finished:
+            self._student.admit(self.updates_done, self.next_update)
 
     # Learner
 
@@ -158,14 +222,16 @@ class ReplayIndex:
         student_groups = self._student.select(update, self.updates_done)
         if teacher_rows is None or student_groups is None:
             return None
-        for item in [*student_groups, *teacher_rows]:
-            item.lease(update)
+        for table, items in ((self._student, student_groups), (self._teacher, teacher_rows)):
+            for item in items:
+                table.items.lease(item, update)
         self._num_sampled += len(student_groups)
         self._leases[update] = Lease(
             update=update,
-            groups=tuple(item.stored for item in [*student_groups, *teacher_rows]),
+            groups=tuple(item.group for item in [*student_groups, *teacher_rows]),
             policy_ages=tuple(self._student.age(item, update) for item in student_groups),
         )
+        self._admit()
         return self._leases[update]
 
     def acknowledge(self, update: int) -> None:
@@ -201,6 +267,7 @@ class ReplayIndex:
         self._open = True
         self._student.versions.forget_before(updates_done - self._replay.max_policy_age - 1)
         self._teacher.admit_through(self._limiter.teacher_updates(updates_done))
+        self._admit()
 
     def set_student_share(self, share: float) -> None:
         """Change the share from the first update on that has no admitted draw.
@@ -209,6 +276,7 @@ class ReplayIndex:
         learner that went back to its checkpoint can set it again.
         """
         self._plan.set_share(self._teacher.updates_admitted, share)
+        self._admit()
 
     def _rewind(self, update: int) -> None:
         """Void the acknowledgements from ``update`` on, because those updates are repeated."""
@@ -218,13 +286,8 @@ class ReplayIndex:
         self._mark_leased_items()
 
     def _mark_leased_items(self) -> None:
-        for item in self._leased_items():
-            done = item.last_update < self.updates_acknowledged
-            item.state = DrawState.TRAINED if done else DrawState.LEASED
-
-    def _leased_items(self) -> list[Item]:
-        items = [*self._student.items.values(), *self._teacher.items.values()]
-        return [item for item in items if item.state >= DrawState.LEASED]
+        for table in (self._student, self._teacher):
+            table.items.mark_applied(self.updates_acknowledged)
 
     # Checkpoints
 
@@ -295,25 +358,20 @@ class ReplayIndex:
 
     # Observation
 
-    def freed_segments(self, writer_prefix: str) -> dict[str, int]:
-        """Return a writer's segments without a live group, each with its number of groups ever inserted.
-
-        The index announces a freed segment exactly once, unless another group of it is inserted
-        later; the store remembers the announcement.
-        """
-        return self._segments.take_freed(writer_prefix)
+    def live_segments(self, names: Iterable[str]) -> list[str]:
+        """Return those of the segments that contain a row which is still needed."""
+        return self._segments.live(names)
 
     def stats(self) -> dict[str, float]:
-        stats = {
-            f"replay/{table}.{state.name.lower()}": 0.0
-            for table in ("student_text", "teacher_text")
+        tables = {"student_text": self._student.items, "teacher_text": self._teacher.items}
+        states = {
+            f"replay/{table}.{state.name.lower()}": float(items.num(state))
+            for table, items in tables.items()
             for state in DrawState
             if (table, state) != ("teacher_text", DrawState.GENERATED)
         }
-        for item in [*self._student.items.values(), *self._teacher.items.values()]:
-            stats[f"replay/{item.draw.table}.{item.state.name.lower()}"] += 1
         inserted = self._student.num_inserted
-        return stats | {
+        return states | {
             "replay/bytes": float(self._segments.live_bytes),
             "replay/samples_per_insert": self._num_sampled / inserted if inserted else 0.0,
             "replay/num_expired": float(self._student.num_expired),

@@ -6,16 +6,14 @@ Used by the two tables and the index.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any
 
 from distill.errors import DistillError
-from distill.interfaces import Draw, GroupRef
-
-Stage = Literal["rollout", "scoring"]
-"""The work of the actor that gives a draw back."""
+from distill.interfaces import Draw, GroupRef, Location, SampleRef
 
 
 class ReplayError(DistillError, RuntimeError):
@@ -32,7 +30,7 @@ class DrawState(IntEnum):
     DISPATCHED = 1
     """With a rollout actor (student draws) or a teacher actor (teacher draws)."""
     GENERATED = 2
-    """Rolled out and stored, not scored. Student draws only."""
+    """All samples are rolled out and stored, not all scored. Student draws only."""
     SCORED = 3
     """Ready for the learner."""
     LEASED = 4
@@ -43,26 +41,105 @@ class DrawState(IntEnum):
 
 @dataclass(kw_only=True)
 class Item:
-    """A live draw and its progress."""
+    """A live draw and its progress. Its state is that of its least advanced row."""
 
     draw: Draw
     state: DrawState
-    ref: GroupRef | None = None
-    in_scoring: bool = False
-    """Whether a teacher actor is scoring the group of a student draw."""
+    num_samples: int = 1
+    stored: dict[int, SampleRef] = field(default_factory=dict)
+    """Rows by sample number, where they are now: those that wait for their payload, then with it."""
+    delivered: dict[int, Location] = field(default_factory=dict)
+    """Where the rollout actor wrote each sample, so that a delivery which is sent again is recognised."""
+    scored: set[int] = field(default_factory=set)
+    """Samples with their payload."""
+    in_scoring: set[int] = field(default_factory=set)
+    """Samples that a teacher actor holds."""
     times_sampled: int = 0
     last_update: int = -1
     """The newest update that leased it. A teacher draw has only one, known from its admission on."""
 
     @property
-    def stored(self) -> GroupRef:
-        assert self.ref is not None
-        return self.ref
+    def group(self) -> GroupRef:
+        """The whole group; its rows are in the order of their numbers."""
+        return GroupRef(draw=self.draw, samples=tuple(self.stored[i] for i in range(self.num_samples)))
 
-    def lease(self, update: int) -> None:
-        self.state = DrawState.LEASED
-        self.times_sampled += 1
-        self.last_update = update
+    @property
+    def oldest_version(self) -> int:
+        """The oldest policy version that sampled one of its tokens."""
+        versions = [ref.oldest_version for ref in self.stored.values() if ref.oldest_version is not None]
+        return min(versions)
+
+
+class LiveDraws:
+    """The live draws of one table by number, with how many are in each state."""
+
+    def __init__(self) -> None:
+        self._items: dict[int, Item] = {}
+        self._num: Counter[DrawState] = Counter()
+
+    def __iter__(self) -> Iterator[Item]:
+        """The items as they are now, so that a loop may remove some."""
+        return iter(list(self._items.values()))
+
+    def __getitem__(self, number: int) -> Item:
+        return self._items[number]
+
+    def get(self, number: int) -> Item | None:
+        return self._items.get(number)
+
+    def of(self, draw: Draw) -> Item | None:
+        """Return the item of this very issue of a draw; None for an earlier issue, and once it is trained."""
+        item = self._items.get(draw.number)
+        return item if item is not None and item.draw == draw else None
+
+    def add(self, item: Item) -> None:
+        self._items[item.draw.number] = item
+        self._num[item.state] += 1
+
+    def remove(self, item: Item) -> None:
+        self._num[item.state] -= 1
+        del self._items[item.draw.number]
+
+    def move(self, item: Item, state: DrawState) -> None:
+        """Change the state of an item."""
+        self._num[item.state] -= 1
+        self._num[state] += 1
+        item.state = state
+
+    def lease(self, item: Item, update: int) -> None:
+        """Record that ``update`` uses the item."""
+        self.move(item, DrawState.LEASED)
+        item.times_sampled += 1
+        item.last_update = update
+
+    def issue_again(self, item: Item) -> None:
+        """Return an item to the first state. What arrives of the earlier issue is refused from now on."""
+        self.move(item, DrawState.DRAWN)
+        item.draw = replace(item.draw, issue=item.draw.issue + 1)
+        for progress in (item.stored, item.delivered, item.scored, item.in_scoring):
+            progress.clear()
+
+    def mark_applied(self, updates: int) -> None:
+        """Tell leased items from trained ones, when the first ``updates`` updates are applied."""
+        for item in self:
+            if item.state >= DrawState.LEASED:
+                self.move(item, DrawState.TRAINED if item.last_update < updates else DrawState.LEASED)
+
+    def num(self, *states: DrawState) -> int:
+        """Return how many items are in one of the states."""
+        return sum(self._num[state] for state in states)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Into how many parts the work of a pool is divided, by draw number modulo that number.
+
+    In lock-step there is a part for each actor, so that which actor does what, and together with which other
+    work, does not depend on timing. Otherwise there is one part, from which every actor with room takes.
+    """
+
+    rollout: int = 1
+    scoring: int = 1
 
 
 class TrainedDraws:

@@ -1,4 +1,4 @@
-"""The bytes of live groups per segment, and the cache of scored teacher rows.
+"""The bytes of live rows per segment, and the cache of scored teacher rows.
 
 Used by the two tables. It handles locations and opens no files.
 """
@@ -6,50 +6,37 @@ Used by the two tables. It handles locations and opens no files.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 
-from distill.interfaces import GroupRef
+from distill.interfaces import SampleRef
 
 
 class SegmentUse:
-    """Which segments contain a live group, and how many bytes are live.
-
-    A writer may delete a segment only when every group that it wrote there was inserted and is
-    dead. Groups that are written but not yet inserted are unknown here, so a freed segment is reported with the
-    number of groups that were ever inserted from it.
-    """
+    """Which segments contain a live row, and how many bytes are live."""
 
     def __init__(self) -> None:
         self.live_bytes = 0
         self._live: Counter[str] = Counter()
-        self._seen: Counter[str] = Counter()
-        self._freed: set[str] = set()
 
-    def add(self, group: GroupRef) -> None:
-        segment = group.location.segment
-        self.live_bytes += group.location.num_bytes
-        self._live[segment] += 1
-        self._seen[segment] += 1
-        self._freed.discard(segment)
+    def add(self, row: SampleRef) -> None:
+        self.live_bytes += row.location.num_bytes
+        self._live[row.location.segment] += 1
 
-    def remove(self, group: GroupRef) -> None:
-        segment = group.location.segment
-        self.live_bytes -= group.location.num_bytes
+    def remove(self, row: SampleRef) -> None:
+        segment = row.location.segment
+        self.live_bytes -= row.location.num_bytes
         self._live[segment] -= 1
         if self._live[segment] == 0:
             del self._live[segment]
-            self._freed.add(segment)
 
-    def replace(self, old: GroupRef, new: GroupRef) -> None:
-        """Move a group. Where the recipe needs no payload, a group keeps its location, and nothing changes."""
-        if old.location != new.location:
-            self.remove(old)
-            self.add(new)
+    def replace(self, old: SampleRef, new: SampleRef) -> None:
+        """Move a row. Where the recipe needs no payload, a row keeps its location, and nothing changes."""
+        self.add(new)
+        self.remove(old)
 
-    def take_freed(self, writer_prefix: str) -> dict[str, int]:
-        """Return a writer's segments freed since the last call, each with its number of groups ever inserted."""
-        names = sorted(name for name in self._freed if name.rpartition("-")[0] == writer_prefix)
-        self._freed.difference_update(names)
-        return {name: self._seen[name] for name in names}
+    def live(self, names: Iterable[str]) -> list[str]:
+        """Return those of the segments that contain a live row."""
+        return [name for name in names if name in self._live]
 
 
 class PayloadCache:
@@ -61,39 +48,44 @@ class PayloadCache:
     def __init__(self, segments: SegmentUse, max_bytes: int) -> None:
         self._segments = segments
         self._max_bytes = max_bytes
-        self._rows: OrderedDict[int, GroupRef] = OrderedDict()
+        self._rows: dict[int, SampleRef] = {}
         self._pins: Counter[int] = Counter()
+        self._unpinned: OrderedDict[int, None] = OrderedDict()
+        """Cached rows that may be evicted, the least recently used first."""
         self.num_hits = 0
         self.num_evicted = 0
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def pin(self, index: int) -> GroupRef | None:
+    def pin(self, index: int) -> SampleRef | None:
         """Pin ``index`` for an admitted draw; returns its row if it is cached."""
         self._pins[index] += 1
-        row = self._rows.get(index)
-        if row is not None:
-            self._rows.move_to_end(index)
-            self.num_hits += 1
-        return row
+        self._unpinned.pop(index, None)
+        self.num_hits += index in self._rows
+        return self._rows.get(index)
 
     def unpin(self, index: int) -> None:
         self._pins[index] -= 1
         if self._pins[index] == 0:
             del self._pins[index]
+            if index in self._rows:
+                self._unpinned[index] = None
 
-    def put(self, index: int, row: GroupRef) -> None:
+    def row(self, index: int) -> SampleRef | None:
+        """Return the cached row of ``index``, without counting it as used."""
+        return self._rows.get(index)
+
+    def put(self, index: int, row: SampleRef) -> None:
         """Add a scored row. Only missing rows are scored, so no row is added twice."""
         self._segments.add(row)
         self._rows[index] = row
+        if index not in self._pins:
+            self._unpinned[index] = None
 
     def evict(self) -> None:
         """Evict rows, the least recently used first, until the buffer fits or the rest is pinned."""
-        if self._segments.live_bytes <= self._max_bytes:
-            return
-        for index in [index for index in self._rows if index not in self._pins]:
+        while self._unpinned and self._segments.live_bytes > self._max_bytes:
+            index, _ = self._unpinned.popitem(last=False)
             self._segments.remove(self._rows.pop(index))
             self.num_evicted += 1
-            if self._segments.live_bytes <= self._max_bytes:
-                return

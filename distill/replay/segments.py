@@ -1,8 +1,8 @@
-"""The segment store: groups as Arrow messages in append-only files that readers map.
+"""The segment store: rows as Arrow messages in append-only files that readers map.
 
-A file belongs to one writer, so there are no locks. It starts in shared memory and moves to
-the spill folder when the node exceeds its bound. A message is written before its group is
-announced, and a file outlives its writer, so one mechanism serves zero-copy reads, spilling and restarts.
+A file belongs to one writer, whose id is never used again, so a name never stands for other bytes. It starts in
+shared memory and moves to the spill folder when the node exceeds its bound. A message is written before its row
+is announced, and a file outlives its writer, so one mechanism serves zero-copy reads, spilling and restarts.
 
     memory_dir/<writer_id>-<k>.arrow:  schema message | pad | record batch | pad | record batch ...
 """
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pyarrow as pa
 
 from distill.errors import NO_VALUE, DistillError
 from distill.files import replacing_file
-from distill.interfaces import Draw, GroupRef, Location, SegmentMissing
+from distill.interfaces import Draw, Location, SampleRef, SegmentMissing
 from distill.schema import oldest_version
 
 ALIGNMENT = 64
@@ -34,7 +35,7 @@ FOLDER_PREFIX = "distill-"
 
 
 class RemoteSegment(DistillError, NotImplementedError):
-    """A group on another node, which cannot be fetched yet."""
+    """A row on another node, which cannot be fetched yet."""
 
     code = "remote_segment"
 
@@ -92,7 +93,7 @@ class SegmentStore:
     """Writes the segment files of one writer and reads those of every writer on this node.
 
     ``memory_bytes`` bounds the files of all writers in ``memory_dir``; each writer moves its own
-    files when the sum exceeds it. Only one thread may append; any thread may read.
+    files when the sum exceeds it. Any thread may call any method; threads that write take turns.
     """
 
     def __init__(
@@ -113,46 +114,53 @@ class SegmentStore:
         # Rows contain users' prompts, and every user of the machine can list /dev/shm.
         self._memory_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._spill_dir.mkdir(parents=True, exist_ok=True)
+        self._writing = threading.Lock()
+        self._reading = threading.Lock()
         self._open: _OpenSegment | None = None
-        self._number = self._first_number()
+        self._number = 0
         self._in_memory: list[str] = []
         """Sealed segments in shared memory, oldest first."""
-        self._appended: Counter[str] = Counter()
-        self._gone: Counter[str] = Counter()
-        """Per segment: groups that were discarded without ever being announced to the replay index."""
-        self._announced_dead: Counter[str] = Counter()
-        """Per segment: groups that the replay index had, all dead now."""
+        self._unsettled: Counter[str] = Counter()
+        """Per segment: rows of which the replay index does not know yet whether it needs them."""
         self._maps: OrderedDict[str, _Map] = OrderedDict()
 
-    def append(self, draw: Draw, batch: pa.RecordBatch) -> GroupRef:
-        """Write one group as one message, which survives the death of this process.
+    def append(self, draw: Draw, sample: int, row: pa.RecordBatch) -> SampleRef:
+        """Write one row as one message, which survives the death of this process.
 
         Arrow writes only the values that the batch refers to, so a slice is written without the
         rest of its parent.
 
         Raises: OSError when the medium is full; then nothing is written.
         """
-        message = batch.serialize()
-        segment = self._segment_for(batch.schema, message.size)
-        offset = segment.write(message)
-        self._appended[segment.name] += 1
-        if segment.size >= self._segment_bytes:
-            self._seal()
-        self._spill()
-        return GroupRef(
+        message = row.serialize()
+        with self._writing:
+            segment = self._segment_for(row.schema, message.size)
+            offset = segment.write(message)
+            if segment.size >= self._segment_bytes:
+                self._seal()
+            self._spill()
+            self._unsettled[segment.name] += 1
+        return SampleRef(
             draw=draw,
-            location=Location(node=self._node, segment=segment.name, offset=offset, num_bytes=message.size),
-            num_rows=batch.num_rows,
-            num_tokens=len(batch.column("response_tokens").flatten()),
-            oldest_version=oldest_version(batch),
+            sample=sample,
+            location=Location(
+                node=self._node,
+                segment=segment.name,
+                offset=offset,
+                num_bytes=message.size,
+                trajectory_id=row.column("trajectory_id")[0].as_py(),
+            ),
+            num_tokens=len(row.column("response_tokens").flatten()),
+            oldest_version=oldest_version(row),
         )
 
-    def read(self, group: GroupRef) -> pa.RecordBatch:
-        """Map a group without copying; the batch keeps the mapping alive.
+    def read(self, sample: SampleRef) -> pa.RecordBatch:
+        """Map a row without copying; the batch keeps the mapping alive.
 
-        Raises: SegmentMissing when its segment is gone; RemoteSegment when it is on another node.
+        Raises: SegmentMissing when its segment is gone, or another row is in its place; RemoteSegment when it is
+        on another node.
         """
-        location = group.location
+        location = sample.location
         if location.node != self._node:
             raise RemoteSegment(
                 "location.node",
@@ -160,26 +168,48 @@ class SegmentStore:
                 f"be this node ({self._node}), because segments cannot be fetched from other nodes yet",
                 "run all roles on one node",
             )
-        segment = self._map(location.segment, location.offset + location.num_bytes)
+        with self._reading:
+            segment = self._map(location.segment, location.offset + location.num_bytes)
         message = segment.buffer.slice(location.offset, location.num_bytes)
-        return pa.ipc.read_record_batch(message, segment.schema)
+        row = pa.ipc.read_record_batch(message, segment.schema)
+        found = row.column("trajectory_id")[0].as_py()
+        if found != location.trajectory_id:
+            raise SegmentMissing(
+                f"row in segment {location.segment} at {location.offset}", found, f"be {location.trajectory_id}",
+                "resume from the newest checkpoint",
+            )  # fmt: skip
+        return row
 
-    def discard(self, groups: Iterable[GroupRef]) -> None:
-        """Give up groups of this writer that were never announced to the replay index (held-out text)."""
-        for group in groups:
-            self._gone[group.location.segment] += 1
-        self._delete_dead()
+    def settle(self, samples: Sequence[SampleRef]) -> None:
+        """Record that the replay index knows these rows of this writer, or that they will not be needed."""
+        with self._writing:
+            for sample in samples:
+                if (
+                    sample.location.segment in self._unsettled
+                ):  # not a row that stays where another writer put it
+                    self._unsettled[sample.location.segment] -= 1
 
-    def release(self, segments: Mapping[str, int]) -> None:
-        """Delete this writer's segments whose groups are all dead.
+    def settled_segments(self) -> list[str]:
+        """Return this writer's closed segments in which no row is waiting to be announced.
 
-        ``segments``: name -> number of its groups that were ever inserted, all dead now. A segment
-        stays while it is open or contains a group that is not announced yet.
+        None of them will contain a live row again once it contains none.
         """
-        for name, num_dead in segments.items():
-            if name in self._appended:
-                self._announced_dead[name] = num_dead
-        self._delete_dead()
+        with self._writing:
+            names = [name for name, num_rows in self._unsettled.items() if num_rows == 0]
+            return [name for name in names if self._open is None or self._open.name != name]
+
+    def delete(self, names: Collection[str]) -> None:
+        """Delete segments, which are settled and contain no live row."""
+        with self._writing:
+            for name in names:
+                for folder in (self._memory_dir, self._spill_dir):
+                    (folder / name).unlink(missing_ok=True)
+                self._unsettled.pop(name, None)
+                if name in self._in_memory:
+                    self._in_memory.remove(name)
+        with self._reading:
+            for name in names:
+                self._maps.pop(name, None)
 
     # Writing
 
@@ -194,22 +224,15 @@ class SegmentStore:
             self._number += 1
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._open = _OpenSegment(name, os.open(self._memory_dir / name, flags, 0o600), schema)
+            self._unsettled[name] = 0
             self._open.write(schema.serialize())
         return self._open
-
-    def _first_number(self) -> int:
-        """Return the number after those of the files that a dead process with this writer id left."""
-        stem = f"{self._writer_id}-"
-        names = [entry.name for folder in (self._memory_dir, self._spill_dir) for entry in os.scandir(folder)]
-        numbers = [name.removeprefix(stem).removesuffix(".arrow") for name in names if name.startswith(stem)]
-        return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
     def _seal(self) -> None:
         if self._open is not None:
             os.close(self._open.descriptor)
             self._in_memory.append(self._open.name)
             self._open = None
-            self._delete_dead()
 
     def _spill(self) -> None:
         """Move this writer's oldest sealed segments to disk while the node exceeds its bound."""
@@ -221,21 +244,6 @@ class SegmentStore:
                 shutil.copyfile(self._memory_dir / name, temporary)
             (self._memory_dir / name).unlink()
             del self._in_memory[0]
-
-    def _delete_dead(self) -> None:
-        for name, num_groups in list(self._appended.items()):
-            is_open = self._open is not None and self._open.name == name
-            if not is_open and self._gone[name] + self._announced_dead[name] == num_groups:
-                self._delete(name)
-
-    def _delete(self, name: str) -> None:
-        for folder in (self._memory_dir, self._spill_dir):
-            (folder / name).unlink(missing_ok=True)
-        self._maps.pop(name, None)
-        for counts in (self._appended, self._gone, self._announced_dead):
-            counts.pop(name, None)
-        if name in self._in_memory:
-            self._in_memory.remove(name)
 
     # Reading
 
@@ -251,7 +259,7 @@ class SegmentStore:
         if known.buffer.size < end:
             raise SegmentMissing(
                 f"size of segment {name} in {known.path.parent}", f"{known.buffer.size} bytes",
-                f"be >= {end} bytes, where the group ends; the file was cut", "resume from the newest checkpoint",
+                f"be >= {end} bytes, where the row ends; the file was cut", "resume from the newest checkpoint",
             )  # fmt: skip
         return known
 
@@ -271,7 +279,7 @@ class SegmentStore:
         raise SegmentMissing(
             f"segment {name}",
             NO_VALUE,
-            f"be in {self._memory_dir} or {self._spill_dir}; its run was swept, or its groups were released",
+            f"be in {self._memory_dir} or {self._spill_dir}; its run was swept, or its rows were no longer needed",
             "resume from the newest checkpoint",
         )
 

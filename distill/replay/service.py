@@ -1,129 +1,240 @@
-"""The replay index behind long polls: every call waits until it has a result.
+"""The replay index behind long polls: a call waits until it has a result.
 
-The three loops call it directly in one process, or through the Ray actor that forwards to it.
+The loops call it directly in one process, or through the Ray actor that forwards to it. All methods run on
+one event loop, and none awaits between a change of the index and the answers that follow from it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from distill.interfaces import Draw, GroupRef, Lease, ScoringJob
+from distill.interfaces import Exchange, Holder, Kind, Lease, SampleRef, Work
 from distill.replay.index import ReplayIndex
-from distill.replay.ledger import Stage
 
-Answer = TypeVar("Answer", list[Draw], ScoringJob, Lease | None)
-
-WAITS = {
+LEARNER_STARVED = "timing/learner_starved_s"
+WAITS: dict[Kind, str] = {
     "rollout": "timing/rollout_blocked_s",  # by the rate limiter
-    "teacher": "timing/teacher_starved_s",  # of groups and teacher draws
-    "learner": "timing/learner_starved_s",  # of scored groups
+    "scoring": "timing/teacher_starved_s",  # of samples and teacher draws
 }
-"""Metric of the seconds that each kind of caller has waited, summed over its actors."""
+"""Metric of the seconds that actors of each kind have waited while they held no work, summed over the actors."""
+_SPARE = 64
+"""Entries beyond twice the polls at which a queue is cleared of those that no longer wait."""
+
+
+@dataclass(eq=False)
+class _Poll:
+    """An exchange that waits for work."""
+
+    holder: Holder
+    room: int
+    answer: asyncio.Future[Exchange]
+    since: float
+    idle: bool
+    """Whether the caller had nothing to do meanwhile."""
+    work: list[Work] = field(default_factory=list)
 
 
 class ReplayService:
-    """Implements :class:`distill.interfaces.Replay`. An empty result means that the run is over."""
+    """Implements :class:`distill.interfaces.Replay`."""
 
     def __init__(self, index: ReplayIndex) -> None:
         self.index = index
-        self._changed = asyncio.Condition()
         self._stopped = False
+        self._polls: dict[Holder, _Poll] = {}
+        self._queues: dict[Kind, list[tuple[int, int, _Poll]]] = {kind: [] for kind in WAITS}
+        """Heaps of polls, the one with the most room first; some are no longer waiting."""
+        self._order = itertools.count()
+        self._leases: dict[asyncio.Future[Lease | None], tuple[int, float]] = {}
+        """The learner's waits: the update that each asks for, and since when."""
         self._waited_s: defaultdict[str, float] = defaultdict(float)
-        self._waiting_since: dict[object, tuple[str, float]] = {}
 
-    # Rollout actors
+    # Rollout and teacher actors
 
-    async def admit(self, max_draws: int) -> list[Draw]:
-        return await self._wait_for("rollout", lambda: self.index.admit(max_draws), [])
+    async def exchange(
+        self, holder: Holder, done: Sequence[SampleRef], holding: Sequence[str], room: int
+    ) -> Exchange:
+        """See :meth:`distill.interfaces.Replay.exchange`.
 
-    async def insert(self, groups: Sequence[GroupRef]) -> None:
-        await self._change(lambda: self.index.insert(groups))
+        An answer that an actor missed is given again, because its work is missing from ``holding``.
+        """
+        if self.index.is_dead(holder):
+            return Exchange(refused=tuple(sample.work_id for sample in done), over=True)
+        self._answer(self._polls.pop(holder, None))
+        refused = tuple(self.index.deliver(holder, done))
+        lost = self.index.missing(holder, holding)
+        poll = _Poll(
+            holder,
+            max(0, room - len(lost)),
+            asyncio.get_running_loop().create_future(),
+            time.monotonic(),
+            self.index.is_idle(holder),
+            lost,
+        )
+        self._enqueue(poll)
+        self._settle()
+        if refused or lost or room <= 0:
+            self._answer(self._polls.pop(holder, None))
+        try:
+            answer = await poll.answer
+        finally:
+            # A caller that gave up must not be served. Its work, if it got some, is missing from its next call.
+            if self._polls.get(holder) is poll:
+                self._count(self._polls.pop(holder))
+        return Exchange(work=answer.work, refused=refused, over=answer.over) if refused else answer
 
-    # Teacher actors
+    async def forget(self, holder: Holder) -> int:
+        """Declare an actor dead: end its waits, refuse what it may still send, give its work to others.
 
-    async def take_for_scoring(self, max_groups: int) -> ScoringJob:
-        return await self._wait_for("teacher", lambda: self.index.take_for_scoring(max_groups), ScoringJob())
+        Returns how many pieces of work it held.
+        """
+        num_held = self.index.forget(holder)
+        self._answer(self._polls.pop(holder, None), over=True)
+        self._settle()
+        return num_held
 
-    async def insert_scored(self, groups: Sequence[GroupRef]) -> None:
-        await self._change(lambda: self.index.insert_scored(groups))
+    async def live_segments(self, names: Sequence[str]) -> list[str]:
+        return self.index.live_segments(names)
 
     # Learner
 
     async def lease(self, update: int) -> Lease | None:
-        if update >= self.index.num_updates:
+        """See :meth:`distill.interfaces.Replay.lease`. Raises: ReplayError for an update out of order."""
+        if update >= self.index.num_updates or self._stopped:
             return None
-        return await self._wait_for("learner", lambda: self.index.lease(update), None)
+        lease = self.index.lease(update)
+        if lease is not None:
+            self._settle()
+            return lease
+        if self.index.finished:
+            return None
+        wait: asyncio.Future[Lease | None] = asyncio.get_running_loop().create_future()
+        self._leases[wait] = (update, time.monotonic())
+        self._settle()  # stale groups can have been given back
+        try:
+            return await wait
+        finally:
+            if wait in self._leases:
+                self._end_lease(wait)
 
     async def acknowledge(self, update: int) -> None:
-        await self._change(lambda: self.index.acknowledge(update))
+        self.index.acknowledge(update)
+        self._settle()
 
     async def advance(self, updates_done: int, policy_version: int) -> None:
-        await self._change(lambda: self.index.advance(updates_done, policy_version))
+        self.index.advance(updates_done, policy_version)
+        self._settle()
 
     async def set_student_share(self, share: float) -> None:
-        await self._change(lambda: self.index.set_student_share(share))
+        self.index.set_student_share(share)
+        self._settle()
 
     async def commit(self, updates_done: int) -> None:
         """Record that the checkpoint with these updates is durable."""
-        await self._change(lambda: self.index.commit(updates_done))
+        self.index.commit(updates_done)
+        self._settle()
 
     # Driver
-
-    async def requeue(self, draw_ids: Iterable[str], stage: Stage | None = None) -> int:
-        """Give back the draws of a dead actor; returns how many of them it still had."""
-        return await self._change(lambda: self.index.requeue(draw_ids, stage))
 
     async def state(self) -> dict[str, Any]:
         return self.index.state()
 
     async def load_state(self, state: dict[str, Any]) -> None:
-        await self._change(lambda: self.index.load_state(state))
-
-    async def freed_segments(self, writer_prefix: str) -> dict[str, int]:
-        return self.index.freed_segments(writer_prefix)
+        self.index.load_state(state)
+        self._settle()
 
     async def stats(self) -> dict[str, float]:
         """Return the index's numbers and the seconds waited, including waits that are not over."""
+        now = time.monotonic()
         waited = self._waited_s.copy()
-        for kind, since in self._waiting_since.values():
-            waited[kind] += time.monotonic() - since
-        return self.index.stats() | {name: waited[kind] for kind, name in WAITS.items()}
+        for poll in self._polls.values():
+            waited[WAITS[poll.holder.kind]] += (now - poll.since) * poll.idle
+        for _, since in self._leases.values():
+            waited[LEARNER_STARVED] += now - since
+        return self.index.stats() | {name: waited[name] for name in (*WAITS.values(), LEARNER_STARVED)}
 
     async def stop(self) -> None:
         """End every present and later wait with an empty result."""
         self._stopped = True
-        await self._change(lambda: None)
+        self._settle()
 
     # Waits
 
-    async def _wait_for(self, kind: str, poll: Callable[[], Answer], nothing: Answer) -> Answer:
-        """Return the first result of ``poll`` that is not empty, or ``nothing`` once the run is over.
+    def _settle(self) -> None:
+        """Answer everyone whom the last change concerns.
 
-        It polls before it checks ``finished``, so that a learner that went back to its checkpoint
-        gets its last leases again.
+        Leases come first: one can give stale groups back, which rollout actors then wait for.
         """
-        call = object()
-        self._waiting_since[call] = (kind, time.monotonic())
-        try:
-            async with self._changed:
-                while not self._stopped:
-                    if answer := poll():
-                        self._changed.notify_all()
-                        return answer
-                    if self.index.finished:
-                        break
-                    await self._changed.wait()
-                return nothing
-        finally:
-            _, since = self._waiting_since.pop(call)
-            self._waited_s[kind] += time.monotonic() - since
+        for wait, (update, _) in list(self._leases.items()):
+            self._try_lease(wait, update)
+        if self._stopped or self.index.finished:
+            for holder in list(self._polls):
+                self._answer(self._polls.pop(holder), over=True)
+            return
+        for kind in WAITS:
+            if self.index.has_work(kind):
+                self._dispatch(kind)
 
-    async def _change(self, change: Callable[[], Any]) -> Any:
-        async with self._changed:
-            result = change()
-            self._changed.notify_all()
-            return result
+    def _try_lease(self, wait: asyncio.Future[Lease | None], update: int) -> None:
+        try:
+            lease = None if self._stopped else self.index.lease(update)
+        except Exception as error:
+            self._end_lease(wait)
+            wait.set_exception(error)
+            return
+        if lease is not None or self._stopped or self.index.finished:
+            self._end_lease(wait)
+            wait.set_result(lease)
+
+    def _dispatch(self, kind: Kind) -> None:
+        """Give work to the actors that wait, one piece at a time to the one with the most room."""
+        queue = self._queues[kind]
+        served: list[_Poll] = []
+        left: list[tuple[int, int, _Poll]] = []
+        while queue and self.index.has_work(kind):
+            entry = heapq.heappop(queue)
+            poll = entry[-1]
+            if poll.answer.done() or self._polls.get(poll.holder) is not poll:
+                continue  # answered, cancelled, or replaced by a newer call
+            work = self.index.take(poll.holder, 1)
+            if not work:
+                left.append(entry)  # in lock-step, what waits is another actor's share
+                continue
+            if not poll.work:
+                served.append(poll)
+            poll.work += work
+            poll.room -= len(work)
+            if poll.room > 0:
+                heapq.heappush(queue, (-poll.room, next(self._order), poll))
+        for entry in left:
+            heapq.heappush(queue, entry)
+        for poll in served:
+            self._answer(self._polls.pop(poll.holder))
+
+    def _enqueue(self, poll: _Poll) -> None:
+        """Let a poll take part in :meth:`_dispatch`."""
+        self._polls[poll.holder] = poll
+        queue = self._queues[poll.holder.kind]
+        if len(queue) > 2 * len(self._polls) + _SPARE:
+            queue[:] = [entry for entry in queue if self._polls.get(entry[-1].holder) is entry[-1]]
+            heapq.heapify(queue)
+        if poll.room > 0:
+            heapq.heappush(queue, (-poll.room, next(self._order), poll))
+
+    def _answer(self, poll: _Poll | None, *, over: bool = False) -> None:
+        if poll is not None and not poll.answer.done():
+            self._count(poll)
+            poll.answer.set_result(Exchange(work=tuple(poll.work), over=over))
+
+    def _count(self, poll: _Poll) -> None:
+        self._waited_s[WAITS[poll.holder.kind]] += (time.monotonic() - poll.since) * poll.idle
+
+    def _end_lease(self, wait: asyncio.Future[Lease | None]) -> None:
+        _, since = self._leases.pop(wait)
+        self._waited_s[LEARNER_STARVED] += time.monotonic() - since

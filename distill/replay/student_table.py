@@ -1,18 +1,26 @@
 """Student draws: admitted under the rate limiter, used in draw order or re-used at random.
 
-The index composes it with the teacher table. It uses neither clock nor files.
+The index composes it with the teacher table. It uses neither clock nor files. Every change costs time in
+proportion to the rows that it concerns, not to all that are live.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from distill.config import ReplayConfig
-from distill.errors import NO_VALUE
-from distill.interfaces import Draw, GroupRef
+from distill.interfaces import Draw, SampleRef
 from distill.replay.draws import BatchPlan, DrawOrder, Purpose, seeded_generator
-from distill.replay.ledger import DrawState, Item, ReplayError, Stage, TrainedDraws, VersionHistory
+from distill.replay.ledger import (
+    DrawState,
+    Item,
+    LiveDraws,
+    ReplayError,
+    Shares,
+    TrainedDraws,
+    VersionHistory,
+)
 from distill.replay.limiter import RateLimiter
 from distill.replay.payload_cache import SegmentUse
 
@@ -33,6 +41,8 @@ class StudentTable:
         limiter: RateLimiter,
         order: DrawOrder | None,
         segments: SegmentUse,
+        shares: Shares,
+        samples_per_prompt: int,
         trained: TrainedDraws,
         versions: VersionHistory,
     ) -> None:
@@ -43,34 +53,46 @@ class StudentTable:
         self._limiter = limiter
         self._order = order
         self._segments = segments
+        self._samples_per_prompt = samples_per_prompt
         self.in_order = replay.lock_step or replay.max_times_sampled == 1
-        self.items: dict[int, Item] = {}
+        self.items = LiveDraws()
         self.trained = trained
         self.versions = versions
         self.num_inserted = 0
         self.num_expired = 0
         self._cursor = trained.prefix
         self._admitted = len(trained)
-        self._again: list[int] = []
-        """Heap of draws given back by a dead actor; the limiter does not count them again."""
+        self._to_roll_out: list[list[int]] = [[] for _ in range(shares.rollout)]
+        """Per share: heap of admitted draws that no actor has."""
+        self._to_score: list[list[tuple[int, int, int]]] = [[] for _ in range(shares.scoring)]
+        """Per share: heap of (draw, sample, issue) without payload; some are no longer wanted."""
         self._expired: list[int] = []
         """Heap of draws whose group was not used in time; the limiter counts them as new."""
         self._rewound_below = 0
         """Draws below this number can have been in flight when the learner went back to a checkpoint."""
+        self._scored_through = trained.prefix
+        """All draws below this number are scored, or were used."""
 
     # Admission
 
-    def admit(self, max_draws: int, updates_done: int, next_update: int) -> list[Draw]:
-        """Admit draws that were given back, then new ones, as far as the limiter allows."""
-        self._expire(next_update)
-        room = self._room(updates_done, next_update)
-        if self._replay.lock_step:
-            max_draws = len(self._again) + room
-        numbers = [heapq.heappop(self._again) for _ in range(min(max_draws, len(self._again)))]
-        for _ in range(min(room, max_draws - len(numbers))):
-            numbers.append(heapq.heappop(self._expired) if self._expired else self._next_number())
+    def admit(self, updates_done: int, next_update: int) -> None:
+        """Admit draws as far as the limiter allows. They wait until a rollout actor takes them."""
+        if not self.in_order:
+            for item in self.items:
+                self._expire(item, next_update)
+        for _ in range(self._room(updates_done, next_update)):
+            number = heapq.heappop(self._expired) if self._expired else self._next_number()
             self._admitted += 1
-        return [self._dispatch(number) for number in numbers]
+            if self.items.get(number) is None:
+                assert self._order is not None
+                self.items.add(
+                    Item(
+                        draw=self._order.draw(number),
+                        state=DrawState.DRAWN,
+                        num_samples=self._samples_per_prompt,
+                    )
+                )
+            self._enqueue(number)
 
     def _room(self, updates_done: int, next_update: int) -> int:
         room = self._limiter.student_draws(updates_done) - self._admitted
@@ -84,7 +106,7 @@ class StudentTable:
         return max(0, self._plan.student_groups(next_update) - supply)
 
     def _num_pending(self) -> int:
-        unscored = sum(item.state < DrawState.SCORED for item in self.items.values())
+        unscored = self.items.num(DrawState.DRAWN, DrawState.DISPATCHED, DrawState.GENERATED)
         return unscored - len(self._expired)
 
     def _next_number(self) -> int:
@@ -93,81 +115,131 @@ class StudentTable:
         self._cursor += 1
         return self._cursor - 1
 
-    def _dispatch(self, number: int) -> Draw:
-        if number not in self.items:
-            assert self._order is not None
-            self.items[number] = Item(draw=self._order.draw(number), state=DrawState.DRAWN)
-        self.items[number].state = DrawState.DISPATCHED
-        return self.items[number].draw
+    def _enqueue(self, number: int) -> None:
+        heapq.heappush(self._to_roll_out[number % len(self._to_roll_out)], number)
 
-    # Rollout and scoring
+    # Rollout
 
-    def insert(self, groups: Sequence[GroupRef]) -> None:
-        """Add rolled-out groups, all or none."""
-        for item, group in self._expected(groups, DrawState.DISPATCHED):
-            item.state, item.ref = DrawState.GENERATED, group
-            self._segments.add(group)
-            self.num_inserted += 1
+    @property
+    def has_work(self) -> bool:
+        """Whether an admitted draw waits for a rollout actor."""
+        return any(self._to_roll_out)
 
-    def insert_scored(self, groups: Sequence[GroupRef]) -> None:
-        """Add groups with their payload, all or none."""
-        for item, group in self._expected(groups, DrawState.GENERATED):
-            self._segments.replace(item.stored, group)
-            item.state, item.ref, item.in_scoring = DrawState.SCORED, group, False
-
-    def _expected(self, groups: Sequence[GroupRef], state: DrawState) -> list[tuple[Item, GroupRef]]:
-        pairs = [(self.items.get(group.draw.number), group) for group in groups]
-        if len({group.draw.number for group in groups}) < len(groups):
-            raise ReplayError("groups", [group.draw.draw_id for group in groups], "be of different draws")
-        for item, group in pairs:
-            found = (
-                "unknown or trained" if item is None or item.draw != group.draw else item.state.name.lower()
-            )
-            if item is None or item.draw != group.draw or item.state != state:
-                raise ReplayError(
-                    f"draw {group.draw.draw_id}",
-                    found,
-                    f"be {state.name.lower()}; its group arrived twice, or late from an actor that lost the draw",
-                    "drop the group",
-                )
-            if state == DrawState.GENERATED and not item.in_scoring:
-                raise ReplayError(
-                    f"draw {group.draw.draw_id}",
-                    NO_VALUE,
-                    "be with a teacher actor; its job was given back",
-                    "drop the group",
-                )
-            if group.oldest_version is None:
-                raise ReplayError(f"oldest_version of draw {group.draw.draw_id}", None, "be a policy version")
-        return [(item, group) for item, group in pairs if item is not None]
-
-    def take_for_scoring(self, max_groups: int) -> list[GroupRef]:
-        """Return rolled-out groups in draw order; in lock-step only when the whole batch is rolled out."""
-        waiting = sorted(
-            number
-            for number, item in self.items.items()
-            if item.state == DrawState.GENERATED and not item.in_scoring
-        )
+    def take(self, share: int, room: int) -> list[Draw]:
+        """Return draws to roll out. In lock-step they are the whole share, regardless of ``room``."""
+        queue = self._to_roll_out[share]
         if self._replay.lock_step:
-            whole = all(item.state >= DrawState.GENERATED for item in self.items.values())
-            max_groups = len(waiting) if whole else 0
-        items = [self.items[number] for number in waiting[:max_groups]]
+            room = len(queue)
+        items = [self.items[heapq.heappop(queue)] for _ in range(min(room, len(queue)))]
         for item in items:
-            item.in_scoring = True
-        return [item.stored for item in items]
+            self.items.move(item, DrawState.DISPATCHED)
+        return [item.draw for item in items]
 
-    def requeue(self, draw_id: str, number: int, stage: Stage | None) -> bool:
-        """Give back the draw of a dead actor. Returns False when the draw was past that stage."""
-        item = self.items.get(number)
-        if item is None or item.draw.draw_id != draw_id:
+    def deliver(self, sample: SampleRef, next_update: int) -> bool:
+        """Add a rolled-out sample; returns whether its group is complete.
+
+        The caller knows that the draw is dispatched to the sender of the sample.
+
+        Raises: ReplayError when the sample has no policy version.
+        """
+        if sample.oldest_version is None:
+            raise ReplayError(f"oldest_version of sample {sample.work_id}", None, "be a policy version")
+        item = self.items[sample.draw.number]
+        item.stored[sample.sample] = sample
+        item.delivered[sample.sample] = sample.location
+        self._segments.add(sample)
+        complete = len(item.stored) == item.num_samples
+        if complete:
+            self.items.move(item, DrawState.GENERATED)
+            self.num_inserted += 1
+        if not self._replay.lock_step:
+            self._enqueue_sample(item, sample.sample)
+        elif not self.items.num(DrawState.DRAWN, DrawState.DISPATCHED):
+            # In lock-step a teacher actor scores its share of an update in one call, so it starts with the last.
+            for each in self.items:
+                for number in each.stored if each.state == DrawState.GENERATED else ():
+                    self._enqueue_sample(each, number)
+        self._settle(item, next_update)
+        return complete
+
+    def is_delivered(self, sample: SampleRef) -> bool:
+        """Whether this very sample was delivered before, and its group is still there."""
+        item = self.items.of(sample.draw)
+        return item is not None and item.delivered.get(sample.sample) == sample.location
+
+    def is_missing(self, sample: SampleRef) -> bool:
+        """Whether the sample's group is being rolled out and lacks it."""
+        item = self.items.of(sample.draw)
+        return (
+            item is not None and sample.sample in range(item.num_samples) and sample.sample not in item.stored
+        )
+
+    def give_back(self, draw: Draw) -> None:
+        """Issue the draw of a dead rollout actor again, before later ones. Its samples so far are dropped."""
+        item = self.items.of(draw)
+        if item is not None and item.state == DrawState.DISPATCHED:
+            self._draw_again(item)
+            self._enqueue(draw.number)
+
+    # Scoring
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether a sample may wait for a teacher actor."""
+        return any(self._to_score)
+
+    def take_samples(self, share: int, room: int) -> list[SampleRef]:
+        """Return samples to score, in draw order. In lock-step they are the whole share, regardless of ``room``."""
+        queue = self._to_score[share]
+        if self._replay.lock_step:
+            room = len(queue)
+        taken: list[SampleRef] = []
+        while queue and len(taken) < room:
+            number, sample, issue = heapq.heappop(queue)
+            item = self.items.get(number)
+            if item is None or item.draw.issue != issue or sample in item.scored | item.in_scoring:
+                continue
+            item.in_scoring.add(sample)
+            taken.append(item.stored[sample])
+        return taken
+
+    def deliver_scored(self, sample: SampleRef, next_update: int) -> None:
+        """Add a sample with its payload. The caller knows that its sender holds it."""
+        item = self.items[sample.draw.number]
+        self._segments.replace(item.stored[sample.sample], sample)
+        item.stored[sample.sample] = sample
+        item.in_scoring.discard(sample.sample)
+        item.scored.add(sample.sample)
+        self._settle(item, next_update)
+
+    def is_scored(self, sample: SampleRef) -> bool:
+        """Whether this very payload was delivered before, and its group is still there."""
+        item = self.items.of(sample.draw)
+        if item is None or sample.sample not in item.scored:
             return False
-        if item.state == DrawState.DISPATCHED and stage != "scoring":
-            self._draw_again(item, self._again)
-            return True
-        if item.in_scoring and stage != "rollout":
-            item.in_scoring = False
-            return True
-        return False
+        return item.stored[sample.sample].location == sample.location
+
+    def is_in_scoring(self, sample: SampleRef) -> bool:
+        """Whether the sample waits for the payload that some teacher actor computes."""
+        item = self.items.of(sample.draw)
+        return item is not None and sample.sample in item.in_scoring
+
+    def give_back_sample(self, sample: SampleRef) -> None:
+        """Let another teacher actor score the sample."""
+        item = self.items.of(sample.draw)
+        if item is not None and sample.sample in item.in_scoring:
+            item.in_scoring.remove(sample.sample)
+            self._enqueue_sample(item, sample.sample)
+
+    def _enqueue_sample(self, item: Item, sample: int) -> None:
+        number = item.draw.number
+        heapq.heappush(self._to_score[number % len(self._to_score)], (number, sample, item.draw.issue))
+
+    def _settle(self, item: Item, next_update: int) -> None:
+        """Move a group on once its last sample is scored, or back if it came too late to be used."""
+        if item.state == DrawState.GENERATED and len(item.scored) == item.num_samples:
+            self.items.move(item, DrawState.SCORED)
+        self._expire(item, next_update)
 
     # Sampling
 
@@ -178,7 +250,6 @@ class StudentTable:
             return []
         if self.in_order:
             return self._next_in_order(update, updates_done)
-        self._expire(update)
         usable = self._usable(update)
         if len(usable) < max(count, self._min_size(len(usable), updates_done)):
             return None
@@ -188,12 +259,13 @@ class StudentTable:
         return [usable[place] for place in sorted(chosen)]
 
     def _next_in_order(self, update: int, updates_done: int) -> list[Item] | None:
-        numbers = range(self._plan.student_through(update), self._plan.student_through(update + 1))
-        items = [self.items.get(number) for number in numbers]
-        found = [item for item in items if item is not None and item.state == DrawState.SCORED]
-        ready = sum(item.state == DrawState.SCORED for item in self.items.values())
-        if len(found) < len(numbers) or ready < self._min_size(ready, updates_done):
+        start, end = self._plan.student_through(update), self._plan.student_through(update + 1)
+        while (item := self.items.get(self._scored_through)) and item.state >= DrawState.SCORED:
+            self._scored_through += 1
+        ready = self.items.num(DrawState.SCORED)
+        if self._scored_through < end or ready < self._min_size(ready, updates_done):
             return None
+        found = [self.items[number] for number in range(start, end)]
         stale = [item for item in found if self.age(item, update) > self._replay.max_policy_age]
         for item in stale:
             self._refuse_or_repeat(item, update)
@@ -206,30 +278,29 @@ class StudentTable:
 
     def age(self, item: Item, update: int) -> int:
         """Return the updates between the weights that sampled the group's oldest token and ``update``."""
-        version = item.stored.oldest_version
-        assert version is not None
-        return max(0, update - self.versions.made_at(version))
+        return max(0, update - self.versions.made_at(item.oldest_version))
 
     def _usable(self, update: int) -> list[Item]:
-        return [
+        found = [
             item
-            for _, item in sorted(self.items.items())
+            for item in self.items
             if item.state >= DrawState.SCORED
             and item.times_sampled < self._replay.max_times_sampled
             and self.age(item, update) <= self._replay.max_policy_age
         ]
+        return sorted(found, key=lambda item: item.draw.number)
 
     # Removal
 
-    def _expire(self, update: int) -> None:
-        """Queue unused groups that are too old for ``update`` and all later ones to be rolled out again."""
-        if self.in_order:
+    def _expire(self, item: Item, update: int) -> None:
+        """Queue an unused group that is too old for ``update`` and all later ones to be rolled out again."""
+        idle = item.state in (DrawState.GENERATED, DrawState.SCORED) and not item.in_scoring
+        if self.in_order or not idle or item.times_sampled:
             return
-        for item in list(self.items.values()):
-            idle = item.state in (DrawState.GENERATED, DrawState.SCORED) and not item.in_scoring
-            if idle and item.times_sampled == 0 and self.age(item, update) > self._replay.max_policy_age:
-                self._draw_again(item, self._expired)
-                self.num_expired += 1
+        if self.age(item, update) > self._replay.max_policy_age:
+            self._draw_again(item)
+            heapq.heappush(self._expired, item.draw.number)
+            self.num_expired += 1
 
     def _refuse_or_repeat(self, item: Item, update: int) -> None:
         """Roll out a group again if the learner's return to a checkpoint made it too old; else raise.
@@ -247,14 +318,15 @@ class StudentTable:
                 "actor sampled with weights older than the newest announced",
                 "check the weight push",
             )
-        self._draw_again(item, self._again)
+        self._draw_again(item)
+        self._enqueue(item.draw.number)
         self.num_expired += 1
 
-    def _draw_again(self, item: Item, queue: list[int]) -> None:
-        if item.ref is not None:
-            self._segments.remove(item.ref)
-        item.state, item.ref = DrawState.DRAWN, None
-        heapq.heappush(queue, item.draw.number)
+    def _draw_again(self, item: Item) -> None:
+        for sample in item.stored.values():
+            self._segments.remove(sample)
+        self.items.issue_again(item)
+        self._scored_through = min(self._scored_through, item.draw.number)
 
     def rewind(self) -> None:
         """Record that the learner went back: groups in flight can be older than planned."""
@@ -264,11 +336,12 @@ class StudentTable:
         """Mark the draws of durable updates as trained for good, and remove groups that are used up."""
         for number in numbers:
             self.trained.add(number)
-        for number, item in list(self.items.items()):
+        for item in self.items:
             final = item.times_sampled > 0 and item.last_update < updates_done
             if final and (self.in_order or self._used_up(item, next_update)):
-                self._segments.remove(item.stored)
-                del self.items[number]
+                for sample in item.stored.values():
+                    self._segments.remove(sample)
+                self.items.remove(item)
 
     def _used_up(self, item: Item, next_update: int) -> bool:
         too_old = self.age(item, next_update) > self._replay.max_policy_age

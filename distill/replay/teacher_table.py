@@ -6,13 +6,13 @@ update by update, and the lease of an update contains exactly its draws.
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 
-from distill.interfaces import Draw, GroupRef
+from distill.interfaces import Draw, SampleRef
 from distill.replay.draws import BatchPlan, DrawOrder
-from distill.replay.ledger import DrawState, Item, ReplayError, Stage
+from distill.replay.ledger import DrawState, Item, LiveDraws, ReplayError
 from distill.replay.payload_cache import PayloadCache
 
 
@@ -24,6 +24,7 @@ class TeacherTable:
         plan: BatchPlan,
         order: DrawOrder | None,
         cache: PayloadCache,
+        num_shares: int,
         one_update_per_job: bool,
         first_update: int,
     ) -> None:
@@ -31,9 +32,11 @@ class TeacherTable:
         self._order = order
         self._cache = cache
         self._one_update_per_job = one_update_per_job
-        self.items: dict[int, Item] = {}
+        self.items = LiveDraws()
         self._unscored: defaultdict[int, list[Item]] = defaultdict(list)
         """Corpus index -> draws without payload."""
+        self._queues: list[list[int]] = [[] for _ in range(num_shares)]
+        """Per share: heap of the draws whose rows no teacher actor has. One draw stands for all of its row."""
         self.updates_admitted = first_update
         """The draws of updates below this number are trained or live."""
 
@@ -49,74 +52,80 @@ class TeacherTable:
         if self._order is None:
             raise ReplayError("teacher_order", None, "be a DrawOrder: the recipe uses teacher text")
         item = Item(draw=self._order.draw(number), state=DrawState.DRAWN, last_update=update)
-        self.items[number] = item
+        self.items.add(item)
         row = self._cache.pin(item.draw.index)
-        if row is None:
-            self._unscored[item.draw.index].append(item)
-        else:
-            item.state, item.ref = DrawState.SCORED, replace(row, draw=item.draw)
+        if row is not None:
+            self._score(item, row)
+            return
+        waiting = self._unscored[item.draw.index]
+        waiting.append(item)
+        if len(waiting) == 1:
+            self._enqueue(item)
 
-    def take_for_scoring(self, max_draws: int) -> list[Draw]:
-        """Return draws whose row is neither scored nor being scored; in lock-step all of one update."""
-        items: list[Item] = []
-        for waiting in self._unscored.values():
-            if all(item.state == DrawState.DRAWN for item in waiting):
-                items.append(min(waiting, key=lambda item: item.draw.number))
-        items.sort(key=lambda item: item.draw.number)
-        if self._one_update_per_job:
-            items = [item for item in items if item.last_update == items[0].last_update]
-        else:
-            items = items[:max_draws]
-        for item in items:
-            item.state = DrawState.DISPATCHED
-        return [item.draw for item in items]
+    def _enqueue(self, item: Item) -> None:
+        heapq.heappush(self._queues[item.draw.number % len(self._queues)], item.draw.number)
 
-    def insert_scored(self, groups: Sequence[GroupRef]) -> None:
-        """Add scored rows to the cache and to every draw that waits for them."""
-        self.check_expected(groups)
-        for group in groups:
-            self._cache.put(group.draw.index, group)
-            for item in self._unscored.pop(group.draw.index, ()):
-                item.state, item.ref = DrawState.SCORED, replace(group, draw=item.draw)
+    @property
+    def has_work(self) -> bool:
+        """Whether some row waits for a teacher actor."""
+        return any(self._queues)
 
-    def check_expected(self, groups: Sequence[GroupRef]) -> None:
-        """Check that a teacher actor was scoring all of these rows.
+    def take(self, share: int, room: int) -> list[Draw]:
+        """Return draws whose rows no teacher actor has; in lock-step all of one update, regardless of ``room``."""
+        queue = self._queues[share]
+        taken: list[Item] = []
+        while queue and (self._one_update_per_job or len(taken) < room):
+            item = self.items[queue[0]]
+            if self._one_update_per_job and taken and item.last_update != taken[0].last_update:
+                break
+            heapq.heappop(queue)
+            self.items.move(item, DrawState.DISPATCHED)
+            taken.append(item)
+        return [item.draw for item in taken]
 
-        Raises: ReplayError when one of them was not dispatched, or arrives twice.
-        """
-        if len({group.draw.number for group in groups}) < len(groups):
-            raise ReplayError("groups", [group.draw.draw_id for group in groups], "be of different draws")
-        for group in groups:
-            item = self.items.get(group.draw.number)
-            if item is None or item.draw != group.draw or item.state != DrawState.DISPATCHED:
-                found = "unknown or trained" if item is None else item.state.name.lower()
-                raise ReplayError(
-                    f"draw {group.draw.draw_id}",
-                    found,
-                    "be dispatched; its row arrived twice, or late from a teacher that lost the draw",
-                    "drop the row",
-                )
+    def deliver(self, row: SampleRef) -> None:
+        """Add a scored row to the cache and to every draw that waits for it. The caller knows who held it."""
+        index = row.draw.index
+        self._cache.put(index, row)
+        for item in self._unscored.pop(index, ()):
+            self._score(item, row)
 
-    def requeue(self, draw_id: str, number: int, stage: Stage | None) -> bool:
-        """Give back the draw of a dead teacher actor. Returns False when it did not have the draw."""
-        item = self.items.get(number)
-        if item is None or item.draw.draw_id != draw_id or stage == "rollout":
-            return False
-        if item.state != DrawState.DISPATCHED:
-            return False
-        item.state = DrawState.DRAWN
-        return True
+    def is_dispatched(self, draw: Draw) -> bool:
+        """Whether some teacher actor scores the row."""
+        item = self.items.of(draw)
+        return item is not None and item.state == DrawState.DISPATCHED
+
+    def is_repeated(self, row: SampleRef) -> bool:
+        """Whether this very row was delivered before and is still in the cache."""
+        cached = self._cache.row(row.draw.index)
+        return cached is not None and cached.location == row.location
+
+    def give_back(self, draw: Draw) -> None:
+        """Let another teacher actor score the row."""
+        item = self.items.of(draw)
+        if item is not None and item.state == DrawState.DISPATCHED:
+            self.items.issue_again(item)
+            self._enqueue(item)
 
     def select(self, update: int) -> list[Item] | None:
         """Return the rows of ``update`` in draw order; None while some are missing."""
         numbers = range(self._plan.teacher_through(update), self._plan.teacher_through(update + 1))
-        items = [self.items.get(number) for number in numbers]
-        scored = [item for item in items if item is not None and item.state >= DrawState.SCORED]
-        return scored if len(scored) == len(numbers) else None
+        items: list[Item] = []
+        for number in numbers:
+            item = self.items.get(number)
+            if item is None or item.state < DrawState.SCORED:
+                return None
+            items.append(item)
+        return items
 
     def commit(self, updates_done: int) -> None:
         """Remove the draws of durable updates; their rows stay in the cache, unpinned."""
-        for number, item in list(self.items.items()):
-            if item.last_update < updates_done:
-                self._cache.unpin(item.draw.index)
-                del self.items[number]
+        for item in self.items:
+            if item.last_update >= updates_done:
+                break  # they are in the order of their updates
+            self._cache.unpin(item.draw.index)
+            self.items.remove(item)
+
+    def _score(self, item: Item, row: SampleRef) -> None:
+        item.stored[0] = replace(row, draw=item.draw, sample=0)
+        self.items.move(item, DrawState.SCORED)

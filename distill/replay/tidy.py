@@ -1,26 +1,46 @@
-"""Deletes a writer's segment files when the replay index no longer needs a group in them."""
+"""Deletes a writer's segment files when the replay index no longer needs a row in them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from typing import Protocol
+
+from distill.interfaces import Replay
+
+INTERVAL_S = 5.0
 
 
 class SegmentOwner(Protocol):
-    def release(self, segments: Mapping[str, int]) -> None: ...
+    """The part of a store that this module needs."""
+
+    def settled_segments(self) -> list[str]: ...
+
+    def delete(self, names: Collection[str]) -> None: ...
 
 
-async def release_segments(
-    freed: Callable[[str], Awaitable[Mapping[str, int]]],
-    store: SegmentOwner,
-    writer_id: str,
-    interval_s: float = 5.0,
-) -> None:
-    """Query the index every ``interval_s`` seconds until cancelled. Runs alongside a worker's loop.
+@asynccontextmanager
+async def deleting_dead_segments(replay: Replay, store: SegmentOwner) -> AsyncIterator[None]:
+    """Delete dead segments every few seconds while the context is open. An error ends the context's body."""
+    async with asyncio.TaskGroup() as group:
+        deleting = group.create_task(_repeat(replay, store))
+        yield
+        deleting.cancel()
 
-    ``freed``: :meth:`distill.replay.service.ReplayService.freed_segments`.
+
+async def delete_dead_segments(replay: Replay, store: SegmentOwner) -> None:
+    """Delete the settled segments of which no row is live.
+
+    They cannot get a live row any more, so the question may be asked again, and an answer that is lost does no
+    harm.
     """
+    if names := store.settled_segments():
+        live = await replay.live_segments(names)
+        await asyncio.to_thread(store.delete, set(names) - set(live))
+
+
+async def _repeat(replay: Replay, store: SegmentOwner) -> None:
     while True:
-        await asyncio.sleep(interval_s)
-        store.release(await freed(writer_id))
+        await asyncio.sleep(INTERVAL_S)
+        await delete_dead_segments(replay, store)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from distill.data import read_table
 from distill.evaluation import Evaluation, ScoredChunk, measure, save_evaluation
 from distill.files import write_bytes
-from distill.interfaces import GroupRef, Store
+from distill.interfaces import SampleRef, Store
 from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
 from learner.batch import Pack, token_batch
@@ -33,13 +33,13 @@ from learner.update.positions import Heads, teacher_hidden
 class HeldoutActors(Protocol):
     """The rollout actor and the teacher actor together, as an evaluation needs them."""
 
-    async def sample_heldout(self, num_prompts: int) -> list[GroupRef]: ...
+    async def sample_heldout(self, num_prompts: int) -> list[SampleRef]: ...
 
     async def answer_shown(self) -> list[list[int]]: ...
 
-    async def score_samples(self, groups: Sequence[GroupRef]) -> list[GroupRef]: ...
+    async def score_samples(self, samples: Sequence[SampleRef]) -> list[SampleRef]: ...
 
-    async def score_heldout(self, num_rows: int) -> list[GroupRef]: ...
+    async def score_heldout(self, num_rows: int) -> list[SampleRef]: ...
 
     async def release_heldout(self) -> None: ...
 
@@ -110,7 +110,7 @@ class Evaluator:
         teacher_rows = await self._teacher_text(num_prompts)
         samples = await self._samplers.sample_heldout(num_prompts)
         scored = await self._samplers.score_samples(samples)
-        student_rows = [self._store.read(group) for group in scored]
+        student_rows = [self._store.read(sample) for sample in scored]
         evaluation = await asyncio.to_thread(
             measure,
             label,
@@ -132,8 +132,8 @@ class Evaluator:
         """Scored once per run, because neither the text nor the teacher changes. Copied out of the
         segments, which are released after an evaluation."""
         if len(self._teacher_rows) < num_prompts:
-            groups = await self._samplers.score_heldout(num_prompts)
-            self._teacher_rows = [_owned(self._store.read(group)) for group in groups]
+            samples = await self._samplers.score_heldout(num_prompts)
+            self._teacher_rows = [_owned(self._store.read(sample)) for sample in samples]
         return self._teacher_rows[:num_prompts]
 
 

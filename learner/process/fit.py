@@ -70,7 +70,7 @@ def fit(
     run_sft(
         student,
         optimizer,
-        corpus.rows,
+        corpus.row,
         DrawOrder("teacher_text", corpus.num_rows, config.seed),
         training,
         section="proxy" if out_dir.name == "proxy" else "sft",

@@ -17,7 +17,7 @@ import torch
 
 from distill.data import read_table
 from distill.errors import ConfigError
-from distill.interfaces import GroupRef, Store
+from distill.interfaces import SampleRef, Store
 from distill.schema import hidden_rows
 from learner.model.head import Head
 
@@ -30,7 +30,7 @@ TV_LIMIT = 0.05
 class TeacherText(Protocol):
     """Where the check gets the teacher's hidden states from."""
 
-    async def score_heldout(self, num_rows: int) -> list[GroupRef]: ...
+    async def score_heldout(self, num_rows: int) -> list[SampleRef]: ...
 
     async def release_heldout(self) -> None: ...
 
@@ -43,8 +43,8 @@ async def check_teacher(teacher: TeacherText, store: Store, corpus: str, num_tex
 
     Raises: ConfigError when the estimate is above :data:`TV_LIMIT`.
     """
-    groups = await teacher.score_heldout(num_texts)
-    learner = np.concatenate([learner_logprobs(store.read(group), head) for group in groups])
+    samples = await teacher.score_heldout(num_texts)
+    learner = np.concatenate([learner_logprobs(store.read(sample), head) for sample in samples])
     await teacher.release_heldout()
     texts = read_table(corpus)["behavior_logprobs"].slice(0, num_texts)
     tv = total_variation(np.array(texts.combine_chunks().flatten()), learner)

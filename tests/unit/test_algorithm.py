@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from distill.algorithm import RunStopped, rollout_loop, score_loop, train_loop
 from distill.config import RunConfig, StudentConfig, StudentInitConfig
 from distill.data import PromptTable, TextCorpus, read_table
 from distill.data.prompts import PROMPT_SCHEMA
-from distill.interfaces import Completion, SampleRequest
+from distill.interfaces import Completion, Holder, SampleRequest
+from distill.replay.desk import Desk
 from distill.replay.draws import BatchPlan, DrawOrder
 from distill.replay.index import ReplayIndex
 from distill.replay.segments import SegmentStore
@@ -63,6 +64,7 @@ class World:
         self.teacher: FakeTeacher | None = FakeTeacher()
         self.learner = FakeLearner()
         self.milestones = FakeMilestones()
+        self.capacity = 1 if config.replay.lock_step else 4
         self.publisher = FakePublisher(self.generator)
         self.stores = {
             name: SegmentStore(
@@ -84,20 +86,28 @@ class World:
             student_order=DrawOrder("student_text", NUM_PROMPTS, config.seed),
             teacher_order=DrawOrder("teacher_text", NUM_TEXTS, config.seed),
             num_updates=config.learner.num_updates,
+            samples_per_prompt=2,
+        )
+
+    def rollout(self) -> Coroutine[None, None, None]:
+        desk = Desk(
+            self.service,
+            Holder("rollout", 0),
+            self.stores["rollout"],
+            capacity=self.capacity,
+            samples_per_draw=2,
+        )
+        return rollout_loop(
+            desk, self.prompts, self.generator, self.stores["rollout"], together=self.config.replay.lock_step
         )
 
     async def run(self) -> None:
-        together = self.config.replay.lock_step
+        desk = Desk(self.service, Holder("teacher", 0), self.stores["teacher"], capacity=self.capacity)
         await asyncio.gather(
-            rollout_loop(
-                self.service,
-                self.prompts,
-                self.generator,
-                self.stores["rollout"],
-                max_draws=1,
-                together=together,
+            self.rollout(),
+            score_loop(
+                desk, self.corpus, self.teacher, self.stores["teacher"], together=self.config.replay.lock_step
             ),
-            score_loop(self.service, self.corpus, self.teacher, self.stores["teacher"], max_groups=4),
             train_loop(
                 self.service,
                 self.stores["learner"],
@@ -118,7 +128,7 @@ async def test_every_update_gets_its_groups_once_and_versions_rise(tmp_path: Pat
     assert len(used) == len(set(used)) == 4 * (3 + 2)
     assert world.milestones.calls == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
     # In lock-step version u + 1 samples every student token of update u.
-    for update, batches in enumerate(world.learner.batches):
+    for update, batches in enumerate(world.learner.rows):
         versions = {
             span["version"]
             for batch in batches
@@ -131,7 +141,7 @@ async def test_every_update_gets_its_groups_once_and_versions_rise(tmp_path: Pat
 async def test_a_row_keeps_its_own_payload(tmp_path: Path) -> None:
     world = World(make_config(), tmp_path)
     await world.run()
-    for batches in world.learner.batches:
+    for batches in world.learner.rows:
         for batch in batches:
             for tokens, states in zip(
                 batch.column("response_tokens").to_pylist(), hidden_rows(batch), strict=True
@@ -150,7 +160,7 @@ async def test_lock_step_does_not_depend_on_timing(tmp_path: Path) -> None:
                     (batch.column("trajectory_id").to_pylist(), batch.column("response_tokens").to_pylist())
                     for batch in batches
                 ]
-                for batches in world.learner.batches
+                for batches in world.learner.rows
             ]
         )
     assert seen[0] == seen[1]
@@ -175,13 +185,13 @@ async def test_text_only_recipe_samples_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("student_text", ["every_update", "none"])
 async def test_a_recipe_without_payload_gets_the_same_rows(tmp_path: Path, student_text: str) -> None:
-    """Groups stay where the rollout actor wrote them; only rows of teacher text are stored again."""
+    """Samples stay where the rollout actor wrote them; only rows of teacher text are stored again."""
     found = []
     for name in ("scored", "plain"):
         world = World(make_config(student_text=student_text), tmp_path / name)
         world.teacher = FakeTeacher() if name == "scored" else None
         await world.run()
-        found.append([batch for batches in world.learner.batches for batch in batches])
+        found.append([batch for batches in world.learner.rows for batch in batches])
     for scored, plain in zip(*found, strict=True):
         assert "teacher_hidden" not in plain.schema.names
         for column in ("trajectory_id", "response_tokens", "behavior_logprobs"):
@@ -206,10 +216,7 @@ async def test_a_failing_generator_ends_the_loop(tmp_path: Path) -> None:
         raise RuntimeError("engine is gone")
 
     world.generator.generate = fail  # type: ignore[method-assign]
-    loop = rollout_loop(
-        world.service, world.prompts, world.generator, world.stores["rollout"], max_draws=1, together=True
-    )
-    running = asyncio.create_task(loop)
+    running = asyncio.create_task(world.rollout())
     await world.service.advance(0, 1)
     with pytest.raises(ExceptionGroup) as failure:
         await asyncio.wait_for(running, 5)

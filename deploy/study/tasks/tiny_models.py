@@ -147,7 +147,7 @@ def _train(model: TinyModel, texts: Sequence[TrainingText], folder: Path, say: C
     run_sft(
         student,
         adamw(student.parameters(), beta1=0.9, beta2=0.95, weight_decay=0.1),
-        corpus.rows,
+        corpus.row,
         DrawOrder("teacher_text", corpus.num_rows, 0),
         SftConfig(
             num_updates=model.num_updates,

@@ -62,25 +62,22 @@ def test_seeds_are_the_same_on_every_machine():
     assert sample_seed(0, Draw(table="student_text", number=0, epoch=0, index=5), 0) == 1207311565
 
 
-def test_groups_are_one_batch_per_draw(table):
+def test_a_response_becomes_a_row_of_its_draw(table):
     prompts = PromptTable(table, samples_per_prompt=2, max_new_tokens=8, seed=1)
-    draws = [draw(4, 2), draw(5, 0)]
-    first, second = prompts.groups(draws, [answer(1), answer(2, 3), answer(4), answer(5, 6, 7)])
-    validate(first)
-    assert first["trajectory_id"].to_pylist() == ["student_text-0-4/0", "student_text-0-4/1"]
-    assert set(second["group_id"].to_pylist()) == {"student_text-0-5"}
-    assert second["response_tokens"].to_pylist() == [[4], [5, 6, 7]]
-    assert first["prompt_tokens"].to_pylist() == [table["prompt_tokens"][2].as_py()] * 2
-    assert first["prompt_index"].to_pylist() == [2, 2]
-    assert first["policy_versions"][0].as_py() == [{"start": 0, "version": 3}]
-    with pytest.raises(ValueError, match="2 draws need 4 completions, got 3"):
-        prompts.groups(draws, [answer(1)] * 3)
+    row = prompts.row(draw(4, 2), 1, answer(5, 6, 7))
+    validate(row)
+    assert row["trajectory_id"].to_pylist() == ["student_text-0-4/1"]
+    assert row["group_id"].to_pylist() == ["student_text-0-4"]
+    assert row["response_tokens"].to_pylist() == [[5, 6, 7]]
+    assert row["prompt_tokens"].to_pylist() == [table["prompt_tokens"][2].as_py()]
+    assert row["prompt_index"].to_pylist() == [2]
+    assert row["policy_versions"][0].as_py() == [{"start": 0, "version": 3}]
 
 
 def test_corpus_rows_get_the_ids_of_their_draw_and_change_in_nothing_else(table):
     corpus = TextCorpus(corpus_table(reference_corpus(table)))
     source = corpus_table(reference_corpus(table))
-    (row,) = corpus.rows([Draw(table="teacher_text", number=9, epoch=1, index=3)])
+    row = corpus.row(Draw(table="teacher_text", number=9, epoch=1, index=3))
     validate(row)
     assert row.num_rows == 1
     assert row["trajectory_id"][0].as_py() == "teacher_text-1-9/0"
@@ -130,9 +127,7 @@ def test_parquet_round_trip(table, tmp_path):
     assert prompts.num_rows == 6
     corpus = corpus_table(reference_corpus(table))
     write_table(corpus, str(tmp_path / "corpus.parquet"))
-    assert TextCorpus.read(tmp_path / "corpus.parquet").rows([draw(0, 1)]) == TextCorpus(corpus).rows(
-        [draw(0, 1)]
-    )
+    assert TextCorpus.read(tmp_path / "corpus.parquet").row(draw(0, 1)) == TextCorpus(corpus).row(draw(0, 1))
     write_table(corpus_table([]), tmp_path / "empty.parquet")
     assert TextCorpus.read(tmp_path / "empty.parquet").num_rows == 0
 

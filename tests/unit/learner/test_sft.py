@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,18 +20,15 @@ from learner.sft import run_sft
 from tests.tiny import save_tiny_llama
 
 
-def rows_of(draws: Sequence[Draw]) -> list[pa.RecordBatch]:
-    return [
-        trajectory_batch(
-            [
-                Trajectory(
-                    draw_id=draw.draw_id, source="reference", prompt_index=draw.index, sample_index=0,
-                    prompt_tokens=[5, 6], response_tokens=[7, 8 + draw.index],
-                )
-            ]
-        )
-        for draw in draws
-    ]  # fmt: skip
+def row_of(draw: Draw) -> pa.RecordBatch:
+    return trajectory_batch(
+        [
+            Trajectory(
+                draw_id=draw.draw_id, source="reference", prompt_index=draw.index, sample_index=0,
+                prompt_tokens=[5, 6], response_tokens=[7, 8 + draw.index],
+            )
+        ]
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("section", "model"), [("sft", "student"), ("proxy", "proxy")])
@@ -57,7 +53,7 @@ def test_a_gradient_that_is_not_finite_ends_the_training(
         run_sft(
             student,
             adamw(student.parameters(), beta1=0.9, beta2=0.95, weight_decay=0.0),
-            rows_of,
+            row_of,
             DrawOrder("teacher_text", 6, seed=0),
             SftConfig(num_updates=5, rows_per_update=2),
             section=section,

@@ -16,7 +16,7 @@ from distill.config import RolloutConfig, ScoringConfig
 from distill.data import PromptTable, TextCorpus
 from distill.data.prompts import PROMPT_SCHEMA
 from distill.errors import ConfigError
-from distill.interfaces import GroupRef
+from distill.interfaces import Holder, SampleRef
 from distill.replay.segments import SegmentStore
 from learner.model.head import Head
 from learner.process.teacher_check import check_teacher, total_variation
@@ -74,8 +74,9 @@ async def checked(tmp_path: Path):
         heldout_corpus=rows,
         teacher=engine,
         store=store,
-        writer_id="teacher",
-        max_groups=4,
+        holder=Holder("teacher", 0),
+        capacity=4,
+        together=True,
         fills_payload=True,
     )
     yield _Remote(scorer), store, str(corpus), Head.from_checkpoint(teacher)
@@ -88,7 +89,7 @@ class _Remote:
     def __init__(self, scorer: TeacherWorker) -> None:
         self._scorer = scorer
 
-    async def score_heldout(self, num_rows: int) -> list[GroupRef]:
+    async def score_heldout(self, num_rows: int) -> list[SampleRef]:
         return await self._scorer.score_heldout(num_rows)
 
     async def release_heldout(self) -> None:

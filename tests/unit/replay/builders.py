@@ -1,13 +1,17 @@
-"""Builders for the replay tests: an index without a run, groups without rows."""
+"""Builders for the replay tests: an index without a run, samples without rows, an actor that is never late."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from distill.config import LearnerConfig, RecipeConfig, ReplayConfig, RunConfig
-from distill.interfaces import Draw, GroupRef, Location
+from distill.interfaces import Draw, GroupRef, Holder, Location, SampleRef, Work
 from distill.replay.draws import BatchPlan, DrawOrder
 from distill.replay.index import ReplayIndex
+from distill.replay.ledger import Shares
+
+ROLLOUT, TEACHER = Holder("rollout", 0), Holder("teacher", 0)
+"""The actors of tests that need only one of each kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +20,7 @@ class Settings:
 
     num_updates: int = 4
     prompts_per_update: int = 2
+    samples_per_prompt: int = 1
     teacher_rows_per_update: int = 2
     student_text: str = "every_update"
     teacher_text: str = "sampled"
@@ -28,6 +33,8 @@ class Settings:
     max_bytes: int = 1 << 40
     num_prompts: int = 7
     num_teacher_rows: int = 5
+    num_rollouts: int = 1
+    num_scorers: int = 1
     seed: int = 3
 
     @property
@@ -65,6 +72,8 @@ class Settings:
             student_order=DrawOrder("student_text", self.num_prompts, self.seed),
             teacher_order=DrawOrder("teacher_text", self.num_teacher_rows, self.seed),
             num_updates=self.num_updates,
+            samples_per_prompt=self.samples_per_prompt,
+            pools=Shares(rollout=self.num_rollouts, scoring=self.num_scorers),
         )
 
 
@@ -75,29 +84,48 @@ def open_index(**settings: object) -> ReplayIndex:
     return index
 
 
-def group(
-    draw: Draw, version: int | None = 1, segment: str = "rollout-0.arrow", num_bytes: int = 10
-) -> GroupRef:
-    """Return a reference to a stored group of the draw."""
-    location = Location(node="n", segment=segment, offset=0, num_bytes=num_bytes)
-    return GroupRef(draw=draw, location=location, num_rows=2, num_tokens=9, oldest_version=version)
+def sample(
+    draw: Draw,
+    version: int | None = 1,
+    segment: str = "rollout-0.0-0.arrow",
+    num_bytes: int = 10,
+    number: int = 0,
+    offset: int = 0,
+) -> SampleRef:
+    """Return a reference to a stored sample of the draw."""
+    location = Location(node="n", segment=segment, offset=offset, num_bytes=num_bytes, trajectory_id="t")
+    return SampleRef(draw=draw, sample=number, location=location, num_tokens=9, oldest_version=version)
 
 
-def teacher_group(draw: Draw, segment: str = "teacher-0.arrow", num_bytes: int = 100) -> GroupRef:
-    return group(draw, None, segment, num_bytes)
+def scored(
+    work: Work, segment: str = "teacher-0.0-0.arrow", num_bytes: int = 100, offset: int = 0
+) -> SampleRef:
+    """Return what a teacher actor makes of its work."""
+    if isinstance(work, SampleRef):
+        return sample(work.draw, work.oldest_version, segment, num_bytes, work.sample, offset)
+    return sample(work, None, segment, num_bytes, offset=offset)
+
+
+def admitted(index: ReplayIndex, room: int = 1000, holder: Holder = ROLLOUT) -> list[Draw]:
+    """Return the draws that a rollout actor gets."""
+    return [work for work in index.take(holder, room) if isinstance(work, Draw)]
+
+
+def insert(index: ReplayIndex, draws: list[Draw], version: int = 1, holder: Holder = ROLLOUT) -> None:
+    """Deliver one sample of each draw."""
+    assert index.deliver(holder, [sample(draw, version) for draw in draws]) == []
 
 
 def score_everything(index: ReplayIndex) -> None:
     """Score everything that waits, like a teacher that is never late."""
-    while job := index.take_for_scoring(64):
-        scored = [group(ref.draw, ref.oldest_version, "teacher-0.arrow", 100) for ref in job.groups]
-        index.insert_scored(scored + [teacher_group(draw) for draw in job.teacher_draws])
+    while work := index.take(TEACHER, 64):
+        assert index.deliver(TEACHER, [scored(each) for each in work]) == []
 
 
 def fill(index: ReplayIndex, version: int = 1) -> list[Draw]:
     """Roll out and score all admissible draws; returns the student draws."""
-    draws = index.admit(1000)
-    index.insert([group(draw, version) for draw in draws])
+    draws = admitted(index)
+    insert(index, draws, version)
     score_everything(index)
     return draws
 
@@ -106,7 +134,11 @@ def numbers(index: ReplayIndex, update: int, table: str = "student_text") -> lis
     """Return the draw numbers that an update leases."""
     lease = index.lease(update)
     assert lease is not None
-    return [ref.draw.number for ref in lease.groups if ref.draw.table == table]
+    return draw_numbers(lease.groups, table)
+
+
+def draw_numbers(groups: tuple[GroupRef, ...], table: str = "student_text") -> list[int]:
+    return [group.draw.number for group in groups if group.draw.table == table]
 
 
 def train(index: ReplayIndex, update: int) -> None:

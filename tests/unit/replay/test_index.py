@@ -6,20 +6,24 @@ import json
 
 import pytest
 
-from distill.interfaces import Draw
+from distill.interfaces import Draw, Holder
 from distill.replay.ledger import ReplayError, TrainedDraws, VersionHistory
 from tests.unit.replay.builders import (
+    ROLLOUT,
+    TEACHER,
     Settings,
+    admitted,
     fill,
-    group,
+    insert,
     numbers,
     open_index,
+    sample,
     score_everything,
-    teacher_group,
+    scored,
     train,
 )
 
-LATE = "its group arrived twice, or late from an actor that lost the draw; drop the group$"
+OTHER = Holder("rollout", 1)
 
 
 def test_an_unannounced_version_counts_as_the_newest_known():
@@ -66,54 +70,78 @@ def test_updates_out_of_order_are_rejected(call, value):
         index.advance(value, 9) if call == "advance" else getattr(index, call)(value)
 
 
-def test_unexpected_groups_are_rejected():
+def test_what_no_draw_waits_for_is_refused_and_disturbs_nothing():
     index = open_index()
-    draws = index.admit(2)
-    index.insert([group(draws[0])])
-    with pytest.raises(ReplayError, match=rf"^draw student_text-0-0=generated must be dispatched; {LATE}"):
-        index.insert([group(draws[1]), group(draws[0])])
-    stranger = Draw(table="student_text", number=99, epoch=0, index=0)
-    with pytest.raises(ReplayError, match=rf"^draw student_text-0-99=unknown.* must be dispatched; {LATE}"):
-        index.insert([group(stranger)])
-    with pytest.raises(
-        ReplayError, match=r"^groups=\['student_text-0-1', 'student_text-0-1'\] must be of different draws$"
-    ):
-        index.insert([group(draws[1]), group(draws[1])])
-    with pytest.raises(
-        ReplayError, match=r"^oldest_version of draw student_text-0-1=None must be a policy version$"
-    ):
-        index.insert([group(draws[1], version=None)])
-    index.insert([group(draws[1])])  # the refused calls changed nothing
+    mine, others = admitted(index, 2), admitted(index, 2, OTHER)
+    accepted = sample(mine[0])
+    assert index.deliver(ROLLOUT, [accepted]) == []
+    stranger = sample(Draw(table="student_text", number=99, epoch=0, index=0))
+    second = sample(mine[0], offset=64)
+    for refused in (sample(others[0]), stranger, second, sample(mine[1], number=7)):
+        assert index.deliver(ROLLOUT, [refused]) == [refused.work_id]
+    assert index.deliver(ROLLOUT, [accepted, sample(mine[1])]) == [], "the same sample again is no other"
+    assert index.deliver(OTHER, [sample(draw) for draw in others]) == []
+    assert index.stats()["replay/bytes"] == 40
+    score_everything(index)
+    assert numbers(index, 0) == [0, 1]
 
 
-def test_a_rejected_scoring_changes_nothing():
+def test_a_sample_without_a_version_is_an_error_of_its_sender():
     index = open_index()
-    index.insert([group(index.admit(1)[0])])
-    job = index.take_for_scoring(8)
-    late = Draw(table="teacher_text", number=77, epoch=0, index=0)
     with pytest.raises(
-        ReplayError,
-        match=r"^draw teacher_text-0-77=unknown or trained must be dispatched; its row arrived twice, .*; drop the row$",
+        ReplayError, match=r"^oldest_version of sample student_text-0-0\.0/0=None must be a policy"
     ):
-        index.insert_scored([group(job.groups[0].draw), teacher_group(late)])
-    assert index.stats()["replay/student_text.scored"] == 0
-    index.insert_scored([group(job.groups[0].draw)])
+        index.deliver(ROLLOUT, [sample(admitted(index, 1)[0], None)])
 
 
-def test_the_job_of_a_dead_teacher_is_issued_again():
+def test_a_payload_is_accepted_once_from_the_teacher_that_has_the_sample():
+    index = open_index(teacher_text="none")
+    insert(index, admitted(index, 2))
+    other = Holder("teacher", 1)
+    [first], [second] = index.take(TEACHER, 1), index.take(other, 1)
+    assert index.deliver(TEACHER, [scored(second)]) == [second.work_id]
+    assert index.deliver(TEACHER, [scored(first)]) == []
+    assert index.deliver(TEACHER, [scored(first)]) == [], "sent again, because the answer was lost"
+    assert index.deliver(TEACHER, [scored(first, offset=64)]) == [first.work_id]
+    assert index.deliver(other, [scored(second)]) == []
+    assert index.stats()["replay/student_text.scored"] == 2
+    assert index.stats()["replay/bytes"] == 200
+
+
+def test_a_row_of_teacher_text_is_accepted_once_from_the_teacher_that_has_it():
+    index = open_index(student_text="none")
+    [row] = index.take(TEACHER, 1)
+    other = scored(row, "teacher-1.0-0.arrow")
+    assert index.deliver(Holder("teacher", 1), [other]) == [other.work_id]
+    assert index.deliver(TEACHER, [scored(row)]) == []
+    assert index.deliver(TEACHER, [scored(row)]) == []
+    assert index.deliver(TEACHER, [scored(row, offset=64)]) == [scored(row).work_id]
+    assert index.stats()["replay/bytes"] == 100
+
+
+def test_the_work_of_a_dead_teacher_is_given_to_another():
     index = open_index()
-    index.insert([group(draw) for draw in index.admit(2)])
-    job = index.take_for_scoring(64)
-    held = [ref.draw.draw_id for ref in job.groups] + [draw.draw_id for draw in job.teacher_draws]
-    assert not index.take_for_scoring(64)
-    assert index.requeue(held, "rollout") == 0, "no rollout actor has the draws that are being scored"
-    assert index.requeue(held, "scoring") == len(held)
-    with pytest.raises(
-        ReplayError,
-        match=r"^draw student_text-0-0 must be with a teacher actor; its job was given back; drop the group$",
-    ):
-        index.insert_scored([group(job.groups[0].draw)])
-    assert index.take_for_scoring(64) == job
+    insert(index, admitted(index, 2))
+    held = index.take(TEACHER, 64)
+    assert not index.take(TEACHER, 64)
+    assert index.forget(TEACHER) == len(held)
+    assert index.is_dead(TEACHER)
+    late = scored(held[0])
+    assert index.deliver(TEACHER, [late]) == [late.work_id]
+    again = index.take(Holder("teacher", 0, 1), 64)
+    assert again[:2] == held[:2]
+    assert [draw.draw_id for draw in again[2:]] == [draw.draw_id for draw in held[2:]]
+    assert index.forget(TEACHER) == 0
+
+
+def test_work_that_an_actor_does_not_know_of_is_told_again():
+    index = open_index()
+    draws = admitted(index, 3)
+    assert index.missing(ROLLOUT, [draw.work_id for draw in draws]) == []
+    assert index.missing(ROLLOUT, [draws[1].work_id]) == [draws[0], draws[2]]
+    insert(index, draws[:1])
+    assert index.missing(ROLLOUT, []) == draws[1:]
+    assert index.missing(OTHER, []) == []
 
 
 def test_state_contains_acknowledged_updates_and_loads_from_json():
@@ -128,10 +156,10 @@ def test_state_contains_acknowledged_updates_and_loads_from_json():
 
     resumed = Settings(num_updates=6, max_policy_age=1).index()
     resumed.load_state(state)
-    assert resumed.admit(8) == [], "the engines do not have the checkpoint's weights yet"
+    assert admitted(resumed, 8) == [], "the engines do not have the checkpoint's weights yet"
     resumed.advance(1, 7)
-    assert [draw.number for draw in resumed.admit(8)] == [2, 3, 4, 5]
-    assert resumed.take_for_scoring(64).teacher_draws[0].number == 2
+    assert [draw.number for draw in admitted(resumed, 8)] == [2, 3, 4, 5]
+    assert resumed.take(TEACHER, 64)[0].number == 2
 
 
 @pytest.mark.parametrize("max_policy_age", [0, 2])
@@ -185,15 +213,15 @@ def test_a_learner_that_went_back_gets_its_leases_again_and_old_rollouts_are_rep
     for update in range(4):
         fill(index, version=update + 1)
         train(index, update)
-    in_flight = index.admit(8)
+    in_flight = admitted(index, 8)
     assert [draw.number for draw in in_flight] == [10, 11]
     index.commit(1)
     index.advance(1, 20)  # restarted from the checkpoint of update 1
-    index.insert([group(draw, version=20) for draw in in_flight])
+    insert(index, in_flight, version=20)
     score_everything(index)
     for update, version in ((1, 21), (2, 22), (3, 23), (4, 24)):
         assert numbers(index, update) == [2 * update, 2 * update + 1]
         index.acknowledge(update)
         index.advance(update + 1, version)
     assert index.lease(5) is None, "its rollouts contain tokens of update 1"
-    assert [draw.number for draw in index.admit(2)] == [10, 11]
+    assert [draw.number for draw in admitted(index, 2)] == [10, 11]

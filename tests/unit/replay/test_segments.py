@@ -16,6 +16,7 @@ import pytest
 
 from distill.interfaces import Draw, Location, SegmentMissing
 from distill.replay.segments import RemoteSegment, SegmentStore, sweep
+from distill.replay.tidy import delete_dead_segments
 from distill.schema import Trajectory, hidden_rows, trajectory_batch, with_teacher_hidden
 
 WIDTH = 32
@@ -25,7 +26,7 @@ def draw(number: int) -> Draw:
     return Draw(table="student_text", number=number, epoch=0, index=number)
 
 
-def rows(number: int, num_rows: int = 2, num_tokens: int = 20) -> pa.RecordBatch:
+def row(number: int, sample: int = 0, num_tokens: int = 20) -> pa.RecordBatch:
     return trajectory_batch(
         [
             Trajectory(
@@ -39,19 +40,18 @@ def rows(number: int, num_rows: int = 2, num_tokens: int = 20) -> pa.RecordBatch
                 policy_versions=[(0, 4 + sample), (5, 1000)],
                 finish_reason="stop",
             )
-            for sample in range(num_rows)
         ]
     )
 
 
-def scored_rows(number: int, num_rows: int = 2, num_tokens: int = 20) -> pa.RecordBatch:
-    states = [np.full((num_tokens, WIDTH), number + row, np.uint16) for row in range(num_rows)]
-    return with_teacher_hidden(rows(number, num_rows, num_tokens), states)
+def scored_row(number: int, sample: int = 0, num_tokens: int = 20) -> pa.RecordBatch:
+    states = np.full((num_tokens, WIDTH), number + sample, np.uint16)
+    return with_teacher_hidden(row(number, sample, num_tokens), [states])
 
 
 @pytest.fixture
 def make_store(tmp_path):
-    def make(writer_id="teacher-0", segment_bytes=1 << 20, memory_bytes=1 << 30, node="n"):
+    def make(writer_id="teacher-0.0", segment_bytes=1 << 20, memory_bytes=1 << 30, node="n"):
         return SegmentStore(
             memory_dir=tmp_path / "memory",
             spill_dir=tmp_path / "spill",
@@ -68,24 +68,24 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_groups_are_read_back_equal_with_and_without_payload(make_store):
+def test_rows_are_read_back_equal_with_and_without_payload(make_store):
     store = make_store()
-    batches = [rows(0), scored_rows(1), scored_rows(2, num_rows=3), rows(3)]
-    refs = [store.append(draw(number), batch) for number, batch in enumerate(batches)]
-    reader = make_store("learner-0")
-    for ref, batch in zip(refs, batches, strict=True):
+    cases = [(0, row(0)), (1, scored_row(1)), (2, scored_row(2, num_tokens=30)), (3, row(3))]
+    refs = [store.append(draw(number), 0, batch) for number, batch in cases]
+    reader = make_store("learner")
+    for ref, (_, batch) in zip(refs, cases, strict=True):
         got = reader.read(ref)
         got.validate(full=True)
         assert got.equals(batch, check_metadata=True)
     assert [ref.location.offset % 64 for ref in refs] == [0] * 4
-    assert (refs[2].num_rows, refs[2].num_tokens, refs[2].oldest_version) == (3, 60, 4)
+    assert (refs[2].num_tokens, refs[2].oldest_version) == (30, 4)
     assert len({ref.location.segment for ref in refs}) == 3, "a segment has one schema"
 
 
 def test_reading_copies_nothing(make_store):
-    ref = make_store().append(draw(0), scored_rows(0))
+    ref = make_store().append(draw(0), 0, scored_row(0))
     before = pa.total_allocated_bytes()
-    batch = make_store("learner-0").read(ref)
+    batch = make_store("learner").read(ref)
     assert pa.total_allocated_bytes() - before < 4096
     states = hidden_rows(batch)
     with open("/proc/self/maps") as maps:
@@ -99,31 +99,43 @@ def test_reading_copies_nothing(make_store):
 
 
 def test_a_slice_writes_only_its_own_bytes(make_store):
-    parent = scored_rows(0, num_rows=100)
+    parent = pa.concat_batches([scored_row(0, sample) for sample in range(100)])
     store = make_store()
-    alone = store.append(draw(1), parent.slice(0, 2)).location.num_bytes
-    ref = store.append(draw(1), parent.slice(50, 2))
+    alone = store.append(draw(0), 0, scored_row(0)).location.num_bytes
+    ref = store.append(draw(0), 50, parent.slice(50, 1))
     assert ref.location.num_bytes < alone + 1024 < parent.nbytes / 10
-    assert ref.num_tokens == 40
+    assert ref.num_tokens == 20
     got = store.read(ref)
-    assert got.equals(parent.slice(50, 2))
-    assert hidden_rows(got)[1][0, 0] == 51
+    assert got.equals(parent.slice(50, 1))
+    assert hidden_rows(got)[0][0, 0] == 50
 
 
-def test_a_reader_sees_groups_appended_after_it_mapped_the_file(make_store):
-    store, reader = make_store(), make_store("learner-0")
-    first = reader.read(store.append(draw(0), scored_rows(0)))
-    second = reader.read(store.append(draw(1), scored_rows(1)))
-    assert first.equals(scored_rows(0).set_column(13, "scored_at", first.column("scored_at")))
+def test_another_row_in_the_place_of_the_one_that_is_wanted_is_an_error(make_store):
+    store = make_store()
+    first, second = store.append(draw(0), 0, row(0)), store.append(draw(0), 1, row(0, 1))
+    with pytest.raises(
+        SegmentMissing,
+        match=r"^row in segment teacher-0\.0-0\.arrow at \d+=student_text-0-0/1 must be student_text-0-0/0; resume",
+    ):
+        store.read(
+            replace(first, location=replace(second.location, trajectory_id=first.location.trajectory_id))
+        )
+
+
+def test_a_reader_sees_rows_appended_after_it_mapped_the_file(make_store):
+    store, reader = make_store(), make_store("learner")
+    first = reader.read(store.append(draw(0), 0, scored_row(0)))
+    second = reader.read(store.append(draw(1), 0, scored_row(1)))
+    assert first.equals(scored_row(0).set_column(13, "scored_at", first.column("scored_at")))
     assert hidden_rows(second)[0][0, 0] == 1
 
 
 def test_oldest_segments_move_to_disk_while_a_reader_holds_them(make_store, tmp_path):
     store = make_store(segment_bytes=4096, memory_bytes=20_000)
-    reader = make_store("learner-0")
+    reader = make_store("learner")
     refs, held = [], []
     for number in range(12):
-        refs.append(store.append(draw(number), scored_rows(number)))
+        refs.append(store.append(draw(number), 0, scored_row(number)))
         held.append(reader.read(refs[-1]))
     spilled = files(tmp_path / "spill")
     assert spilled, "nothing was moved"
@@ -137,21 +149,21 @@ def test_oldest_segments_move_to_disk_while_a_reader_holds_them(make_store, tmp_
 
 
 def test_the_bound_counts_every_writer_but_each_moves_only_its_own_files(make_store, tmp_path):
-    other = make_store("rollout-0", segment_bytes=4096, memory_bytes=1 << 30)
+    other = make_store("rollout-0.0", segment_bytes=4096, memory_bytes=1 << 30)
     for number in range(6):
-        other.append(draw(number), scored_rows(number))
+        other.append(draw(number), 0, scored_row(number))
     store = make_store(segment_bytes=4096, memory_bytes=10_000)
     for number in range(3):
-        store.append(draw(number), scored_rows(number))
+        store.append(draw(number), 0, scored_row(number))
     assert files(tmp_path / "spill")
-    assert all(name.startswith("teacher-0") for name in files(tmp_path / "spill"))
+    assert all(name.startswith("teacher-0.0") for name in files(tmp_path / "spill"))
 
 
 def test_a_reader_drops_its_maps_of_moved_files(make_store):
     store = make_store(segment_bytes=4096, memory_bytes=8192)
-    reader = make_store("learner-0")
+    reader = make_store("learner")
     for number in range(8):
-        reader.read(store.append(draw(number), scored_rows(number)))
+        reader.read(store.append(draw(number), 0, scored_row(number)))
     with open("/proc/self/maps") as maps:
         assert sum("(deleted)" in line and "teacher-0" in line for line in maps) <= 1
 
@@ -162,10 +174,10 @@ import json, sys
 from dataclasses import asdict
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from pathlib import Path
-from tests.unit.replay.test_segments import SegmentStore, draw, scored_rows
+from tests.unit.replay.test_segments import SegmentStore, draw, scored_row
 store = SegmentStore(memory_dir=Path({str(tmp_path / "memory")!r}), spill_dir=Path({str(tmp_path / "spill")!r}),
-                     writer_id="teacher-7", node="n", segment_bytes=1 << 20, memory_bytes=1 << 30)
-print(json.dumps(asdict(store.append(draw(5), scored_rows(5)).location)), flush=True)
+                     writer_id="teacher-7.0", node="n", segment_bytes=1 << 20, memory_bytes=1 << 30)
+print(json.dumps(asdict(store.append(draw(5), 0, scored_row(5)).location)), flush=True)
 input()
 """
     writer = subprocess.Popen(
@@ -175,69 +187,102 @@ input()
         location = Location(**json.loads(writer.stdout.readline()))
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
-    elsewhere = make_store("rollout-0").append(draw(5), rows(5))
+    elsewhere = make_store("rollout-0.0").append(draw(5), 0, row(5))
     ref = replace(elsewhere, location=location)
     assert hidden_rows(make_store().read(ref))[0][0, 0] == 5
-    # Its successor continues the numbering and leaves the old file alone.
-    heir = make_store("teacher-7")
-    new = heir.append(draw(6), scored_rows(6))
-    assert (ref.location.segment, new.location.segment) == ("teacher-7-0.arrow", "teacher-7-1.arrow")
-    heir.append(draw(7), rows(7))  # another schema: another segment
-    heir.release({new.location.segment: 1})
-    assert new.location.segment not in files(tmp_path / "memory")
+    # Its heir has another name, so its first segment has another one too.
+    new = make_store("teacher-7.1").append(draw(6), 0, scored_row(6))
+    assert (ref.location.segment, new.location.segment) == ("teacher-7.0-0.arrow", "teacher-7.1-0.arrow")
     assert hidden_rows(make_store().read(ref))[0][0, 0] == 5
 
 
-def test_release_waits_for_groups_that_are_not_announced_yet(make_store, tmp_path):
-    store = make_store(segment_bytes=1 << 15)
+def test_a_writer_id_is_never_used_again(make_store):
+    make_store().append(draw(0), 0, row(0))
+    with pytest.raises(FileExistsError):
+        make_store().append(draw(1), 0, row(1))
+
+
+def test_a_segment_is_settled_when_it_is_closed_and_each_of_its_rows_is_announced(make_store, tmp_path):
+    store = make_store(segment_bytes=1 << 14)
     refs = []
     while len({ref.location.segment for ref in refs}) < 2:
-        refs.append(store.append(draw(0), scored_rows(0)))
-    first = refs[0].location.segment
-    count = sum(ref.location.segment == first for ref in refs)
-    assert count > 1
-    store.release({first: count - 1})
-    assert store.read(refs[0]).num_rows == 2
-    store.release({first: count, "rollout-9-0.arrow": 3})
-    assert first not in files(tmp_path / "memory")
+        refs.append(store.append(draw(0), 0, scored_row(0)))
+    first = [ref for ref in refs if ref.location.segment == refs[0].location.segment]
+    assert len(first) > 1
+    store.settle(first[1:])
+    assert store.settled_segments() == []
+    store.settle(
+        [first[0], replace(refs[0], location=replace(refs[0].location, segment="rollout-9.0-0.arrow"))]
+    )
+    assert store.settled_segments() == [first[0].location.segment]
+    store.settle(refs[len(first) :])
+    assert store.settled_segments() == [first[0].location.segment], "the other one is open"
+    store.delete(store.settled_segments())
+    assert first[0].location.segment not in files(tmp_path / "memory")
+    assert store.settled_segments() == []
     with pytest.raises(
         SegmentMissing,
-        match=rf"^segment {first} must be in .*memory or .*spill; .*; resume from the newest checkpoint$",
+        match=rf"^segment {first[0].location.segment} must be in .*memory or .*spill; .*; resume from the newest",
     ):
         store.read(refs[0])
 
 
-def test_release_of_the_open_segment_takes_effect_when_it_closes(make_store, tmp_path):
-    store = make_store()
-    ref = store.append(draw(0), scored_rows(0))
-    store.release({ref.location.segment: 1})
-    assert store.read(ref).num_rows == 2
-    store.append(draw(1), rows(1))  # another schema: another segment
-    assert files(tmp_path / "memory") == ["teacher-0-1.arrow"]
+def test_a_spill_that_fails_is_the_callers_error_and_leaves_nothing_unsettled(
+    make_store, monkeypatch, tmp_path
+):
+    store = make_store(segment_bytes=4096, memory_bytes=8192)
+    refs = [store.append(draw(0), 0, scored_row(0))]
+    with monkeypatch.context() as patched:
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        patched.setattr("shutil.copyfile", full)
+        failed = 0
+        while not failed:
+            try:
+                refs.append(store.append(draw(0), 0, scored_row(0)))
+            except OSError:
+                failed += 1
+    refs += [store.append(draw(0), 0, scored_row(0)) for _ in range(6)]
+    assert files(tmp_path / "spill"), "it goes on when there is room"
+    store.settle(refs)
+    store.append(draw(1), 0, row(1))  # another schema closes the open segment
+    store.delete(store.settled_segments())
+    assert len(files(tmp_path / "memory")) == 1
+    assert files(tmp_path / "spill") == []
 
 
-def test_groups_that_never_reach_the_replay_are_deleted_by_discard(make_store, tmp_path):
-    store = make_store()
-    known = store.append(draw(0), rows(0))
-    heldout = store.append(draw(1), rows(1))
-    store.append(draw(2), scored_rows(2))
-    store.release({known.location.segment: 1})
-    assert known.location.segment in files(tmp_path / "memory")
-    store.discard([heldout])
-    assert known.location.segment not in files(tmp_path / "memory")
+async def test_dead_segments_are_deleted_however_often_the_question_is_asked(make_store, tmp_path):
+    store = make_store(segment_bytes=4096)
+    refs = [store.append(draw(number), 0, scored_row(number)) for number in range(4)]
+    store.settle(refs)
+    live = {refs[1].location.segment}
+
+    class Replay:
+        async def live_segments(self, names):
+            return [name for name in names if name in live]
+
+    await delete_dead_segments(Replay(), store)
+    await delete_dead_segments(Replay(), store)
+    assert refs[1].location.segment in files(tmp_path / "memory")
+    assert store.read(refs[1]).num_rows == 1
+    live.clear()
+    await delete_dead_segments(Replay(), store)
+    assert refs[1].location.segment not in files(tmp_path / "memory")
 
 
-def test_a_group_on_another_node_is_rejected(make_store):
-    ref = make_store(node="a").append(draw(0), rows(0))
+def test_a_row_on_another_node_is_rejected(make_store):
+    ref = make_store(node="a").append(draw(0), 0, row(0))
     with pytest.raises(
         RemoteSegment, match=r"^location\.node=a must be this node \(b\).*; run all roles on one node$"
     ):
-        make_store("learner-0", node="b").read(ref)
+        make_store("learner", node="b").read(ref)
 
 
 def test_a_full_medium_leaves_nothing_half_written(make_store, monkeypatch, tmp_path):
     store = make_store()
-    first = store.append(draw(0), rows(0))
+    first = store.append(draw(0), 0, row(0))
     real, calls = os.pwrite, []
 
     def full(descriptor, data, offset):
@@ -248,13 +293,13 @@ def test_a_full_medium_leaves_nothing_half_written(make_store, monkeypatch, tmp_
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space"):
-        store.append(draw(1), rows(1))
+        store.append(draw(1), 0, row(1))
     monkeypatch.undo()
     assert (tmp_path / "memory" / first.location.segment).stat().st_size <= calls[0]
-    second = store.append(draw(2), rows(2))
+    second = store.append(draw(2), 0, row(2))
     assert second.location.offset == calls[0]
-    assert store.read(first).equals(rows(0))
-    assert store.read(second).equals(rows(2))
+    assert store.read(first).equals(row(0))
+    assert store.read(second).equals(row(2))
 
 
 def test_sweep_removes_folders_of_dead_runs_only(tmp_path):

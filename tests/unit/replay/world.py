@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 
-from distill.interfaces import Draw, GroupRef, Lease, ScoringJob
-from tests.unit.replay.builders import Settings, group
+from distill.interfaces import Draw, Holder, Lease, SampleRef, Work
+from tests.unit.replay.builders import Settings, draw_numbers, sample
 
-GROUPS_PER_SEGMENT = 3
+ROWS_PER_SEGMENT = 3
 
 
 class World:
@@ -33,39 +33,56 @@ class World:
         self.durable = (0, self.index.state())
         self.committed = 0
         self.pending: list[tuple[int, dict]] = []
-        self.admissions: list[tuple[int, ...]] = []
-        self.jobs: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-        self.forget_actors()
+        self.shares: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self.jobs: list[tuple[int, tuple[tuple[str, int, int], ...]]] = []
+        self.start_actors()
         self.push()
 
-    def forget_actors(self) -> None:
-        self.rollouts: list[tuple[Draw, int]] = []
-        self.scorings: list[ScoringJob] = []
+    def start_actors(self) -> None:
+        """Every actor and its work; those of an earlier index are gone."""
+        incarnation = max((holder.incarnation for holder in getattr(self, "work", {})), default=-1) + 1
+        settings = self.settings
+        self.work: dict[Holder, list[tuple[Work, int]]] = {  # with the version when it was given
+            holder: []
+            for holder in [
+                *(Holder("rollout", number, incarnation) for number in range(settings.num_rollouts)),
+                *(Holder("teacher", number, incarnation) for number in range(settings.num_scorers)),
+            ]
+        }
+        self.left: dict[str, set[int]] = {}
+        """Samples to deliver of draws of which some are delivered."""
+        self.void: set[str] = set()
+        """Draws whose rollout actor died. Teacher actors can have samples of them, which are refused."""
         self.admitted: set[int] = set()
-        self.busy: set[int] = set()
+        self.last_delivery: dict[Holder, list[SampleRef]] = defaultdict(list)
         self.lease: Lease | None = None
         self.leased: dict[int, Lease] = {}
         self.most_live_updates = 0  # a learner that went back does not revoke admissions
-        self.incarnation = getattr(self, "incarnation", -1) + 1
         self.appended: Counter[str] = Counter()
+        self.announced: Counter[str] = Counter()
         self.deleted: set[str] = set()
+
+    def actors(self, role: str) -> list[Holder]:
+        return [holder for holder in self.work if holder.role == role]
 
     # Actions
 
-    def admit(self) -> bool:
-        draws = self.index.admit(self.random.randint(1, 5))
+    def take_draws(self) -> bool:
+        holder = self.random.choice(self.actors("rollout"))
+        if self.settings.max_policy_age == 0 and self.work[holder]:
+            return False
+        draws = self.index.take(holder, self.random.randint(1, 5))
         numbers = [draw.number for draw in draws]
         trained = {n for use in self.uses.values() if use.update < self.updates for n in students(use)}
-        assert not self.busy.intersection(numbers), "two actors have one draw"
+        busy = {work.number for other in self.actors("rollout") for work, _ in self.work[other]}
+        assert not busy.intersection(numbers), "two actors have one draw"
         assert not (trained & set(numbers)), "a trained draw is issued again"
-        self.busy.update(numbers)
         self.admitted.update(numbers)
         if self.in_order:
             assert len(self.admitted | trained) <= self.bound()
-            assert self.admitted | trained == set(range(len(self.admitted | trained))), "a draw is skipped"
-        self.rollouts += [(draw, self.live_version) for draw in draws]
+        self.work[holder] += [(draw, self.live_version) for draw in draws]
         if draws:
-            self.admissions.append(tuple(numbers))
+            self.shares[holder.number, self.updates] += numbers
         return bool(draws)
 
     def bound(self) -> int:
@@ -75,40 +92,90 @@ class World:
         by_updates = math.ceil(needed / settings.samples_per_insert)
         return max(by_updates, min(settings.min_size_to_sample, needed))
 
-    def insert(self) -> bool:
-        self.random.shuffle(self.rollouts)
-        done, self.rollouts = self.split(self.rollouts)
-        self.index.insert([self.store(draw, "rollout", self.random.choice([since, self.live_version]))
-                           for draw, since in done])  # fmt: skip
-        self.busy.difference_update(draw.number for draw, _ in done)
-        return bool(done)
+    def roll_out(self) -> bool:
+        """Deliver some of the samples of a draw that are not delivered yet."""
+        holder = self.random.choice(self.actors("rollout"))
+        if not self.work[holder]:
+            return False
+        self.random.shuffle(self.work[holder])
+        draw, since = self.work[holder][0]
+        left = self.left.setdefault(draw.work_id, set(range(self.settings.samples_per_prompt)))
+        for number in self.random.sample(sorted(left), self.random.randint(1, len(left))):
+            version = self.random.choice([since, self.live_version])
+            self.deliver(holder, [self.store(draw, number, holder, version)])
+            left.remove(number)
+        if not left:
+            del self.left[draw.work_id], self.work[holder][0]
+        return True
 
-    def store(self, draw: Draw, writer: str, version: int | None) -> GroupRef:
-        number = sum(n for name, n in self.appended.items() if name.startswith(writer))
-        segment = f"{writer}-{self.incarnation}-{number // GROUPS_PER_SEGMENT}.arrow"
+    def deliver(self, holder: Holder, samples: list[SampleRef]) -> None:
+        void = [each.work_id for each in samples if each.draw.work_id in self.void]
+        assert self.index.deliver(holder, samples) == void
+        self.announced.update(each.location.segment for each in samples)
+        self.last_delivery[holder] = samples
+
+    def store(self, draw: Draw, number: int, holder: Holder, version: int | None) -> SampleRef:
+        count = sum(n for name, n in self.appended.items() if name.startswith(f"{holder}-"))
+        segment = f"{holder}-{count // ROWS_PER_SEGMENT}.arrow"
         self.appended[segment] += 1
-        return group(draw, version, segment, self.random.randint(1, 50))
+        return sample(draw, version, segment, self.random.randint(1, 50), number, count)
 
-    def split(self, things: list) -> tuple[list, list]:
-        count = self.random.randint(0, len(things))
-        return things[:count], things[count:]
-
-    def take(self) -> bool:
-        job = self.index.take_for_scoring(self.random.randint(1, 6))
-        assert not self.deleted.intersection(ref.location.segment for ref in job.groups)
+    def take_samples(self) -> bool:
+        holder = self.random.choice(self.actors("teacher"))
+        if self.settings.max_policy_age == 0 and self.work[holder]:
+            return False
+        job = self.index.take(holder, self.random.randint(1, 6))
+        stored = [work.location.segment for work in job if isinstance(work, SampleRef)]
+        assert not self.deleted.intersection(stored)
+        self.work[holder] += [(work, self.live_version) for work in job]
         if job:
-            self.scorings.append(job)
-            self.jobs.append((tuple(ref.draw.number for ref in job.groups),
-                              tuple(draw.number for draw in job.teacher_draws)))  # fmt: skip
+            names = tuple(
+                (work.draw.table, work.draw.number, work.sample)
+                if isinstance(work, SampleRef)
+                else (work.table, work.number, 0)
+                for work in job
+            )
+            self.jobs.append((holder.number, names))
         return bool(job)
 
     def score(self) -> bool:
-        if not self.scorings:
+        holder = self.random.choice(self.actors("teacher"))
+        if not self.work[holder]:
             return False
-        job = self.scorings.pop(self.random.randrange(len(self.scorings)))
-        scored = [self.store(ref.draw, "teacher", ref.oldest_version) for ref in job.groups]
-        self.index.insert_scored(scored + [self.store(draw, "teacher", None) for draw in job.teacher_draws])
+        count = self.random.randint(1, len(self.work[holder]))
+        done, self.work[holder] = self.work[holder][:count], self.work[holder][count:]
+        for work, _ in done:
+            if isinstance(work, SampleRef):
+                self.deliver(holder, [self.store(work.draw, work.sample, holder, work.oldest_version)])
+            else:
+                self.deliver(holder, [self.store(work, 0, holder, None)])
         return True
+
+    def repeat(self) -> bool:
+        """Send the last delivery again, or something that another actor has."""
+        holder = self.random.choice(list(self.work))
+        before = self.index.stats()
+        self.index.deliver(holder, self.last_delivery[holder])
+        others = [each for each in self.actors(holder.role) if each != holder]
+        other = self.random.choice(others or [holder])
+        stolen = [work for work, _ in self.work[other]]
+        if other != holder and stolen:
+            work = self.random.choice(stolen)
+            draw, number = (work.draw, work.sample) if isinstance(work, SampleRef) else (work, 0)
+            refused = self.store(draw, number, holder, self.live_version)
+            assert self.index.deliver(holder, [refused]) == [refused.work_id]
+            self.announced[refused.location.segment] += 1
+        assert self.index.stats() == before
+        return False
+
+    def lose_answer(self) -> bool:
+        """An actor whose answer was lost gets the same work again."""
+        holder = self.random.choice(list(self.work))
+        known = self.random.sample(self.work[holder], self.random.randint(0, len(self.work[holder])))
+        missing = self.index.missing(holder, [work.work_id for work, _ in known])
+        held = {work.work_id for work, _ in self.work[holder]} - {work.work_id for work, _ in known}
+        assert {work.work_id for work in missing} == held
+        return False
 
     def take_lease(self) -> bool:
         if self.updates >= self.settings.num_updates or self.live_updates != self.updates:
@@ -123,7 +190,7 @@ class World:
     def check(self, lease: Lease) -> None:
         settings, plan, update = self.settings, self.settings.plan, lease.update
         used = students(lease)
-        teacher_rows = [ref.draw.number for ref in lease.groups if ref.draw.table == "teacher_text"]
+        teacher_rows = draw_numbers(lease.groups, "teacher_text")
         assert [ref.draw.table for ref in lease.groups] == ["student_text"] * len(used) + [
             "teacher_text"
         ] * len(teacher_rows)
@@ -134,8 +201,12 @@ class World:
             assert used == list(range(plan.student_through(update), plan.student_through(update + 1)))
         assert len(lease.policy_ages) == len(used)
         for ref, age in zip(lease.groups, lease.policy_ages, strict=False):
-            assert update - self.true_updates[ref.oldest_version] <= age <= settings.max_policy_age
-        assert not self.deleted.intersection(ref.location.segment for ref in lease.groups)
+            oldest = min(each.oldest_version for each in ref.samples)
+            assert update - self.true_updates[oldest] <= age <= settings.max_policy_age
+        rows = [each for group in lease.groups for each in group.samples]
+        assert not self.deleted.intersection(each.location.segment for each in rows)
+        assert all(each.location.segment.startswith("teacher") for each in rows), "a row has no payload"
+        assert all(len(group.samples) == settings.samples_per_prompt for group in lease.groups[: len(used)])
         counts = Counter(n for use in self.uses.values() if use.update < update for n in students(use))
         assert all(counts[n] < settings.max_times_sampled for n in used)
 
@@ -154,7 +225,7 @@ class World:
         self.true_updates[version] = self.updates
         self.live_version = version
         if self.random.random() < 0.3:
-            self.insert()
+            self.roll_out()
         self.index.advance(self.updates, version)
         self.live_updates = self.updates
         self.most_live_updates = max(self.most_live_updates, self.updates)
@@ -178,27 +249,26 @@ class World:
         return True
 
     def collect(self) -> bool:
-        for writer in ("rollout", "teacher"):
-            for segment, seen in self.index.freed_segments(f"{writer}-{self.incarnation}").items():
-                if seen == self.appended[segment] == GROUPS_PER_SEGMENT:
-                    self.deleted.add(segment)
+        """Delete what the index does not need, of full segments whose rows are all announced."""
+        settled = [
+            name for name, count in self.appended.items() if count == self.announced[name] == ROWS_PER_SEGMENT
+        ]
+        self.deleted |= set(settled) - set(self.index.live_segments(settled))
         return False
 
     # Deaths
 
-    def kill_rollout_actor(self) -> bool:
-        self.random.shuffle(self.rollouts)
-        lost, self.rollouts = self.split(self.rollouts)
-        ids = [draw.draw_id for draw, _ in lost]
-        assert self.index.requeue(ids, self.random.choice([None, "rollout"])) == len(lost)
-        self.busy.difference_update(draw.number for draw, _ in lost)
-        return False
-
-    def kill_teacher(self) -> bool:
-        if self.scorings:
-            job = self.scorings.pop()
-            ids = [ref.draw.draw_id for ref in job.groups] + [draw.draw_id for draw in job.teacher_draws]
-            assert self.index.requeue(ids, self.random.choice([None, "scoring"])) == len(ids)
+    def kill_actor(self) -> bool:
+        """An actor is forgotten; its heir has the same number. What the dead one still sends is refused."""
+        holder = self.random.choice(list(self.work))
+        lost = [work for work, _ in self.work.pop(holder)]
+        self.void |= {work.work_id for work in lost if isinstance(work, Draw)}
+        assert self.index.forget(holder) == len(lost)
+        for work in lost:
+            draw, number = (work.draw, work.sample) if isinstance(work, SampleRef) else (work, 0)
+            late = self.store(draw, number, holder, self.live_version)
+            assert self.index.deliver(holder, [late]) == [late.work_id]
+        self.work[Holder(holder.role, holder.number, holder.incarnation + 1)] = []
         return False
 
     def restart_learner(self) -> bool:
@@ -211,7 +281,7 @@ class World:
     def crash(self) -> bool:
         """Kill everything; only the durable checkpoint survives."""
         self.back_to_checkpoint()
-        self.forget_actors()
+        self.start_actors()
         self.index = self.settings.index()
         self.index.load_state(self.durable[1])
         self.push()
@@ -225,9 +295,9 @@ class World:
     # Schedules
 
     WORK = (
-        "admit",
-        "insert",
-        "take",
+        "take_draws",
+        "roll_out",
+        "take_samples",
         "score",
         "take_lease",
         "apply",
@@ -235,8 +305,10 @@ class World:
         "checkpoint",
         "commit",
         "collect",
+        "repeat",
+        "lose_answer",
     )
-    DEATHS = ("kill_rollout_actor", "kill_teacher", "restart_learner", "crash")
+    DEATHS = ("kill_actor", "restart_learner", "crash")
 
     def step(self, deaths: tuple[str, ...] = DEATHS) -> None:
         dies = deaths and self.random.random() < 0.06
@@ -255,4 +327,4 @@ class World:
 
 
 def students(lease: Lease) -> list[int]:
-    return [ref.draw.number for ref in lease.groups if ref.draw.table == "student_text"]
+    return draw_numbers(lease.groups)
