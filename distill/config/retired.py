@@ -13,6 +13,7 @@ RETIRED: Mapping[str, str] = {
     "recipe.teacher": "use its new name, recipe.teacher_gives",
     "recipe.teacher_text=teacher": "use its new name, sampled",
     "learner.text_rows_per_update": "use its new name, learner.teacher_rows_per_update",
+    "cluster.address=null": "use its new name, local",
     "rollout.temperature": f"leave it out: {_TEMPERATURE}",
     "rollout.top_p": f"leave it out: {_TEMPERATURE}",
     "weights.backend": "leave it out: every push goes through shared memory",
