@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy.placement import Node
+from deploy.version import versions
 from distill.config import ClusterConfig
 from distill.config.runtime import head_address_violations
 from distill.errors import ConfigError
@@ -93,15 +93,14 @@ def probe(address: HeadAddress) -> Node:
 
 
 def require_versions(address: HeadAddress, facts: Mapping[str, Any]) -> None:
-    """Compare the versions of a head, ``ray`` and ``python`` in ``facts``, with those of this process.
+    """Compare the versions of a head, ``Ray`` and ``Python`` in ``facts``, with those of this process.
 
     Raises: ConfigError with both versions.
     """
-    from importlib.metadata import version
-
-    for name, mine in (("ray", version("ray")), ("python", platform.python_version())):
-        if facts[name] != mine:
-            must = f"run {name.capitalize()} {mine} as this process does (the cluster runs {facts[name]})"
+    mine = versions()
+    for name in ("Ray", "Python"):
+        if facts[name] != mine[name]:
+            must = f"run {name} {mine[name]} as this process does (the cluster runs {facts[name]})"
             remedy = "use one version on both sides"
             raise ConfigError(address.name, address.value, must, remedy)
 

@@ -32,8 +32,8 @@ def facts(address: str) -> dict[str, Any]:
         else None
     )
     return {
-        "ray": metadata["ray_version"],
-        "python": metadata["python_version"],
+        "Ray": metadata["ray_version"],
+        "Python": metadata["python_version"],
         "num_nodes": len(nodes),
         "here": first,
     }

@@ -21,6 +21,7 @@ from deploy.cluster.address import head_address, probe
 from deploy.cluster.backend import Backend
 from deploy.cluster.failures import ActorFailed
 from deploy.cluster.scope import SharedFolder, SigtermAsCtrlC
+from deploy.job import JOB_VARIABLE
 from deploy.placement import Node
 from distill.config import ClusterConfig
 from distill.errors import NO_VALUE, first_line
@@ -63,7 +64,7 @@ class RayCluster(Backend):
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         local = self._head is None
         if local:  # a job's files are in its own cluster, where a Ray that the job starts cannot find them
-            os.environ.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
+            os.environ.pop(JOB_VARIABLE, None)
         ray.init(
             address="local" if self._head is None else self._head.value,
             namespace=f"distill-{self._run_id}",
