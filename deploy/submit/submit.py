@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import shlex
 import tempfile
 from collections.abc import Container, Sequence
@@ -90,11 +91,10 @@ def _require_uploaded(name: str, text: str, files: Files, root: Path) -> None:
     if not found:
         raise not_uploaded(name, text, "it does not exist here either")
     for path in found:
-        place = path.resolve().parent / path.name if path.is_symlink() else path.resolve()
-        if not place.is_relative_to(root.resolve()):
+        inside = os.path.normpath(path.relative_to(root))
+        if inside.startswith(".."):
             raise not_uploaded(name, text, "it is outside the working directory")
-        inside = str(PurePosixPath(place.relative_to(root.resolve())))
-        if not any(file == inside or file.startswith(f"{inside}/") for file in files):
+        if inside != "." and not any(file == inside or file.startswith(f"{inside}/") for file in files):
             raise not_uploaded(name, text, "this upload leaves it out, as runs, ignored files and links")
 
 
