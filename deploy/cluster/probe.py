@@ -13,7 +13,7 @@ _TIMEOUT_S = 10.0
 
 
 def facts(address: str) -> dict[str, Any]:
-    """Versions of a head, the number of its living nodes, and the one on this machine (None if there is none)."""
+    """Versions of a head, the number of its living nodes, and the one on this machine, or None."""
     import ray._raylet as raylet
     from ray._common.usage.usage_lib import get_cluster_metadata
     from ray._private.services import find_node_ids
