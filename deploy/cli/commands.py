@@ -6,12 +6,13 @@ import argparse
 import json
 from pathlib import Path
 
-from deploy.exits import DONE, complain, exit_code
+from deploy.exits import DONE, INTERRUPTED, complain, exit_code
 from distill.config import RunConfig
 from distill.errors import NO_VALUE, ConfigError
 
 
 def train(options: argparse.Namespace) -> int:
+    from deploy.job import require_submitted_versions
     from deploy.report.run_report import run_report
     from deploy.report.terminal import print_report
     from deploy.run.progress import Progress
@@ -20,12 +21,9 @@ def train(options: argparse.Namespace) -> int:
     from deploy.run.train import train as run_train
     from distill.run.folder import RunFolder
 
+    require_submitted_versions()
     if options.resume is not None:
-        changes = [text for text in (options.config, *options.overrides) if text is not None]
-        if wrong := next((text for text in changes if "=" not in text), None):
-            must = "be key=value after --resume, because a resumed run has a configuration"
-            raise ConfigError("train", wrong, must, "leave it out")
-        config = config_to_resume(options.resume, changes)
+        config = config_to_resume(options.resume, _changes(options))
     elif options.config is None:
         must = "be given a configuration or --resume RUN"
         raise ConfigError("train", NO_VALUE, must, "see `distill train --help`")
@@ -45,6 +43,30 @@ def train(options: argparse.Namespace) -> int:
         return exit_code(failure.error)
     print_report(run_report(config.run_dir, summary))
     return DONE
+
+
+def submit(options: argparse.Namespace) -> int:
+    from deploy.submit.server import JobServer
+    from deploy.submit.submit import Request, submit
+
+    resumes = options.resume is not None
+    request = Request(
+        config=Path(options.config) if options.config is not None and not resumes else None,
+        resume=options.resume,
+        overrides=_changes(options) if resumes else options.overrides,
+    )
+    server = JobServer(options.address)
+    job = submit(request, server, Path.cwd())
+    print(f"submitted {job} to {server.address}; to see its logs, or to stop it so that it can be resumed:")
+    print(f"  ray job logs --address {server.address} --follow {job}")
+    print(f"  ray job stop --address {server.address} {job}", flush=True)
+    if not options.follow:
+        return DONE
+    try:
+        return server.follow(job)
+    except KeyboardInterrupt:
+        complain(f"{job} runs on; the commands above show its logs and stop it")
+        return INTERRUPTED
 
 
 def init(options: argparse.Namespace) -> int:
@@ -175,3 +197,12 @@ def _load(options: argparse.Namespace) -> RunConfig:
     from deploy.run.settings import load_run
 
     return load_run(options.config, options.overrides)
+
+
+def _changes(options: argparse.Namespace) -> list[str]:
+    """The overrides of a command with --resume. Raises: ConfigError when one is not key=value."""
+    changes = [text for text in (options.config, *options.overrides) if text is not None]
+    if wrong := next((text for text in changes if "=" not in text), None):
+        must = "be key=value after --resume, because a resumed run has a configuration"
+        raise ConfigError(options.command, wrong, must, "leave it out")
+    return changes

@@ -36,9 +36,9 @@ class _Version(argparse.Action):
     """Prints the installed version."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version  # slow enough to be noticed in every other command
+        from deploy.version import package_version  # slow enough to be noticed in every other command
 
-        print(f"distill {version('ammd')}")
+        print(f"distill {package_version() or '(not installed)'}")
         parser.exit()
 
 
@@ -97,6 +97,18 @@ def _add_runs(sub: Commands) -> None:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
     train.add_argument("--resume", metavar="RUN", help="resume the run in this folder")
     train.set_defaults(run=commands.train)
+
+    submit = sub.add_parser(
+        "submit", help="run a distillation as a job of a Ray cluster, or resume one there"
+    )
+    submit.add_argument("config", nargs="?", help="YAML file")
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
+    submit.add_argument("--resume", metavar="RUN", help="resume the run in this folder of the cluster")
+    submit.add_argument(
+        "--address", required=True, metavar="URL", help="dashboard of the cluster, such as http://HEAD:8265"
+    )
+    submit.add_argument("--follow", action="store_true", help="print its logs and end with its exit code")
+    submit.set_defaults(run=commands.submit)
 
     doctor = sub.add_parser("doctor", help="check a configuration without starting anything")
     doctor.add_argument("config", help="YAML file")

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from deploy.placement import Node
+
 
 class Backend(Protocol):
     """Starts actors, waits for their calls and ends them. A context manager: nothing of the run outlives it.
@@ -26,8 +28,20 @@ class Backend(Protocol):
         """Processes of the backend itself, apart from those of the actors and the driver."""
         ...
 
-    def start_actor(self, name: str, actor_class: Any, *args: object, num_threads: int) -> Any:
-        """Construct an actor with a budget of threads; returns its handle.
+    def node(self) -> Node | None:
+        """The node on which all actors run and which they share with other jobs; None if the run has it alone."""
+        ...
+
+    def start_actor(
+        self,
+        name: str,
+        actor_class: Any,
+        *args: object,
+        num_threads: int,
+        num_cpus: float = 0.0,
+        num_gpus: int = 0,
+    ) -> Any:
+        """Construct an actor with a budget of threads and what it takes of a shared node; returns its handle.
 
         Raises: ActorFailed, or the constructor's own DistillError, with the actor's name.
         """

@@ -70,8 +70,19 @@ class InProcess(Backend):
     def service_pids(self) -> list[int]:
         return []
 
-    def start_actor(self, name: str, actor_class: Any, *args: object, num_threads: int) -> Handle:
-        """``num_threads`` has no effect: the actors share the process's threads, whose number engines set."""
+    def node(self) -> None:
+        return None
+
+    def start_actor(
+        self,
+        name: str,
+        actor_class: Any,
+        *args: object,
+        num_threads: int,
+        num_cpus: float = 0.0,
+        num_gpus: int = 0,
+    ) -> Handle:
+        """The numbers have no effect: the actors share the process's threads, whose number engines set."""
         try:
             self._actors[name] = actor_class(*args)
         except Exception as error:

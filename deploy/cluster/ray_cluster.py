@@ -1,4 +1,4 @@
-"""Actors as processes of Ray: a local cluster that serves one run, or the cluster at a given address.
+"""Actors as processes of Ray: a local cluster that serves one run, or one node of the cluster at an address.
 
 The run id is part of everything that two runs could share: the namespace of the actors' names, and the
 folder in shared memory. Leaving the context ends every actor with its engine processes.
@@ -11,14 +11,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
 
+from deploy.cluster.address import head_address, probe
 from deploy.cluster.backend import Backend
 from deploy.cluster.failures import ActorFailed
 from deploy.cluster.scope import SharedFolder, SigtermAsCtrlC
+from deploy.job import JOB_VARIABLE
+from deploy.placement import Node
 from distill.config import ClusterConfig
 from distill.errors import NO_VALUE, first_line
 
@@ -40,12 +44,15 @@ class RayCluster(Backend):
 
     def __init__(self, config: ClusterConfig, run_id: str) -> None:
         self._config = config
+        self._head = head_address(config)
         self._run_id = run_id
         self._shared = SharedFolder(run_id)
         self._handles: dict[str, Any] = {}
         self._pids: dict[str, int] = {}
 
     def __enter__(self) -> Self:
+        if self._head is not None:
+            self._probed = probe(self._head)  # before ray.init, which retries for a minute
         self._shared.claim()
         self._sigterm = SigtermAsCtrlC()
         # Ray reads these when it is imported. The first one turns usage reports off.
@@ -55,9 +62,11 @@ class RayCluster(Backend):
 
         # `wait` reports the failure of an actor, in one line.
         logging.getLogger("ray").setLevel(logging.CRITICAL)
-        local = self._config.address is None
+        local = self._head is None
+        if local:  # a job's files are in its own cluster, where a Ray that the job starts cannot find them
+            os.environ.pop(JOB_VARIABLE, None)
         ray.init(
-            address="local" if local else self._config.address,
+            address="local" if self._head is None else self._head.value,
             namespace=f"distill-{self._run_id}",
             include_dashboard=False if local else None,
             object_store_memory=self._config.object_store_bytes if local else None,
@@ -71,10 +80,28 @@ class RayCluster(Backend):
 
     def service_pids(self) -> list[int]:
         """A local Ray's own processes, which are the parents of those of the actors."""
-        return [child.pid for child in psutil.Process().children() if self._config.address is None]
+        return [child.pid for child in psutil.Process().children() if self._head is None]
 
-    def start_actor(self, name: str, actor_class: Any, *args: object, num_threads: int) -> Any:
+    def node(self) -> Node | None:
         import ray
+        from ray._private.state import available_resources_per_node
+
+        if self._head is None:
+            return None
+        free = available_resources_per_node().get(ray.get_runtime_context().get_node_id(), {})
+        return replace(self._probed, free_cpus=free.get("CPU", 0.0), free_gpus=free.get("GPU", 0.0))
+
+    def start_actor(
+        self,
+        name: str,
+        actor_class: Any,
+        *args: object,
+        num_threads: int,
+        num_cpus: float = 0.0,
+        num_gpus: int = 0,
+    ) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         environment = {
             "OMP_NUM_THREADS": str(num_threads),
@@ -87,7 +114,14 @@ class RayCluster(Backend):
             "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
             "TOKENIZERS_PARALLELISM": "false",
         }
-        remote_class: Any = ray.remote(num_cpus=0)(actor_class)
+        options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        if self._head is not None:
+            # Ray hides the devices that an actor has not taken, also from an actor that has taken none.
+            environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "1"
+            here = ray.get_runtime_context().get_node_id()
+            # Rows and weights pass through the shared memory of one node.
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
+        remote_class: Any = ray.remote(**options)(actor_class)
         handle = remote_class.options(
             name=name, runtime_env={"env_vars": environment}, max_concurrency=1000
         ).remote(*args)
@@ -170,7 +204,7 @@ class RayCluster(Backend):
 
     def _get(self, name: str, call: Any, timeout_s: float) -> Any:
         import ray
-        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+        from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
         try:
             return ray.get(call, timeout=timeout_s)
@@ -183,6 +217,8 @@ class RayCluster(Backend):
             raise ActorFailed(name, NO_VALUE, f"live; it died ({first_line(error)})") from error
         except GetTimeoutError as error:
             raise ActorFailed.late([name], timeout_s, logs=_LOGS) from error
+        except RayError as error:  # the node is gone, or Ray cannot prepare the job's files there
+            raise ActorFailed(name, NO_VALUE, f"start; Ray reports: {first_line(error)}") from error
 
 
 def _loopback(run_id: str) -> str | None:

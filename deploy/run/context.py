@@ -11,8 +11,10 @@ from deploy.cluster.backend import Backend
 from deploy.cluster.in_process import InProcess
 from deploy.cluster.memory import MemorySampler
 from deploy.cluster.ray_cluster import RayCluster
+from deploy.placement import Placement, place_locally, place_on_node, with_threads
 from deploy.run.progress import Progress
 from deploy.run.record import RunRecord
+from deploy.run.vllm_build import vllm_computes_on_gpu
 from distill.config import ClusterConfig, RunConfig
 from distill.machine.hardware import usable_cores
 
@@ -35,11 +37,22 @@ class RunContext:
         self.progress = progress
         self.backend = backend
         self._memory = memory
+        self._placement = _place(config, backend)
+        if backend.node() is not None:  # the actors read their threads from the configuration
+            self.config = config = with_threads(config, self._placement)
         self.learner = self.start_actor("learner", LearnerActor, config.learner.num_threads, config)
 
     def start_actor(self, name: str, actor_class: Any, num_threads: int | None, *args: object) -> Any:
-        """Start an actor and return its handle. ``num_threads=None`` gives it every usable core."""
-        handle = self.backend.start_actor(name, actor_class, *args, num_threads=num_threads or usable_cores())
+        """Start an actor and return its handle. ``num_threads=None`` gives it those of its share."""
+        share = self._placement[name]
+        handle = self.backend.start_actor(
+            name,
+            actor_class,
+            *args,
+            num_threads=num_threads or share.num_threads,
+            num_cpus=share.num_cpus,
+            num_gpus=share.num_gpus,
+        )
         if (pid := self.backend.actor_pid(name)) is not None:
             self._memory.add(name, pid)
         return handle
@@ -60,6 +73,14 @@ def run_context(config: RunConfig, record: RunRecord, progress: Progress) -> Ite
             memory.add("ray", pid)
         yield RunContext(config, record, progress, backend, memory)
         record.peak_pss_bytes = memory.stop()
+
+
+def _place(config: RunConfig, backend: Backend) -> Placement:
+    """What each actor takes. Raises: ConfigError when the node of a cluster has too little."""
+    node = backend.node()
+    if node is None:
+        return place_locally(config, usable_cores())
+    return place_on_node(config, usable_cores(), node, vllm_on_gpu=vllm_computes_on_gpu())
 
 
 def _backend(config: ClusterConfig, run_id: str) -> Backend:

@@ -11,6 +11,7 @@ from typing import Any
 
 from deploy import PRESETS
 from deploy.fetch import MODELS
+from deploy.job import in_uploaded_folder, require_lasting_path, uploaded_path_or_name
 from deploy.paths import absolute_path, path_or_name
 from distill.config import RunConfig
 from distill.config.load import load_config, override
@@ -32,14 +33,21 @@ def load_run(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfi
 def absolute(config: RunConfig) -> RunConfig:
     """Replace ``~`` and relative paths by absolute ones; they count from the working directory.
 
-    So a run can be resumed from another folder. Names of models and data that can be fetched, and hub ids, stay.
+    So a run can be resumed from another folder. Names of models and data that can be fetched, and hub ids, stay, and so
+    do the paths of files that were uploaded with a job.
+
+    Raises: ConfigError in a job, for a relative path of something else.
     """
-    data = replace(config.data, path=path_or_name(config.data.path, KNOWN_DATA, "data.path"))
+    in_job = in_uploaded_folder()
+    if in_job:
+        require_lasting_path(config.run_dir, "run_dir")
+    place = uploaded_path_or_name if in_job else path_or_name
+    data = replace(config.data, path=place(config.data.path, KNOWN_DATA, "data.path"))
     sections: dict[str, Any] = {"data": data}
     for name in ("teacher", "student", "proxy"):
         section = getattr(config, name)
         if section.model is not None:
-            sections[name] = replace(section, model=path_or_name(section.model, MODELS, f"{name}.model"))
+            sections[name] = replace(section, model=place(section.model, MODELS, f"{name}.model"))
     return replace(config, run_dir=str(absolute_path(config.run_dir, "run_dir")), **sections)
 
 
@@ -48,6 +56,8 @@ def config_to_resume(run_dir: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises: ConfigError when the folder is not a run's, and for an override of ``run_dir``.
     """
+    if in_uploaded_folder():
+        require_lasting_path(run_dir, "--resume")
     folder = RunFolder(absolute_path(run_dir, "--resume"))
     folder.require()
     for text in overrides:

@@ -14,6 +14,7 @@ RETIRED: Mapping[str, str] = {
     "recipe.teacher_text=teacher": "use its new name, sampled",
     "learner.text_rows_per_update": "use its new name, learner.teacher_rows_per_update",
     "scoring.max_groups": "use its new name, scoring.max_num_seqs",
+    "cluster.address=null": "use its new name, local",
     "rollout.temperature": f"leave it out: {_TEMPERATURE}",
     "rollout.top_p": f"leave it out: {_TEMPERATURE}",
     "weights.backend": "leave it out: every push goes through shared memory",

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from distill.config.retired import RETIRED
 from distill.config.rules import bounded
+from distill.config.written import NULL
 from distill.errors import ConfigError
 
 
@@ -187,14 +189,18 @@ class ClusterConfig:
     backend: Literal["ray", "in_process"] = "ray"
     """``ray``: one process per actor. ``in_process``: one process for all actors, for tiny models and the
     transformers engines."""
-    address: str | None = None
-    """Address of a Ray cluster. null: the run starts a local single-node Ray for itself."""
+    address: str = "auto"
+    """Ray cluster that runs the actors. ``local``: a single-node Ray that the run starts for itself. ``HOST:PORT``:
+    the cluster with this head. ``auto``: the cluster in the environment variable RAY_ADDRESS, which Ray sets for a
+    submitted job, and otherwise ``local``."""
     object_store_bytes: int = 128 << 20
     """Size of a local Ray's object store in bytes. Rows do not pass through it."""
     start_timeout_s: float = 600.0
     """Number of seconds that an actor may take to load its model."""
 
     def violations(self) -> Iterator[ConfigError]:
+        if self.address not in ("auto", "local"):
+            yield from head_address_violations("cluster.address", self.address)
         yield from bounded("cluster", self, "> 0", "start_timeout_s")
         yield from bounded(
             "cluster",
@@ -203,3 +209,17 @@ class ClusterConfig:
             "object_store_bytes",
             remedy="raise it: Ray accepts no smaller object store (the default is 134217728)",
         )
+
+
+def head_address_violations(name: str, address: str) -> Iterator[ConfigError]:
+    """The errors of an address that is not that of a Ray head. ``name``: where it was written."""
+    must = "be auto, local or the HOST:PORT of a Ray head, such as 10.0.0.1:6379"
+    if address in NULL:
+        yield ConfigError(name, address or "null", must, RETIRED["cluster.address=null"])
+    elif "://" in address:
+        remedy = "give the head's own address, which `ray start --head` prints; its dashboard (http://HOST:8265) is the --address of `distill submit`"
+        yield ConfigError(name, address, must, remedy)
+    else:
+        host, _, port = address.rpartition(":")
+        if not host or not (port.isdecimal() and 0 < int(port) < 1 << 16):
+            yield ConfigError(name, address, must, "give the address that `ray start --head` prints")

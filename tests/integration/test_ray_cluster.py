@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from deploy.cluster.backend import Backend
 from deploy.cluster.ray_cluster import RayCluster
 from distill.config import ClusterConfig
-from tests.backend_contract import BackendContract, check_leaving
+from tests.backend_contract import BackendContract, Worker, check_leaving
+from tests.integration.ray_head import RayHead
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -21,7 +25,7 @@ class TestRayCluster(BackendContract):
     @pytest.fixture(scope="class")
     def cluster(self) -> Iterator[RayCluster]:
         """One Ray for all tests, because its start takes seconds."""
-        with RayCluster(ClusterConfig(), secrets.token_hex(4)) as cluster:
+        with RayCluster(ClusterConfig(address="local"), secrets.token_hex(4)) as cluster:
             assert cluster.service_pids()
             yield cluster
 
@@ -32,12 +36,67 @@ class TestRayCluster(BackendContract):
             cluster.end_actor(name)
 
 
+class Placed(Worker):
+    """An actor that knows where it is."""
+
+    def place(self) -> tuple[str, str, str]:
+        return (
+            ray.get_runtime_context().get_node_id(),
+            os.environ.get("CUDA_VISIBLE_DEVICES", "all"),
+            os.environ["OMP_NUM_THREADS"],
+        )
+
+
+class TestOnAHead(BackendContract):
+    """The same on a cluster of two nodes, of which the actors use the driver's."""
+
+    @pytest.fixture(scope="class")
+    def head(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+        head = RayHead(tmp_path_factory.mktemp("cache"))
+        head.join(num_cpus=8)
+        yield head
+        head.stop()
+
+    @pytest.fixture(scope="class")
+    def cluster(self, head: RayHead) -> Iterator[RayCluster]:
+        with RayCluster(ClusterConfig(address=head.address), secrets.token_hex(4)) as cluster:
+            assert cluster.service_pids() == []
+            yield cluster
+
+    @pytest.fixture
+    def backend(self, cluster: RayCluster) -> Iterator[Backend]:
+        yield cluster
+        for name in list(cluster._handles):
+            cluster.end_actor(name)
+
+    def test_actors_stay_on_the_drivers_node_and_see_their_own_devices(self, backend: Backend, head: RayHead):
+        node = backend.node()
+        assert node is not None
+        assert (node.address, node.num_cpus, node.num_gpus, node.num_others) == (head.host, 2, 2, 1)
+        shares = {"a": (1.5, 1), "b": (0.5, 1), "c": (0.0, 0)}
+        calls = {
+            name: backend.start_actor(
+                name, Placed, name, num_threads=3, num_cpus=cpus, num_gpus=gpus
+            ).place.remote()
+            for name, (cpus, gpus) in shares.items()
+        }
+        places = backend.wait(calls)
+        assert {node_id for node_id, _, _ in places.values()} == {ray.get_runtime_context().get_node_id()}
+        assert sorted(devices for _, devices, _ in places.values()) == ["", "0", "1"]
+        assert places["c"][1] == ""
+        assert {threads for _, _, threads in places.values()} == {"3"}
+        deadline = time.monotonic() + 10  # Ray reports what is taken with a delay
+        while (busy := backend.node()) is not None and busy.free_cpus + busy.free_gpus > 0:
+            assert time.monotonic() < deadline, busy
+            time.sleep(0.1)
+
+
 def test_leaving(tmp_path: Path) -> None:
     """The processes that Ray starts end with it. Earlier tests of the session can have left others, such
     as multiprocessing's resource tracker."""
     before = set(psutil.Process().children(recursive=True))
     run_id = secrets.token_hex(4)
-    check_leaving(RayCluster(ClusterConfig(), run_id), run_id, tmp_path)
+    check_leaving(RayCluster(ClusterConfig(address="local"), run_id), run_id, tmp_path)
     started = set(psutil.Process().children(recursive=True)) - before
     _, alive = psutil.wait_procs(list(started), timeout=10)
     assert not alive

@@ -1,4 +1,4 @@
-"""Checks of the machine: engines, memory, disk and ports."""
+"""Checks of the machine: engines, memory, disk and the cluster."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from pathlib import Path
 
 import psutil
 
+from deploy.cluster.address import head_address, probe
 from deploy.fetch import cache_dir
+from deploy.placement import described, place_on_node
 from deploy.run.estimates import Estimates
 from deploy.run.preflight.outcome import Check
+from deploy.run.vllm_build import vllm_computes_on_gpu
 from distill.config import RunConfig
 from distill.errors import ConfigError
+from distill.machine.hardware import usable_cores
 from distill.run.folder import RunFolder
 from distill.run.inputs import shared_memory_root
 
@@ -33,7 +37,7 @@ def engines(config: RunConfig) -> Iterator[Check]:
                 f"{section}.engine", "vllm", "be installed",
                      "install the cpu or gpu extra, or set engine=transformers"
             )  # fmt: skip
-    if config.learner.device == "cuda" and config.cluster.address is None:
+    if config.learner.device == "cuda":
         from torch.cuda import is_available
 
         if not is_available():
@@ -139,20 +143,32 @@ def disk(config: RunConfig, estimates: Estimates) -> Iterator[Check]:
     )
 
 
-def ports(config: RunConfig) -> Iterator[Check]:
-    """Check that a local Ray finds ports.
+def cluster(config: RunConfig) -> Iterator[Check]:
+    """Check that the Ray cluster answers and has what the actors take, or that a local Ray finds ports.
 
     Raises: ConfigError.
     """
     if config.cluster.backend == "in_process":
-        yield Check("ports", "pass", "not needed, because all actors live in one process")
+        yield Check("cluster", "pass", "not needed, because all actors live in one process")
         return
-    if config.cluster.address is not None:
-        yield Check("ports", "pass", f"those of the Ray cluster at {config.cluster.address}")
+    address = head_address(config.cluster)
+    if address is None:
+        _require_loopback()
+        yield Check("cluster", "pass", "loopback has free ports for a local Ray")
         return
+    node = probe(address)
+    placement = place_on_node(config, usable_cores(), node, vllm_on_gpu=vllm_computes_on_gpu())
+    text = (
+        f"the actors run on node {node.address} of the Ray cluster at {address.value}: {described(placement)}"
+    )
+    yield Check("cluster", "pass", text)
+
+
+def _require_loopback() -> None:
+    """Raises: ConfigError when loopback has no free port."""
     try:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+        with socket.socket() as probing:
+            probing.bind(("127.0.0.1", 0))
     except OSError as error:
         raise ConfigError(
             "loopback",
@@ -160,7 +176,6 @@ def ports(config: RunConfig) -> Iterator[Check]:
             f"have a free port ({error})",
             "free one, because a local Ray listens on loopback",
         ) from error
-    yield Check("ports", "pass", "loopback has free ports for a local Ray")
 
 
 def _bytes_per_parameter(folder: RunFolder, keep: int) -> int:

@@ -58,6 +58,7 @@ class Preflight:
         checks: list[tuple[str, Callable[[], Iterator[Check]]]] = [
             ("configuration", self._configuration),
             ("engines", lambda: machine.engines(self.config)),
+            ("cluster", lambda: machine.cluster(self.config)),
             ("cache", machine.cache),
             ("teacher", self._teacher),
             ("student", self._student),
@@ -70,7 +71,6 @@ class Preflight:
             ("buffer", lambda: machine.buffer(self.config, self.estimates)),
             ("memory", lambda: machine.memory(self.estimates)),
             ("disk", lambda: machine.disk(self.config, self.estimates)),
-            ("ports", lambda: machine.ports(self.config)),
         ]
         for name, check in checks:
             try:

@@ -119,6 +119,7 @@ def test_errors_of_a_whole_file(load, tmp_path):
         ("recipe.teacher=text", "recipe.teacher must be the name of a setting; use its new name, recipe.teacher_gives"),
         ("learner.text_rows_per_update=8", "learner.text_rows_per_update must be the name of a setting; use its new name, learner.teacher_rows_per_update"),
         ("recipe.teacher_text=teacher", "recipe.teacher_text=teacher must be one of sampled, reference, none; use its new name, sampled"),
+        ("cluster.address=null", "cluster.address=null must be auto, local or the HOST:PORT of a Ray head, such as 10.0.0.1:6379; use its new name, local"),
         ("rollout.temperature=1", "rollout.temperature must be the name of a setting; leave it out: the objective needs text from the policy itself, so sampling is at temperature 1 without top-p"),
         ("rollout.top_p=1", "rollout.top_p must be the name of a setting; leave it out: the objective needs text from the policy itself, so sampling is at temperature 1 without top-p"),
         ("weights.backend=auto", "weights.backend must be the name of a setting; leave it out: every push goes through shared memory"),

@@ -202,7 +202,7 @@ def test_doctor_reports_every_check_and_a_remedy(
     assert main([*arguments, "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)["checks"]
     names = [check["name"] for check in checks]
-    assert {"tokenizers", "vocabulary", "payload", "memory", "buffer", "ports", "disk"} <= set(names)
+    assert {"tokenizers", "vocabulary", "payload", "memory", "buffer", "cluster", "disk"} <= set(names)
     assert all(check["status"] in ("pass", "warn") for check in checks)
     assert main([*arguments, "data.path=/no/rows.jsonl", "--json"]) == 2
     last = json.loads(capsys.readouterr().out)["checks"][-1]

@@ -1,0 +1,1 @@
+"""`distill submit`: sends a run to a Ray cluster as a job."""

@@ -1,0 +1,117 @@
+"""A Ray head of a test's own: on its own loopback address and ports, in its own folder, with its own processes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from deploy.submit.archive import PACKAGES
+
+ROOT = Path(__file__).parents[2]
+_HIDE_THIS_PACKAGE = f"""
+import os, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+sys.path[:] = [
+    path for path in sys.path if "working_dir_files" in path or not os.path.isdir(os.path.join(path, "{PACKAGES[0]}"))
+]
+"""
+"""A sitecustomize.py: Python finds this project no more, although the environment has it in editable form."""
+
+
+class RayHead:
+    """Starts a head that announces ``num_cpus`` CPUs and GPUs that do not exist, and ends it by its processes."""
+
+    def __init__(self, cache: Path, num_cpus: int = 2, num_gpus: int = 2) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets need short paths
+        self.host = _loopback()
+        ports = _free_ports(self.host, 5)
+        self.address = f"{self.host}:{ports[0]}"
+        self.dashboard = f"http://{self.host}:{ports[1]}"
+        hiding = self.folder / "hiding"
+        hiding.mkdir()
+        (hiding / "sitecustomize.py").write_text(_HIDE_THIS_PACKAGE)
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))
+        } | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(hiding),
+            "DISTILL_CACHE": str(cache),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        arguments = [
+            "ray", "start", "--head", f"--port={ports[0]}", f"--dashboard-host={self.host}",
+            f"--node-ip-address={self.host}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}",
+            f"--dashboard-agent-listen-port={ports[3]}", f"--dashboard-agent-grpc-port={ports[4]}",
+            f"--temp-dir={self.folder}/t", f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}",
+            f"--object-store-memory={100 << 20}", "--include-dashboard=true",
+        ]  # fmt: skip
+        done = subprocess.run(
+            arguments, env=self.environment, capture_output=True, text=True, timeout=120, cwd=self.folder
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        self._wait_for_jobs()
+
+    def join(self, num_cpus: int = 8) -> None:
+        """Start a second node on this machine."""
+        arguments = ["ray", "start", f"--address={self.address}", f"--node-ip-address={_loopback()}",
+                     f"--temp-dir={self.folder}/t", f"--num-cpus={num_cpus}", "--num-gpus=0",
+                     f"--object-store-memory={100 << 20}"]  # fmt: skip
+        done = subprocess.run(arguments, env=self.environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def stop(self) -> None:
+        """End every process of this head, which are the ones that have its folder in their command or environment."""
+        for sign in ("terminate", "kill"):
+            own = self._processes()
+            for process in own:
+                try:
+                    getattr(process, sign)()
+                except psutil.NoSuchProcess:
+                    continue
+            psutil.wait_procs(own, timeout=10)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _processes(self) -> list[psutil.Process]:
+        own = []
+        for process in psutil.process_iter():
+            try:
+                words = [*process.cmdline(), *process.environ().values()]
+            except psutil.Error:
+                continue
+            if process.pid != os.getpid() and any(str(self.folder) in word for word in words):
+                own.append(process)
+        return own
+
+    def _wait_for_jobs(self) -> None:
+        """Wait until the job server answers, which is some seconds after the head has started."""
+        from urllib.request import urlopen
+
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urlopen(f"{self.dashboard}/api/version", timeout=5).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline, "the dashboard does not answer"
+                time.sleep(0.5)
+
+
+def _loopback() -> str:
+    return "127." + ".".join(str(1 + byte % 254) for byte in secrets.token_bytes(3))
+
+
+def _free_ports(host: str, count: int) -> list[int]:
+    sockets = [socket.create_server((host, 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
