@@ -85,13 +85,19 @@ class Lease:
     """Age of each student group in updates, by its oldest token."""
 
 
+Tokens = Sequence[int] | np.ndarray
+"""Token ids: a list, or an integer array such as a row of an Arrow batch, which an engine converts once."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
     """One response to sample at temperature 1, without top-p or penalties."""
 
-    prompt_tokens: Sequence[int]
+    prompt_tokens: Tokens
     max_new_tokens: int
-    seed: int
+    seed: int | None
+    """The response is a function of the seed, the prompt and the weights. None: it is drawn from the engine's own
+    generator, so the other requests decide it too, and a run that samples so cannot be repeated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +134,15 @@ class Generator(Protocol):
         """Sample all requests as one batch; returns the responses in the order of the requests."""
         ...
 
-    async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    async def greedy(self, prompts: Sequence[Tokens], max_new_tokens: int) -> list[list[int]]:
         """Return the greedy continuation of each prompt, its stop token included."""
         ...
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a push. Requests in flight continue with the new weights.
 
-        Raises: WeightPushError when checksum, size or version differ from the manifest.
+        Raises: WeightPushError when checksum, size or version differ from the manifest;
+        distill.weights.StalePush, and keeps its weights, when they are not older than the push.
         """
         ...
 
@@ -149,18 +156,22 @@ class Generator(Protocol):
 
 
 class Teacher(Protocol):
-    """Scores text with the teacher."""
+    """Scores text with the teacher.
 
-    async def hidden_states(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> list[np.ndarray]:
+    Calls may overlap: their texts share the engine's steps. A call fails alone, unless the engine dies. A call
+    that is cancelled frees the engine of its texts.
+    """
+
+    async def hidden_states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[np.ndarray]:
         """Compute the final-norm hidden state before each response token.
 
         Returns one uint16 array [T, D] (bf16 bits) per pair, in order.
         """
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End the engine and every process it started. Calls under way fail."""
+        ...
 
 
 class Replay(Protocol):
