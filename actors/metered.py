@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from distill.interfaces import Completion, Generator, SampleRequest, Teacher, WeightManifest
+from distill.interfaces import Completion, Generator, SampleRequest, Teacher, Tokens, WeightManifest
 
 
 class BusyClock:
@@ -55,7 +55,7 @@ class MeteredGenerator:
         self.num_tokens += sum(len(completion.response_tokens) for completion in completions)
         return completions
 
-    async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    async def greedy(self, prompts: Sequence[Tokens], max_new_tokens: int) -> list[list[int]]:
         with self.clock.running():
             return await self.inner.greedy(prompts, max_new_tokens)
 
@@ -77,9 +77,7 @@ class MeteredTeacher:
         self.num_tokens = 0
         self.clock = BusyClock()
 
-    async def hidden_states(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-    ) -> list[np.ndarray]:
+    async def hidden_states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[np.ndarray]:
         with self.clock.running():
             states = await self.inner.hidden_states(prompts, responses)
         self.num_tokens += sum(map(len, prompts)) + sum(map(len, responses))
