@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+import xxhash
+
 from actors.corpus import ROWS_PER_CALL, CorpusWorker
 from actors.rollout import RolloutWorker
 from actors.shown import ShownPrompts
@@ -54,6 +56,11 @@ async def build_generator(
     )
 
 
+def engine_seed(run_seed: int, holder: Holder) -> int:
+    """The seed of an engine's own generator. Replicas, and heirs of a dead one, must not repeat each other's noise."""
+    return xxhash.xxh3_64_intdigest(f"{run_seed}/{holder}".encode()) & 0x7FFFFFFF
+
+
 async def build_teacher(config: RunConfig, model_dir: str) -> Teacher:
     """Start the engine that ``scoring.engine`` names."""
     if config.scoring.engine == "vllm":
@@ -77,14 +84,15 @@ async def build_rollout(config: RunConfig, inputs: RunInputs, holder: Holder) ->
         num_tokens=inputs.num_tokens,
         on_push=config.weights.on_push,
         lock_step=config.replay.lock_step,
-        seed=config.seed,
+        seed=engine_seed(config.seed, holder),
     )
     return RolloutWorker(
         prompts=PromptTable.read(
             inputs.train_prompts,
             samples_per_prompt=config.rollout.samples_per_prompt,
             max_new_tokens=config.rollout.max_new_tokens,
-            seed=config.seed,
+            # A generator for every request costs time, and an asynchronous run cannot be repeated anyway.
+            seed=config.seed if config.replay.lock_step else None,
         ),
         heldout=PromptTable.read(
             inputs.heldout_prompts,

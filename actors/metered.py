@@ -55,7 +55,7 @@ class MeteredGenerator:
         self.num_tokens += sum(len(completion.response_tokens) for completion in completions)
         return completions
 
-    async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    async def greedy(self, prompts: Sequence[Tokens], max_new_tokens: int) -> list[list[int]]:
         with self.clock.running():
             return await self.inner.greedy(prompts, max_new_tokens)
 

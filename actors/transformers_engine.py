@@ -17,18 +17,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from actors.threaded_teacher import ThreadedTeacher
+from actors.step_loop import StepLoop
+from actors.stepped_teacher import SteppedTeacher, text_tokens
 from distill.config import RolloutConfig, ScoringConfig
 from distill.errors import NO_VALUE, first_line
 from distill.interfaces import Completion, SampleRequest, Tokens, WeightManifest, WeightPushError
 from distill.machine.hardware import ONE_LOAD_AT_A_TIME, resolve_dtype, usable_cores
 from distill.machine.vector_math import settle_vector_math
-from distill.weights import verify
+from distill.weights import StalePush, loading, require_newer
 
 
 @dataclass
@@ -52,7 +54,7 @@ class _Sequence:
 class TransformersGenerator:
     """Batched sampling with a key-value cache; built by :meth:`start`.
 
-    Except for the rounding of batched arithmetic, a response depends only on its seed and prompt. A push
+    Except for the rounding of batched arithmetic, a seeded response depends only on its seed and prompt. A push
     that fails leaves the weights in an unknown state, so all later calls raise its WeightPushError.
     """
 
@@ -75,6 +77,9 @@ class TransformersGenerator:
         self._version = 0
         self._pushes: list[tuple[WeightManifest, asyncio.Future[None]]] = []
         self._failure: WeightPushError | None = None
+        # Not torch's own, which other threads of the process use, and which starts equal in every process.
+        self._unseeded = torch.Generator()
+        self._unseeded.seed()
 
     @classmethod
     async def start(
@@ -111,29 +116,28 @@ class TransformersGenerator:
         """
         sequences = [
             _Sequence(
-                tokens=[int(token) for token in request.prompt_tokens],
+                tokens=_list(request.prompt_tokens),
                 num_prompt_tokens=len(request.prompt_tokens),
                 max_new_tokens=request.max_new_tokens,
-                generator=torch.Generator().manual_seed(request.seed & (2**63 - 1)),
+                generator=self._unseeded
+                if request.seed is None
+                else torch.Generator().manual_seed(request.seed & (2**63 - 1)),
             )
             for request in requests
         ]
         await self._in_thread(lambda: self._decode_all(sequences))
         return [_completion(sequence) for sequence in sequences]
 
-    async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    async def greedy(self, prompts: Sequence[Tokens], max_new_tokens: int) -> list[list[int]]:
         """Return the greedy continuation of each prompt, stop token included."""
-        sequences = [
-            _Sequence([int(token) for token in prompt], len(prompt), max_new_tokens, None)
-            for prompt in prompts
-        ]
+        sequences = [_Sequence(_list(prompt), len(prompt), max_new_tokens, None) for prompt in prompts]
         await self._in_thread(lambda: self._decode_all(sequences))
         return [sequence.response_tokens for sequence in sequences]
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a push between two decoding steps.
 
-        Raises: WeightPushError; later calls raise it too.
+        Raises: WeightPushError, and later calls raise it too; StalePush, after which the engine stays usable.
         """
         self._check_usable()
         done = asyncio.get_running_loop().create_future()
@@ -164,8 +168,11 @@ class TransformersGenerator:
         while self._pushes:
             manifest, done = self._pushes.pop(0)
             try:
+                require_newer(manifest.policy_version, self._version)
                 _load_push(self._model, manifest)
                 self._version = manifest.policy_version
+            except StalePush as stale:
+                done.get_loop().call_soon_threadsafe(done.set_exception, stale)
             except Exception as error:
                 self._failure = WeightPushError(
                     f"push of policy version {manifest.policy_version}",
@@ -267,8 +274,7 @@ def _load_push(model: Any, manifest: WeightManifest) -> None:
 
     Raises: WeightPushError when the file differs from its manifest or does not contain the whole model.
     """
-    verify(manifest)
-    with safe_open(manifest.path, framework="pt") as file:
+    with loading(manifest), safe_open(manifest.path, framework="pt") as file:
         names = set(file.keys())
         for name, parameter in model.named_parameters():
             if name not in names:
@@ -281,39 +287,59 @@ def _load_push(model: Any, manifest: WeightManifest) -> None:
             parameter.copy_(tensor)
 
 
-class TransformersTeacher(ThreadedTeacher):
-    """Scores with the model's body, without its head; built by :meth:`start`.
-
-    Each text has a forward pass of its own. In a batch, the last bits of a state would depend on the other
-    texts, and a resumed run does not batch the same corpus rows together as the run it continues.
-    """
-
-    def __init__(self, model: Any, thread: ThreadPoolExecutor) -> None:
-        super().__init__(thread)
-        self._model: Any = model
+class TransformersTeacher(SteppedTeacher):
+    """Scores with the model's body, without its head; built by :meth:`start`."""
 
     @classmethod
     async def start(
         cls, model_dir: str, settings: ScoringConfig, *, max_model_tokens: int
     ) -> TransformersTeacher:
         """Load the teacher; returns when it can score. ``max_model_tokens`` is not used."""
-        thread = ThreadPoolExecutor(1, thread_name_prefix="transformers-teacher")
-        load = partial(_load, AutoModel, model_dir, settings)
-        return cls(await asyncio.get_running_loop().run_in_executor(thread, load), thread)
+        loop = StepLoop("teacher engine")
+        await loop.start(lambda: _Body(_load(AutoModel, model_dir, settings)))
+        return cls(loop)
 
-    async def close(self) -> None:
-        """Free the model; there are no other processes to end."""
-        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
-        self._model = None
+
+class _Body:
+    """A model's body as :class:`actors.step_loop.SteppedEngine`. A step is the forward pass of one text.
+
+    In a batch, the last bits of a state would depend on the other texts, and a resumed run does not batch the
+    same corpus rows together as the run it continues.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model: Any = model
+        self._waiting: dict[str, tuple[Tokens, Tokens]] = {}
+
+    def add(self, request_id: str, prompt: Tokens, response: Tokens) -> None:
+        """Accept a text."""
+        self._waiting[request_id] = (prompt, response)
 
     @torch.inference_mode()
-    def _states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[torch.Tensor]:
-        states = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            tokens = torch.tensor([[*map(int, prompt), *map(int, response[:-1])]])
+    def step(self) -> list[tuple[str, torch.Tensor | Exception]]:
+        """Compute the text that has waited longest."""
+        request_id = next(iter(self._waiting))
+        prompt, response = self._waiting.pop(request_id)
+        try:
+            tokens = torch.from_numpy(text_tokens(prompt, response))[None]
             hidden = self._model(input_ids=tokens, use_cache=False).last_hidden_state
-            states.append(hidden[0, len(prompt) - 1 :])
-        return states
+        except Exception as error:
+            return [(request_id, error)]
+        return [(request_id, hidden[0, len(prompt) - 1 :])]
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Drop texts that have not been computed."""
+        for request_id in request_ids:
+            self._waiting.pop(request_id, None)
+
+    def close(self) -> None:
+        """Free the model; there are no other processes to end."""
+        self._model = None
+
+
+def _list(tokens: Tokens) -> list[int]:
+    """Return a new list of Python integers."""
+    return tokens.tolist() if isinstance(tokens, np.ndarray) else list(tokens)
 
 
 def _load(auto_class: Any, model_dir: str, settings: RolloutConfig | ScoringConfig) -> Any:

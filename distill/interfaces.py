@@ -17,7 +17,7 @@ import pyarrow as pa
 from distill.errors import DistillError
 
 Tokens: TypeAlias = Sequence[int] | np.ndarray
-"""Token ids of one text; engines make the one list that they need."""
+"""Token ids: a list, or an integer array such as a row of an Arrow batch, which an engine converts once."""
 Role: TypeAlias = Literal["rollout", "teacher", "proxy"]
 """The pools of actors that make rows."""
 Kind: TypeAlias = Literal["rollout", "scoring"]
@@ -146,9 +146,11 @@ class Lease:
 class SampleRequest:
     """One response to sample at temperature 1, without top-p or penalties."""
 
-    prompt_tokens: Sequence[int]
+    prompt_tokens: Tokens
     max_new_tokens: int
-    seed: int
+    seed: int | None
+    """The response is a function of the seed, the prompt and the weights. None: it is drawn from the engine's own
+    generator, so the other requests decide it too, and a run that samples so cannot be repeated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,14 +187,15 @@ class Generator(Protocol):
         """Sample all requests as one batch; returns the responses in the order of the requests."""
         ...
 
-    async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    async def greedy(self, prompts: Sequence[Tokens], max_new_tokens: int) -> list[list[int]]:
         """Return the greedy continuation of each prompt, its stop token included."""
         ...
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a push. Requests in flight continue with the new weights.
 
-        Raises: WeightPushError when checksum, size or version differ from the manifest.
+        Raises: WeightPushError when checksum, size or version differ from the manifest;
+        distill.weights.StalePush, and keeps its weights, when they are not older than the push.
         """
         ...
 
@@ -206,7 +209,11 @@ class Generator(Protocol):
 
 
 class Teacher(Protocol):
-    """Scores text with the teacher."""
+    """Scores text with the teacher.
+
+    Calls may overlap: their texts share the engine's steps. A call fails alone, unless the engine dies. A call
+    that is cancelled frees the engine of its texts.
+    """
 
     async def hidden_states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[np.ndarray]:
         """Compute the final-norm hidden state before each response token.
@@ -215,7 +222,9 @@ class Teacher(Protocol):
         """
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End the engine and every process it started. Calls under way fail."""
+        ...
 
 
 class Replay(Protocol):

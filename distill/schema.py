@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from distill.errors import NO_VALUE, DistillError
+from distill.interfaces import Tokens
 
 SCHEMA_VERSION = "1"
 """Written to the schema's metadata; a reader rejects any other version."""
@@ -102,8 +103,8 @@ class Trajectory:
     source: str
     prompt_index: int
     sample_index: int
-    prompt_tokens: Sequence[int]
-    response_tokens: Sequence[int]
+    prompt_tokens: Tokens
+    response_tokens: Tokens
     loss_mask: Sequence[bool] | None = None
     behavior_logprobs: Sequence[float] | None = None
     policy_versions: Sequence[tuple[int, int]] | None = None

@@ -1,18 +1,23 @@
 """Wire format of a weight push: one safetensors file in shared memory, and a manifest in the message.
 
-The learner writes a file with :func:`write_weights`. Every engine on the node checks it with :func:`verify`
-before it changes its own weights. A file appears under its final name only when it is complete, and never
-changes afterwards, so one checksum is valid for every reader.
+The learner writes a file with :func:`write_weights`. A file appears under its final name only when it is
+complete, and never changes afterwards, so one checksum is valid for every reader. A receiver loads it inside
+:func:`loading`, which keeps the file from being removed meanwhile, and checks the bytes before the receiver
+changes its own weights. The bytes are read for that only once per node, whatever the number of receivers.
 
 This module does without torch: the caller passes a function that writes the tensors.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
+from typing import IO, Any
 
 import xxhash
 
@@ -25,6 +30,33 @@ _CHUNK_BYTES = 4 << 20
 raise SIGBUS when the file shrinks."""
 
 _FILE_NAME = re.compile(r"weights-v(\d{8,})\.safetensors")
+
+
+class StalePush(WeightPushError):
+    """A push that is not newer than the weights of the engine, which keeps them and stays usable."""
+
+    code = "stale_push"
+
+
+class HashedFile:
+    """Hashes the bytes that it writes."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self._digest = xxhash.xxh3_64()
+        self.num_bytes = 0
+
+    def write(self, data: Any) -> None:
+        """Append a bytes-like object."""
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        self.num_bytes += len(view)
+        while len(view):  # the kernel writes at most 2 GiB at a time
+            view = view[self._file.write(view) :]
+
+    def checksum(self) -> str:
+        """Return the xxh3-64 of all bytes in hexadecimal."""
+        return self._digest.hexdigest()
 
 
 def weights_path(shm_dir: str | Path, policy_version: int) -> Path:
@@ -46,28 +78,75 @@ def checksum_file(path: str | Path) -> tuple[int, str]:
 
 
 def write_weights(
-    shm_dir: str | Path, write_tensors: Callable[[Path], object], *, policy_version: int, update: int
+    shm_dir: str | Path, write: Callable[[HashedFile], object], *, policy_version: int, update: int
 ) -> WeightManifest:
     """Write the file of a version; returns its manifest.
 
-    ``write_tensors(path)`` writes a safetensors file with the student's parameters under
-    their Hugging Face names (``safetensors.torch.save_file(tensors, path)``).
+    ``write(file)`` writes a safetensors file with the student's parameters under their Hugging Face names
+    (``file.write(safetensors.torch.save(tensors))``).
 
     Raises: FileExistsError for a version that has already been written, because versions are never re-used.
     """
     path = weights_path(shm_dir, policy_version)
     if path.exists():
         raise FileExistsError(f"{path}: policy version {policy_version} was already written")
-    with replacing_file(path, durable=False) as partial:  # in memory: a push does not outlive the run
-        write_tensors(partial)
-        num_bytes, checksum = checksum_file(partial)
+    # Not durable: the file is in memory, and a push does not outlive the run.
+    with replacing_file(path, durable=False) as partial, open(partial, "xb", buffering=0) as raw:
+        file = HashedFile(raw)
+        write(file)
     return WeightManifest(
         policy_version=policy_version,
         update=update,
         path=str(path),
-        num_bytes=num_bytes,
-        checksum=checksum,
+        num_bytes=file.num_bytes,
+        checksum=file.checksum(),
     )
+
+
+def require_newer(pushed: int, current: int) -> None:
+    """Raise StalePush unless the version of a push is newer than that of the engine's weights."""
+    if pushed <= current:
+        raise StalePush(
+            "policy version of a push", pushed, f"be above {current}, the version that the engine has"
+        )
+
+
+@contextmanager
+def loading(manifest: WeightManifest) -> Iterator[None]:
+    """Verify a push, and keep its file from being removed for the length of a ``with`` block.
+
+    A receiver can still be loading a push that the learner has given up, and the learner's next push removes
+    old files.
+
+    Raises: WeightPushError as :func:`verify`.
+    """
+    with _opened(manifest, Path(manifest.path), "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        verify_once(manifest)
+        yield
+
+
+def verify_once(manifest: WeightManifest) -> None:
+    """Verify a push, unless a process of this node already has.
+
+    The first process holds a lock while it reads the bytes, and leaves a marker beside the file. The others
+    wait for the lock and trust the marker. It names the checksum and the file's modification time, so a file
+    that has been written to since is read again.
+
+    Raises: WeightPushError as :func:`verify`, which leaves no marker.
+    """
+    try:
+        status = os.stat(manifest.path)
+    except OSError as error:
+        raise _unreadable(manifest, error) from error
+    seal = f"{manifest.checksum} {manifest.num_bytes} {status.st_size} {status.st_ino} {status.st_mtime_ns}"
+    with _opened(manifest, _marker_path(manifest.path), "a+") as marker:
+        fcntl.flock(marker, fcntl.LOCK_EX)
+        marker.seek(0)
+        if marker.read() != seal:
+            verify(manifest)
+            marker.truncate(0)
+            marker.write(seal)
 
 
 def verify(manifest: WeightManifest) -> None:
@@ -75,16 +154,35 @@ def verify(manifest: WeightManifest) -> None:
 
     Raises: WeightPushError with the expected and the actual size or checksum.
     """
-    name = f"weights of policy version {manifest.policy_version} in {manifest.path}"
+    name = _name(manifest)
     try:
         size = os.stat(manifest.path).st_size
         if size != manifest.num_bytes:
             raise WeightPushError(f"{name}: size", f"{size} bytes", f"be {manifest.num_bytes} bytes")
         _, checksum = checksum_file(manifest.path)
     except OSError as error:
-        raise WeightPushError(name, NO_VALUE, f"be in a readable file ({error})") from error
+        raise _unreadable(manifest, error) from error
     if checksum != manifest.checksum:
         raise WeightPushError(f"{name}: checksum", checksum, f"be {manifest.checksum} (xxh3-64)")
+
+
+def _name(manifest: WeightManifest) -> str:
+    return f"weights of policy version {manifest.policy_version} in {manifest.path}"
+
+
+def _unreadable(manifest: WeightManifest, error: OSError) -> WeightPushError:
+    return WeightPushError(_name(manifest), NO_VALUE, f"be in a readable file ({error})")
+
+
+def _opened(manifest: WeightManifest, path: Path, mode: str) -> IO[Any]:
+    try:
+        return open(path, mode)
+    except OSError as error:
+        raise _unreadable(manifest, error) from error
+
+
+def _marker_path(path: str | Path) -> Path:
+    return Path(f"{path}.verified")
 
 
 def stored_versions(shm_dir: str | Path) -> list[int]:
@@ -96,10 +194,21 @@ def stored_versions(shm_dir: str | Path) -> list[int]:
 def remove_old_weights(shm_dir: str | Path, keep: int = 1) -> list[int]:
     """Delete all but the newest ``keep`` files; returns the versions removed.
 
-    This is safe while an engine reads one of them: the bytes exist until the last reader closes the file.
+    A file that a receiver is :func:`loading` stays until a later call.
     """
     versions = stored_versions(shm_dir)
-    removed = versions[: max(0, len(versions) - keep)]
-    for version in removed:
-        weights_path(shm_dir, version).unlink(missing_ok=True)
-    return removed
+    old = versions[: max(0, len(versions) - keep)]
+    return [version for version in old if _remove(weights_path(shm_dir, version))]
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file and its marker; returns whether it has."""
+    try:
+        with open(path, "rb") as file:
+            # A receiver that has opened the file, but does not hold the lock yet, finds it gone when it verifies.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            _marker_path(path).unlink(missing_ok=True)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    return True

@@ -93,9 +93,13 @@ class Distiller:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that an update changes, by flat names."""
+        """A copy on the CPU of everything that an update changes, by flat names.
+
+        The next update may begin while a checkpoint writes it.
+        """
         critics = self.critics.state_dict() if self.critics is not None else {}
-        return self.student.tensors() | optimizer_tensors(self.optimizer, "optimizer") | critics
+        live = self.student.tensors() | optimizer_tensors(self.optimizer, "optimizer") | critics
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
 
     def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """The inverse of :meth:`tensors`, at ``state["updates_done"]``."""

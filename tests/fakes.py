@@ -13,10 +13,14 @@ import pyarrow as pa
 
 from distill.interfaces import Completion, Lease, SampleRequest, Tokens, WeightManifest
 from distill.schema import Trajectory, trajectory_batch
+from distill.weights import require_newer
 
 
 class FakeGenerator:
-    """Returns tokens that depend only on the seed, after one to three times ``delay_s`` seconds."""
+    """Returns tokens that depend only on the seed, after one to three times ``delay_s`` seconds.
+
+    Without a seed they are different at every call.
+    """
 
     def __init__(self, delay_s: float = 0.0) -> None:
         self.version = 0
@@ -39,10 +43,11 @@ class FakeGenerator:
             finish_reason="length" if length == request.max_new_tokens else "stop",
         )
 
-    async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    async def greedy(self, prompts: Sequence[Tokens], max_new_tokens: int) -> list[list[int]]:
         return [list(prompt)[-max_new_tokens:] for prompt in prompts]
 
     async def update_weights(self, manifest: WeightManifest) -> None:
+        require_newer(manifest.policy_version, self.version)
         self.version = manifest.policy_version
 
     async def policy_version(self) -> int:

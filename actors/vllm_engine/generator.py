@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import psutil
 
-from actors.vllm_engine.processes import end_processes, engine_processes, is_alive
+from actors.step_loop import AFTER_DEATH
+from actors.vllm_engine.processes import end_processes, engine_processes, first_deaths
 from actors.vllm_engine.startup import STEP_TOKENS, current_device, engine_arguments, set_environment
 from distill.config import RolloutConfig
 from distill.errors import NO_VALUE, first_line
-from distill.interfaces import Completion, EngineDied, SampleRequest, WeightManifest, WeightPushError
+from distill.interfaces import (
+    Completion,
+    EngineDied,
+    SampleRequest,
+    Tokens,
+    WeightManifest,
+    WeightPushError,
+)
 from distill.machine.hardware import usable_cores
+from distill.weights import StalePush, require_newer, verify_once
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
+Check = Callable[[], Awaitable[None]]
+
 _EXCLUDING_BIAS = -1e4
 """Added to a logit, it leaves the token a probability of zero."""
-
-_LIVENESS_S = 0.5
-"""Seconds between two checks that the processes of the engine live."""
-
-_AFTER_DEATH = "check whether the machine ran out of memory (dmesg), then resume the run"
 
 
 class VllmGenerator:
@@ -59,6 +66,8 @@ class VllmGenerator:
         self._lock_step = lock_step
         self._num_requests = 0
         self._scheduler = asyncio.Lock()  # to be acquired before pausing the engine
+        self._pushing = asyncio.Lock()  # one push at a time, and the later version wins
+        self._newest_version = 0
         self._in_flight: set[asyncio.Task[Any]] = set()
         self._failure: WeightPushError | EngineDied | None = None
         self._closed = False
@@ -137,7 +146,7 @@ class VllmGenerator:
             SamplingParams(
                 temperature=1.0,
                 top_p=1.0,
-                seed=request.seed & (2**63 - 1),
+                seed=None if request.seed is None else request.seed & (2**63 - 1),
                 max_tokens=request.max_new_tokens,
                 stop_token_ids=self._stop_token_ids,
                 logprobs=0,  # only that of the sampled token
@@ -151,7 +160,7 @@ class VllmGenerator:
         outputs = await self._tracked(self._run_all(prompts, params))
         return [_completion(output) for output in outputs]
 
-    async def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    async def greedy(self, prompts: Sequence[Tokens], max_new_tokens: int) -> list[list[int]]:
         """Return the greedy continuation of each prompt, stop token included."""
         from vllm.sampling_params import SamplingParams
 
@@ -167,11 +176,13 @@ class VllmGenerator:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     async def update_weights(self, manifest: WeightManifest) -> None:
-        """Load a push. Every rank checks the bytes before it changes the model.
+        """Load a push. Its bytes are checked before the engine pauses, and sampling continues meanwhile.
 
-        Raises: WeightPushError after ending the engine; EngineDied.
+        Raises: WeightPushError after ending the engine; StalePush without ending it; EngineDied.
         """
-        await self.receive(asdict(manifest), manifest.policy_version)
+        await self.receive(
+            asdict(manifest), manifest.policy_version, lambda: asyncio.to_thread(verify_once, manifest)
+        )
 
     async def init_transfer(self, init_info: dict[str, Any]) -> None:
         """Connect to the trainer of an nccl or ipc backend. No run uses it yet, and it has not run on a GPU."""
@@ -179,16 +190,18 @@ class VllmGenerator:
 
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
 
-    async def receive(self, update_info: dict[str, Any], policy_version: int) -> None:
+    async def receive(
+        self, update_info: dict[str, Any], policy_version: int, check: Check | None = None
+    ) -> None:
         """Receive a push through the backend that the engine was started with.
 
-        Requests in flight wait, and continue under the new weights.
+        Requests in flight wait, and continue under the new weights. ``check``: runs before the engine pauses.
 
-        Raises: WeightPushError after ending the engine; EngineDied.
+        Raises: WeightPushError after ending the engine; StalePush without ending it; EngineDied.
         """
         try:
-            await self._tracked(self._push(update_info, policy_version))
-        except EngineDied:
+            await self._tracked(self._push(update_info, policy_version, check))
+        except (EngineDied, StalePush):
             raise
         except BaseException as error:
             failure = WeightPushError(
@@ -199,18 +212,25 @@ class VllmGenerator:
                 raise failure from error
             raise  # cancelled, for example by a deadline
 
-    async def _push(self, update_info: dict[str, Any], policy_version: int) -> None:
+    async def _push(
+        self, update_info: dict[str, Any], policy_version: int, check: Check | None = None
+    ) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         engine = self._engine
-        async with self._scheduler:
-            await engine.pause_generation(mode="keep", clear_cache=self._on_push == "recompute")
-            await engine.start_weight_update()
-            await engine.update_weights(WeightTransferUpdateRequest(update_info))
-            await engine.finish_weight_update(weight_version=str(policy_version))
-            if (version := _version(await engine.get_weight_version())) != policy_version:
-                raise WeightPushError("policy version after a push", version, f"be {policy_version}")
-            await engine.resume_generation()
+        async with self._pushing:
+            require_newer(policy_version, self._newest_version)
+            if check is not None:
+                await check()
+            async with self._scheduler:
+                await engine.pause_generation(mode="keep", clear_cache=self._on_push == "recompute")
+                await engine.start_weight_update()
+                await engine.update_weights(WeightTransferUpdateRequest(update_info))
+                await engine.finish_weight_update(weight_version=str(policy_version))
+                if (version := _version(await engine.get_weight_version())) != policy_version:
+                    raise WeightPushError("policy version after a push", version, f"be {policy_version}")
+                await engine.resume_generation()
+            self._newest_version = policy_version
 
     async def policy_version(self) -> int:
         """Return the policy version that samples now; 0 before the first push."""
@@ -243,14 +263,11 @@ class VllmGenerator:
         # Watch only children of this process: the core ends when one of its ranks does, and other
         # descendants come and go.
         own = psutil.Process().children()
-        watched = [process for process in self._processes if process in own]
-        while all(map(is_alive, watched)):
-            await asyncio.sleep(_LIVENESS_S)
-        dead = ", ".join(str(process.pid) for process in watched if not is_alive(process))
-        # In a separate task, because closing cancels this one.
+        dead = await first_deaths([process for process in self._processes if process in own])
         failure = EngineDied(
-            "processes of the rollout engine", NO_VALUE, f"live; process {dead} has ended", _AFTER_DEATH
+            "processes of the rollout engine", NO_VALUE, f"live; process {dead} has ended", AFTER_DEATH
         )
+        # In a separate task, because closing cancels this one.
         self._ending = asyncio.create_task(self._discard(failure))
 
     async def _discard(self, failure: WeightPushError | EngineDied) -> None:
@@ -258,7 +275,7 @@ class VllmGenerator:
         await self.close()
 
     async def _run_all(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+        self, prompts: Sequence[Tokens], params: Sequence[SamplingParams]
     ) -> list[RequestOutput]:
         if self._lock_step:
             async with self._scheduler:
@@ -270,11 +287,11 @@ class VllmGenerator:
             queues = [await self._admit(*request) for request in zip(prompts, params, strict=True)]
         return await _all_finished(self._engine, queues)
 
-    async def _admit(self, prompt: Sequence[int], params: SamplingParams) -> Any:
+    async def _admit(self, prompt: Tokens, params: SamplingParams) -> Any:
         from vllm.inputs import tokens_input
 
         self._num_requests += 1
-        tokens = tokens_input([int(token) for token in prompt])
+        tokens = tokens_input(prompt.tolist() if isinstance(prompt, np.ndarray) else list(prompt))
         return await self._engine.add_request(str(self._num_requests), tokens, params)
 
     async def _tracked(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -294,7 +311,7 @@ class VllmGenerator:
             self._check_usable()
             raise
         except EngineDeadError as error:
-            raise EngineDied("rollout engine", NO_VALUE, "live; its core has ended", _AFTER_DEATH) from error
+            raise EngineDied("rollout engine", NO_VALUE, "live; its core has ended", AFTER_DEATH) from error
         finally:
             self._in_flight.discard(task)
             task.cancel()

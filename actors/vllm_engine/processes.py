@@ -5,6 +5,7 @@ The owner is the process that starts the engine, an actor in production.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -45,6 +46,13 @@ def is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+async def first_deaths(processes: Sequence[psutil.Process]) -> str:
+    """Wait until one of the processes has ended; returns the ids of those that have."""
+    while all(map(is_alive, processes)):
+        await asyncio.sleep(_WATCH_EVERY_S)
+    return ", ".join(str(process.pid) for process in processes if not is_alive(process))
 
 
 def end_processes(processes: Sequence[psutil.Process]) -> None:

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from actors.threaded_teacher import ThreadedTeacher
-from actors.vllm_engine.processes import end_processes, engine_processes
+import psutil
+
+from actors.step_loop import AFTER_DEATH, StepLoop
+from actors.stepped_teacher import SteppedTeacher, text_tokens
+from actors.vllm_engine.processes import end_processes, engine_processes, first_deaths
 from actors.vllm_engine.startup import STEP_TOKENS, current_device, engine_arguments, set_environment
 from distill.config import ScoringConfig
-from distill.interfaces import Tokens
+from distill.errors import NO_VALUE
+from distill.interfaces import EngineDied, Tokens
 from distill.machine.hardware import usable_cores
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.pooling_params import PoolingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
+_NAME = "teacher engine"
 
-class VllmTeacher(ThreadedTeacher):
+
+class VllmTeacher(SteppedTeacher):
     """Scores with vLLM's pooling runner; built by :meth:`start`.
 
-    The model is in this process; with several ranks, it is in children that end with the process.
+    The model is in this process; with several ranks, it is in children that end with the process. When one of
+    them dies, all calls raise EngineDied.
     """
 
-    def __init__(self, engine: LLMEngine, thread: ThreadPoolExecutor) -> None:
-        super().__init__(thread)
-        self._engine = engine
-        self._num_requests = 0
+    def __init__(self, loop: StepLoop, ranks: Sequence[psutil.Process]) -> None:
+        super().__init__(loop)
+        self._watch = asyncio.create_task(self._watch_ranks(ranks)) if ranks else None
 
     @classmethod
     async def start(cls, model_dir: str, settings: ScoringConfig, *, max_model_tokens: int) -> VllmTeacher:
@@ -36,43 +43,66 @@ class VllmTeacher(ThreadedTeacher):
 
         Raises: ConfigError when the machine has fewer cores than ranks.
         """
-        thread = ThreadPoolExecutor(1, thread_name_prefix="vllm-teacher")
-        start = partial(_start_teacher, model_dir, settings, max_model_tokens)
-        return cls(await asyncio.get_running_loop().run_in_executor(thread, start), thread)
+        before = {process.pid for process in engine_processes()}
+        loop = StepLoop(_NAME)
+        await loop.start(partial(_start_teacher, model_dir, settings, max_model_tokens))
+        return cls(loop, [process for process in engine_processes() if process.pid not in before])
 
     async def close(self) -> None:
         """End the ranks. The memory of a model in this process is freed when the process ends."""
-        await self._in_thread(self._engine.engine_core.shutdown)
-        self._thread.shutdown()
+        if self._watch is not None:
+            self._watch.cancel()
+        await super().close()
         await asyncio.to_thread(end_processes, engine_processes())
 
-    def _states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[Any]:
-        from vllm import PoolingParams
+    async def _watch_ranks(self, ranks: Sequence[psutil.Process]) -> None:
+        # The loop's thread can be waiting for the dead rank, so it does not report the death itself.
+        dead = await first_deaths(ranks)
+        self._loop.fail(EngineDied(_NAME, NO_VALUE, f"live; process {dead} has ended", AFTER_DEATH))
+
+
+class _Pooling:
+    """vLLM's engine as :class:`actors.step_loop.SteppedEngine`."""
+
+    def __init__(self, engine: LLMEngine, params: PoolingParams) -> None:
+        self._engine = engine
+        self._params = params
+        self._first_rows: dict[str, int] = {}
+        """The first row that :meth:`step` returns of each text."""
+
+    def add(self, request_id: str, prompt: Tokens, response: Tokens) -> None:
+        """Accept a text. Raises: ValueError when it is longer than the engine's longest."""
         from vllm.inputs import tokens_input
 
-        params = PoolingParams(task="token_embed", use_activation=False)
-        pairs: dict[str, int] = {}
-        states: list[Any] = [None] * len(prompts)
-        try:
-            for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-                self._num_requests += 1
-                tokens = tokens_input([*map(int, prompt), *map(int, response[:-1])])
-                self._engine.add_request(str(self._num_requests), tokens, params)
-                pairs[str(self._num_requests)] = number
-            while self._engine.has_unfinished_requests():
-                for output in self._engine.step():
-                    number = pairs[output.request_id]
-                    states[number] = output.outputs.data[len(prompts[number]) - 1 :]  # pyright: ignore
-        except BaseException:
-            self._engine.abort_request(list(pairs))
-            raise
-        return states
+        self._engine.add_request(
+            request_id, tokens_input(text_tokens(prompt, response).tolist()), self._params
+        )
+        self._first_rows[request_id] = len(prompt) - 1
+
+    def step(self) -> Iterator[tuple[str, Tensor]]:
+        """Compute one batch; yields the texts that it completed."""
+        for output in self._engine.step():
+            first = self._first_rows.pop(output.request_id, None)
+            if first is not None:  # not aborted by the consumer of an earlier text of this step
+                states: Any = output.outputs
+                yield output.request_id, states.data[first:]
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Drop texts that have not finished."""
+        for request_id in request_ids:
+            self._first_rows.pop(request_id, None)
+        self._engine.abort_request(request_ids)
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._engine.engine_core.shutdown()
 
 
-def _start_teacher(model_dir: str, settings: ScoringConfig, max_model_tokens: int) -> LLMEngine:
+def _start_teacher(model_dir: str, settings: ScoringConfig, max_model_tokens: int) -> _Pooling:
     num_threads = settings.num_threads or usable_cores()
     set_environment(num_threads, settings.tensor_parallel_size)
     import torch
+    from vllm import PoolingParams
     from vllm.config import PoolerConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -84,9 +114,12 @@ def _start_teacher(model_dir: str, settings: ScoringConfig, max_model_tokens: in
         runner="pooling",
         max_num_batched_tokens=max(STEP_TOKENS, max_model_tokens),
         pooler_config=PoolerConfig(task="token_embed", use_activation=False),
+        # Without this, vLLM converts a bf16 model's states to float32, and we convert them back.
+        hf_overrides={"head_dtype": "model"},
         # Cached positions return no states.
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
     # Not vllm.LLM, because its scoring interface, which is not used here, requires a tokenizer.
-    return LLMEngine.from_engine_args(arguments)
+    engine = LLMEngine.from_engine_args(arguments)
+    return _Pooling(engine, PoolingParams(task="token_embed", use_activation=False))

@@ -5,8 +5,8 @@ vLLM imports this module in every worker before it loads the model, because the 
 directory, without installation. The import does three things:
 
 - It registers the ``shared_memory`` backend. A push is a safetensors file in shared memory. The backend
-  compares it with its size and checksum before it changes the model, and then loads it with vLLM's own
-  layerwise reload, because the CPU build repacks weights and they cannot be copied in place.
+  compares it with its size and checksum before it changes the model, unless a process of the node has
+  already done that, and then loads it with vLLM's own layerwise reload, because the CPU build repacks weights and they cannot be copied in place.
 - It starts a watchdog in a process that an engine of this project started. Without the watchdog, a worker
   outlives an owner that is killed, and keeps the device's memory.
 - It settles MKL's vector functions before the model computes its rotary table with them.
@@ -32,7 +32,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from actors.vllm_engine.processes import start_watchdog
 from distill.interfaces import WeightManifest, WeightPushError
 from distill.machine.vector_math import settle_vector_math
-from distill.weights import verify
+from distill.weights import loading
 
 BACKEND = "shared_memory"
 """Name of the transfer engine in vLLM's registry."""
@@ -82,11 +82,11 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
             initialize_layerwise_reload,
         )
 
-        verify(WeightManifest(**vars(update_info)))
-        self._check_shapes(update_info)
-        initialize_layerwise_reload(self.model)
-        self.model.load_weights(_tensors(update_info.path))  # pyright: ignore[reportCallIssue]
-        finalize_layerwise_reload(self.model, self.model_config)
+        with loading(WeightManifest(**vars(update_info))):
+            self._check_shapes(update_info)
+            initialize_layerwise_reload(self.model)
+            self.model.load_weights(_tensors(update_info.path))  # pyright: ignore[reportCallIssue]
+            finalize_layerwise_reload(self.model, self.model_config)
         _repack_heads(self.model)
 
     def _check_shapes(self, update_info: SharedMemoryUpdateInfo) -> None:
@@ -118,7 +118,7 @@ class WorkerExtension:
 
 def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
+        for name in file.offset_keys():  # in the order of the bytes
             yield name, file.get_tensor(name)
 
 

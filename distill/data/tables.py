@@ -21,14 +21,18 @@ from distill.schema import SchemaError, Trajectory, trajectory_batch, trajectory
 class PromptTable:
     """The prompt table as :class:`distill.interfaces.Prompts`."""
 
-    def __init__(self, table: pa.Table, *, samples_per_prompt: int, max_new_tokens: int, seed: int) -> None:
+    def __init__(
+        self, table: pa.Table, *, samples_per_prompt: int, max_new_tokens: int, seed: int | None
+    ) -> None:
         self._prompts = table["prompt_tokens"].combine_chunks()
         self.samples_per_prompt = samples_per_prompt
         self._max_new_tokens = max_new_tokens
         self._seed = seed
 
     @classmethod
-    def read(cls, path: str | Path, *, samples_per_prompt: int, max_new_tokens: int, seed: int) -> Self:
+    def read(
+        cls, path: str | Path, *, samples_per_prompt: int, max_new_tokens: int, seed: int | None
+    ) -> Self:
         """Read the Parquet file of a prompt table."""
         table = read_table(path)
         return cls(table, samples_per_prompt=samples_per_prompt, max_new_tokens=max_new_tokens, seed=seed)
@@ -38,15 +42,15 @@ class PromptTable:
         return len(self._prompts)
 
     def requests(self, draws: Sequence[Draw]) -> list[SampleRequest]:
-        """Return ``samples_per_prompt`` requests per draw, in draw order, seeded by (run, draw, sample)."""
+        """Return ``samples_per_prompt`` requests per draw, in draw order, seeded by (run, draw, sample) if there is a seed."""
         return [
             SampleRequest(
                 prompt_tokens=prompt_tokens,
                 max_new_tokens=self._max_new_tokens,
-                seed=sample_seed(self._seed, draw, sample),
+                seed=None if self._seed is None else sample_seed(self._seed, draw, sample),
             )
             for draw in draws
-            for prompt_tokens in [self._prompts[draw.index].as_py()]
+            for prompt_tokens in [self._prompts[draw.index].values.to_numpy()]
             for sample in range(self.samples_per_prompt)
         ]
 

@@ -48,7 +48,7 @@ class Checkpoints:
         return self.root / f"step-{step}"
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Write ``step-N`` and remove all but the newest ``keep``."""
+        """Write ``step-N`` and remove all but the newest ``keep``. The tensors must not change meanwhile."""
         final = self.path(step)
         with new_folder(final) as folder:
             shard = folder / "rank-0.safetensors"

@@ -2,7 +2,7 @@
 
 The version is persisted before anything is written and never used twice, so a crash between two steps
 can leave a gap in the versions, but never two sets of weights under one number. The bytes are in one
-shared-memory file per node, which every engine on the node maps and verifies.
+shared-memory file per node, which every engine on the node maps; the first one verifies it.
 
 On GPUs, vLLM's own trainer engines (NCCL, CUDA IPC) can replace the file; see
 :class:`TrainerEnginePublisher`.
@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from distill.config import RunConfig
 from distill.errors import NO_VALUE
 from distill.interfaces import WeightManifest, WeightPushError
+from distill.machine.hardware import resolve_dtype
 from distill.weights import remove_old_weights, write_weights
+from learner.process.weight_file import WeightSource, write_tensors
 
 
 class WeightReceiver(Protocol):
@@ -31,13 +34,28 @@ class WeightReceiver(Protocol):
     async def update_weights(self, manifest: WeightManifest) -> None: ...
 
 
+def push_dtype(config: RunConfig) -> torch.dtype:
+    """Return the number format in which the rollout engine computes, the one for its pushes.
+
+    An engine rounds what it loads to its own format, so the format changes the bytes of a push and never the
+    weights that sample. A wider one costs time, a narrower one would lose digits.
+    """
+    # vLLM computes on a GPU if the machine has one, plain transformers on the CPU.
+    on_gpu = config.rollout.engine == "vllm" and torch.cuda.is_available()
+    return getattr(torch, resolve_dtype(config.rollout.dtype, "cuda" if on_gpu else "cpu"))
+
+
 class SharedMemoryPublisher:
-    """Writes the weights once per push and has every receiver load them."""
+    """Writes the weights once per push and has every receiver load them.
+
+    :meth:`publish` is :meth:`write` and :meth:`send`. Only the first needs the parameters: a learner that calls
+    them apart can compute its next update while the engines load.
+    """
 
     def __init__(
         self,
         *,
-        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        weights: WeightSource,
         receivers: Sequence[WeightReceiver],
         next_version: Callable[[], int],
         folder: str | Path,
@@ -52,7 +70,8 @@ class SharedMemoryPublisher:
         self.deadline_s = deadline_s
         self.dtype = dtype
         self.push_s = 0.0
-        """Duration of the last push in seconds."""
+        """Seconds from the start of the last push's :meth:`write` to the end of its :meth:`send`."""
+        self._started = 0.0
 
     async def stats(self) -> dict[str, float]:
         """Counters for the metrics of an update."""
@@ -63,27 +82,41 @@ class SharedMemoryPublisher:
 
         Raises: WeightPushError when a receiver refuses, dies or passes the deadline.
         """
-        start = time.monotonic()
+        manifest = await self.write(updates_done)
+        await self.send(manifest)
+        return manifest.policy_version
+
+    async def write(self, updates_done: int) -> WeightManifest:
+        """Copy the weights after ``updates_done`` updates into the file of a new version.
+
+        The parameters must not change before this returns, and may change afterwards.
+        """
+        self._started = time.monotonic()
         version = self.next_version()
-        manifest = await asyncio.to_thread(self._write, version, updates_done)
+        return await asyncio.to_thread(
+            write_weights,
+            self.folder,
+            partial(write_tensors, self.weights, self.dtype),
+            policy_version=version,
+            update=updates_done,
+        )
+
+    async def send(self, manifest: WeightManifest) -> None:
+        """Have every receiver load a file.
+
+        Raises: WeightPushError when a receiver refuses, dies or passes the deadline.
+        """
         try:
             async with asyncio.timeout(self.deadline_s):
                 await asyncio.gather(*(receiver.update_weights(manifest) for receiver in self.receivers))
         except TimeoutError as error:
             raise WeightPushError(
-                f"push of policy version {version}", NO_VALUE,
+                f"push of policy version {manifest.policy_version}", NO_VALUE,
                 f"reach all {len(self.receivers)} engines within weights.deadline_s={self.deadline_s}",
                 "raise the deadline, or look for an engine that hangs",
             ) from error  # fmt: skip
         remove_old_weights(self.folder)
-        self.push_s = time.monotonic() - start
-        return version
-
-    def _write(self, version: int, updates_done: int) -> WeightManifest:
-        tensors = {name: tensor.to("cpu", self.dtype).contiguous() for name, tensor in self.weights()}
-        return write_weights(
-            self.folder, lambda path: save_file(tensors, path), policy_version=version, update=updates_done
-        )
+        self.push_s = time.monotonic() - self._started
 
 
 class TrainerEnginePublisher:

@@ -27,7 +27,7 @@ from learner.process.adaptive_share import AdaptiveShare
 from learner.process.checkpoint import Checkpoints
 from learner.process.evaluator import Evaluator, HeldoutActors, HeldoutTexts, PolicyScorer
 from learner.process.milestones import ReplayControl, RunMilestones
-from learner.process.publish import SharedMemoryPublisher, WeightReceiver
+from learner.process.publish import SharedMemoryPublisher, WeightReceiver, push_dtype
 from learner.process.recorder import Recorder, ReportFacts, resumed_alarms
 from learner.process.saver import Saver, StudentWriter
 from learner.process.teacher_check import check_teacher
@@ -112,6 +112,7 @@ class LearnerWorker:
             next_version=PolicyVersionCounter(self.folder.path).next,
             folder=self.inputs.weights,
             deadline_s=self.config.weights.deadline_s,
+            dtype=push_dtype(self.config),
         )
 
     def _milestones(

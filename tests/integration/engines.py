@@ -13,7 +13,7 @@ import itertools
 import multiprocessing
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from distill.config import RolloutConfig, ScoringConfig
@@ -74,12 +74,13 @@ class EngineHost:
     """An engine in a process of its own, whose async methods the test calls."""
 
     def __init__(self, class_path: str, *args: Any, **kwargs: Any) -> None:
+        self.class_path = class_path
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, class_path, args, kwargs))
         self.process.start()
         theirs.close()
-        self._numbers = itertools.count()
+        self._numbers = itertools.count(1)
         self._futures: dict[int, Future[Any]] = {-1: Future()}
         started = self._futures[-1]
         threading.Thread(target=self._read, daemon=True).start()
@@ -87,8 +88,15 @@ class EngineHost:
 
     def submit(self, method: str, *args: Any) -> Future[Any]:
         """Call a method, or read an attribute, without waiting for the result."""
-        future: Future[Any] = Future()
+        return self._send(next(self._numbers), method, args)
+
+    def submit_to_cancel(self, method: str, *args: Any) -> tuple[Future[Any], Callable[[], None]]:
+        """As :meth:`submit`, with a function that cancels the coroutine in the engine's process."""
         number = next(self._numbers)
+        return self._send(number, method, args), lambda: self._pipe.send((number, "cancel", ()))
+
+    def _send(self, number: int, method: str, args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
         self._futures[number] = future
         self._pipe.send((number, method, args))
         return future
@@ -135,20 +143,22 @@ async def _serve_async(pipe: Any, class_path: str, args: Any, kwargs: Any) -> No
         try:
             attribute = getattr(engine, method)
             result = await attribute(*arguments) if callable(attribute) else attribute
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             pipe.send((number, None, error))
         else:
             pipe.send((number, result, None))
 
-    tasks = set()
+    tasks: dict[int, asyncio.Task[None]] = {}
     while True:
         number, method, arguments = await asyncio.to_thread(pipe.recv)
         if method == "close":
             await answer(number, method, arguments)
+            await asyncio.gather(*tasks.values())
             return
-        task = asyncio.create_task(answer(number, method, arguments))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        if method == "cancel":
+            tasks[number].cancel()
+            continue
+        tasks[number] = asyncio.create_task(answer(number, method, arguments))
 
 
 class Student:
@@ -180,11 +190,13 @@ class Student:
         self.models[0].save_pretrained(self.folder)
         self.segments = folder / "segments"
 
-    def write_push(self, weights: int, policy_version: int) -> WeightManifest:
-        tensors = dict(self.models[weights].named_parameters())
+    def write_push(
+        self, weights: int, policy_version: int, dtype: torch.dtype = torch.float32
+    ) -> WeightManifest:
+        tensors = {name: tensor.to(dtype) for name, tensor in self.models[weights].named_parameters()}
         return write_weights(
             self.segments,
-            lambda path: save_file(tensors, path),
+            lambda file: file.write(save(tensors)),
             policy_version=policy_version,
             update=policy_version,
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -48,9 +50,10 @@ def test_logprobs_are_those_of_the_unmodified_policy(generator: GeneratorHost) -
         np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_sample_frequencies_match_the_policy(generator: GeneratorHost) -> None:
+@pytest.mark.parametrize("seeds", [range(1500), [None] * 1500], ids=["seeded", "unseeded"])
+def test_sample_frequencies_match_the_policy(generator: GeneratorHost, seeds: Sequence[int | None]) -> None:
     prompt = make_prompts(3)[1]
-    requests = [SampleRequest(prompt_tokens=prompt, max_new_tokens=1, seed=seed) for seed in range(1500)]
+    requests = [SampleRequest(prompt_tokens=prompt, max_new_tokens=1, seed=seed) for seed in seeds]
     tokens = [completion.response_tokens[0] for completion in generator.call("generate", requests)]
     policy = generator.student.logprobs(generator.weights, prompt, [0]).exp()[0].double().numpy()
     counts = np.bincount(tokens, minlength=VOCABULARY)
@@ -68,6 +71,34 @@ def test_a_seed_reproduces_its_response_in_any_batch(generator: GeneratorHost) -
     assert [c.response_tokens for c in again] == [c.response_tokens for c in first[:6] + first[8:]]
     others = generator.call("generate", make_requests(12, 24, seed=1))
     assert sum(a.response_tokens != b.response_tokens for a, b in zip(first, others, strict=True)) >= 10
+
+
+def test_requests_with_and_without_seeds_share_a_batch(generator: GeneratorHost) -> None:
+    seeded = make_requests(6, 24)
+    unseeded = [dataclasses.replace(request, seed=None) for request in seeded]
+    expected = [completion.response_tokens for completion in generator.call("generate", seeded)]
+    mixed = [request for pair in zip(seeded, unseeded, strict=True) for request in pair]
+    got = [completion.response_tokens for completion in generator.call("generate", mixed)]
+    assert got[::2] == expected
+    again = [completion.response_tokens for completion in generator.call("generate", mixed)]
+    assert again[::2] == expected
+    assert sum(a != b for a, b in zip(got[1::2], again[1::2], strict=True)) >= 5
+
+
+def test_prompts_may_be_arrays(generator: GeneratorHost) -> None:
+    """Rows of an Arrow batch, which are read-only views of 32-bit integers."""
+    requests = make_requests(6, 24)
+    rows = pa.array([request.prompt_tokens for request in requests], pa.list_(pa.int32()))
+    arrays = [
+        dataclasses.replace(request, prompt_tokens=row.values.to_numpy())
+        for request, row in zip(requests, rows, strict=True)
+    ]
+    assert [c.response_tokens for c in generator.call("generate", arrays)] == [
+        c.response_tokens for c in generator.call("generate", requests)
+    ]
+    prompts = [request.prompt_tokens for request in arrays]
+    expected = generator.call("greedy", make_prompts(6), 12)
+    assert generator.call("greedy", prompts, 12) == expected
 
 
 @pytest.mark.parametrize("kind", ["vllm", "transformers"])

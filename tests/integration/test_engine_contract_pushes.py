@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import save
 
 from distill.interfaces import WeightPushError
-from distill.weights import write_weights
+from distill.weights import StalePush, remove_old_weights, write_weights
 from tests.integration.engines import (
     POLICY_VERSIONS,
     TOLERANCE,
@@ -65,6 +68,45 @@ def test_requests_in_flight_survive_a_push(generator: GeneratorHost) -> None:
     generator.push(0)
 
 
+def test_an_older_push_is_refused_and_changes_nothing(generator: GeneratorHost) -> None:
+    prompts = make_prompts(4)
+    older, equal = (generator.student.write_push(1, next(POLICY_VERSIONS)) for _ in range(2))
+    generator.push(0)
+    generator.push(1)
+    newest = generator.version
+    texts = generator.call("greedy", prompts, 12)
+    for manifest in (older, equal, dataclasses.replace(equal, policy_version=newest)):
+        with pytest.raises(
+            StalePush, match=rf"policy version of a push={manifest.policy_version} must be above {newest}, "
+        ):
+            generator.call("update_weights", manifest)
+    assert generator.call("policy_version") == newest
+    assert generator.call("greedy", prompts, 12) == texts
+    generator.push(0)
+
+
+def test_a_push_in_bfloat16_loads_the_rounded_weights(generator: GeneratorHost) -> None:
+    """A run pushes in the engine's format. These engines compute in float32, which shows the values they loaded."""
+    manifest = generator.student.write_push(1, next(POLICY_VERSIONS), torch.bfloat16)
+    generator.call("update_weights", manifest)
+    request = make_requests(1, 24)[0]
+    [completion] = generator.call("generate", [request])
+    rounded = copy.deepcopy(generator.student.models[1]).to(torch.bfloat16).to(torch.float32)
+    tokens = torch.tensor([[*request.prompt_tokens, *completion.response_tokens]])
+    rows = rounded(tokens).logits[0, len(request.prompt_tokens) - 1 : -1].log_softmax(-1)
+    expected = rows.gather(1, torch.tensor(completion.response_tokens)[:, None])[:, 0].numpy()
+    np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=TOLERANCE)
+    generator.push(0)
+
+
+def test_a_push_leaves_its_file_free_to_be_removed(generator: GeneratorHost) -> None:
+    generator.push(1)
+    generator.push(0)
+    folder = generator.student.segments
+    remove_old_weights(folder, keep=0)
+    assert list(folder.iterdir()) == []
+
+
 def test_a_corrupted_push_is_rejected_and_ends_the_engine(generator: GeneratorHost) -> None:
     manifest = generator.student.write_push(1, next(POLICY_VERSIONS))
     content = bytearray(Path(manifest.path).read_bytes())
@@ -91,7 +133,7 @@ def test_a_push_with_a_missing_parameter_is_rejected(generator: GeneratorHost) -
     del tensors["model.layers.1.mlp.up_proj.weight"]
     manifest = write_weights(
         generator.student.segments,
-        lambda path: save_file(tensors, path),
+        lambda file: file.write(save(tensors)),
         policy_version=next(POLICY_VERSIONS),
         update=0,
     )

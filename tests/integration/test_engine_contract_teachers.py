@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
+import time
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from tests.integration.engines import TOLERANCE, VOCABULARY, EngineHost, Student, make_prompts
+from distill.interfaces import EngineDied
+from tests.integration.engines import (
+    MAX_MODEL_TOKENS,
+    TEACHERS,
+    TOLERANCE,
+    VOCABULARY,
+    EngineHost,
+    Student,
+    make_prompts,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -53,3 +66,88 @@ def test_the_payload_contains_the_states_rounded_to_bfloat16(
         worst = max(worst, float(difference.abs().max()))
     record_property("largest_logprob_error_of_bfloat16_states", worst)
     assert worst < 0.03
+
+
+def test_texts_may_be_arrays(teacher: EngineHost) -> None:
+    """Rows of an Arrow batch, which are read-only views of 32-bit integers. A state does not change."""
+    texts = _pairs()
+    columns = [pa.array(column, pa.list_(pa.int32())) for column in texts]
+    arrays = [[row.values.to_numpy() for row in column] for column in columns]
+    expected = teacher.call("hidden_states", *texts)
+    assert all(map(np.array_equal, teacher.call("hidden_states", *arrays), expected))
+
+
+# Calls that overlap
+
+
+def _long(num_texts: int) -> tuple[list[list[int]], list[list[int]]]:
+    source = random.Random(6)
+    return [[1]] * num_texts, [
+        [source.randrange(VOCABULARY) for _ in range(MAX_MODEL_TOKENS - 1)] for _ in range(num_texts)
+    ]
+
+
+def _check(
+    student: Student, prompts: list[list[int]], responses: list[list[int]], running: Future[Any]
+) -> None:
+    for prompt, response, state in zip(prompts, responses, running.result(timeout=120), strict=True):
+        got = student.models[0].lm_head(torch.from_numpy(state)).log_softmax(-1)
+        torch.testing.assert_close(got, student.logprobs(0, prompt, response), rtol=0, atol=TOLERANCE)
+
+
+def test_calls_at_the_same_time_get_their_own_states(teacher: EngineHost, student: Student) -> None:
+    prompts, responses = _pairs()
+    parts = [slice(0, 1), slice(1, 9), slice(9, 10), slice(10, 14)]
+    running = [teacher.submit("hidden_states_float32", prompts[part], responses[part]) for part in parts]
+    for part, states in zip(parts, running, strict=True):
+        _check(student, prompts[part], responses[part], states)
+
+
+def test_a_call_that_fails_leaves_the_others_alone(teacher: EngineHost, student: Student) -> None:
+    """vLLM refuses a text that is too long, transformers cannot look up an id beyond the vocabulary."""
+    prompts, responses = _pairs()
+    good = [teacher.submit("hidden_states_float32", prompts[:4], responses[:4])]
+    too_long = [0] * MAX_MODEL_TOKENS + [VOCABULARY if "Transformers" in teacher.class_path else 0]
+    bad = teacher.submit("hidden_states_float32", [*prompts, [1]], [*responses, [*too_long, 0]])
+    good.append(teacher.submit("hidden_states_float32", prompts[:4], responses[:4]))
+    with pytest.raises((ValueError, IndexError)):
+        bad.result(timeout=120)
+    for running in good:
+        _check(student, prompts[:4], responses[:4], running)
+
+
+def test_a_cancelled_call_frees_the_engine(teacher: EngineHost, student: Student) -> None:
+    prompts, responses = _pairs()
+    running, cancel = teacher.submit_to_cancel("hidden_states", *_long(2000))
+    time.sleep(0.5)
+    cancel()
+    with pytest.raises(asyncio.CancelledError):
+        running.result(timeout=60)
+    short = teacher.submit("hidden_states_float32", prompts[:1], responses[:1])
+    _check(student, prompts[:1], responses[:1], short)
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_closing_does_not_wait_for_a_call(kind: str, student: Student) -> None:
+    class_path, settings = TEACHERS[kind]
+    host = EngineHost(class_path, str(student.folder), settings, max_model_tokens=MAX_MODEL_TOKENS)
+    running = host.submit("hidden_states", *_long(2000))
+    time.sleep(0.5)
+    assert not running.done()
+    host.close()
+    with pytest.raises(RuntimeError, match=r"^the teacher engine was closed$"):
+        running.result(timeout=10)
+
+
+def test_calls_fail_when_a_rank_of_the_teacher_dies(student: Student) -> None:
+    class_path, settings = TEACHERS["vllm-tp2"]
+    host = EngineHost(class_path, str(student.folder), settings, max_model_tokens=MAX_MODEL_TOKENS)
+    running = [host.submit("hidden_states", *_long(2000)), host.submit("hidden_states", *_pairs())]
+    time.sleep(0.5)
+    host.descendants()[0].kill()
+    for call in running:
+        with pytest.raises(EngineDied, match=r"^teacher engine must live; .*; check whether the machine"):
+            call.result(timeout=60)
+    with pytest.raises(EngineDied):
+        host.call("hidden_states", *_pairs())
+    host.close()

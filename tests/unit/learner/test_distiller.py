@@ -69,3 +69,33 @@ def test_critics_exist_only_where_their_gaps_have_weight(world, recipe, learned)
     config = tiny_config(world, f"recipe={recipe}", "rollout.samples_per_prompt=2")
     learner = Distiller(config, Student(config.teacher.model), config.teacher.model)
     assert (learner.critics is not None) is learned
+
+
+def test_a_checkpoint_is_a_copy_that_a_later_update_leaves_alone(world):
+    """Otherwise a checkpoint that is written during an update has a valid checksum and torn tensors."""
+    config = tiny_config(world, "recipe=ammd", "rollout.samples_per_prompt=2")
+    learner = Distiller(config, Student(config.teacher.model, device="cpu"), config.teacher.model)
+    assert learner.critics is not None
+    modules = [learner.student.model, *learner.critics._critics.values()]
+    optimizers = [learner.optimizer, learner.critics.optimizer]
+    step(modules, optimizers)
+    tensors = learner.tensors()
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    step(modules, optimizers)
+    assert {name for name in tensors if "step" in name and tensors[name] == 1}
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+    after = learner.tensors()
+    assert {name for name in before if torch.equal(after[name], before[name])} == {
+        name for name in before if name.startswith("critic_mean")
+    }
+
+
+def step(modules: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
