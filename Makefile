@@ -1,4 +1,4 @@
-# make demo    run a real distillation on this machine, including its setup, in about 12 minutes;
+# make demo    run a real distillation on this machine, including its setup, in about 10 minutes;
 #              override settings with: make demo ARGS="seed=1"
 # make test    run linters, unit tests, and integration tests with real Ray and real vLLM
 

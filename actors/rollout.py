@@ -7,6 +7,8 @@ actor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from actors.metered import MeteredGenerator
 from actors.shown import ShownPrompts
 from distill.algorithm import roll_out, rollout_loop
@@ -54,13 +56,13 @@ class RolloutWorker:
         async with deleting_dead_segments(replay, self.store):
             await rollout_loop(desk, self.prompts, self.generator, self.store, together=self.together)
 
-    async def sample_heldout(self, num_prompts: int) -> list[SampleRef]:
-        """Sample each of the first held-out prompts once.
+    async def sample_heldout(self, numbers: Sequence[int]) -> list[SampleRef]:
+        """Sample some of the held-out prompts once each.
 
         The seeds are the same at every evaluation, so that two evaluations of one prompt differ only by the
         weights.
         """
-        draws = [Draw(table="heldout", number=i, epoch=0, index=i) for i in range(num_prompts)]
+        draws = [Draw(table="heldout", number=i, epoch=0, index=i) for i in numbers]
         samples = await roll_out(draws, self.heldout, self.generator, self.store)
         self._heldout_samples += samples
         return samples

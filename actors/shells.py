@@ -64,8 +64,8 @@ class RolloutActor:
     async def update_weights(self, manifest: WeightManifest) -> None:
         await self.worker.update_weights(manifest)
 
-    async def sample_heldout(self, num_prompts: int) -> list[SampleRef]:
-        return await self.worker.sample_heldout(num_prompts)
+    async def sample_heldout(self, numbers: Sequence[int]) -> list[SampleRef]:
+        return await self.worker.sample_heldout(numbers)
 
     async def answer_shown(self) -> list[list[int]]:
         return await self.worker.answer_shown()
@@ -98,8 +98,8 @@ class TeacherActor:
     async def score_samples(self, samples: Sequence[SampleRef]) -> list[SampleRef]:
         return await self.worker.score_samples(samples)
 
-    async def score_heldout(self, num_rows: int) -> list[SampleRef]:
-        return await self.worker.score_heldout(num_rows)
+    async def score_heldout(self, numbers: Sequence[int]) -> list[SampleRef]:
+        return await self.worker.score_heldout(numbers)
 
     async def release_heldout(self) -> None:
         self.worker.release_heldout()

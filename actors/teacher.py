@@ -53,11 +53,9 @@ class TeacherWorker:
         """Score the student's held-out samples."""
         return await self._score_heldout(samples)
 
-    async def score_heldout(self, num_rows: int) -> list[SampleRef]:
-        """Score the teacher text of the first held-out prompts."""
-        return await self._score_heldout(
-            [Draw(table="heldout", number=i, epoch=0, index=i) for i in range(num_rows)]
-        )
+    async def score_heldout(self, numbers: Sequence[int]) -> list[SampleRef]:
+        """Score the teacher text of some of the held-out prompts."""
+        return await self._score_heldout([Draw(table="heldout", number=i, epoch=0, index=i) for i in numbers])
 
     async def _score_heldout(self, work: Sequence[Work]) -> list[SampleRef]:
         samples = await score(work, self.heldout_corpus, self.teacher, self.store)

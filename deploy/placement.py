@@ -1,7 +1,9 @@
 """What each actor of a run takes of its node: threads, and Ray's CPUs and GPUs. Pure functions of numbers.
 
-A Ray that a run starts for itself serves only this run. Its actors state no resources there, each may use every
-core, and each sees every device, because in lock-step they take turns.
+A Ray that a run starts for itself serves only this run. Its actors state no resources there, and each sees every
+device. In lock-step the roles take turns, so each role may use every core, which the actors of its pool divide.
+Otherwise the learner may use every core and the engines divide them: they wait for it most of the time, and
+an engine that holds a core for a while delays it little.
 
 On a cluster, Ray has to know what a run takes, because other jobs share the node. In lock-step the actors still take
 turns: each may use the whole budget of threads (the largest of ``num_threads``; null is every CPU of the node), and
@@ -21,6 +23,7 @@ from dataclasses import dataclass, replace
 
 from distill.config import RunConfig
 from distill.errors import ConfigError
+from distill.interfaces import Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +50,19 @@ class Share:
 
 
 Placement = Mapping[str, Share]
-"""The share of each actor by its name. A run starts ``rollout`` or ``sampler``; ``corpus`` has ended before that."""
+"""The share of one actor of each role. A run starts ``rollout`` or ``sampler``; ``corpus`` has ended before that."""
 
 
 def place_locally(config: RunConfig, num_cores: int) -> Placement:
     """The shares on a Ray, or in a process, that serves only this run. ``num_cores``: cores that it may use."""
-    threads = _threads(config)
-    shares = {role: Share(num_threads=count or num_cores) for role, count in threads.items()}
-    return _by_actor(shares)
+    replicas = _replicas(config)
+    engines = sum(replicas.values()) - 1
+    shares: dict[str, Share] = {}
+    for role, threads in _threads(config).items():
+        apart = replicas[role] if config.replay.lock_step or role == "learner" else engines
+        shares[role] = Share(num_threads=threads or max(1, num_cores // apart))
+    alone = Share(num_threads=config.rollout.num_threads or num_cores)
+    return {**_by_actor(shares), "corpus": alone}
 
 
 def place_on_node(config: RunConfig, num_cores: int, node: Node, *, vllm_on_gpu: bool) -> Placement:
@@ -68,7 +76,7 @@ def place_on_node(config: RunConfig, num_cores: int, node: Node, *, vllm_on_gpu:
     shares = _in_turns(config, cpus) if config.replay.lock_step else _together(config, cpus)
     gpus = _gpus(config, node, vllm_on_gpu=vllm_on_gpu)
     shares = {role: replace(share, num_gpus=gpus[role]) for role, share in shares.items()}
-    for violation in _violations(shares, node):
+    for violation in _violations(shares, _replicas(config), node):
         raise violation
     return _by_actor(shares)
 
@@ -90,6 +98,18 @@ def described(placement: Placement) -> str:
     return ", ".join(parts) or "no reserved CPUs"
 
 
+def num_engines(config: RunConfig) -> dict[Role, int]:
+    """The number of actors in each pool. The scorers of a proxy are a pool beside one teacher for the evaluations."""
+    rollouts = config.rollout.replicas if config.recipe.uses_student_text else 1
+    if config.recipe.teacher_gives == "probabilities":
+        return {"rollout": rollouts, "teacher": config.scoring.replicas}
+    return {"rollout": rollouts, "teacher": 1, "proxy": config.scoring.replicas}
+
+
+def _replicas(config: RunConfig) -> dict[str, int]:
+    return {"learner": 1, **num_engines(config)}
+
+
 def _threads(config: RunConfig) -> dict[str, int | None]:
     """The setting of each role. The proxy is a second scorer, and exists if the teacher gives only text."""
     threads = {"learner": config.learner.num_threads, "rollout": config.rollout.num_threads}
@@ -101,16 +121,18 @@ def _threads(config: RunConfig) -> dict[str, int | None]:
 
 def _in_turns(config: RunConfig, cpus: int) -> dict[str, Share]:
     """The shares of actors of which one works at a time."""
-    threads = {role: count or max(1, cpus) for role, count in _threads(config).items()}
-    part = _rounded_down(max(threads.values()) / len(threads))
+    replicas = _replicas(config)
+    threads = {role: count or max(1, cpus // replicas[role]) for role, count in _threads(config).items()}
+    budget = max(threads[role] * replicas[role] for role in threads)
+    part = _rounded_down(budget / sum(replicas.values()))
     return {role: Share(num_threads=count, num_cpus=part) for role, count in threads.items()}
 
 
 def _together(config: RunConfig, cpus: int) -> dict[str, Share]:
     """The shares of actors that all work at the same time."""
-    threads = _threads(config)
-    left = cpus - sum(count or 0 for count in threads.values())
-    unset = sum(count is None for count in threads.values())
+    threads, replicas = _threads(config), _replicas(config)
+    left = cpus - sum((count or 0) * replicas[role] for role, count in threads.items())
+    unset = sum(replicas[role] for role, count in threads.items() if count is None)
     # Without any CPU left, one each is stated, so that the node is refused with the number that it lacks.
     part = _rounded_down(left / unset) if unset and left > 0 else 1.0
     return {
@@ -138,11 +160,13 @@ def _gpus(config: RunConfig, node: Node, *, vllm_on_gpu: bool) -> dict[str, int]
     return gpus
 
 
-def _violations(shares: Mapping[str, Share], node: Node) -> Iterator[ConfigError]:
+def _violations(
+    shares: Mapping[str, Share], replicas: Mapping[str, int], node: Node
+) -> Iterator[ConfigError]:
     """What the node lacks: at all, and at the moment."""
     smaller = {
-        "CPUs": "lower learner.num_threads, rollout.num_threads and scoring.num_threads",
-        "GPUs": "set learner.device=cpu, or lower tensor_parallel_size",
+        "CPUs": "lower num_threads and replicas of learner, rollout and scoring",
+        "GPUs": "set learner.device=cpu, or lower replicas and tensor_parallel_size",
     }
     others = "; the other nodes are not used yet, so" if node.num_others else ", or"
     for unit, has, free in (
@@ -150,7 +174,7 @@ def _violations(shares: Mapping[str, Share], node: Node) -> Iterator[ConfigError
         ("GPUs", node.num_gpus, node.free_gpus),
     ):
         by_role = {
-            role: share.num_cpus if unit == "CPUs" else float(share.num_gpus)
+            role: replicas[role] * (share.num_cpus if unit == "CPUs" else float(share.num_gpus))
             for role, share in shares.items()
         }
         wanted = sum(by_role.values())

@@ -52,6 +52,7 @@ from distill.interfaces import (
     SampleRequest,
     Store,
     Teacher,
+    WeightManifest,
     Work,
 )
 from distill.replay.desk import Desk
@@ -68,6 +69,10 @@ class Milestones(Protocol):
     """The work around the updates: records, evaluations, checkpoints."""
 
     async def before_training(self, updates_done: int, policy_version: int) -> None: ...
+
+    def samples_after(self, updates_done: int) -> bool:
+        """Whether :meth:`after_update` samples the student, so that its weights must be in the engines."""
+        ...
 
     async def after_update(
         self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]
@@ -156,34 +161,59 @@ async def _deliver(desk: Desk, work: Coroutine[None, None, list[SampleRef]]) -> 
 
 async def train_loop(
     replay: Replay,
-    store: Store,
     learner: Learner,
     publisher: Publisher,
     milestones: Milestones,
     *,
     updates_done: int,
     num_updates: int,
+    lock_step: bool,
 ) -> None:
     """Train from ``updates_done`` to ``num_updates``.
 
-    The push comes before the milestones so that an evaluation samples from the weights that it
-    measures. ``advance`` comes last because it admits the next rollouts.
+    A push starts when its update is done. In lock-step it ends before the milestones, and ``advance``, which admits
+    the next rollouts, comes after them, so that nothing runs at the same time. Otherwise ``advance`` waits for
+    the push and for nothing else: the engines load the weights of one update while the learner computes the next.
 
     Raises: RunStopped when the replay ends early; WeightPushError; any error of an update.
     """
-    version = await publisher.publish(updates_done)
-    await milestones.before_training(updates_done, version)
-    await replay.advance(updates_done, version)
-    while updates_done < num_updates:
-        lease = await replay.lease(updates_done)
-        if lease is None:
-            raise RunStopped(
-                "updates done when the replay stopped", updates_done, f"be {num_updates}", "resume the run"
-            )
-        rows = [store.read(sample) for group in lease.groups for sample in group.samples]
-        metrics = await asyncio.to_thread(learner.update, rows)
-        await replay.acknowledge(updates_done)
-        updates_done += 1
-        version = await publisher.publish(updates_done)
-        await milestones.after_update(updates_done, version, lease, metrics)
-        await replay.advance(updates_done, version)
+    manifest = await publisher.write(updates_done)
+    await publisher.send(manifest)
+    await milestones.before_training(updates_done, manifest.policy_version)
+    await replay.advance(updates_done, manifest.policy_version)
+    pushing: asyncio.Task[None] | None = None
+    try:
+        while updates_done < num_updates:
+            lease = await replay.lease(updates_done)
+            if lease is None:
+                raise RunStopped(
+                    "updates done when the replay stopped",
+                    updates_done,
+                    f"be {num_updates}",
+                    "resume the run",
+                )
+            metrics = await learner.update(lease)
+            await replay.acknowledge(updates_done)
+            updates_done += 1
+            if pushing is not None:
+                await pushing  # one push at a time, in the order of the versions
+            manifest = await publisher.write(updates_done)
+            if lock_step:
+                await publisher.send(manifest)
+                await milestones.after_update(updates_done, manifest.policy_version, lease, metrics)
+                await replay.advance(updates_done, manifest.policy_version)
+                continue
+            pushing = asyncio.create_task(_push(manifest, replay, publisher))
+            if milestones.samples_after(updates_done):
+                await pushing
+            await milestones.after_update(updates_done, manifest.policy_version, lease, metrics)
+        if pushing is not None:
+            await pushing
+    finally:
+        if pushing is not None:
+            pushing.cancel()
+
+
+async def _push(manifest: WeightManifest, replay: Replay, publisher: Publisher) -> None:
+    await publisher.send(manifest)
+    await replay.advance(manifest.update, manifest.policy_version)

@@ -300,21 +300,22 @@ class Store(Protocol):
 
 
 class Learner(Protocol):
-    """Critics and student: one update from one batch."""
+    """Critics and student: one update from the groups of one lease."""
 
-    def update(self, rows: Sequence[pa.RecordBatch]) -> dict[str, float]:
-        """Take the critic steps, then the student step; returns the metrics of this update.
-
-        ``rows``: batches of one or more rows; rows of one group are adjacent.
-        """
+    async def update(self, lease: Lease) -> dict[str, float]:
+        """Take the critic steps, then the student step; returns the metrics of this update."""
         ...
 
 
 class Publisher(Protocol):
     """Pushes the learner's weights into every generator."""
 
-    async def publish(self, updates_done: int) -> int:
-        """Push as one transaction with a deadline; returns the new policy version.
+    async def write(self, updates_done: int) -> WeightManifest:
+        """Copy the learner's weights under a new version. They may change when this returns."""
+        ...
+
+    async def send(self, manifest: WeightManifest) -> None:
+        """Have every generator load the copy, as one transaction with a deadline.
 
         Raises: WeightPushError.
         """

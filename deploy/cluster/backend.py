@@ -67,6 +67,10 @@ class Backend(Protocol):
         """
         ...
 
+    def failure(self, name: str, error: BaseException) -> Exception:
+        """The error for what a call to an actor raised, with the actor's name: an ActorFailed or the actor's own."""
+        ...
+
     def poll(self, call: Any, timeout_s: float = 2.0) -> Any | None:
         """The result of a call, or None when it fails or does not return in time."""
         ...

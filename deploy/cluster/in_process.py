@@ -118,6 +118,9 @@ class InProcess(Backend):
                 raise ActorFailed.late((names[future] for future in pending), timeout_s)
         return results
 
+    def failure(self, name: str, error: BaseException) -> Exception:
+        return ActorFailed.raised(name, error)
+
     def poll(self, call: Call, timeout_s: float = 2.0) -> Any | None:
         try:
             return call.future.result(timeout_s)

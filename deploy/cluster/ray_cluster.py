@@ -202,23 +202,29 @@ class RayCluster(Backend):
                 continue
         psutil.wait_procs(left, timeout=_END_AFTER_S)
 
+    def failure(self, name: str, error: BaseException) -> Exception:
+        from ray.exceptions import RayActorError, RayError, RayTaskError
+
+        if isinstance(error, RayActorError):
+            if error.actor_init_failed:  # Ray keeps the error only as text, whose last line names it
+                cause = str(error).splitlines()[-1].strip()
+                return ActorFailed(name, NO_VALUE, f"finish its work; it raised {cause}")
+            return ActorFailed(name, NO_VALUE, f"live; it died ({first_line(error)})")
+        if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+            # The node is gone, or Ray cannot prepare the job's files there.
+            return ActorFailed(name, NO_VALUE, f"start; Ray reports: {first_line(error)}")
+        return ActorFailed.raised(name, error)
+
     def _get(self, name: str, call: Any, timeout_s: float) -> Any:
         import ray
-        from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+        from ray.exceptions import GetTimeoutError, RayError
 
         try:
             return ray.get(call, timeout=timeout_s)
-        except RayTaskError as error:
-            raise ActorFailed.raised(name, error) from error
-        except RayActorError as error:
-            if error.actor_init_failed:  # Ray keeps the error only as text, whose last line names it
-                cause = str(error).splitlines()[-1].strip()
-                raise ActorFailed(name, NO_VALUE, f"finish its work; it raised {cause}") from error
-            raise ActorFailed(name, NO_VALUE, f"live; it died ({first_line(error)})") from error
         except GetTimeoutError as error:
             raise ActorFailed.late([name], timeout_s, logs=_LOGS) from error
-        except RayError as error:  # the node is gone, or Ray cannot prepare the job's files there
-            raise ActorFailed(name, NO_VALUE, f"start; Ray reports: {first_line(error)}") from error
+        except RayError as error:
+            raise self.failure(name, error) from error
 
 
 def _loopback(run_id: str) -> str | None:

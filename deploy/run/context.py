@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from deploy.cluster.backend import Backend
@@ -38,23 +39,28 @@ class RunContext:
         self.backend = backend
         self._memory = memory
         self._placement = _place(config, backend)
-        if backend.node() is not None:  # the actors read their threads from the configuration
-            self.config = config = with_threads(config, self._placement)
-        self.learner = self.start_actor("learner", LearnerActor, config.learner.num_threads, config)
+        self.config = config = with_threads(config, self._placement)  # the actors read their threads there
+        self.learner = self.start_actor("learner", LearnerActor, config)
 
-    def start_actor(self, name: str, actor_class: Any, num_threads: int | None, *args: object) -> Any:
-        """Start an actor and return its handle. ``num_threads=None`` gives it those of its share."""
-        share = self._placement[name]
+    @property
+    def corpus_config(self) -> RunConfig:
+        """The configuration of the actor that writes corpora, which has more threads than a rollout actor."""
+        threads = self._placement["corpus"].num_threads
+        return replace(self.config, rollout=replace(self.config.rollout, num_threads=threads))
+
+    def start_actor(self, name: str, actor_class: Any, *args: object, role: str | None = None) -> Any:
+        """Start an actor with the share of its role, which is its name unless there is another; returns its handle."""
+        share = self._placement[role or name]
         handle = self.backend.start_actor(
             name,
             actor_class,
             *args,
-            num_threads=num_threads or share.num_threads,
+            num_threads=share.num_threads,
             num_cpus=share.num_cpus,
             num_gpus=share.num_gpus,
         )
         if (pid := self.backend.actor_pid(name)) is not None:
-            self._memory.add(name, pid)
+            self._memory.add(role or name, pid)
         return handle
 
     def wait_briefly(self, calls: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -53,7 +54,7 @@ class Progress:
             self._last_text = text
 
 
-def training_line(facts: dict[str, object], rates: dict[str, float]) -> str:
+def training_line(facts: Mapping[str, object], rates: Mapping[str, float]) -> str:
     """Format the learner's facts: ``update 7/20 | rollout 310 tok/s | ... | policy age 0 | ETA 6:10``."""
     parts = [f"update {facts.get('update', 0)}/{facts.get('num_updates', '?')}"]
     parts += [f"{stage} {rate:.0f} tok/s" for stage, rate in rates.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,14 @@ from distill.config import RunConfig
 from distill.evaluation import load_evaluation
 from distill.run.folder import RunFolder
 from distill.run.metrics import EventLog
+
+_COUNTERS = {
+    "learner": ("learner", "learner/num_input_tokens", "timing/learner_total_busy_s"),
+    "rollout": ("rollout", "rollout/num_tokens", "timing/rollout_busy_s"),
+    "teacher": ("teacher_scored", "teacher/num_tokens", "timing/teacher_busy_s"),
+    "proxy": ("proxy_scored", "teacher/num_tokens", "timing/teacher_busy_s"),
+}
+"""Per role: the name of its tokens in the summary, and the counters of its tokens and of its busy seconds."""
 
 
 class RunRecord:
@@ -27,7 +35,9 @@ class RunRecord:
         self.proxy_training_s: float | None = None
         """Of the proxy in use, in whichever run trained it."""
         self.peak_pss_bytes: dict[str, int] = {}
-        """By actor."""
+        """By role."""
+        self.actors: dict[str, dict[str, float]] = {}
+        """The counters of every actor of the last stage, by its name."""
         self._events = EventLog(folder.path)
         self._start = time.monotonic()
         self._events.write("started", incarnation=folder.incarnation)
@@ -40,6 +50,24 @@ class RunRecord:
         yield
         self.timing_s[stage] = time.monotonic() - start
         self._events.write("stage_finished", stage=stage, seconds=self.timing_s[stage])
+
+    def training(
+        self,
+        *,
+        updates: int,
+        policy_version: int,
+        timing_s: Mapping[str, float],
+        actors: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        """Record the last stage. ``actors``: the counters of every actor, which are added up by role."""
+        self.updates, self.policy_version = updates, policy_version
+        self.timing_s |= timing_s
+        self.actors = {name: dict(counters) for name, counters in actors.items()}
+        for name, counters in actors.items():
+            role = name.partition("-")[0]
+            shown, tokens, busy = _COUNTERS[role]
+            self.tokens[shown] = self.tokens.get(shown, 0.0) + counters[tokens]
+            self.timing_s[f"{role}_busy"] = self.timing_s.get(f"{role}_busy", 0.0) + counters[busy]
 
     def finish(self) -> dict[str, Any]:
         """Write and return the summary."""
@@ -55,6 +83,7 @@ class RunRecord:
             "timing_s": {name: round(seconds, 2) for name, seconds in self.timing_s.items()},
             "proxy_training_s": self.proxy_training_s,
             "tokens": {name: int(count) for name, count in self.tokens.items()},
+            "actors": self.actors,
             "peak_pss_bytes": self.peak_pss_bytes,
             "wall_s": round(time.monotonic() - self._start, 2),
             "incarnations": self.folder.incarnation,

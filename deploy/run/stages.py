@@ -4,25 +4,22 @@
 
 A stage receives the run's inputs and returns them with the checkpoint that it has found or trained. It
 leaves a file or folder that shows that it is done, so a resumed run skips it. The driver, which executes the
-stages, loads no rows and no model: it starts actors, waits for them and shows their progress.
+stages, loads no rows and no model: it starts actors, has them work and shows their progress.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import pyarrow.parquet as pq
 
 from deploy.run.cache import keep_proxy, proxy_folder, proxy_training_s
 from deploy.run.context import RunContext
-from deploy.run.estimates import sampler_name
-from deploy.run.progress import training_line
-from deploy.run.rates import Rates
+from deploy.run.training.live import LiveTraining
+from deploy.run.training.run import train_fleet
+from deploy.run.training.start import start_fleet
 from distill.config import SftConfig
-from distill.interfaces import Holder, Role
 from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
 
@@ -71,11 +68,11 @@ def write_corpora(run: RunContext, inputs: RunInputs) -> RunInputs:
         run.progress.say("teacher corpus: found in the cache")
         return inputs
     with run.record.timed("corpus"):
-        writer = run.start_actor("corpus", CorpusActor, run.config.rollout.num_threads)
+        writer = run.start_actor("corpus", CorpusActor)
         run.wait_briefly(
             {
                 "corpus": writer.start.remote(
-                    run.config, inputs.teacher_dir, inputs.stop_token_ids, inputs.num_tokens
+                    run.corpus_config, inputs.teacher_dir, inputs.stop_token_ids, inputs.num_tokens
                 )
             }
         )
@@ -124,9 +121,12 @@ def distil(run: RunContext, inputs: RunInputs) -> RunInputs:
     """Start the engines and train the student to the last update."""
     with run.record.timed("start_engines"):
         run.progress.show("starting engines", force=True)
-        actors = _start_distillation(run, inputs)
-    _train(run, actors)
-    _record_actors(run, actors)
+        fleet, state = start_fleet(run, inputs)
+    if state is not None:
+        run.progress.say(f"resumed from the checkpoint after update {state['updates_done']}")
+    shown = LiveTraining(run.progress)
+    trained = asyncio.run(train_fleet(run.config, inputs, fleet, state, shown.report, shown.show))
+    run.record.training(**vars(trained))
     return inputs
 
 
@@ -153,21 +153,6 @@ class _Corpus:
         return self.num_prompts * self.samples_per_prompt
 
 
-@dataclass(frozen=True)
-class _Distillation:
-    """Handles of the actors of the last stage, apart from the learner's."""
-
-    replay: Any
-    sampler: Any
-    """Samples the student: for training, or only for evaluations."""
-    scorers: dict[str, Any]
-    """The teacher, and its proxy if there is one. The last one fills the payload."""
-
-    @property
-    def scorer(self) -> Any:
-        return list(self.scorers.values())[-1]
-
-
 def _fit(
     run: RunContext, inputs: RunInputs, name: str, model: str, corpus: str, out: Path, training: SftConfig
 ) -> dict[str, float]:
@@ -186,68 +171,3 @@ def _fit(
     seconds = run.record.timing_s[out.name]
     run.progress.say(f"{name}: done after {updates} updates, loss {totals['loss']:.3f}, {seconds:.0f} s")
     return totals
-
-
-def _start_distillation(run: RunContext, inputs: RunInputs) -> _Distillation:
-    """Start the actors with their engines, and load the newest checkpoint."""
-    from actors.shells import ReplayActor, RolloutActor, TeacherActor
-
-    config = run.config
-    num_teacher_rows = pq.read_metadata(inputs.teacher_text).num_rows
-    replay = run.start_actor("replay", ReplayActor, 1, config, inputs.num_prompts, num_teacher_rows)
-    sampler = run.start_actor(sampler_name(config), RolloutActor, config.rollout.num_threads)
-    models: dict[Role, str] = {"teacher": inputs.teacher_dir}
-    if inputs.has_proxy:
-        models["proxy"] = inputs.scoring_dir
-    scorers: dict[str, Any] = {
-        name: run.start_actor(name, TeacherActor, config.scoring.num_threads) for name in models
-    }
-    starting = {
-        sampler_name(config): sampler.start.remote(config, inputs, Holder("rollout", 0)),
-        "learner": run.learner.load.remote(inputs),
-    }
-    for role, model_dir in models.items():
-        starting[role] = scorers[role].start.remote(config, inputs, Holder(role, 0), model_dir)
-    state = run.wait_briefly(starting)["learner"]
-    if state is not None:
-        run.wait_briefly({"replay": replay.load_state.remote(state["ledger"])})
-        run.progress.say(f"resumed from the checkpoint after update {state['updates_done']}")
-    return _Distillation(replay, sampler, scorers)
-
-
-def _train(run: RunContext, actors: _Distillation) -> None:
-    """Run the loops of all actors until the learner has done the last update."""
-    replay, teacher = actors.replay, actors.scorers["teacher"]
-    loops = {"scorer": actors.scorer.run.remote(replay)}
-    if run.config.recipe.uses_student_text:
-        loops["rollout"] = actors.sampler.run.remote(replay)
-    loops["learner"] = run.learner.train.remote(replay, actors.sampler, actors.scorer, teacher)
-    rates, shown = Rates(), set[str]()
-
-    def show() -> None:
-        facts = run.backend.poll(run.learner.facts.remote())
-        if not facts:
-            return
-        for alarm in facts.get("alarms", ()):
-            if alarm not in shown:
-                run.progress.say(f"warning: {alarm}")
-                shown.add(alarm)
-        rates.observe(facts)
-        run.progress.show(training_line(facts | rates.outlook(), rates.tokens_per_s()))
-
-    result = run.backend.wait(loops, tick=show)["learner"]
-    run.record.updates, run.record.policy_version = result["updates"], result["policy_version"]
-    run.record.timing_s |= result["timing_s"]
-    run.record.tokens["learner"] = result["num_tokens"]
-
-
-def _record_actors(run: RunContext, actors: _Distillation) -> None:
-    """Record the tokens and the busy times of the sampler and the scorers."""
-    sampler = sampler_name(run.config)
-    handles = {sampler: actors.sampler} | actors.scorers
-    stats = run.wait_briefly({name: actor.stats.remote() for name, actor in handles.items()})
-    for name in actors.scorers:
-        run.record.tokens[f"{name}_scored"] = stats[name]["teacher/num_tokens"]
-        run.record.timing_s[f"{name}_busy"] = stats[name]["timing/teacher_busy_s"]
-    run.record.tokens["rollout"] = stats[sampler]["rollout/num_tokens"]
-    run.record.timing_s["rollout_busy"] = stats[sampler]["timing/rollout_busy_s"]

@@ -1,6 +1,6 @@
 """Records of a run: numbers per update, and events.
 
-The learner and the driver write them, and they can be read at any time. Names are ``<part>/<what>``
+The driver writes them, and they can be read at any time. Names are ``<part>/<what>``
 with a part of :data:`PARTS`; names of seconds, and of rates per second, end in ``_s``.
 """
 
@@ -22,7 +22,10 @@ import pyarrow.parquet as pq
 from distill.files import plain, write_bytes
 from distill.run.folder import RunFolder
 
-PARTS = ("rollout", "teacher", "replay", "critic", "policy", "timing")
+ReportFacts = Callable[..., None]
+"""Takes keyword facts about what a process does, for the live line."""
+
+PARTS = ("rollout", "teacher", "replay", "learner", "critic", "policy", "timing")
 _NAME = re.compile(rf"(?:{'|'.join(PARTS)})/[a-z0-9_]+(?:[./][a-z0-9_]+)*")
 
 

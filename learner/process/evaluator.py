@@ -1,62 +1,26 @@
-"""Held-out evaluation with the learner's own weights: exact divergences over the vocabulary.
+"""Held-out measurements with the learner's own weights: exact divergences over the vocabulary.
 
-The rollout actor samples the held-out prompts, the teacher actor scores the samples, and
-:func:`distill.evaluation.measure` compares both policies at every token. Called by
-:mod:`learner.process.milestones`.
+:func:`distill.evaluation.measure` compares both policies at every token. The driver has the texts sampled and scored
+by the other actors. Called by :mod:`learner.process.worker`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import torch
 from transformers import AutoTokenizer
 
 from distill.data import read_table
-from distill.evaluation import Evaluation, ScoredChunk, measure, save_evaluation
-from distill.files import write_bytes
-from distill.interfaces import SampleRef, Store
-from distill.run.folder import RunFolder
+from distill.evaluation import Evaluation, ScoredChunk, measure
 from distill.run.inputs import RunInputs
 from learner.batch import Pack, token_batch
 from learner.model.chunked import ChunkedLogits, chunked_blocks
 from learner.model.head import Head
 from learner.model.student import Student
 from learner.update.positions import Heads, teacher_hidden
-
-
-class HeldoutActors(Protocol):
-    """The rollout actor and the teacher actor together, as an evaluation needs them."""
-
-    async def sample_heldout(self, num_prompts: int) -> list[SampleRef]: ...
-
-    async def answer_shown(self) -> list[list[int]]: ...
-
-    async def score_samples(self, samples: Sequence[SampleRef]) -> list[SampleRef]: ...
-
-    async def score_heldout(self, num_rows: int) -> list[SampleRef]: ...
-
-    async def release_heldout(self) -> None: ...
-
-
-class RolloutAndTeacher:
-    """Implements :class:`HeldoutActors` with the handles of two actors."""
-
-    def __init__(self, rollout: Any, teacher: Any) -> None:
-        """The arguments are :class:`distill.machine.remote.Remote`, or objects with the workers' methods."""
-        self.sample_heldout = rollout.sample_heldout
-        self.answer_shown = rollout.answer_shown
-        self.score_samples = teacher.score_samples
-        self.score_heldout = teacher.score_heldout
-        self._actors = (rollout, teacher)
-
-    async def release_heldout(self) -> None:
-        await asyncio.gather(*(actor.release_heldout() for actor in self._actors))
 
 
 class PolicyScorer:
@@ -90,80 +54,41 @@ class PolicyScorer:
 
 
 class Evaluator:
-    """Measures the current student on held-out prompts, with samples of its live weights."""
+    """Measures the current student on held-out prompts."""
 
-    def __init__(
-        self, folder: RunFolder, actors: HeldoutActors, store: Store, score: PolicyScorer, texts: HeldoutTexts
-    ) -> None:
-        self._folder = folder
-        self._samplers = actors
-        self._store = store
+    def __init__(self, inputs: RunInputs, score: PolicyScorer) -> None:
         self._score = score
-        self._texts = texts
         self._teacher_rows: list[pa.RecordBatch] = []
-
-    async def evaluate(self, label: str, num_prompts: int, *, keep_answers: bool) -> Evaluation:
-        """Measure, and keep the evaluation in the run folder.
-
-        ``keep_answers``: also both models' greedy answers to the shown prompts, as text.
-        """
-        teacher_rows = await self._teacher_text(num_prompts)
-        samples = await self._samplers.sample_heldout(num_prompts)
-        scored = await self._samplers.score_samples(samples)
-        student_rows = [self._store.read(sample) for sample in scored]
-        evaluation = await asyncio.to_thread(
-            measure,
-            label,
-            teacher_rows=teacher_rows,
-            student_rows=student_rows,
-            score=self._score,
-            decode=self._texts.decode,
-            references=self._texts.references,
-        )
-        save_evaluation(self._folder.evaluations, evaluation)
-        if keep_answers:
-            answers = self._texts.answers(await self._samplers.answer_shown())
-            path = self._folder.evaluations / f"{label}-answers.json"
-            write_bytes(path, json.dumps(answers, indent=1).encode())
-        await self._samplers.release_heldout()
-        return evaluation
-
-    async def _teacher_text(self, num_prompts: int) -> list[pa.RecordBatch]:
-        """Scored once per run, because neither the text nor the teacher changes. Copied out of the
-        segments, which are released after an evaluation."""
-        if len(self._teacher_rows) < num_prompts:
-            samples = await self._samplers.score_heldout(num_prompts)
-            self._teacher_rows = [_owned(self._store.read(sample)) for sample in samples]
-        return self._teacher_rows[:num_prompts]
-
-
-class HeldoutTexts:
-    """The held-out references and the shown prompts as text, and the tokenizer that decodes answers."""
-
-    def __init__(self, inputs: RunInputs) -> None:
         tokenizer: Any = AutoTokenizer.from_pretrained(inputs.teacher_dir, local_files_only=True)
-        references = enumerate(read_table(inputs.heldout_prompts)["reference_text"].to_pylist())
-        self.references: dict[int, str] = {index: text for index, text in references if text is not None}
-        self.decode: Callable[[Sequence[int]], str] = lambda tokens: tokenizer.decode(
+        self._decode: Callable[[Sequence[int]], str] = lambda tokens: tokenizer.decode(
             tokens, skip_special_tokens=True
         )
-        self._stop_token_ids = inputs.stop_token_ids
-        self._shown: list[str] = read_table(inputs.shown_prompts)["prompt_text"].to_pylist()
-        self._teacher_answers: list[list[int]] = json.loads(Path(inputs.teacher_answers).read_text())[
-            "answers"
-        ]
+        references = enumerate(read_table(inputs.heldout_prompts)["reference_text"].to_pylist())
+        self._references = {index: text for index, text in references if text is not None}
 
-    def answers(self, student_answers: Sequence[Sequence[int]]) -> list[dict[str, str]]:
-        """The shown prompts with both models' answers; ``…`` marks an answer that the limit cut."""
-        rows = zip(self._shown, self._teacher_answers, student_answers, strict=True)
-        return [
-            {"prompt": prompt, "teacher": self._text(teacher), "student": self._text(student)}
-            for prompt, teacher, student in rows
-        ]
+    @property
+    def num_teacher_rows(self) -> int:
+        """Rows of the teacher's text that are known."""
+        return len(self._teacher_rows)
 
-    def _text(self, tokens: Sequence[int]) -> str:
-        ended = bool(tokens) and tokens[-1] in self._stop_token_ids
-        return self.decode(tokens) + ("" if ended else " …")
+    def keep_teacher_text(self, rows: Sequence[pa.RecordBatch]) -> None:
+        """Keep the teacher's scored text on the first held-out prompts.
+
+        It is the same for the whole run, because neither the text nor the teacher changes. It is copied, because
+        the segments of held-out text are given up after an evaluation.
+        """
+        self._teacher_rows = [_owned(row) for row in rows]
+
+    def measure(self, label: str, student_rows: Sequence[pa.RecordBatch]) -> Evaluation:
+        """Measure on the student's scored samples, and on as many rows of the teacher's text."""
+        return measure(
+            label,
+            teacher_rows=self._teacher_rows[: len(student_rows)],
+            student_rows=student_rows,
+            score=self._score,
+            decode=self._decode,
+            references=self._references,
+        )
 
 
 def _owned(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -17,12 +17,11 @@ from distill.data import TextCorpus
 from distill.machine.hardware import resolve_micro_batch_tokens
 from distill.replay.draws import DrawOrder
 from distill.run.inputs import RunInputs
-from distill.run.metrics import EventLog
+from distill.run.metrics import EventLog, ReportFacts
 from learner.model.student import Student
 from learner.optimizer import adamw, load_optimizer_tensors, optimizer_tensors
 from learner.process.checkpoint import Checkpoints
-from learner.process.recorder import ReportFacts
-from learner.process.saver import StudentWriter
+from learner.process.student_folder import StudentWriter
 from learner.sft import run_sft
 
 CHECKPOINT_EVERY = 10

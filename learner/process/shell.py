@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from distill.config import RunConfig, SftConfig
-from distill.machine.remote import Remote
+from distill.evaluation import Evaluation
+from distill.interfaces import Lease, SampleRef, WeightManifest
 from distill.run.inputs import RunInputs
 from learner.process.cut import cut
-from learner.process.evaluator import RolloutAndTeacher
 from learner.process.fit import fit
 from learner.process.worker import LearnerWorker
 
@@ -53,19 +54,35 @@ class LearnerActor:
 
     async def load(self, inputs: RunInputs) -> dict[str, Any] | None:
         """Build the worker; returns the state of the checkpoint that it resumes from."""
-        self.worker = await asyncio.to_thread(LearnerWorker, self._config, inputs, self._report)
+        self.worker = await asyncio.to_thread(LearnerWorker, self._config, inputs)
         return self.worker.resumed_state
 
-    async def train(self, replay: Any, rollout: Any, scorer: Any, teacher: Any) -> dict[str, Any]:
-        """``rollout``: the actor that samples, for training or for evaluations only. ``scorer``: fills
-        the payload. ``teacher``: scores for evaluations; it is the scorer unless there is a proxy."""
-        sampling: Any = Remote(rollout)
-        return await self.worker.train(
-            Remote(replay),
-            RolloutAndTeacher(sampling, Remote(teacher)),
-            [sampling],
-            [sampling.stats, Remote(scorer).stats],
-        )
+    async def update(self, lease: Lease) -> dict[str, float]:
+        return await self.worker.update(lease)
+
+    async def write_weights(self, policy_version: int, updates_done: int) -> WeightManifest:
+        return await self.worker.write_weights(policy_version, updates_done)
+
+    async def num_teacher_rows(self) -> int:
+        return self.worker.num_teacher_rows()
+
+    async def keep_teacher_text(self, samples: Sequence[SampleRef]) -> None:
+        self.worker.keep_teacher_text(samples)
+
+    async def measure(self, label: str, samples: Sequence[SampleRef]) -> Evaluation:
+        return await self.worker.measure(label, samples)
+
+    async def check_teacher(self, samples: Sequence[SampleRef]) -> float:
+        return await self.worker.check_teacher(samples)
+
+    async def save(self, updates_done: int, state: dict[str, Any]) -> None:
+        await self.worker.save(updates_done, state)
+
+    async def write_student(self, name: Literal["best", "student"]) -> None:
+        await self.worker.write_student(name)
+
+    def stats(self) -> dict[str, float]:
+        return self.worker.stats()
 
     def _report(self, **facts: Any) -> None:
         self._facts |= facts

@@ -9,7 +9,7 @@ sampled token, which is enough for an estimate of the total variation. Called by
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,6 @@ import torch
 
 from distill.data import read_table
 from distill.errors import ConfigError
-from distill.interfaces import SampleRef, Store
 from distill.schema import hidden_rows
 from learner.model.head import Head
 
@@ -27,26 +26,16 @@ TV_LIMIT = 0.05
 """Largest total variation that rounding explains: bfloat16 gives about 0.02."""
 
 
-class TeacherText(Protocol):
-    """Where the check gets the teacher's hidden states from."""
-
-    async def score_heldout(self, num_rows: int) -> list[SampleRef]: ...
-
-    async def release_heldout(self) -> None: ...
-
-
-async def check_teacher(teacher: TeacherText, store: Store, corpus: str, num_texts: int, head: Head) -> float:
+def check_teacher(rows: Sequence[pa.RecordBatch], corpus: str, head: Head) -> float:
     """Compare on the first texts of a corpus; returns the estimate of the total variation.
 
-    ``corpus``: the Parquet file of the held-out text, with the engine's log-probabilities. ``head``: the
-    teacher's, cut to the common vocabulary.
+    ``rows``: these texts, with the engine's hidden states. ``corpus``: the Parquet file of the held-out text, with
+    the engine's log-probabilities. ``head``: the teacher's, cut to the common vocabulary.
 
     Raises: ConfigError when the estimate is above :data:`TV_LIMIT`.
     """
-    samples = await teacher.score_heldout(num_texts)
-    learner = np.concatenate([learner_logprobs(store.read(sample), head) for sample in samples])
-    await teacher.release_heldout()
-    texts = read_table(corpus)["behavior_logprobs"].slice(0, num_texts)
+    learner = np.concatenate([learner_logprobs(row, head) for row in rows])
+    texts = read_table(corpus)["behavior_logprobs"].slice(0, len(rows))
     tv = total_variation(np.array(texts.combine_chunks().flatten()), learner)
     if not tv <= TV_LIMIT:
         raise ConfigError(

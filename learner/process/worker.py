@@ -1,151 +1,133 @@
-"""The learner of a run as a plain class: critics, student, and everything around their updates.
+"""The learner of a run as a plain class: student, critics, and what the driver wants of them.
 
-Composes the parts of this package; the actor's shell is :class:`learner.process.shell.LearnerActor`.
-Other actors are objects with the methods of their workers, local or remote.
+Composes the parts of this package; the actor's shell is :class:`learner.process.shell.LearnerActor`. The driver
+decides what happens when (:func:`distill.algorithm.train_loop`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import closing
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
-from distill.algorithm import train_loop
 from distill.config import RunConfig
+from distill.evaluation import Evaluation
+from distill.interfaces import Lease, SampleRef, WeightManifest
+from distill.machine.clock import BusyClock
 from distill.machine.hardware import resolve_micro_batch_tokens
-from distill.replay.segments import SegmentStore
-from distill.run.alarms import Alarms
-from distill.run.folder import PolicyVersionCounter, RunFolder
+from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
 from distill.run.store import open_store
 from learner.distiller import Distiller
 from learner.model.head import Head
 from learner.model.student import Student
-from learner.process.adaptive_share import AdaptiveShare
-from learner.process.checkpoint import Checkpoints
-from learner.process.evaluator import Evaluator, HeldoutActors, HeldoutTexts, PolicyScorer
-from learner.process.milestones import ReplayControl, RunMilestones
-from learner.process.publish import SharedMemoryPublisher, WeightReceiver, push_dtype
-from learner.process.recorder import Recorder, ReportFacts, resumed_alarms
-from learner.process.saver import Saver, StudentWriter
+from learner.process.checkpoint import CheckpointError, Checkpoints
+from learner.process.evaluator import Evaluator, PolicyScorer
+from learner.process.publish import WeightFile, push_dtype
+from learner.process.student_folder import StudentWriter
 from learner.process.teacher_check import check_teacher
-
-Stats = Callable[[], Awaitable[dict[str, float]]]
 
 
 class LearnerWorker:
-    """One learner rank, at the newest checkpoint of its run."""
+    """One learner rank, at the newest checkpoint of its run.
 
-    def __init__(self, config: RunConfig, inputs: RunInputs, report: ReportFacts) -> None:
-        """Load the models and the newest checkpoint. ``report``: takes facts for the live line."""
+    Its methods may be called at any time; those that use the model or its device take turns.
+    """
+
+    def __init__(self, config: RunConfig, inputs: RunInputs) -> None:
+        """Load the models and the newest checkpoint."""
         self.config = config
         self.inputs = inputs
-        self.report = report
         self.folder = RunFolder(inputs.run_dir)
         student = Student(
             inputs.student_dir, precision=config.learner.precision, device=config.learner.device
         )
         self.distiller = Distiller(config, student, inputs.scoring_dir)
         self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint.keep)
-        self.writer = StudentWriter(inputs, chat_template=config.data.chat_template)
-        self.alarms = Alarms()
-        self.adaptive_share = AdaptiveShare(config.recipe, self.folder)
         self.resumed_state: dict[str, Any] | None = None
         """The state of the checkpoint that was loaded; None in a new run."""
         newest = self.checkpoints.latest()
         if newest is not None:
-            tensors, state = self.checkpoints.load(newest)
-            self.distiller.load(tensors, state)
-            self.alarms = resumed_alarms(self.folder, state)
-            self.adaptive_share = AdaptiveShare(config.recipe, self.folder, state["adaptive_share"])
-            self.resumed_state = state
+            tensors, self.resumed_state = self.checkpoints.load(newest)
+            self.distiller.load(tensors, self.resumed_state)
+        self._store = open_store(config.replay, inputs, "learner")
+        self._scorer = self._policy_scorer()
+        self._evaluator = Evaluator(inputs, self._scorer)
+        self._students = StudentWriter(inputs, chat_template=config.data.chat_template)
+        self._weights = WeightFile(student.named_weights, inputs.weights, push_dtype(config))
+        self._turn = asyncio.Lock()
+        self._clock = BusyClock()
 
-    async def train(
-        self,
-        replay: Any,
-        heldout: HeldoutActors,
-        receivers: Sequence[WeightReceiver],
-        actor_stats: Sequence[Stats],
-    ) -> dict[str, Any]:
-        """From the loaded state to the last update; returns counters for the summary.
+    async def update(self, lease: Lease) -> dict[str, float]:
+        """Train on the groups of a lease; returns the metrics of the update."""
+        rows = [self._store.read(sample) for group in lease.groups for sample in group.samples]
+        async with self._turn:
+            with self._clock.running():
+                return await asyncio.to_thread(self.distiller.update, rows)
 
-        ``replay``: the service, as :class:`distill.interfaces.Replay` and as ``ReplayControl``.
+    async def write_weights(self, policy_version: int, updates_done: int) -> WeightManifest:
+        """Copy the weights into the file of a new version, from which the engines load them."""
+        async with self._turn:
+            with self._clock.running():
+                return await asyncio.to_thread(self._weights.write, policy_version, updates_done)
+
+    def num_teacher_rows(self) -> int:
+        """How much of the teacher's held-out text :meth:`measure` knows."""
+        return self._evaluator.num_teacher_rows
+
+    def keep_teacher_text(self, samples: Sequence[SampleRef]) -> None:
+        """Keep the teacher's scored text on the first held-out prompts for :meth:`measure`."""
+        self._evaluator.keep_teacher_text([self._store.read(sample) for sample in samples])
+
+    async def measure(self, label: str, samples: Sequence[SampleRef]) -> Evaluation:
+        """Measure the current student on its scored samples of the first held-out prompts."""
+        rows = [self._store.read(sample) for sample in samples]
+        async with self._turn:
+            with self._clock.running():
+                return await asyncio.to_thread(self._evaluator.measure, label, rows)
+
+    async def check_teacher(self, samples: Sequence[SampleRef]) -> float:
+        """Compare the teacher's engine with the learner on scored held-out text; returns the total variation.
+
+        Raises: ConfigError when the engine's teacher is another distribution than the learner's.
         """
-        store = open_store(self.config.replay, self.inputs, "learner")
-        publisher, scorer = self._publisher(receivers), self._scorer()
-        # A run that ends by an error keeps its last rows, which explain it.
-        with closing(Recorder(self.folder, self.alarms, self.report)) as recorder:
-            await self._check_teacher(heldout, store, scorer.teacher_head, recorder)
-            milestones = self._milestones(
-                replay,
-                recorder,
-                Evaluator(self.folder, heldout, store, scorer, HeldoutTexts(self.inputs)),
-                [publisher.stats, *actor_stats],
-            )
-            num_updates = self.config.learner.num_updates
-            self.report(activity="training", num_updates=num_updates, started=time.time())
-            start = time.monotonic()
-            await train_loop(
-                replay,
-                store,
-                self.distiller,
-                publisher,
-                milestones,
-                updates_done=self.distiller.updates_done,
-                num_updates=num_updates,
-            )
-        await asyncio.to_thread(self.writer.write, self.distiller.student, self.folder.student)
-        seconds = time.monotonic() - start
+        rows = [self._store.read(sample) for sample in samples]
+        head = self._scorer.teacher_head.prefix(self.inputs.num_tokens)
+        async with self._turn:
+            return await asyncio.to_thread(check_teacher, rows, self.inputs.heldout_corpus, head)
+
+    async def save(self, updates_done: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint with the driver's ``state``; returns when it is durable.
+
+        The weights are copied first, so that the next update need not wait for the disk.
+
+        Raises: CheckpointError when the learner is not at this update.
+        """
+        async with self._turn:
+            if self.distiller.updates_done != updates_done:
+                raise CheckpointError(
+                    "updates in the learner when its checkpoint is written", self.distiller.updates_done,
+                    f"be {updates_done}, as in the ledger of the checkpoint", "report this as a bug",
+                )  # fmt: skip
+            with self._clock.running():
+                tensors = await asyncio.to_thread(self.distiller.tensors)
+        await asyncio.to_thread(self.checkpoints.save, updates_done, tensors, state)
+
+    async def write_student(self, name: Literal["best", "student"]) -> None:
+        """Write the current student as a Hugging Face checkpoint into a folder of the run."""
+        folders: dict[str, Path] = {"best": self.folder.best, "student": self.folder.student}
+        async with self._turn:
+            await asyncio.to_thread(self._students.write, self.distiller.student, folders[name])
+
+    def stats(self) -> dict[str, float]:
+        """Counters for the metrics of an update."""
         return {
-            "updates": self.distiller.updates_done,
-            "policy_version": PolicyVersionCounter(self.folder.path).last,
-            "num_tokens": self.distiller.num_tokens,
-            "timing_s": {"training": seconds - sum(milestones.seconds.values()), **milestones.seconds},
+            "learner/num_input_tokens": float(self.distiller.num_tokens),
+            "timing/learner_total_busy_s": self._clock.busy_s,
         }
 
-    def _publisher(self, receivers: Sequence[WeightReceiver]) -> SharedMemoryPublisher:
-        return SharedMemoryPublisher(
-            weights=self.distiller.student.named_weights,
-            receivers=receivers,
-            next_version=PolicyVersionCounter(self.folder.path).next,
-            folder=self.inputs.weights,
-            deadline_s=self.config.weights.deadline_s,
-            dtype=push_dtype(self.config),
-        )
-
-    def _milestones(
-        self,
-        replay: ReplayControl,
-        recorder: Recorder,
-        evaluator: Evaluator,
-        stats: Sequence[Stats],
-    ) -> RunMilestones:
-        states = {"adaptive_share": self.adaptive_share.state, "alarms": self.alarms.state}
-        return RunMilestones(
-            self.config,
-            replay,
-            recorder,
-            evaluator,
-            Saver(self.folder, self.checkpoints, self.distiller, self.writer, states),
-            self.adaptive_share,
-            stats,
-        )
-
-    async def _check_teacher(
-        self, heldout: HeldoutActors, store: SegmentStore, head: Head, recorder: Recorder
-    ) -> None:
-        """Raises: ConfigError when the engine's teacher is another distribution than the learner's."""
-        num_texts = min(self.config.scoring.check, self.config.evaluation.num_prompts)
-        if num_texts == 0:
-            return
-        self.report(activity="comparing the teacher's engine with the learner")
-        head = head.prefix(self.inputs.num_tokens)
-        tv = await check_teacher(heldout, store, self.inputs.heldout_corpus, num_texts, head)
-        recorder.event("teacher_checked", num_texts=num_texts, tv=tv)
-
-    def _scorer(self) -> PolicyScorer:
+    def _policy_scorer(self) -> PolicyScorer:
         """Evaluations compare with the teacher itself, even where a proxy stands in for it in training."""
         student, teacher = self.distiller.student, self.distiller.teacher
         if self.inputs.has_proxy:

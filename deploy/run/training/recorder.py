@@ -1,23 +1,19 @@
 """The records of a run: a row of metrics for every update, events, alarms, and the live line's facts.
 
-Called by :mod:`learner.process.milestones`. Nothing here computes with tensors.
+Called by :mod:`deploy.run.training.milestones`. Nothing here computes with tensors.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from distill.evaluation import Evaluation, load_evaluation
 from distill.interfaces import Lease
 from distill.run.alarms import Alarms
 from distill.run.folder import RunFolder
-from distill.run.metrics import EventLog, MetricsWriter, read_metrics
-
-ReportFacts = Callable[..., None]
-"""Takes keyword facts for the live line; the driver polls them."""
+from distill.run.metrics import EventLog, MetricsWriter, ReportFacts, read_metrics
 
 
 class Recorder:
@@ -25,7 +21,7 @@ class Recorder:
 
     def __init__(self, folder: RunFolder, alarms: Alarms, report: ReportFacts) -> None:
         self.report = report
-        self._alarms = alarms
+        self.alarms = alarms
         self._metrics = MetricsWriter(folder.path)
         self._events = EventLog(folder.path)
         self._since = time.monotonic()
@@ -39,32 +35,23 @@ class Recorder:
         """An update's seconds count from here: evaluations and checkpoints are not part of them."""
         self._since = time.monotonic()
 
-    async def update(
-        self,
-        updates_done: int,
-        policy_version: int,
-        lease: Lease,
-        metrics: dict[str, float],
-        stats: Sequence[Callable[[], Awaitable[dict[str, float]]]],
-    ) -> None:
-        """Write the row of an update. ``stats``: counters of the replay and of the other actors."""
+    def update(self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]) -> None:
+        """Write the row of an update. ``metrics``: its own, and the counters of all actors."""
         row = dict(metrics)
         if ages := lease.policy_ages:
             row["policy/age_max"] = float(max(ages))
             row["policy/age_mean"] = sum(ages) / len(ages)
         row["policy/version"] = float(policy_version)
-        for counters in await asyncio.gather(*(each() for each in stats)):
-            row |= counters
         row["timing/update_s"] = time.monotonic() - self._since
         self._metrics.write(updates_done, row)
-        self._raise(updates_done, self._alarms.after_update(row))
+        self._raise(updates_done, self.alarms.after_update(row))
         self.report(
             update=updates_done, policy_version=policy_version, policy_age=max(ages, default=0), row=row
         )
 
     def evaluated(self, updates_done: int, evaluation: Evaluation) -> None:
         """Raise the alarms of an evaluation during training."""
-        self._raise(updates_done, self._alarms.after_evaluation(evaluation))
+        self._raise(updates_done, self.alarms.after_evaluation(evaluation))
 
     def event(self, name: str, **fields: Any) -> None:
         self._events.write(name, **fields)
@@ -80,7 +67,7 @@ class Recorder:
     def _raise(self, update: int, messages: Sequence[str]) -> None:
         for message in messages:
             self.event("alarm", update=update, message=message)
-        self.report(alarms=list(self._alarms.raised.values()))
+        self.report(alarms=list(self.alarms.raised.values()))
 
 
 def resumed_alarms(folder: RunFolder, state: dict[str, Any]) -> Alarms:

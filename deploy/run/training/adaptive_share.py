@@ -3,7 +3,7 @@
 Ko et al., 2024, "adaptive SGO scheduler": the share starts low and grows by ``fraction_step`` when the
 validation loss exceeds, by ``fraction_tolerance``, the one at which the share last changed. The
 validation loss is forward KL on the teacher's held-out text, which differs from cross-entropy on that
-text by a constant. Called by :mod:`learner.process.milestones`.
+text by a constant. Called by :mod:`deploy.run.training.milestones`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from learner.model.student import Student
-from learner.process.saver import StudentWriter
+from learner.process.student_folder import StudentWriter
 from tests.tiny import CHAT_TEMPLATE, save_tiny_llama
 
 

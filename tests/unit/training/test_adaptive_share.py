@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from deploy.run.training.adaptive_share import AdaptiveShare
 from distill.config import RecipeConfig
 from distill.evaluation import EXTRA_METRICS, METRICS, Evaluation, save_evaluation
 from distill.run.folder import RunFolder
-from learner.process.adaptive_share import AdaptiveShare
 
 RECIPE = RecipeConfig(student_text="mixed", student_fraction=0.0, fraction_step=0.1, loss="skew_forward_kl")
 

@@ -1,0 +1,56 @@
+"""A running actor as the driver's coroutines see it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from deploy.cluster.failures import ActorFailed
+
+
+class NamesFailures(Protocol):
+    """The part of a backend that an actor needs."""
+
+    def failure(self, name: str, error: BaseException) -> Exception: ...
+
+
+class Actor:
+    """Calls the methods of a handle; what fails has the actor's name.
+
+    ``await actor.method(...)`` starts the call when it is made, not when it is awaited.
+    """
+
+    def __init__(self, name: str, handle: Any, backend: NamesFailures) -> None:
+        self.name = name
+        self.handle = handle
+        """For other actors, which call it themselves."""
+        self._backend = backend
+
+    def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
+        if method.startswith("_"):
+            raise AttributeError(method)
+
+        def call(*args: object) -> Awaitable[Any]:
+            return self._result(getattr(self.handle, method).remote(*args))
+
+        return call
+
+    async def within(self, seconds: float, method: str, *args: object) -> Any:
+        """Call a method that answers at once unless the actor hangs.
+
+        Raises: ActorFailed when there is no answer in time.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                return await getattr(self, method)(*args)
+        except TimeoutError:
+            raise ActorFailed.late([self.name], seconds) from None
+
+    async def _result(self, call: Awaitable[Any]) -> Any:
+        try:
+            return await call
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            raise self._backend.failure(self.name, error) from error

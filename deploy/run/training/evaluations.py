@@ -1,0 +1,104 @@
+"""Held-out evaluations: the rollout actors sample, the teacher actors score, the learner measures.
+
+Nothing here computes with tensors. The weights do not change meanwhile, because the driver evaluates between two
+updates, after the push.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy.run.training.fleet import Fleet, Member
+from distill.data import read_table
+from distill.evaluation import Evaluation, save_evaluation
+from distill.files import write_bytes
+from distill.interfaces import SampleRef
+from distill.run.folder import RunFolder
+from distill.run.inputs import RunInputs
+
+
+class Evaluations:
+    """Evaluates the student that the engines have, and keeps the results in the run folder."""
+
+    def __init__(self, fleet: Fleet, folder: RunFolder, inputs: RunInputs) -> None:
+        self._fleet = fleet
+        self._folder = folder
+        self._inputs = inputs
+
+    async def evaluate(self, label: str, num_prompts: int, *, keep_answers: bool) -> Evaluation:
+        """Measure on the first held-out prompts.
+
+        ``keep_answers``: also both models' greedy answers to the shown prompts, as text.
+        """
+        learner = self._fleet.learner
+        if await learner.num_teacher_rows() < num_prompts:
+            await learner.keep_teacher_text(await self._score_teacher_text(num_prompts))
+        samples = await _divided(
+            range(num_prompts), self._fleet.rollouts, lambda each, numbers: each.actor.sample_heldout(numbers)
+        )
+        scored = await _divided(
+            samples, self._fleet.teachers, lambda each, part: each.actor.score_samples(part)
+        )
+        evaluation: Evaluation = await learner.measure(label, scored)
+        save_evaluation(self._folder.evaluations, evaluation)
+        if keep_answers:
+            answers = await self._fleet.rollouts[0].actor.answer_shown()
+            path = self._folder.evaluations / f"{label}-answers.json"
+            texts = await asyncio.to_thread(shown_answers, self._inputs, answers)
+            write_bytes(path, json.dumps(texts, indent=1).encode())
+        await self._release()
+        return evaluation
+
+    async def check_teacher(self, num_texts: int) -> float:
+        """Compare the teacher's engine with the learner; returns the total variation.
+
+        Raises: ConfigError when the engine's teacher is another distribution than the learner's.
+        """
+        samples = await self._score_teacher_text(num_texts)
+        tv: float = await self._fleet.learner.check_teacher(samples)
+        await self._release()
+        return tv
+
+    async def _score_teacher_text(self, num_rows: int) -> list[SampleRef]:
+        return await _divided(
+            range(num_rows), self._fleet.teachers, lambda each, numbers: each.actor.score_heldout(numbers)
+        )
+
+    async def _release(self) -> None:
+        members = {each.holder: each for each in [*self._fleet.rollouts, *self._fleet.teachers]}
+        await asyncio.gather(*(each.actor.release_heldout() for each in members.values()))
+
+
+async def _divided(
+    things: Sequence[Any],
+    members: Sequence[Member],
+    work: Callable[[Member, list[Any]], Awaitable[list[SampleRef]]],
+) -> list[SampleRef]:
+    """Divide the work on some things among the members of a pool; returns the results in the order of the things."""
+    parts = [list(things[number :: len(members)]) for number in range(len(members))]
+    pairs = [(member, part) for member, part in zip(members, parts, strict=True) if part]
+    results = await asyncio.gather(*(work(member, part) for member, part in pairs))
+    return [results[place % len(members)][place // len(members)] for place in range(len(things))]
+
+
+def shown_answers(inputs: RunInputs, student_answers: Sequence[Sequence[int]]) -> list[dict[str, str]]:
+    """The shown prompts with both models' answers; ``…`` marks an answer that the limit cut."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(inputs.teacher_dir, local_files_only=True)
+
+    def text(tokens: Sequence[int]) -> str:
+        ended = bool(tokens) and tokens[-1] in inputs.stop_token_ids
+        return tokenizer.decode(tokens, skip_special_tokens=True) + ("" if ended else " …")
+
+    prompts = read_table(inputs.shown_prompts)["prompt_text"].to_pylist()
+    teacher_answers = json.loads(Path(inputs.teacher_answers).read_text())["answers"]
+    rows = zip(prompts, teacher_answers, student_answers, strict=True)
+    return [
+        {"prompt": prompt, "teacher": text(teacher), "student": text(student)}
+        for prompt, teacher, student in rows
+    ]

@@ -1,0 +1,66 @@
+"""The actors of the last stage, by what they are for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from deploy.cluster.actor import Actor
+from distill.interfaces import Holder
+
+STATS_DEADLINE_S = 60.0
+"""Seconds within which an actor answers a question that costs it nothing. It may be in the middle of a step."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One actor of a pool."""
+
+    holder: Holder
+    actor: Actor
+
+
+@dataclass
+class Fleet:
+    """Everyone who works on an update."""
+
+    replay: Actor
+    learner: Actor
+    rollouts: list[Member]
+    """They sample the student; for a recipe without student text, for evaluations only."""
+    scorers: list[Member]
+    """They fill the payload."""
+    teachers: list[Member]
+    """They score for evaluations: the scorers, unless those are a proxy's."""
+
+    @property
+    def members(self) -> list[Member]:
+        """Every member of every pool once."""
+        return [*self.rollouts, *self.scorers, *(each for each in self.teachers if each not in self.scorers)]
+
+    async def stats_of(self, members: Sequence[Member]) -> dict[str, dict[str, float]]:
+        """The counters of some members by name. Raises: ActorFailed for one that does not answer."""
+        answers = await asyncio.gather(*(each.actor.within(STATS_DEADLINE_S, "stats") for each in members))
+        return {str(each.holder): stats for each, stats in zip(members, answers, strict=True)}
+
+    async def stats(self) -> dict[str, float]:
+        """The counters of all actors; those of a pool are added up. Those of the payload's scorers are the teacher's.
+
+        Raises: ActorFailed for an actor that does not answer.
+        """
+        pools, replay, learner = await asyncio.gather(
+            self.stats_of([*self.rollouts, *self.scorers]),
+            self.replay.within(STATS_DEADLINE_S, "stats"),
+            self.learner.within(STATS_DEADLINE_S, "stats"),
+        )
+        return {**replay, **learner, **added(pools.values())}
+
+
+def added(counters: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The sum of some actors' counters, by name."""
+    total: dict[str, float] = {}
+    for stats in counters:
+        for name, value in stats.items():
+            total[name] = total.get(name, 0.0) + value
+    return total

@@ -1,0 +1,149 @@
+"""The last stage of a run: the loops of all actors, and the driver's own, until the last update.
+
+The driver runs :func:`distill.algorithm.train_loop` and alone writes into the run folder, apart from checkpoints and
+students, which the learner writes at its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from deploy.run.training.adaptive_share import AdaptiveShare
+from deploy.run.training.evaluations import Evaluations
+from deploy.run.training.fleet import Fleet
+from deploy.run.training.milestones import RunMilestones
+from deploy.run.training.publisher import FleetPublisher
+from deploy.run.training.recorder import Recorder, resumed_alarms
+from distill.algorithm import train_loop
+from distill.config import RunConfig
+from distill.run.alarms import Alarms
+from distill.run.folder import PolicyVersionCounter, RunFolder
+from distill.run.inputs import RunInputs
+from distill.run.metrics import ReportFacts
+
+SHOW_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a finished training contributes to the summary."""
+
+    updates: int
+    policy_version: int
+    timing_s: dict[str, float]
+    """Seconds by activity of the driver's loop."""
+    actors: dict[str, dict[str, float]]
+    """The counters of every actor that makes rows, by its name, and of the learner."""
+
+
+async def train_fleet(
+    config: RunConfig,
+    inputs: RunInputs,
+    fleet: Fleet,
+    state: dict[str, Any] | None,
+    report: ReportFacts,
+    show: Callable[[], None],
+) -> Trained:
+    """Train from the learner's loaded state to the last update.
+
+    ``state``: that of the checkpoint which the learner loaded; None in a new run. ``report``: takes facts for the
+    live line; ``show``: is called about once a second.
+
+    Raises: the first error of an actor or of the loop, with the actor's name.
+    """
+    showing = asyncio.create_task(_repeat(show))
+    loops = [asyncio.create_task(_produce(each)) for each in _loops(config, fleet)]
+    training = asyncio.create_task(_train(config, inputs, fleet, state, report))
+    try:
+        # A loop that ends first either has failed, or was told that the run is over.
+        await asyncio.wait([training, *loops], return_when=asyncio.FIRST_EXCEPTION)
+        for loop in loops:
+            if loop.done():
+                loop.result()
+        result = await training
+        await asyncio.gather(*loops)
+        return result
+    finally:
+        for task in [training, *loops, showing]:
+            task.cancel()
+
+
+def _loops(config: RunConfig, fleet: Fleet) -> list[Awaitable[None]]:
+    """Start the loops of the actors that make rows."""
+    producers = [*fleet.scorers, *(fleet.rollouts if config.recipe.uses_student_text else [])]
+    return [member.actor.run(fleet.replay.handle) for member in producers]
+
+
+async def _produce(loop: Awaitable[None]) -> None:
+    await loop
+
+
+async def _repeat(show: Callable[[], None]) -> None:
+    while True:
+        show()
+        await asyncio.sleep(SHOW_EVERY_S)
+
+
+async def _train(
+    config: RunConfig, inputs: RunInputs, fleet: Fleet, state: dict[str, Any] | None, report: ReportFacts
+) -> Trained:
+    folder = RunFolder(inputs.run_dir)
+    versions = PolicyVersionCounter(folder.path)
+    publisher = FleetPublisher(
+        fleet.learner,
+        lambda: [member.actor for member in fleet.rollouts],
+        versions.next,
+        folder=inputs.weights,
+        deadline_s=config.weights.deadline_s,
+    )
+
+    async def stats() -> dict[str, float]:
+        return await fleet.stats() | publisher.stats()
+
+    updates_done = state["updates_done"] if state else 0
+    alarms = resumed_alarms(folder, state) if state else Alarms()
+    share = AdaptiveShare(config.recipe, folder, state["adaptive_share"] if state else None)
+    evaluations = Evaluations(fleet, folder, inputs)
+    # A run that ends by an error keeps its last rows, which explain it.
+    with closing(Recorder(folder, alarms, report)) as recorder:
+        await _check_teacher(config, evaluations, recorder)
+        milestones = RunMilestones(config, folder, fleet, recorder, evaluations, share, stats)
+        num_updates = config.learner.num_updates
+        report(activity="training", num_updates=num_updates)
+        start = time.monotonic()
+        replay: Any = fleet.replay
+        learner: Any = fleet.learner
+        await train_loop(
+            replay,
+            learner,
+            publisher,
+            milestones,
+            updates_done=updates_done,
+            num_updates=num_updates,
+            lock_step=config.replay.lock_step,
+        )
+        await milestones.finish()
+    await fleet.learner.write_student("student")
+    seconds = time.monotonic() - start
+    timing = {"training": seconds - sum(milestones.seconds.values()), **milestones.seconds}
+    return Trained(
+        updates=num_updates,
+        policy_version=versions.last,
+        timing_s=timing,
+        actors=await fleet.stats_of(fleet.members) | {"learner": await fleet.learner.stats()},
+    )
+
+
+async def _check_teacher(config: RunConfig, evaluations: Evaluations, recorder: Recorder) -> None:
+    """Raises: ConfigError when the engine's teacher is another distribution than the learner's."""
+    num_texts = min(config.scoring.check, config.evaluation.num_prompts)
+    if num_texts == 0:
+        return
+    recorder.report(activity="comparing the teacher's engine with the learner")
+    tv = await evaluations.check_teacher(num_texts)
+    recorder.event("teacher_checked", num_texts=num_texts, tv=tv)
