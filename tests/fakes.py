@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from distill.interfaces import Completion, Lease, SampleRequest, Tokens, WeightManifest
+from distill.interfaces import Completion, Lease, SampleRequest, Store, Tokens, WeightManifest
 from distill.schema import Trajectory, trajectory_batch
 from distill.weights import require_newer
 
@@ -73,28 +73,38 @@ class FakeTeacher:
 class FakeLearner:
     """Records the draws and the rows of every update."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store) -> None:
+        self.store = store
         self.seen: list[list[str]] = []
         self.rows: list[list[pa.RecordBatch]] = []
 
-    def update(self, rows: Sequence[pa.RecordBatch]) -> dict[str, float]:
-        names = (row.column("draw_id")[0].as_py() for row in rows)
-        self.seen.append(list(dict.fromkeys(names)))
-        self.rows.append(list(rows))
+    async def update(self, lease: Lease) -> dict[str, float]:
+        await asyncio.sleep(0)
+        self.seen.append([group.draw.draw_id for group in lease.groups])
+        self.rows.append([self.store.read(sample) for group in lease.groups for sample in group.samples])
         return {"policy/loss": float(len(self.seen))}
 
 
 class FakePublisher:
-    """Counts versions and sets the generator's version at once."""
+    """Counts versions, and sets the generator's version when a push is sent."""
 
     def __init__(self, generator: FakeGenerator, first_version: int = 1) -> None:
         self.generator = generator
         self.version = first_version - 1
+        self.sending = False
 
-    async def publish(self, updates_done: int) -> int:
+    async def write(self, updates_done: int) -> WeightManifest:
+        assert not self.sending, "the weights of a push must be in the engines before the next is written"
         self.version += 1
-        self.generator.version = self.version
-        return self.version
+        return WeightManifest(
+            policy_version=self.version, update=updates_done, path="", num_bytes=0, checksum=""
+        )
+
+    async def send(self, manifest: WeightManifest) -> None:
+        self.sending = True
+        await asyncio.sleep(0)
+        self.generator.version = manifest.policy_version
+        self.sending = False
 
 
 class FakeMilestones:
@@ -106,6 +116,9 @@ class FakeMilestones:
 
     async def before_training(self, updates_done: int, policy_version: int) -> None:
         self.calls.append((updates_done, policy_version))
+
+    def samples_after(self, updates_done: int) -> bool:
+        return updates_done % 2 == 0
 
     async def after_update(
         self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]

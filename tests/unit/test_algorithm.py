@@ -62,7 +62,6 @@ class World:
         self.corpus = TextCorpus(corpus_rows(NUM_TEXTS))
         self.generator = FakeGenerator(delay_s)
         self.teacher: FakeTeacher | None = FakeTeacher()
-        self.learner = FakeLearner()
         self.milestones = FakeMilestones()
         self.capacity = 1 if config.replay.lock_step else 4
         self.publisher = FakePublisher(self.generator)
@@ -77,6 +76,7 @@ class World:
             )
             for name in ("rollout", "teacher", "learner")
         }
+        self.learner = FakeLearner(self.stores["learner"])
 
     def new_index(self) -> ReplayIndex:
         config = self.config
@@ -110,12 +110,12 @@ class World:
             ),
             train_loop(
                 self.service,
-                self.stores["learner"],
                 self.learner,
                 self.publisher,
                 self.milestones,
                 updates_done=0,
                 num_updates=self.config.learner.num_updates,
+                lock_step=self.config.replay.lock_step,
             ),
         )
 

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors import metered
 from actors.metered import MeteredGenerator, MeteredTeacher
 from distill.interfaces import Completion, SampleRequest
+from distill.machine import clock
 
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that the test sets."""
     time = [100.0]
-    monkeypatch.setattr(metered.time, "monotonic", lambda: time[0])
+    monkeypatch.setattr(clock.time, "monotonic", lambda: time[0])
     return time
 
 

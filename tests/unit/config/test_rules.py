@@ -37,6 +37,7 @@ BROKEN = [
     "learner.warmup_fraction=1", "weights.deadline_s=0", "checkpoint.every=0", "checkpoint.keep=0",
     "evaluation.every=-1", "evaluation.num_prompts=1 evaluation.num_prompts_during=1",
     "evaluation.num_prompts_during=129", "evaluation.best_metric=bleu", "cluster.object_store_bytes=1",
+    "cluster.address=null", "cluster.address=http://10.0.0.1:8265", "cluster.address=somewhere",
     "replay.min_size_to_sample=17", "recipe.long_weight=1 rollout.samples_per_prompt=1",
     "data.num_heldout=100", "recipe.student_text=mixed",
     "replay.samples_per_insert=0.5 replay.max_policy_age=1",
@@ -50,7 +51,7 @@ BROKEN = [
     "student.init.num_layers=null student.init.layers=[0,2,1]", "recipe=imitkd recipe.anchor_weight=0.5",
     "recipe.loss_weight=0 recipe.anchor_weight=0", "recipe=opd recipe.lm_weight=1",
     "learner.beta1=1.5", "learner.final_fraction=7", "sft.warmup_fraction=5", "scoring.gpu_memory_utilization=9",
-    "scoring.max_num_seqs=0", "scoring.check=-1", "rollout.max_num_seqs=0", "rollout.num_threads=0", "cluster.start_timeout_s=0",
+    "scoring.max_num_seqs=0", "rollout.replicas=0", "scoring.replicas=0", "scoring.check=-1", "rollout.max_num_seqs=0", "rollout.num_threads=0", "cluster.start_timeout_s=0",
     "seed=-1", "data.path=", "data.format=messages data.answer_column=x", "corpus.seed=-1", "learner.weight_decay=-1", "sft.learning_rate=0", "rollout.kv_cache_gib=0",
 ]  # fmt: skip
 """Overrides of a valid configuration. Each item breaks the rule of one of its settings."""

@@ -105,7 +105,7 @@ def test_gpus_go_to_the_learner_and_to_engines_that_compute_on_them():
 def test_a_node_with_too_little_is_refused_with_the_numbers():
     line = refusal(node(4), APART, "rollout.num_threads=3", "scoring.num_threads=2")
     assert line.startswith("CPUs of the Ray node 10.0.0.1=4 must be >= 6, which the actors take")
-    assert "(learner 1, rollout 3, teacher 2)" in line and "lower learner.num_threads" in line
+    assert "(learner 1, rollout 3, teacher 2)" in line and "lower num_threads and replicas of learner" in line
     assert refusal(node(2), "rollout.num_threads=3").startswith(
         "CPUs of the Ray node 10.0.0.1=2 must be >= 3"
     )

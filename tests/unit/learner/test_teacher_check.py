@@ -16,7 +16,7 @@ from distill.config import RolloutConfig, ScoringConfig
 from distill.data import PromptTable, TextCorpus
 from distill.data.prompts import PROMPT_SCHEMA
 from distill.errors import ConfigError
-from distill.interfaces import Holder, SampleRef
+from distill.interfaces import Holder
 from distill.replay.segments import SegmentStore
 from learner.model.head import Head
 from learner.process.teacher_check import check_teacher, total_variation
@@ -79,31 +79,19 @@ async def checked(tmp_path: Path):
         together=True,
         fills_payload=True,
     )
-    yield _Remote(scorer), store, str(corpus), Head.from_checkpoint(teacher)
+    scored = [store.read(sample) for sample in await scorer.score_heldout(range(4))]
+    yield scored, str(corpus), Head.from_checkpoint(teacher)
     await scorer.close()
 
 
-class _Remote:
-    """The scorer as the learner sees it: all methods are coroutines."""
-
-    def __init__(self, scorer: TeacherWorker) -> None:
-        self._scorer = scorer
-
-    async def score_heldout(self, num_rows: int) -> list[SampleRef]:
-        return await self._scorer.score_heldout(num_rows)
-
-    async def release_heldout(self) -> None:
-        self._scorer.release_heldout()
-
-
-async def test_the_teacher_that_sampled_is_recognised(checked) -> None:
-    scorer, store, corpus, head = checked
-    assert await check_teacher(scorer, store, corpus, 4, head) < 0.01
+def test_the_teacher_that_sampled_is_recognised(checked) -> None:
+    scored, corpus, head = checked
+    assert check_teacher(scored, corpus, head) < 0.01
 
 
 @pytest.mark.parametrize("fault", ["other head", "scale", "soft-cap"])
-async def test_another_distribution_is_refused(checked, fault: str) -> None:
-    scorer, store, corpus, head = checked
+def test_another_distribution_is_refused(checked, fault: str) -> None:
+    scored, corpus, head = checked
     wrong = {
         "other head": replace(head, weight=head.weight.flip(0)),
         "scale": replace(head, transform=replace(head.transform, scale=0.25)),
@@ -112,4 +100,4 @@ async def test_another_distribution_is_refused(checked, fault: str) -> None:
     with pytest.raises(
         ConfigError, match=r"^scoring\.check=a total variation of 0\.\d+ must be at most 0\.05 "
     ):
-        await check_teacher(scorer, store, corpus, 4, wrong)
+        check_teacher(scored, corpus, wrong)
