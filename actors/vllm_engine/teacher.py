@@ -38,13 +38,17 @@ class VllmTeacher(SteppedTeacher):
         self._watch = asyncio.create_task(self._watch_ranks(ranks)) if ranks else None
 
     @classmethod
-    async def start(cls, model_dir: str, settings: ScoringConfig, *, max_model_tokens: int) -> VllmTeacher:
+    async def start(
+        cls, model_dir: str, settings: ScoringConfig, *, max_model_tokens: int, lock_step: bool = False
+    ) -> VllmTeacher:
         """Load the teacher; returns when it can score.
+
+        ``lock_step``: compute one call after the other, so that timing does not decide which texts share a step.
 
         Raises: ConfigError when the machine has fewer cores than ranks.
         """
         before = {process.pid for process in engine_processes()}
-        loop = StepLoop(_NAME)
+        loop = StepLoop(_NAME, lock_step=lock_step)
         await loop.start(partial(_start_teacher, model_dir, settings, max_model_tokens))
         return cls(loop, [process for process in engine_processes() if process.pid not in before])
 

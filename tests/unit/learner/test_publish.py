@@ -122,7 +122,7 @@ async def test_a_file_has_every_weight_in_the_format_of_the_engines(
 async def test_a_source_that_changes_between_its_passes_is_an_error(tmp_path: Path) -> None:
     sizes = iter((3, 4))
     pushes = publisher(tmp_path, Receiver(), weights=lambda: [("a", torch.ones(next(sizes)))])
-    with pytest.raises(ValueError, match=r"^weight a \(4,\): the header has \(3,\)$"):
+    with pytest.raises(ValueError, match=r"^weight a \(4,\): the header has a \(3,\)$"):
         await pushes.publish(0)
     assert list(tmp_path.iterdir()) == []
 
