@@ -70,8 +70,10 @@ class SharedMemoryPublisher:
         self.deadline_s = deadline_s
         self.dtype = dtype
         self.push_s = 0.0
-        """Seconds from the start of the last push's :meth:`write` to the end of its :meth:`send`."""
-        self._started = 0.0
+        """Seconds that :meth:`write` and :meth:`send` of the last push took together."""
+        self._write_s: dict[int, float] = {}
+        """The same of :meth:`write` alone, for the versions that have not been sent."""
+        self._sending = asyncio.Lock()  # in the order of the calls, because engines refuse older versions
 
     async def stats(self) -> dict[str, float]:
         """Counters for the metrics of an update."""
@@ -91,32 +93,37 @@ class SharedMemoryPublisher:
 
         The parameters must not change before this returns, and may change afterwards.
         """
-        self._started = time.monotonic()
+        start = time.monotonic()
         version = self.next_version()
-        return await asyncio.to_thread(
+        manifest = await asyncio.to_thread(
             write_weights,
             self.folder,
             partial(write_tensors, self.weights, self.dtype),
             policy_version=version,
             update=updates_done,
         )
+        self._write_s[version] = time.monotonic() - start
+        return manifest
 
     async def send(self, manifest: WeightManifest) -> None:
         """Have every receiver load a file.
 
         Raises: WeightPushError when a receiver refuses, dies or passes the deadline.
         """
-        try:
-            async with asyncio.timeout(self.deadline_s):
-                await asyncio.gather(*(receiver.update_weights(manifest) for receiver in self.receivers))
-        except TimeoutError as error:
-            raise WeightPushError(
-                f"push of policy version {manifest.policy_version}", NO_VALUE,
-                f"reach all {len(self.receivers)} engines within weights.deadline_s={self.deadline_s}",
-                "raise the deadline, or look for an engine that hangs",
-            ) from error  # fmt: skip
-        remove_old_weights(self.folder)
-        self.push_s = time.monotonic() - self._started
+        async with self._sending:
+            start = time.monotonic()
+            version = manifest.policy_version
+            try:
+                async with asyncio.timeout(self.deadline_s):
+                    await asyncio.gather(*(receiver.update_weights(manifest) for receiver in self.receivers))
+            except TimeoutError as error:
+                raise WeightPushError(
+                    f"push of policy version {version}", NO_VALUE,
+                    f"reach all {len(self.receivers)} engines within weights.deadline_s={self.deadline_s}",
+                    "raise the deadline, or look for an engine that hangs",
+                ) from error  # fmt: skip
+            remove_old_weights(self.folder, before=version)
+            self.push_s = self._write_s.pop(version) + time.monotonic() - start
 
 
 class TrainerEnginePublisher:

@@ -78,6 +78,16 @@ async def test_the_parameters_may_change_once_the_file_is_written(tmp_path: Path
     assert pushes.push_s > 0
 
 
+async def test_later_files_wait_for_their_turn(tmp_path: Path) -> None:
+    """A learner that is ahead of the engines: no file goes before it is sent, and versions arrive in order."""
+    receiver = Receiver(delay_s=0.01)
+    pushes = publisher(tmp_path, receiver)
+    manifests = [await pushes.write(update) for update in range(3)]
+    await asyncio.gather(*map(pushes.send, manifests))
+    assert receiver.manifests == manifests
+    assert stored_versions(tmp_path) == [3]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 async def test_tensors_may_be_gathered_one_by_one_into_one_buffer(tmp_path: Path, dtype: torch.dtype) -> None:
     """What is written is a copy: an alias of the buffer would give each tensor the values of the last one."""
