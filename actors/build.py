@@ -66,7 +66,12 @@ async def build_teacher(config: RunConfig, model_dir: str) -> Teacher:
     if config.scoring.engine == "vllm":
         from actors.vllm_engine.teacher import VllmTeacher
 
-        return await VllmTeacher.start(model_dir, config.scoring, max_model_tokens=config.max_model_tokens)
+        return await VllmTeacher.start(
+            model_dir,
+            config.scoring,
+            max_model_tokens=config.max_model_tokens,
+            lock_step=config.replay.lock_step,
+        )
     from actors.transformers_engine import TransformersTeacher
 
     return await TransformersTeacher.start(

@@ -1,9 +1,10 @@
 """One thread that owns a scoring engine and steps it for all calls together.
 
 A call puts its texts into the engine and waits for their states. Calls that arrive meanwhile add theirs before
-the next step, so the engine batches texts of several calls. A call that comes alone has all of its texts in the
-engine before the first step: the composition of its batches, and with it the last bits of its states, depends on
-nothing else, which lock-step runs need.
+the next step, so the engine batches texts of several calls.
+
+The last bits of a state can depend on the texts in its batch. A loop in lock-step therefore computes one call after
+the other, and all texts of a call are in the engine before its first step: timing decides nothing.
 """
 
 from __future__ import annotations
@@ -68,9 +69,10 @@ class _Call:
 class StepLoop:
     """Runs the thread; its coroutines are called on an event loop."""
 
-    def __init__(self, name: str) -> None:
-        """``name``: the engine's name in errors."""
+    def __init__(self, name: str, *, lock_step: bool = False) -> None:
+        """``name``: the engine's name in errors. ``lock_step``: calls do not share steps."""
         self._name = name
+        self._lock_step = lock_step
         self._inbox: SimpleQueue[_Call | None] = SimpleQueue()
         """New calls; None ends the thread."""
         self._calls: set[_Call] = set()
@@ -147,6 +149,8 @@ class StepLoop:
         for call in {call for call in self._in_engine.values() if call.done.done()}:
             self._drop(engine, call)
         while True:
+            if self._lock_step and self._in_engine:
+                return True
             try:
                 call = self._inbox.get(block=not self._in_engine)
             except Empty:

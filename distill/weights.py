@@ -191,13 +191,12 @@ def stored_versions(shm_dir: str | Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def remove_old_weights(shm_dir: str | Path, keep: int = 1) -> list[int]:
-    """Delete all but the newest ``keep`` files; returns the versions removed.
+def remove_old_weights(shm_dir: str | Path, before: int) -> list[int]:
+    """Delete the files of versions below ``before``; returns the versions removed.
 
     A file that a receiver is :func:`loading` stays until a later call.
     """
-    versions = stored_versions(shm_dir)
-    old = versions[: max(0, len(versions) - keep)]
+    old = [version for version in stored_versions(shm_dir) if version < before]
     return [version for version in old if _remove(weights_path(shm_dir, version))]
 
 

@@ -14,7 +14,7 @@ from actors.stepped_teacher import SteppedTeacher, text_tokens
 from actors.vllm_engine.processes import end_processes, engine_processes, first_deaths
 from actors.vllm_engine.startup import STEP_TOKENS, current_device, engine_arguments, set_environment
 from distill.config import ScoringConfig
-from distill.errors import NO_VALUE
+from distill.errors import NO_VALUE, ConfigError
 from distill.interfaces import EngineDied, Tokens
 from distill.machine.hardware import usable_cores
 
@@ -38,13 +38,17 @@ class VllmTeacher(SteppedTeacher):
         self._watch = asyncio.create_task(self._watch_ranks(ranks)) if ranks else None
 
     @classmethod
-    async def start(cls, model_dir: str, settings: ScoringConfig, *, max_model_tokens: int) -> VllmTeacher:
+    async def start(
+        cls, model_dir: str, settings: ScoringConfig, *, max_model_tokens: int, lock_step: bool = False
+    ) -> VllmTeacher:
         """Load the teacher; returns when it can score.
+
+        ``lock_step``: compute one call after the other, so that timing does not decide which texts share a step.
 
         Raises: ConfigError when the machine has fewer cores than ranks.
         """
         before = {process.pid for process in engine_processes()}
-        loop = StepLoop(_NAME)
+        loop = StepLoop(_NAME, lock_step=lock_step)
         await loop.start(partial(_start_teacher, model_dir, settings, max_model_tokens))
         return cls(loop, [process for process in engine_processes() if process.pid not in before])
 
@@ -71,12 +75,13 @@ class _Pooling:
         """The first row that :meth:`step` returns of each text."""
 
     def add(self, request_id: str, prompt: Tokens, response: Tokens) -> None:
-        """Accept a text. Raises: ValueError when it is longer than the engine's longest."""
+        """Accept a text. Raises: ConfigError when it is longer than ``max_model_tokens``."""
         from vllm.inputs import tokens_input
 
-        self._engine.add_request(
-            request_id, tokens_input(text_tokens(prompt, response).tolist()), self._params
-        )
+        tokens, limit = text_tokens(prompt, response), self._engine.model_config.max_model_len
+        if len(tokens) > limit:
+            raise ConfigError("text to score", f"{len(tokens)} tokens", f"have at most {limit} tokens")
+        self._engine.add_request(request_id, tokens_input(tokens.tolist()), self._params)
         self._first_rows[request_id] = len(prompt) - 1
 
     def step(self) -> Iterator[tuple[str, Tensor]]:

@@ -60,9 +60,9 @@ def _pieces(
     weights: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], size: int
 ) -> Iterator[Tensor]:
     """Split each tensor into flat pieces of at most ``size`` numbers."""
-    for (name, tensor), expected in zip(weights, shapes.items(), strict=True):
-        if (name, tuple(tensor.shape)) != expected:
-            raise ValueError(f"weight {name} {tuple(tensor.shape)}: the header has {expected}")
+    for (name, tensor), (expected, shape) in zip(weights, shapes.items(), strict=True):
+        if (name, tensor.shape) != (expected, shape):
+            raise ValueError(f"weight {name} {tuple(tensor.shape)}: the header has {expected} {shape}")
         yield from tensor.detach().reshape(-1).split(size)
 
 

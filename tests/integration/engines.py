@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from actors.vllm_engine.processes import is_alive
 from distill.config import RolloutConfig, ScoringConfig
 from distill.interfaces import Completion, SampleRequest, WeightManifest
 from distill.weights import write_weights
@@ -106,7 +107,7 @@ class EngineHost:
 
     def descendants(self) -> list[psutil.Process]:
         """Return the processes below the host's, without multiprocessing's resource tracker."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
+        children = filter(is_alive, psutil.Process(self.process.pid).children(recursive=True))
         return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
     def close(self) -> None:

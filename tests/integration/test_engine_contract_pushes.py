@@ -103,7 +103,7 @@ def test_a_push_leaves_its_file_free_to_be_removed(generator: GeneratorHost) -> 
     generator.push(1)
     generator.push(0)
     folder = generator.student.segments
-    remove_old_weights(folder, keep=0)
+    remove_old_weights(folder, before=generator.version + 1)
     assert list(folder.iterdir()) == []
 
 

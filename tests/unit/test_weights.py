@@ -110,13 +110,13 @@ def test_a_failing_writer_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_the_newest_weights_are_kept(tmp_path: Path) -> None:
+def test_older_weights_are_removed(tmp_path: Path) -> None:
     for version in (1, 2, 10, 100_000_000):
         _write(tmp_path, version)
     (tmp_path / "other.safetensors").write_bytes(b"")
-    assert remove_old_weights(tmp_path, keep=2) == [1, 2]
+    assert remove_old_weights(tmp_path, before=10) == [1, 2]
     assert stored_versions(tmp_path) == [10, 100_000_000]
-    assert remove_old_weights(tmp_path, keep=2) == []
+    assert remove_old_weights(tmp_path, before=10) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "other.safetensors",
         "weights-v00000010.safetensors",
@@ -276,9 +276,9 @@ def test_a_file_stays_while_another_process_loads_it(tmp_path: Path) -> None:
     process = Process(manifest)
     process.go()
     assert [process.line(), process.line()] == ["reads", "loads"]
-    assert remove_old_weights(tmp_path) == []
+    assert remove_old_weights(tmp_path, before=2) == []
     assert stored_versions(tmp_path) == [1, 2]
     process.go()
     assert process.end() == ("", "")
-    assert remove_old_weights(tmp_path) == [1]
+    assert remove_old_weights(tmp_path, before=2) == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["weights-v00000002.safetensors"]

@@ -63,7 +63,7 @@ class FleetPublisher:
                 "raise the deadline, or look for an engine that hangs",
             ) from error  # fmt: skip
         self.newest = manifest
-        remove_old_weights(self._folder)
+        remove_old_weights(self._folder, before=manifest.policy_version)
         self.push_s = time.monotonic() - started
         self.total_push_s += self.push_s
 

@@ -110,6 +110,25 @@ async def test_a_later_call_joins_the_steps_of_an_earlier_one(loop: StepLoop, en
     assert len(engine.threads) == 1 and threading.get_ident() not in engine.threads
 
 
+async def test_in_lock_step_calls_do_not_share_a_step(engine: Engine) -> None:
+    """Otherwise an evaluation that scores while the replay does would change the last bits of both."""
+    loop = StepLoop("teacher engine", lock_step=True)
+    await loop.start(lambda: engine)
+    first, second = score(loop, [1] * 2, [1]), score(loop, [2], [3])
+    cancelled = score(loop, [4])
+    await until(engine.in_step.is_set)
+    cancelled.cancel()
+    await asyncio.sleep(0.01)
+    engine.permits.release(1000)
+    assert (await first, await second, await score(loop, [5])) == ([2, 1], [2, 3], [5])
+    assert engine.steps == [[[1] * 2, [1]], [[1] * 2], [[2], [3]], [[5]]]
+    last = score(loop, [6] * 2000)
+    await loop.close()
+    assert engine.closed.is_set() and len(engine.steps) < 2000
+    with pytest.raises(RuntimeError, match="was closed"):
+        await last
+
+
 async def test_results_come_in_the_order_of_the_texts(loop: StepLoop, engine: Engine) -> None:
     engine.permits.release(10)
     assert await score(loop, [5] * 3, [7], [9] * 2) == [15, 7, 18]

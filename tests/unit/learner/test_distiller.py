@@ -78,10 +78,10 @@ def test_a_checkpoint_is_a_copy_that_a_later_update_leaves_alone(world):
     assert learner.critics is not None
     modules = [learner.student.model, *learner.critics._critics.values()]
     optimizers = [learner.optimizer, learner.critics.optimizer]
-    step(modules, optimizers)
+    step(modules, optimizers, 1.0)
     tensors = learner.tensors()
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    step(modules, optimizers)
+    step(modules, optimizers, 2.0)
     assert {name for name in tensors if "step" in name and tensors[name] == 1}
     assert all(torch.equal(tensors[name], before[name]) for name in before)
     after = learner.tensors()
@@ -90,12 +90,12 @@ def test_a_checkpoint_is_a_copy_that_a_later_update_leaves_alone(world):
     }
 
 
-def step(modules: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]) -> None:
+def step(modules: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer], gradient: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = 0.1
     for module in modules:
         for parameter in module.parameters():
-            parameter.grad = torch.ones_like(parameter)
+            parameter.grad = torch.full_like(parameter, gradient)
     for optimizer in optimizers:
         optimizer.step()
