@@ -43,10 +43,11 @@ class RolloutWorker:
         self.capacity = capacity
         self.together = together
         self._heldout_samples: list[SampleRef] = []
+        self._desk: Desk | None = None
 
     async def run(self, replay: Replay) -> None:
         """Sample until the replay reports the end of the run."""
-        desk = Desk(
+        self._desk = desk = Desk(
             replay,
             self.holder,
             self.store,
@@ -80,10 +81,12 @@ class RolloutWorker:
         await self.generator.update_weights(manifest)
 
     def stats(self) -> dict[str, float]:
+        """Counters. An actor is busy while its engine has requests, and blocked while it has no work."""
         return {
             "rollout/num_samples": float(self.generator.num_samples),
             "rollout/num_tokens": float(self.generator.num_tokens),
             "timing/rollout_busy_s": self.generator.clock.busy_s,
+            "timing/rollout_blocked_s": self._desk.idle_s if self._desk else 0.0,
         }
 
     async def close(self) -> None:

@@ -41,10 +41,13 @@ class TeacherWorker:
         self.together = together
         self.fills_payload = fills_payload
         self._heldout_samples: list[SampleRef] = []
+        self._desk: Desk | None = None
 
     async def run(self, replay: Replay) -> None:
         """Score until the replay reports the end of the run."""
-        desk = Desk(replay, self.holder, self.store, capacity=1 if self.together else self.capacity)
+        self._desk = desk = Desk(
+            replay, self.holder, self.store, capacity=1 if self.together else self.capacity
+        )
         teacher = self.teacher if self.fills_payload else None
         async with deleting_dead_segments(replay, self.store):
             await score_loop(desk, self.corpus, teacher, self.store, together=self.together)
@@ -68,9 +71,11 @@ class TeacherWorker:
         self._heldout_samples = []
 
     def stats(self) -> dict[str, float]:
+        """Counters. An actor is busy while its engine has texts, and starved while it has no work."""
         return {
             "teacher/num_tokens": float(self.teacher.num_tokens),
             "timing/teacher_busy_s": self.teacher.clock.busy_s,
+            "timing/teacher_starved_s": self._desk.idle_s if self._desk else 0.0,
         }
 
     async def close(self) -> None:

@@ -7,6 +7,7 @@ started once, and a sample that was refused is given up.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
@@ -56,6 +57,13 @@ class Desk:
         """Calls that are not answered, oldest first, with what they deliver. All but the newest are about to be."""
         self._delivered = asyncio.Event()
         self._over = False
+        self._idle_s = 0.0
+        self._idle_since: float | None = time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds without any work, the present ones included."""
+        return self._idle_s + (time.monotonic() - self._idle_since if self._idle_since is not None else 0.0)
 
     def deliver(self, samples: Sequence[SampleRef]) -> None:
         """Hand in finished samples. They are in the store."""
@@ -67,6 +75,8 @@ class Desk:
                 self._finished[work_id] = None
         while len(self._finished) > _REMEMBERED:
             self._finished.popitem(last=False)
+        if not self._held and self._idle_since is None:
+            self._idle_since = time.monotonic()
         self._done += samples
         self._delivered.set()
 
@@ -76,6 +86,7 @@ class Desk:
                 if new := await self._exchange():
                     yield new
         finally:
+            self._idle_s, self._idle_since = self.idle_s, None
             for call in self._calls:
                 call.cancel()
 
@@ -109,4 +120,6 @@ class Desk:
         new = [work for work in answer.work if not any(work.work_id in ids for ids in known)]
         for work in new:
             self._held[work.work_id] = 1 if isinstance(work, SampleRef) else self._samples_per_draw
+        if new:
+            self._idle_s, self._idle_since = self.idle_s, None
         return new

@@ -164,10 +164,6 @@ class ReplayIndex:
         """Return what an actor was given and does not know of, because an answer was lost."""
         return self._holdings.missing(holder, holding)
 
-    def is_idle(self, holder: Holder) -> bool:
-        """Whether an actor holds no work."""
-        return not self._holdings.of(holder)
-
     def is_dead(self, holder: Holder) -> bool:
         return self._holdings.is_dead(holder)
 

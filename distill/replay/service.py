@@ -10,7 +10,6 @@ import asyncio
 import heapq
 import itertools
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +17,7 @@ from typing import Any
 from distill.interfaces import Exchange, Holder, Kind, Lease, SampleRef, Work
 from distill.replay.index import ReplayIndex
 
-LEARNER_STARVED = "timing/learner_starved_s"
-WAITS: dict[Kind, str] = {
-    "rollout": "timing/rollout_blocked_s",  # by the rate limiter
-    "scoring": "timing/teacher_starved_s",  # of samples and teacher draws
-}
-"""Metric of the seconds that actors of each kind have waited while they held no work, summed over the actors."""
+KINDS: tuple[Kind, ...] = ("rollout", "scoring")
 _SPARE = 64
 """Entries beyond twice the polls at which a queue is cleared of those that no longer wait."""
 
@@ -35,9 +29,6 @@ class _Poll:
     holder: Holder
     room: int
     answer: asyncio.Future[Exchange]
-    since: float
-    idle: bool
-    """Whether the caller had nothing to do meanwhile."""
     work: list[Work] = field(default_factory=list)
 
 
@@ -48,12 +39,12 @@ class ReplayService:
         self.index = index
         self._stopped = False
         self._polls: dict[Holder, _Poll] = {}
-        self._queues: dict[Kind, list[tuple[int, int, _Poll]]] = {kind: [] for kind in WAITS}
+        self._queues: dict[Kind, list[tuple[int, int, _Poll]]] = {kind: [] for kind in KINDS}
         """Heaps of polls, the one with the most room first; some are no longer waiting."""
         self._order = itertools.count()
         self._leases: dict[asyncio.Future[Lease | None], tuple[int, float]] = {}
         """The learner's waits: the update that each asks for, and since when."""
-        self._waited_s: defaultdict[str, float] = defaultdict(float)
+        self._learner_waited_s = 0.0
 
     # Rollout and teacher actors
 
@@ -73,8 +64,6 @@ class ReplayService:
             holder,
             max(0, room - len(lost)),
             asyncio.get_running_loop().create_future(),
-            time.monotonic(),
-            self.index.is_idle(holder),
             lost,
         )
         self._enqueue(poll)
@@ -86,7 +75,7 @@ class ReplayService:
         finally:
             # A caller that gave up must not be served. Its work, if it got some, is missing from its next call.
             if self._polls.get(holder) is poll:
-                self._count(self._polls.pop(holder))
+                del self._polls[holder]
         return Exchange(work=answer.work, refused=refused, over=answer.over) if refused else answer
 
     async def forget(self, holder: Holder) -> int:
@@ -150,14 +139,10 @@ class ReplayService:
         self._settle()
 
     async def stats(self) -> dict[str, float]:
-        """Return the index's numbers and the seconds waited, including waits that are not over."""
+        """Return the index's numbers, and the seconds that the learner has waited, the present ones included."""
         now = time.monotonic()
-        waited = self._waited_s.copy()
-        for poll in self._polls.values():
-            waited[WAITS[poll.holder.kind]] += (now - poll.since) * poll.idle
-        for _, since in self._leases.values():
-            waited[LEARNER_STARVED] += now - since
-        return self.index.stats() | {name: waited[name] for name in (*WAITS.values(), LEARNER_STARVED)}
+        waited_s = self._learner_waited_s + sum(now - since for _, since in self._leases.values())
+        return self.index.stats() | {"timing/learner_starved_s": waited_s}
 
     async def stop(self) -> None:
         """End every present and later wait with an empty result."""
@@ -177,7 +162,7 @@ class ReplayService:
             for holder in list(self._polls):
                 self._answer(self._polls.pop(holder), over=True)
             return
-        for kind in WAITS:
+        for kind in KINDS:
             if self.index.has_work(kind):
                 self._dispatch(kind)
 
@@ -229,12 +214,8 @@ class ReplayService:
 
     def _answer(self, poll: _Poll | None, *, over: bool = False) -> None:
         if poll is not None and not poll.answer.done():
-            self._count(poll)
             poll.answer.set_result(Exchange(work=tuple(poll.work), over=over))
-
-    def _count(self, poll: _Poll) -> None:
-        self._waited_s[WAITS[poll.holder.kind]] += (time.monotonic() - poll.since) * poll.idle
 
     def _end_lease(self, wait: asyncio.Future[Lease | None]) -> None:
         _, since = self._leases.pop(wait)
-        self._waited_s[LEARNER_STARVED] += time.monotonic() - since
+        self._learner_waited_s += time.monotonic() - since

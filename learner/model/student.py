@@ -99,6 +99,12 @@ class Student:
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"{_PREFIX}{name}"])
 
+    def copy_from(self, other: Student) -> None:
+        """Take the weights of another student of the same architecture."""
+        with torch.no_grad():
+            for mine, its in zip(self.parameters(), other.parameters(), strict=True):
+                mine.copy_(its)
+
     def states(self, pack: Pack) -> Tensor:
         """[N, D]: final-norm hidden states before the pack's response tokens.
 

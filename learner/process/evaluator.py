@@ -54,10 +54,9 @@ class PolicyScorer:
 
 
 class Evaluator:
-    """Measures the current student on held-out prompts."""
+    """Measures a student on held-out prompts."""
 
-    def __init__(self, inputs: RunInputs, score: PolicyScorer) -> None:
-        self._score = score
+    def __init__(self, inputs: RunInputs) -> None:
         self._teacher_rows: list[pa.RecordBatch] = []
         tokenizer: Any = AutoTokenizer.from_pretrained(inputs.teacher_dir, local_files_only=True)
         self._decode: Callable[[Sequence[int]], str] = lambda tokens: tokenizer.decode(
@@ -79,13 +78,16 @@ class Evaluator:
         """
         self._teacher_rows = [_owned(row) for row in rows]
 
-    def measure(self, label: str, student_rows: Sequence[pa.RecordBatch]) -> Evaluation:
-        """Measure on the student's scored samples, and on as many rows of the teacher's text."""
+    def measure(self, label: str, student_rows: Sequence[pa.RecordBatch], score: PolicyScorer) -> Evaluation:
+        """Measure on the student's scored samples, and on as many rows of the teacher's text.
+
+        ``score``: computes the log-probabilities of the student that has written these samples.
+        """
         return measure(
             label,
             teacher_rows=self._teacher_rows[: len(student_rows)],
             student_rows=student_rows,
-            score=self._score,
+            score=score,
             decode=self._decode,
             references=self._references,
         )

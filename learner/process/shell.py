@@ -69,8 +69,11 @@ class LearnerActor:
     async def keep_teacher_text(self, samples: Sequence[SampleRef]) -> None:
         self.worker.keep_teacher_text(samples)
 
-    async def measure(self, label: str, samples: Sequence[SampleRef]) -> Evaluation:
-        return await self.worker.measure(label, samples)
+    async def copy_student(self) -> None:
+        await self.worker.copy_student()
+
+    async def measure(self, label: str, samples: Sequence[SampleRef], copy: bool) -> Evaluation:
+        return await self.worker.measure(label, samples, copy=copy)
 
     async def check_teacher(self, samples: Sequence[SampleRef]) -> float:
         return await self.worker.check_teacher(samples)
@@ -78,8 +81,8 @@ class LearnerActor:
     async def save(self, updates_done: int, state: dict[str, Any]) -> None:
         await self.worker.save(updates_done, state)
 
-    async def write_student(self, name: Literal["best", "student"]) -> None:
-        await self.worker.write_student(name)
+    async def write_student(self, name: Literal["best", "student"], copy: bool) -> None:
+        await self.worker.write_student(name, copy=copy)
 
     def stats(self) -> dict[str, float]:
         return self.worker.stats()

@@ -52,8 +52,12 @@ class LearnerWorker:
             tensors, self.resumed_state = self.checkpoints.load(newest)
             self.distiller.load(tensors, self.resumed_state)
         self._store = open_store(config.replay, inputs, "learner")
-        self._scorer = self._policy_scorer()
-        self._evaluator = Evaluator(inputs, self._scorer)
+        self._teacher_head = self.distiller.teacher
+        """That of the teacher itself, with which evaluations compare also where a proxy stands in for it."""
+        if inputs.has_proxy:
+            self._teacher_head = Head.from_checkpoint(inputs.teacher_dir, device=student.device)
+        self._evaluator = Evaluator(inputs)
+        self._copy: Student | None = None
         self._students = StudentWriter(inputs, chat_template=config.data.chat_template)
         self._weights = WeightFile(student.named_weights, inputs.weights, push_dtype(config))
         self._turn = asyncio.Lock()
@@ -80,12 +84,25 @@ class LearnerWorker:
         """Keep the teacher's scored text on the first held-out prompts for :meth:`measure`."""
         self._evaluator.keep_teacher_text([self._store.read(sample) for sample in samples])
 
-    async def measure(self, label: str, samples: Sequence[SampleRef]) -> Evaluation:
-        """Measure the current student on its scored samples of the first held-out prompts."""
-        rows = [self._store.read(sample) for sample in samples]
+    async def copy_student(self) -> None:
+        """Copy the current student, for :meth:`measure` and :meth:`write_student` while the updates go on."""
         async with self._turn:
             with self._clock.running():
-                return await asyncio.to_thread(self._evaluator.measure, label, rows)
+                await asyncio.to_thread(self._copy_student)
+
+    async def measure(self, label: str, samples: Sequence[SampleRef], *, copy: bool = False) -> Evaluation:
+        """Measure the current student on its scored samples of the first held-out prompts.
+
+        ``copy``: measure the student that :meth:`copy_student` copied instead, beside the updates.
+        """
+        rows = [self._store.read(sample) for sample in samples]
+        if copy:
+            assert self._copy is not None
+            return await asyncio.to_thread(self._evaluator.measure, label, rows, self._scorer_of(self._copy))
+        async with self._turn:
+            with self._clock.running():
+                scorer = self._scorer_of(self.distiller.student)
+                return await asyncio.to_thread(self._evaluator.measure, label, rows, scorer)
 
     async def check_teacher(self, samples: Sequence[SampleRef]) -> float:
         """Compare the teacher's engine with the learner on scored held-out text; returns the total variation.
@@ -93,7 +110,7 @@ class LearnerWorker:
         Raises: ConfigError when the engine's teacher is another distribution than the learner's.
         """
         rows = [self._store.read(sample) for sample in samples]
-        head = self._scorer.teacher_head.prefix(self.inputs.num_tokens)
+        head = self._teacher_head.prefix(self.inputs.num_tokens)
         async with self._turn:
             return await asyncio.to_thread(check_teacher, rows, self.inputs.heldout_corpus, head)
 
@@ -114,9 +131,13 @@ class LearnerWorker:
                 tensors = await asyncio.to_thread(self.distiller.tensors)
         await asyncio.to_thread(self.checkpoints.save, updates_done, tensors, state)
 
-    async def write_student(self, name: Literal["best", "student"]) -> None:
-        """Write the current student as a Hugging Face checkpoint into a folder of the run."""
+    async def write_student(self, name: Literal["best", "student"], *, copy: bool = False) -> None:
+        """Write the current student, or the copied one, as a Hugging Face checkpoint into a folder of the run."""
         folders: dict[str, Path] = {"best": self.folder.best, "student": self.folder.student}
+        if copy:
+            assert self._copy is not None
+            await asyncio.to_thread(self._students.write, self._copy, folders[name])
+            return
         async with self._turn:
             await asyncio.to_thread(self._students.write, self.distiller.student, folders[name])
 
@@ -127,11 +148,13 @@ class LearnerWorker:
             "timing/learner_total_busy_s": self._clock.busy_s,
         }
 
-    def _policy_scorer(self) -> PolicyScorer:
-        """Evaluations compare with the teacher itself, even where a proxy stands in for it in training."""
-        student, teacher = self.distiller.student, self.distiller.teacher
-        if self.inputs.has_proxy:
-            teacher = Head.from_checkpoint(self.inputs.teacher_dir, device=student.device)
+    def _copy_student(self) -> None:
+        learner = self.config.learner
+        if self._copy is None:
+            self._copy = Student(self.inputs.student_dir, precision=learner.precision, device=learner.device)
+        self._copy.copy_from(self.distiller.student)
+
+    def _scorer_of(self, student: Student) -> PolicyScorer:
         learner = self.config.learner
         micro_batch_tokens = resolve_micro_batch_tokens(learner.micro_batch_tokens, student.device.type)
-        return PolicyScorer(student, teacher, micro_batch_tokens, learner.vocabulary_chunk)
+        return PolicyScorer(student, self._teacher_head, micro_batch_tokens, learner.vocabulary_chunk)

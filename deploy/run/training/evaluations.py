@@ -1,7 +1,8 @@
 """Held-out evaluations: the rollout actors sample, the teacher actors score, the learner measures.
 
-Nothing here computes with tensors. The weights do not change meanwhile, because the driver evaluates between two
-updates, after the push.
+Nothing here computes with tensors. In lock-step an evaluation takes place between two updates, with the learner's
+live weights. Otherwise the learner copies its weights, and goes on while the copy is measured; only a push has to wait
+until the engines, which still have these weights, have sampled.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deploy.run.training.fleet import Fleet, Member
+from deploy.run.training.publisher import FleetPublisher
 from distill.data import read_table
 from distill.evaluation import Evaluation, save_evaluation
 from distill.files import write_bytes
@@ -21,37 +24,77 @@ from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
 
 
+@dataclass(frozen=True)
+class HeldoutSamples:
+    """What a student has sampled for an evaluation."""
+
+    samples: list[SampleRef]
+    answers: list[list[int]] | None
+    """Greedy answers to the shown prompts."""
+
+
 class Evaluations:
     """Evaluates the student that the engines have, and keeps the results in the run folder."""
 
-    def __init__(self, fleet: Fleet, folder: RunFolder, inputs: RunInputs) -> None:
+    def __init__(
+        self, fleet: Fleet, publisher: FleetPublisher, folder: RunFolder, inputs: RunInputs, *, of_copy: bool
+    ) -> None:
+        """``of_copy``: measure a copy of the student, beside the updates."""
         self._fleet = fleet
+        self._publisher = publisher
+        self._of_copy = of_copy
         self._folder = folder
         self._inputs = inputs
 
-    async def evaluate(self, label: str, num_prompts: int, *, keep_answers: bool) -> Evaluation:
-        """Measure on the first held-out prompts.
+    async def evaluate(
+        self,
+        label: str,
+        num_prompts: int,
+        *,
+        keep_answers: bool,
+        on_copied: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
+        """Measure the student that engines and learner have now on the first held-out prompts.
 
-        ``keep_answers``: also both models' greedy answers to the shown prompts, as text.
+        ``keep_answers``: also both models' greedy answers to the shown prompts, as text. ``on_copied`` is called when
+        the learner may start its next update.
         """
-        learner = self._fleet.learner
-        if await learner.num_teacher_rows() < num_prompts:
-            await learner.keep_teacher_text(await self._score_teacher_text(num_prompts))
-        samples = await _divided(
-            range(num_prompts), self._fleet.rollouts, lambda each, numbers: each.actor.sample_heldout(numbers)
-        )
+        return await self._measure(label, await self._sample(num_prompts, keep_answers, on_copied))
+
+    async def _sample(
+        self, num_prompts: int, keep_answers: bool, on_copied: Callable[[], None]
+    ) -> HeldoutSamples:
+        rollouts = self._fleet.rollouts
+        async with self._publisher.pinned():
+            if self._of_copy:
+                await self._fleet.learner.copy_student()
+                on_copied()
+            samples = await _divided(
+                range(num_prompts), rollouts, lambda each, numbers: each.actor.sample_heldout(numbers)
+            )
+            answers = await rollouts[0].actor.answer_shown() if keep_answers else None
+        return HeldoutSamples(samples, answers)
+
+    async def _measure(self, label: str, heldout: HeldoutSamples) -> Evaluation:
+        """Measure the student on what it has sampled, and keep the result."""
+        learner, samples = self._fleet.learner, heldout.samples
+        if await learner.num_teacher_rows() < len(samples):
+            await learner.keep_teacher_text(await self._score_teacher_text(len(samples)))
         scored = await _divided(
             samples, self._fleet.teachers, lambda each, part: each.actor.score_samples(part)
         )
-        evaluation: Evaluation = await learner.measure(label, scored)
+        evaluation: Evaluation = await learner.measure(label, scored, self._of_copy)
         save_evaluation(self._folder.evaluations, evaluation)
-        if keep_answers:
-            answers = await self._fleet.rollouts[0].actor.answer_shown()
+        if heldout.answers is not None:
             path = self._folder.evaluations / f"{label}-answers.json"
-            texts = await asyncio.to_thread(shown_answers, self._inputs, answers)
+            texts = await asyncio.to_thread(shown_answers, self._inputs, heldout.answers)
             write_bytes(path, json.dumps(texts, indent=1).encode())
         await self._release()
         return evaluation
+
+    async def keep_student(self, name: str) -> None:
+        """Write the student that was measured last into a folder of the run."""
+        await self._fleet.learner.write_student(name, self._of_copy)
 
     async def check_teacher(self, num_texts: int) -> float:
         """Compare the teacher's engine with the learner; returns the total variation.

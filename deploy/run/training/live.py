@@ -9,7 +9,7 @@ from deploy.run.rates import Rates
 
 
 class LiveTraining:
-    """Keeps the newest facts, and shows them when it is asked to."""
+    """Keeps the newest facts, and shows them on request."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress

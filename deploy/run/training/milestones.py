@@ -42,9 +42,10 @@ class RunMilestones:
         self._evaluations = evaluations
         self._adaptive_share = adaptive_share
         self._stats = stats
+        self._evaluating: asyncio.Task[None] | None = None
         self._saving: asyncio.Task[None] | None = None
         self.seconds = {"evaluation": 0.0, "checkpoint": 0.0}
-        """Time that the learner spent outside of updates, by activity."""
+        """How long evaluations and checkpoints took, in lock-step between the updates and otherwise beside them."""
 
     async def before_training(self, updates_done: int, policy_version: int) -> None:
         self._recorder.start(updates_done, policy_version)
@@ -60,32 +61,52 @@ class RunMilestones:
     async def after_update(
         self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]
     ) -> None:
+        """Record an update, and start what is due. In lock-step, and after the last update, it also waits for the end.
+
+        Otherwise the learner waits only until its weights are copied.
+        """
         self._recorder.update(updates_done, policy_version, lease, metrics | await self._stats())
         is_last = self._is_last(updates_done)
-        if is_last:
-            await self._evaluate("after", self._config.evaluation.num_prompts, keep_answers=True)
-        elif self.samples_after(updates_done):
-            await self._evaluate_during(updates_done)
+        if self.samples_after(updates_done):
+            await self._end_of(self._evaluating)
+            copied = asyncio.Event()
+            self._evaluating = asyncio.create_task(self._evaluate_after(updates_done, copied))
+            await _first(copied, self._evaluating)
+            if self._in_turns or is_last:
+                await self._end_of(self._evaluating)
         if is_last or updates_done % self._config.checkpoint.every == 0:
-            await self._save(updates_done, policy_version)
-        if is_last:
-            await self.finish()
+            await self._end_of(self._saving)
+            self._saving = await self._start_to_save(updates_done, policy_version)
+            if self._in_turns or is_last:
+                await self._end_of(self._saving)
         self._recorder.start_clock()
 
-    async def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one."""
-        if self._saving is not None:
-            with self._activity("checkpoint", "checkpoint"):
-                await self._saving
-            self._saving = None
+    async def _end_of(self, task: asyncio.Task[None] | None) -> None:
+        if task is not None:
+            await task
+
+    def close(self) -> None:
+        """Give up what is still under way, when the run ends by an error."""
+        for task in (self._evaluating, self._saving):
+            if task is not None:
+                task.cancel()
+
+    @property
+    def _in_turns(self) -> bool:
+        return self._config.replay.lock_step
 
     def _is_last(self, updates_done: int) -> bool:
         return updates_done == self._config.learner.num_updates
 
-    async def _evaluate_during(self, updates_done: int) -> None:
-        """An evaluation between two updates, and what follows from it."""
-        num_prompts = self._config.evaluation.num_prompts_during
-        found = await self._evaluate(f"step-{updates_done}", num_prompts, keep_answers=False)
+    async def _evaluate_after(self, updates_done: int, copied: asyncio.Event) -> None:
+        """An evaluation, and what follows from it."""
+        settings = self._config.evaluation
+        if self._is_last(updates_done):
+            await self._evaluate("after", settings.num_prompts, keep_answers=True, on_copied=copied.set)
+            return
+        found = await self._evaluate(
+            f"step-{updates_done}", settings.num_prompts_during, keep_answers=False, on_copied=copied.set
+        )
         self._recorder.evaluated(updates_done, found)
         await self._keep_best(updates_done, found)
         share = self._adaptive_share.after_evaluation(found)
@@ -93,9 +114,18 @@ class RunMilestones:
             await self._fleet.replay.set_student_share(share)
             self._recorder.event("student_share", update=updates_done, share=share)
 
-    async def _evaluate(self, label: str, num_prompts: int, *, keep_answers: bool) -> Evaluation:
+    async def _evaluate(
+        self,
+        label: str,
+        num_prompts: int,
+        *,
+        keep_answers: bool,
+        on_copied: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
         with self._activity("evaluation", f"evaluation {label}"):
-            evaluation = await self._evaluations.evaluate(label, num_prompts, keep_answers=keep_answers)
+            evaluation = await self._evaluations.evaluate(
+                label, num_prompts, keep_answers=keep_answers, on_copied=on_copied
+            )
         self._recorder.event("evaluated", label=label, **evaluation.to_dict())
         return evaluation
 
@@ -106,34 +136,30 @@ class RunMilestones:
         comparable = best is not None and best["metric"] == metric
         if not is_better(metric, value, best["value"] if best and comparable else None):
             return
-        await self._fleet.learner.write_student("best")
+        await self._evaluations.keep_student("best")
         self._folder.write_best({"update": updates_done, "metric": metric, "value": value})
         self._recorder.event("best", update=updates_done, metric=metric, value=value)
 
-    async def _save(self, updates_done: int, policy_version: int) -> None:
-        """Write a checkpoint, then make its acknowledgements final.
+    async def _start_to_save(self, updates_done: int, policy_version: int) -> asyncio.Task[None]:
+        """Start a checkpoint whose acknowledgements become final when it is durable.
 
-        The order matters: before the checkpoint is durable, a crash would undo the update. In lock-step the next
-        update waits for the disk; otherwise only for the copy of the weights.
+        The order matters: before the checkpoint is durable, a crash would undo the update.
         """
-        await self.finish()
-        with self._activity("checkpoint", "checkpoint"):
-            self._recorder.flush()
-            state = {
-                "updates_done": updates_done,
-                "policy_version": policy_version,
-                "ledger": await self._fleet.replay.state(),
-                "adaptive_share": self._adaptive_share.state(),
-                "alarms": self._recorder.alarms.state(),
-            }
-            # The learner takes calls in their order, so it copies the weights before its next update.
-            saved = self._fleet.learner.save(updates_done, state)
-            self._saving = asyncio.create_task(self._commit(saved, updates_done))
-            if self._config.replay.lock_step:
-                await self.finish()
+        self._recorder.flush()
+        state = {
+            "updates_done": updates_done,
+            "policy_version": policy_version,
+            "ledger": await self._fleet.replay.state(),
+            "adaptive_share": self._adaptive_share.state(),
+            "alarms": self._recorder.alarms.state(),
+        }
+        # The learner takes calls in their order, so it copies its tensors before the next update.
+        saved = self._fleet.learner.save(updates_done, state)
+        return asyncio.create_task(self._commit(saved, updates_done))
 
     async def _commit(self, saved: Awaitable[None], updates_done: int) -> None:
-        await saved
+        with self._activity("checkpoint", "checkpoint"):
+            await saved
         await self._fleet.replay.commit(updates_done)
         self._recorder.event("checkpoint", updates_done=updates_done)
 
@@ -145,3 +171,12 @@ class RunMilestones:
         yield
         self.seconds[kind] += time.monotonic() - start
         self._recorder.report(activity="training")
+
+
+async def _first(event: asyncio.Event, task: asyncio.Task[None]) -> None:
+    """Wait until an event happens or a task ends; raises the task's error."""
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait([waiting, task], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if task.done():
+        task.result()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,14 @@ class FleetPublisher:
         self._folder = folder
         self._deadline_s = deadline_s
         self._started = 0.0
+        self._changing = asyncio.Lock()
+        """Held while engines load weights, and while weights must not change."""
+        self.waited_s = 0.0
+        """Seconds that pushes have waited for weights that were pinned."""
         self.newest: WeightManifest | None = None
         """The weights that every engine has."""
         self.push_s = 0.0
         """Seconds of the last push, from the start of its :meth:`write` to the end of its :meth:`send`."""
-        self.total_push_s = 0.0
 
     async def write(self, updates_done: int) -> WeightManifest:
         """See :meth:`distill.interfaces.Publisher.write`."""
@@ -51,7 +55,19 @@ class FleetPublisher:
 
     async def send(self, manifest: WeightManifest) -> None:
         """See :meth:`distill.interfaces.Publisher.send`. A file stays while an engine still loads it."""
-        started = self._started
+        started, asked = self._started, time.monotonic()
+        async with self._changing:
+            self.waited_s += time.monotonic() - asked
+            await self._load(manifest)
+        self.push_s = time.monotonic() - started
+
+    @asynccontextmanager
+    async def pinned(self) -> AsyncIterator[None]:
+        """The engines keep their weights while the context is open; a push waits."""
+        async with self._changing:
+            yield
+
+    async def _load(self, manifest: WeightManifest) -> None:
         receivers = self._receivers()
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -64,8 +80,6 @@ class FleetPublisher:
             ) from error  # fmt: skip
         self.newest = manifest
         remove_old_weights(self._folder, before=manifest.policy_version)
-        self.push_s = time.monotonic() - started
-        self.total_push_s += self.push_s
 
     def stats(self) -> dict[str, float]:
         """Counters for the metrics of an update."""

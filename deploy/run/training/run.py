@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +60,7 @@ async def train_fleet(
     loops = [asyncio.create_task(_produce(each)) for each in _loops(config, fleet)]
     training = asyncio.create_task(_train(config, inputs, fleet, state, report))
     try:
-        # A loop that ends first either has failed, or was told that the run is over.
+        # A loop ends because it has failed, or because the run is over.
         await asyncio.wait([training, *loops], return_when=asyncio.FIRST_EXCEPTION)
         for loop in loops:
             if loop.done():
@@ -108,7 +108,7 @@ async def _train(
     updates_done = state["updates_done"] if state else 0
     alarms = resumed_alarms(folder, state) if state else Alarms()
     share = AdaptiveShare(config.recipe, folder, state["adaptive_share"] if state else None)
-    evaluations = Evaluations(fleet, folder, inputs)
+    evaluations = Evaluations(fleet, publisher, folder, inputs, of_copy=not config.replay.lock_step)
     # A run that ends by an error keeps its last rows, which explain it.
     with closing(Recorder(folder, alarms, report)) as recorder:
         await _check_teacher(config, evaluations, recorder)
@@ -118,25 +118,31 @@ async def _train(
         start = time.monotonic()
         replay: Any = fleet.replay
         learner: Any = fleet.learner
-        await train_loop(
-            replay,
-            learner,
-            publisher,
-            milestones,
-            updates_done=updates_done,
-            num_updates=num_updates,
-            lock_step=config.replay.lock_step,
-        )
-        await milestones.finish()
-    await fleet.learner.write_student("student")
-    seconds = time.monotonic() - start
-    timing = {"training": seconds - sum(milestones.seconds.values()), **milestones.seconds}
+        try:
+            await train_loop(
+                replay,
+                learner,
+                publisher,
+                milestones,
+                updates_done=updates_done,
+                num_updates=num_updates,
+                lock_step=config.replay.lock_step,
+            )
+        finally:
+            milestones.close()
+    await fleet.learner.write_student("student", False)
+    timing = _timing(time.monotonic() - start, milestones.seconds, lock_step=config.replay.lock_step)
     return Trained(
         updates=num_updates,
         policy_version=versions.last,
         timing_s=timing,
         actors=await fleet.stats_of(fleet.members) | {"learner": await fleet.learner.stats()},
     )
+
+
+def _timing(seconds: float, beside: Mapping[str, float], *, lock_step: bool) -> dict[str, float]:
+    """The seconds of a training by activity. ``beside``: those of evaluations and checkpoints, part of it in lock-step."""
+    return {"training": seconds - sum(beside.values()) * lock_step, **beside}
 
 
 async def _check_teacher(config: RunConfig, evaluations: Evaluations, recorder: Recorder) -> None:

@@ -144,7 +144,7 @@ def test_reproducible_columns_exclude_timings_and_prefetch() -> None:
 
 def test_metric_names():
     good = ["rollout/num_tokens", "policy/teacher_text.tv", "timing/update_s", "teacher/tokens_per_s"]
-    bad = ["loss", "learner/lr", "timing/update", "policy/TV", "policy/"]
+    bad = ["loss", "trainer/lr", "timing/update", "policy/TV", "policy/"]
     assert name_violations([*good, *bad]) == bad
 
 
