@@ -80,9 +80,15 @@ class RolloutWorker:
     async def update_weights(self, manifest: WeightManifest) -> None:
         await self.generator.update_weights(manifest)
 
+    def retire(self) -> None:
+        """Take no more work; :meth:`run` ends when what is begun is delivered."""
+        if self._desk is not None:
+            self._desk.retire()
+
     def stats(self) -> dict[str, float]:
         """Counters. An actor is busy while its engine has requests, and blocked while it has no work."""
         return {
+            "rollout/num_actors": 1.0,
             "rollout/num_samples": float(self.generator.num_samples),
             "rollout/num_tokens": float(self.generator.num_tokens),
             "timing/rollout_busy_s": self.generator.clock.busy_s,

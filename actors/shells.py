@@ -73,6 +73,9 @@ class RolloutActor:
     async def release_heldout(self) -> None:
         self.worker.release_heldout()
 
+    async def retire(self) -> None:
+        self.worker.retire()
+
     def stats(self) -> dict[str, float]:
         return self.worker.stats()
 
@@ -103,6 +106,9 @@ class TeacherActor:
 
     async def release_heldout(self) -> None:
         self.worker.release_heldout()
+
+    async def retire(self) -> None:
+        self.worker.retire()
 
     def stats(self) -> dict[str, float]:
         return self.worker.stats()

@@ -70,9 +70,15 @@ class TeacherWorker:
         self.store.settle(self._heldout_samples)
         self._heldout_samples = []
 
+    def retire(self) -> None:
+        """Take no more work; :meth:`run` ends when what is begun is delivered."""
+        if self._desk is not None:
+            self._desk.retire()
+
     def stats(self) -> dict[str, float]:
         """Counters. An actor is busy while its engine has texts, and starved while it has no work."""
         return {
+            "teacher/num_actors": 1.0,
             "teacher/num_tokens": float(self.teacher.num_tokens),
             "timing/teacher_busy_s": self.teacher.clock.busy_s,
             "timing/teacher_starved_s": self._desk.idle_s if self._desk else 0.0,

@@ -106,6 +106,19 @@ def num_engines(config: RunConfig) -> dict[Role, int]:
     return {"rollout": rollouts, "teacher": 1, "proxy": config.scoring.replicas}
 
 
+def pool_violations(config: RunConfig, num_cores: int) -> Iterator[ConfigError]:
+    """The pools that are larger than the machine, if engines compute on its CPU."""
+    for name, count in (
+        ("rollout.replicas", config.rollout.replicas),
+        ("scoring.replicas", config.scoring.replicas),
+    ):
+        if count > num_cores:
+            yield ConfigError(
+                name, count, f"be <= {num_cores}, the cores that the run may use, because each actor needs one",
+                "lower it",
+            )  # fmt: skip
+
+
 def _replicas(config: RunConfig) -> dict[str, int]:
     return {"learner": 1, **num_engines(config)}
 

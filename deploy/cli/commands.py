@@ -10,6 +10,9 @@ from deploy.exits import DONE, INTERRUPTED, complain, exit_code
 from distill.config import RunConfig
 from distill.errors import NO_VALUE, ConfigError
 
+_SCALE_TIMEOUT_S = 600.0
+"""Seconds that `distill scale` waits. An actor that joins loads its model first."""
+
 
 def train(options: argparse.Namespace) -> int:
     from deploy.job import require_submitted_versions
@@ -117,6 +120,14 @@ def recipes(options: argparse.Namespace) -> int:
     print(
         "\n`distill recipes NAME` prints the settings of one, with comments; docs/recipes.md explains them."
     )
+    return DONE
+
+
+def scale(options: argparse.Namespace) -> int:
+    from deploy.run.training.scale import request_scale
+    from distill.run.folder import RunFolder
+
+    print(request_scale(RunFolder(options.run_dir), dict(options.pools), _SCALE_TIMEOUT_S))
     return DONE
 
 

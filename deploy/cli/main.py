@@ -29,6 +29,13 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def _pool(text: str) -> tuple[str, int]:
+    name, _, count = text.partition("=")
+    if name not in ("rollout", "scoring"):
+        raise argparse.ArgumentTypeError(f"{text} must be rollout=N or scoring=N")
+    return name, _positive(count)
+
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -115,6 +122,13 @@ def _add_runs(sub: Commands) -> None:
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     doctor.set_defaults(run=commands.doctor)
+
+    scale = sub.add_parser("scale", help="change the number of actors of a run that is training")
+    scale.add_argument("run_dir", metavar="RUN", help="the run's folder")
+    scale.add_argument(
+        "pools", nargs="+", metavar="POOL=N", type=_pool, help="rollout=N or scoring=N: actors to have"
+    )
+    scale.set_defaults(run=commands.scale)
 
     report = sub.add_parser("report", help="show the results of a run")
     report.add_argument("run_dir", metavar="RUN", help="the run's folder")

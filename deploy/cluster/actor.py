@@ -32,7 +32,7 @@ class Actor:
             raise AttributeError(method)
 
         def call(*args: object) -> Awaitable[Any]:
-            return self._result(getattr(self.handle, method).remote(*args))
+            return self.result(getattr(self.handle, method).remote(*args))
 
         return call
 
@@ -47,7 +47,8 @@ class Actor:
         except TimeoutError:
             raise ActorFailed.late([self.name], seconds) from None
 
-    async def _result(self, call: Awaitable[Any]) -> Any:
+    async def result(self, call: Awaitable[Any]) -> Any:
+        """Wait for a call that was made through the handle. Raises: the actor's error, with its name."""
         try:
             return await call
         except asyncio.CancelledError:

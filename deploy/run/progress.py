@@ -59,6 +59,8 @@ def training_line(facts: Mapping[str, object], rates: Mapping[str, float]) -> st
     parts = [f"update {facts.get('update', 0)}/{facts.get('num_updates', '?')}"]
     parts += [f"{stage} {rate:.0f} tok/s" for stage, rate in rates.items()]
     parts.append(f"policy age {facts.get('policy_age', 0)}")
+    if "limit" in facts:
+        parts.append(f"limit {facts['limit']}")
     eta = facts.get("eta_s")
     parts.append(f"ETA {_clock(float(eta))}" if isinstance(eta, int | float) else "ETA -")
     if facts.get("activity") not in (None, "training"):

@@ -36,6 +36,7 @@ class RunRecord:
         """Of the proxy in use, in whichever run trained it."""
         self.peak_pss_bytes: dict[str, int] = {}
         """By role."""
+        self.limit: dict[str, Any] | None = None
         self.actors: dict[str, dict[str, float]] = {}
         """The counters of every actor of the last stage, by its name."""
         self._events = EventLog(folder.path)
@@ -57,9 +58,12 @@ class RunRecord:
         updates: int,
         policy_version: int,
         timing_s: Mapping[str, float],
+        limit: object,
         actors: Mapping[str, Mapping[str, float]],
     ) -> None:
-        """Record the last stage. ``actors``: the counters of every actor, which are added up by role."""
+        """Record the last stage. ``actors``: the counters of every actor, which are added up by role. ``limit``: the stage
+        that limited it, a dataclass or None."""
+        self.limit = vars(limit) if limit is not None else None
         self.updates, self.policy_version = updates, policy_version
         self.timing_s |= timing_s
         self.actors = {name: dict(counters) for name, counters in actors.items()}
@@ -83,6 +87,7 @@ class RunRecord:
             "timing_s": {name: round(seconds, 2) for name, seconds in self.timing_s.items()},
             "proxy_training_s": self.proxy_training_s,
             "tokens": {name: int(count) for name, count in self.tokens.items()},
+            "limit": self.limit,
             "actors": self.actors,
             "peak_pss_bytes": self.peak_pss_bytes,
             "wall_s": round(time.monotonic() - self._start, 2),

@@ -17,7 +17,7 @@ from pathlib import Path
 from deploy.run.cache import keep_proxy, proxy_folder, proxy_training_s
 from deploy.run.context import RunContext
 from deploy.run.training.live import LiveTraining
-from deploy.run.training.run import train_fleet
+from deploy.run.training.run import train_fleet, training_summary
 from deploy.run.training.start import start_fleet
 from distill.config import SftConfig
 from distill.run.folder import RunFolder
@@ -124,9 +124,9 @@ def distil(run: RunContext, inputs: RunInputs) -> RunInputs:
         fleet, state = start_fleet(run, inputs)
     if state is not None:
         run.progress.say(f"resumed from the checkpoint after update {state['updates_done']}")
-    shown = LiveTraining(run.progress)
-    trained = asyncio.run(train_fleet(run.config, inputs, fleet, state, shown.report, shown.show))
+    trained = asyncio.run(train_fleet(run, inputs, fleet, state, LiveTraining(run.progress)))
     run.record.training(**vars(trained))
+    run.progress.say(training_summary(trained, run.config))
     return inputs
 
 

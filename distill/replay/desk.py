@@ -57,6 +57,7 @@ class Desk:
         """Calls that are not answered, oldest first, with what they deliver. All but the newest are about to be."""
         self._delivered = asyncio.Event()
         self._over = False
+        self._retiring = self._has_told = False
         self._idle_s = 0.0
         self._idle_since: float | None = time.monotonic()
 
@@ -64,6 +65,11 @@ class Desk:
     def idle_s(self) -> float:
         """Seconds without any work, the present ones included."""
         return self._idle_s + (time.monotonic() - self._idle_since if self._idle_since is not None else 0.0)
+
+    def retire(self) -> None:
+        """Take no more work. The iteration ends when what is held is delivered."""
+        self._retiring = True
+        self._delivered.set()
 
     def deliver(self, samples: Sequence[SampleRef]) -> None:
         """Hand in finished samples. They are in the store."""
@@ -82,7 +88,7 @@ class Desk:
 
     async def __aiter__(self) -> AsyncIterator[list[Work]]:
         try:
-            while not self._over or self._held or self._done:
+            while not self._is_finished:
                 if new := await self._exchange():
                     yield new
         finally:
@@ -90,10 +96,20 @@ class Desk:
             for call in self._calls:
                 call.cancel()
 
+    @property
+    def _is_finished(self) -> bool:
+        """Whether everything is delivered, and no answer with new work can come."""
+        if self._held or self._done:
+            return False
+        return self._over or (self._retiring and self._has_told and not self._calls)
+
     async def _exchange(self) -> list[Work]:
         """Call the replay if there is something to tell or to ask; returns the new work of answers that arrived."""
-        room = 0 if self._over else self._capacity - len(self._held)
-        if self._done or (room > 0 and not self._calls):
+        room = 0 if self._over or self._retiring else self._capacity - len(self._held)
+        # A call without room ends the one that waits for work.
+        must_tell = self._retiring and not self._has_told and not self._over
+        if self._done or must_tell or (room > 0 and not self._calls):
+            self._has_told = self._retiring
             done, self._done = self._done, []
             call = self._replay.exchange(self._holder, done, list(self._held), room)
             self._calls[asyncio.ensure_future(call)] = done

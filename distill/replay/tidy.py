@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Protocol
 
 from distill.interfaces import Replay
@@ -38,6 +39,17 @@ async def delete_dead_segments(replay: Replay, store: SegmentOwner) -> None:
     if names := store.settled_segments():
         live = await replay.live_segments(names)
         await asyncio.to_thread(store.delete, set(names) - set(live))
+
+
+async def delete_segments_of(replay: Replay, writers: Collection[str], folders: Sequence[Path]) -> None:
+    """Delete the dead segments of writers that have left the run, which cannot do it themselves."""
+    paths = [path for folder in folders for path in folder.glob("*.arrow")]
+    left = {path.name: path for path in paths if path.stem.rpartition("-")[0] in writers}
+    if left:
+        live = set(await replay.live_segments(list(left)))
+        for path in paths:
+            if path.name in left and path.name not in live:
+                path.unlink(missing_ok=True)
 
 
 async def _repeat(replay: Replay, store: SegmentOwner) -> None:

@@ -93,10 +93,26 @@ class RunFolder:
         self.student = self.path / "student"
         self.best = self.path / "best"
         self.evaluations = self.path / "evaluations"
+        self.scale_request = self.path / "scale-request.json"
+        self.scale_answer = self.path / "scale-answer.json"
         self._identity_file = self.path / "run.json"
         self._best_file = self.path / "best.json"
         self._lock_file = self.path / ".lock"
         self._lock: int | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process, this one or another, holds the folder."""
+        if self._lock is not None:
+            return True
+        try:
+            with open(self._lock_file) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     def evaluation(self, label: str) -> Path:
         return self.evaluations / f"{label}.parquet"

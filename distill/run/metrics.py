@@ -46,7 +46,8 @@ _AHEAD = re.compile(
 
 def is_reproducible(name: str) -> bool:
     """Return whether a metric depends only on the run and not on the speed of the machine."""
-    return not (name.startswith("timing/") or name.endswith("_s") or _AHEAD.fullmatch(name))
+    is_time = name.startswith("timing/") or name.endswith(("_s", "/busy_share"))
+    return not (is_time or _AHEAD.fullmatch(name))
 
 
 def reproducible(table: pa.Table) -> pa.Table:

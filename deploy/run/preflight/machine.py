@@ -14,7 +14,7 @@ import psutil
 
 from deploy.cluster.address import head_address, probe
 from deploy.fetch import cache_dir
-from deploy.placement import described, place_on_node
+from deploy.placement import described, place_on_node, pool_violations
 from deploy.run.estimates import Estimates
 from deploy.run.preflight.outcome import Check
 from deploy.run.vllm_build import vllm_computes_on_gpu
@@ -37,6 +37,9 @@ def engines(config: RunConfig) -> Iterator[Check]:
                 f"{section}.engine", "vllm", "be installed",
                      "install the cpu or gpu extra, or set engine=transformers"
             )  # fmt: skip
+    if not vllm_computes_on_gpu():
+        for violation in pool_violations(config, usable_cores()):
+            raise violation
     if config.learner.device == "cuda":
         from torch.cuda import is_available
 

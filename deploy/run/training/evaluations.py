@@ -59,7 +59,8 @@ class Evaluations:
         ``keep_answers``: also both models' greedy answers to the shown prompts, as text. ``on_copied`` is called when
         the learner may start its next update.
         """
-        return await self._measure(label, await self._sample(num_prompts, keep_answers, on_copied))
+        async with self._fleet.steady:
+            return await self._measure(label, await self._sample(num_prompts, keep_answers, on_copied))
 
     async def _sample(
         self, num_prompts: int, keep_answers: bool, on_copied: Callable[[], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deploy.cluster.actor import Actor
 from distill.interfaces import Holder
@@ -33,6 +33,12 @@ class Fleet:
     """They fill the payload."""
     teachers: list[Member]
     """They score for evaluations: the scorers, unless those are a proxy's."""
+    steady: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held during an evaluation, so that no actor leaves in the middle of it."""
+    counting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the counters of actors are on their way."""
+    departed: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The last counters of actors that have left."""
 
     @property
     def members(self) -> list[Member]:
@@ -49,12 +55,13 @@ class Fleet:
 
         Raises: ActorFailed for an actor that does not answer.
         """
-        pools, replay, learner = await asyncio.gather(
-            self.stats_of([*self.rollouts, *self.scorers]),
-            self.replay.within(STATS_DEADLINE_S, "stats"),
-            self.learner.within(STATS_DEADLINE_S, "stats"),
-        )
-        return {**replay, **learner, **added(pools.values())}
+        async with self.counting:
+            pools, replay, learner = await asyncio.gather(
+                self.stats_of([*self.rollouts, *self.scorers]),
+                self.replay.within(STATS_DEADLINE_S, "stats"),
+                self.learner.within(STATS_DEADLINE_S, "stats"),
+            )
+        return {**replay, **learner, **added([*pools.values(), *self.departed.values()])}
 
 
 def added(counters: Iterable[dict[str, float]]) -> dict[str, float]:

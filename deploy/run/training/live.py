@@ -6,6 +6,7 @@ from typing import Any
 
 from deploy.run.progress import Progress, training_line
 from deploy.run.rates import Rates
+from deploy.run.training.clocks import limit_of
 
 
 class LiveTraining:
@@ -28,4 +29,7 @@ class LiveTraining:
                 self._progress.say(f"warning: {alarm}")
                 self._shown.add(alarm)
         self._rates.observe(self._facts)
-        self._progress.show(training_line(self._facts | self._rates.outlook(), self._rates.tokens_per_s()))
+        facts = self._facts | self._rates.outlook()
+        if limit := limit_of(self._facts.get("row", {})):
+            facts["limit"] = limit.stage
+        self._progress.show(training_line(facts, self._rates.tokens_per_s()))

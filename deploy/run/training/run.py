@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from deploy.cluster.failures import root_cause
+from deploy.run.context import RunContext
 from deploy.run.training.adaptive_share import AdaptiveShare
+from deploy.run.training.clocks import Limit, StageClocks, limit_of
+from deploy.run.training.crew import Crew
 from deploy.run.training.evaluations import Evaluations
 from deploy.run.training.fleet import Fleet
+from deploy.run.training.live import LiveTraining
 from deploy.run.training.milestones import RunMilestones
 from deploy.run.training.publisher import FleetPublisher
 from deploy.run.training.recorder import Recorder, resumed_alarms
+from deploy.run.training.scale import answer_requests
 from distill.algorithm import train_loop
 from distill.config import RunConfig
 from distill.run.alarms import Alarms
@@ -36,51 +42,44 @@ class Trained:
     updates: int
     policy_version: int
     timing_s: dict[str, float]
-    """Seconds by activity of the driver's loop."""
+    """Seconds by activity of the driver's loop, and those that pushes waited for evaluations."""
+    limit: Limit | None
+    """The stage that limited the whole training."""
     actors: dict[str, dict[str, float]]
     """The counters of every actor that makes rows, by its name, and of the learner."""
 
 
 async def train_fleet(
-    config: RunConfig,
-    inputs: RunInputs,
-    fleet: Fleet,
-    state: dict[str, Any] | None,
-    report: ReportFacts,
-    show: Callable[[], None],
+    run: RunContext, inputs: RunInputs, fleet: Fleet, state: dict[str, Any] | None, live: LiveTraining
 ) -> Trained:
     """Train from the learner's loaded state to the last update.
 
-    ``state``: that of the checkpoint which the learner loaded; None in a new run. ``report``: takes facts for the
-    live line; ``show``: is called about once a second.
+    ``state``: that of the checkpoint which the learner loaded; None in a new run.
 
     Raises: the first error of an actor or of the loop, with the actor's name.
     """
-    showing = asyncio.create_task(_repeat(show))
-    loops = [asyncio.create_task(_produce(each)) for each in _loops(config, fleet)]
-    training = asyncio.create_task(_train(config, inputs, fleet, state, report))
+    folder, config = RunFolder(inputs.run_dir), run.config
+    publisher = FleetPublisher(
+        fleet.learner,
+        lambda: [member.actor for member in fleet.rollouts],
+        PolicyVersionCounter(folder.path).next,
+        folder=inputs.weights,
+        deadline_s=config.weights.deadline_s,
+    )
     try:
-        # A loop ends because it has failed, or because the run is over.
-        await asyncio.wait([training, *loops], return_when=asyncio.FIRST_EXCEPTION)
-        for loop in loops:
-            if loop.done():
-                loop.result()
-        result = await training
-        await asyncio.gather(*loops)
-        return result
-    finally:
-        for task in [training, *loops, showing]:
-            task.cancel()
-
-
-def _loops(config: RunConfig, fleet: Fleet) -> list[Awaitable[None]]:
-    """Start the loops of the actors that make rows."""
-    producers = [*fleet.scorers, *(fleet.rollouts if config.recipe.uses_student_text else [])]
-    return [member.actor.run(fleet.replay.handle) for member in producers]
-
-
-async def _produce(loop: Awaitable[None]) -> None:
-    await loop
+        async with asyncio.TaskGroup() as group:
+            crew = Crew(run, inputs, fleet, publisher, group)
+            crew.start()
+            beside = [
+                group.create_task(_repeat(live.show)),
+                group.create_task(answer_requests(config, folder, crew, run.progress.say)),
+            ]
+            trained = await _train(config, inputs, fleet, publisher, state, live.report)
+            for task in beside:
+                task.cancel()
+    except ExceptionGroup as errors:  # the first of them is the cause of the others
+        raise root_cause(errors) from errors
+    return trained
 
 
 async def _repeat(show: Callable[[], None]) -> None:
@@ -90,20 +89,20 @@ async def _repeat(show: Callable[[], None]) -> None:
 
 
 async def _train(
-    config: RunConfig, inputs: RunInputs, fleet: Fleet, state: dict[str, Any] | None, report: ReportFacts
+    config: RunConfig,
+    inputs: RunInputs,
+    fleet: Fleet,
+    publisher: FleetPublisher,
+    state: dict[str, Any] | None,
+    report: ReportFacts,
 ) -> Trained:
     folder = RunFolder(inputs.run_dir)
-    versions = PolicyVersionCounter(folder.path)
-    publisher = FleetPublisher(
-        fleet.learner,
-        lambda: [member.actor for member in fleet.rollouts],
-        versions.next,
-        folder=inputs.weights,
-        deadline_s=config.weights.deadline_s,
-    )
+
+    clocks, whole = StageClocks(), StageClocks()
 
     async def stats() -> dict[str, float]:
-        return await fleet.stats() | publisher.stats()
+        counters = await fleet.stats() | publisher.stats()
+        return counters | clocks.shares(counters)
 
     updates_done = state["updates_done"] if state else 0
     alarms = resumed_alarms(folder, state) if state else Alarms()
@@ -132,9 +131,11 @@ async def _train(
             milestones.close()
     await fleet.learner.write_student("student", False)
     timing = _timing(time.monotonic() - start, milestones.seconds, lock_step=config.replay.lock_step)
+    timing["push_waited_for_evaluations"] = publisher.waited_s
     return Trained(
+        limit=limit_of(whole.shares(await fleet.stats())),
         updates=num_updates,
-        policy_version=versions.last,
+        policy_version=publisher.newest.policy_version if publisher.newest else 0,
         timing_s=timing,
         actors=await fleet.stats_of(fleet.members) | {"learner": await fleet.learner.stats()},
     )
@@ -153,3 +154,19 @@ async def _check_teacher(config: RunConfig, evaluations: Evaluations, recorder: 
     recorder.report(activity="comparing the teacher's engine with the learner")
     tv = await evaluations.check_teacher(num_texts)
     recorder.event("teacher_checked", num_texts=num_texts, tv=tv)
+
+
+def training_summary(trained: Trained, config: RunConfig) -> str:
+    """What limited a training, and what would change that, in one line."""
+    parts: list[str] = []
+    if (limit := trained.limit) is not None:
+        share = f"{100 * min(1.0, limit.busy_share):.0f} %"
+        parts.append(
+            f"the {limit.stage} was busy for {share} of the training, more than the others; to move that limit, {limit.remedy}"
+        )
+    if not config.replay.lock_step:
+        waited_s, seconds = trained.timing_s["push_waited_for_evaluations"], trained.timing_s["training"]
+        parts.append(
+            f"evaluations held pushes, and with them new rollouts, back for {100 * waited_s / seconds:.1f} % of it"
+        )
+    return "; ".join(parts)

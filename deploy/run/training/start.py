@@ -49,11 +49,16 @@ def start_fleet(run: RunContext, inputs: RunInputs) -> tuple[Fleet, dict[str, An
     return fleet, state
 
 
-def start_member(run: RunContext, inputs: RunInputs, role: Role, number: int) -> tuple[Member, Any]:
-    """Construct an actor of a pool; returns it with the call that loads its engine."""
+def start_member(
+    run: RunContext, inputs: RunInputs, role: Role, number: int, *, restart: int = 0
+) -> tuple[Member, Any]:
+    """Construct an actor of a pool; returns it with the call that loads its engine.
+
+    ``restart``: how many actors with this number the run has had before.
+    """
     from actors.shells import RolloutActor, TeacherActor
 
-    holder = Holder(role, number, run.record.folder.incarnation * RESTARTS_PER_RUN)
+    holder = Holder(role, number, run.record.folder.incarnation * RESTARTS_PER_RUN + restart)
     # Without student text, the student is sampled for evaluations only.
     name = str(holder) if role != "rollout" or run.config.recipe.uses_student_text else "sampler"
     if role == "rollout":

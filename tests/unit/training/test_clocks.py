@@ -1,0 +1,34 @@
+"""Which stage limits a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from deploy.run.training import clocks
+from deploy.run.training.clocks import StageClocks, limit_of
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    time = [100.0]
+    monkeypatch.setattr(clocks.time, "monotonic", lambda: time[0])
+    return time
+
+
+def test_shares_count_since_the_last_call_and_per_actor(now: list[float]) -> None:
+    stages = StageClocks()
+    counters = {"timing/rollout_busy_s": 6.0, "rollout/num_actors": 2.0, "timing/learner_total_busy_s": 4.0}
+    now[0] += 10
+    shares = stages.shares(counters)
+    assert shares == pytest.approx({"rollout/busy_share": 0.3, "learner/busy_share": 0.4})
+    limit = limit_of(shares)
+    assert limit is not None and (limit.stage, limit.busy_share) == ("learner", pytest.approx(0.4))
+    now[0] += 5
+    shares = stages.shares(counters | {"timing/rollout_busy_s": 15.0})
+    assert shares == pytest.approx({"rollout/busy_share": 0.9, "learner/busy_share": 0.0})
+    limit = limit_of(shares)
+    assert limit is not None and limit.stage == "rollout" and "rollout.replicas" in limit.remedy
+
+
+def test_without_counters_there_is_no_limit(now: list[float]) -> None:
+    assert limit_of(StageClocks().shares({})) is None
