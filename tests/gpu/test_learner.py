@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import os
@@ -22,7 +21,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from distill.interfaces import WeightManifest
 from distill.machine.bfloat16 import to_bits
 from distill.schema import Trajectory, trajectory_batch, with_teacher_hidden
 from learner.batch import token_batch
@@ -32,7 +30,7 @@ from learner.model.chunked import chunked_loss
 from learner.model.head import LogitTransform
 from learner.model.student import Student
 from learner.process.checkpoint import Checkpoints
-from learner.process.publish import SharedMemoryPublisher
+from learner.process.publish import WeightFile
 from learner.ranks import Ranks
 from learner.update.update import update
 from tests.tiny import make_world, tiny_config, tiny_overrides
@@ -198,24 +196,11 @@ def distiller_like(side: Distiller, world: Path) -> Distiller:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_push_through_shared_memory(world: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     student = Student(world / "teacher", device="cuda")
-    received: list[dict[str, torch.Tensor]] = []
-
-    class Receiver:
-        async def update_weights(self, manifest: WeightManifest) -> None:
-            received.append(load_file(manifest.path))
-
-    publisher = SharedMemoryPublisher(
-        weights=student.named_weights,
-        receivers=[Receiver()],
-        next_version=lambda: 7,
-        folder=tmp_path,
-        deadline_s=60,
-        dtype=dtype,
-    )
-    assert asyncio.run(publisher.publish(3)) == 7
+    manifest = WeightFile(student.named_weights, tmp_path, dtype).write(7, 3)
+    received = load_file(manifest.path)
     expected = {name: tensor.cpu().to(dtype) for name, tensor in student.named_weights()}
-    assert expected.keys() == received[0].keys()
-    assert all(torch.equal(expected[name], received[0][name]) for name in expected)
+    assert expected.keys() == received.keys()
+    assert all(torch.equal(expected[name], received[name]) for name in expected)
 
 
 def test_every_sum_over_ranks_is_of_tensors_that_nccl_takes(world: Path) -> None:

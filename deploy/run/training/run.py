@@ -137,7 +137,11 @@ async def _train(
         updates=num_updates,
         policy_version=publisher.newest.policy_version if publisher.newest else 0,
         timing_s=timing,
-        actors=await fleet.stats_of(fleet.members) | {"learner": await fleet.learner.stats()},
+        actors={
+            **fleet.departed,
+            **await fleet.stats_of(fleet.members),
+            "learner": await fleet.learner.stats(),
+        },
     )
 
 
