@@ -108,7 +108,8 @@ def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
 def test_every_command_of_the_page_is_run_here():
     page = (ROOT / "docs" / "cluster.md").read_text()
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL))
-    words = [" ".join(shlex.split(line)[:3]) for line in blocks.splitlines() if not line.startswith("export")]
+    commands = [line for line in blocks.splitlines() if line and not line.startswith("export")]
+    words = [" ".join(shlex.split(line)[:3]) for line in commands]
     assert words == [
         "ray get-auth-token --generate",
         "ray start --head",
