@@ -178,8 +178,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    options = parser().parse_args(arguments)
-    return guarded(options.run, options)
+    return guarded(_run, arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    root = parser()
+    options, left = root.parse_known_args(arguments)
+    # argparse takes all overrides from one place, and leaves those that come after a later option.
+    if left and not (hasattr(options, "overrides") and all(_is_override(text) for text in left)):
+        root.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.overrides = [*options.overrides, *left]
+    return options.run(options)
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text and not text.startswith("-")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ from distill.errors import ConfigError
 SETTING, VARIABLE = "cluster.address", "RAY_ADDRESS"
 CONNECT_TIMEOUT_S = 5.0
 """How long a head may take to accept a connection."""
-PROBE_TIMEOUT_S = 30.0
+PROBE_TIMEOUT_S = 15.0
 """How long a process may take to import Ray and ask the head."""
+NEEDS_TOKEN = "accept this user's token, or need none"
+TOKEN_REMEDY = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the head"
 _REMEDY = "check that `ray start --head` runs there, and that the address is the one that it printed"
 
 
@@ -57,8 +59,8 @@ def head_address(config: ClusterConfig, environment: Mapping[str, str] = os.envi
 def probe(address: HeadAddress) -> Node:
     """Ask a head for its versions and for the node of this machine; returns that node, with nothing taken.
 
-    Raises: ConfigError when the head does not answer in time, has another version of Ray or Python, or has no node
-    on this machine.
+    Raises: ConfigError when the head does not answer in time, refuses this user's token, has another version of Ray or
+    Python, or has no node on this machine.
     """
     _connect(address)
     command = [sys.executable, "-m", "deploy.cluster.probe", address.value]
@@ -75,6 +77,8 @@ def probe(address: HeadAddress) -> Node:
     except (subprocess.SubprocessError, ValueError, IndexError):
         must = "be the address of a Ray head (something listens there, but does not answer as one)"
         raise ConfigError(address.name, address.value, must, _REMEDY) from None
+    if "refused" in facts:
+        raise ConfigError(address.name, address.value, NEEDS_TOKEN, TOKEN_REMEDY)
     require_versions(address, facts)
     here = facts["here"]
     if here is None:

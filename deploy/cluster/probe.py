@@ -13,12 +13,19 @@ _TIMEOUT_S = 10.0
 
 
 def facts(address: str) -> dict[str, Any]:
-    """Versions of a head, the number of its living nodes, and the one on this machine, or None."""
+    """Versions of a head, the number of its living nodes, and the one on this machine, or None.
+
+    ``refused`` alone when the head needs a token other than this user's.
+    """
     import ray._raylet as raylet
     from ray._common.usage.usage_lib import get_cluster_metadata
     from ray._private.services import find_node_ids
+    from ray.exceptions import AuthenticationError
 
-    client = raylet.GcsClient(address=address)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        client = raylet.GcsClient(address=address)  # pyright: ignore[reportAttributeAccessIssue]
+    except AuthenticationError as error:
+        return {"refused": str(error)}
     metadata = get_cluster_metadata(client)
     found = client.get_all_node_info(timeout=_TIMEOUT_S).values()
     nodes = {node.node_id.hex(): node for node in found if node.state == 0}  # GcsNodeInfo.ALIVE

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
+from deploy.cluster.address import NEEDS_TOKEN, TOKEN_REMEDY
 from deploy.exits import DONE, INTERRUPTED
 from deploy.version import versions
 from distill.errors import NO_VALUE, ConfigError, DistillError, first_line
@@ -176,11 +177,15 @@ def _connect(given: str, address: str) -> None:
 def _require_version(given: str, address: str) -> None:
     """Raises: ConfigError when no job server answers, or one of another version of Ray."""
     import requests
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
 
+    headers = get_auth_headers_if_auth_enabled({})
     try:
-        answer = requests.get(f"{address}/api/version", timeout=_ANSWER_TIMEOUT_S)
+        answer = requests.get(f"{address}/api/version", timeout=_ANSWER_TIMEOUT_S, headers=headers)
+        if answer.status_code in (401, 403):
+            raise ConfigError("--address", given, NEEDS_TOKEN, TOKEN_REMEDY)
         theirs = str(answer.json()["ray_version"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, requests.JSONDecodeError, KeyError, TypeError):
         must = f"{_MUST} (something listens there, but it is not a Ray job server)"
         raise ConfigError("--address", given, must, _REMEDY) from None
     mine = versions()["Ray"]

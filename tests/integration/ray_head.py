@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import psutil
 
@@ -28,9 +29,12 @@ sys.path[:] = [
 
 
 class RayHead:
-    """Starts a head that announces ``num_cpus`` CPUs and GPUs that do not exist, and ends it by its processes."""
+    """A head that announces GPUs which do not exist; it is ended by its processes.
 
-    def __init__(self, cache: Path, num_cpus: int = 2, num_gpus: int = 2) -> None:
+    ``token``: whether it needs a token, which it has in a home folder of its own.
+    """
+
+    def __init__(self, cache: Path, *, token: bool, num_cpus: int = 2, num_gpus: int = 2) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets need short paths
         self.host = _loopback()
         ports = _free_ports(self.host, 5)
@@ -46,27 +50,34 @@ class RayHead:
             "PYTHONPATH": str(hiding),
             "DISTILL_CACHE": str(cache),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "HOME": str(self.folder),
         }
-        arguments = [
-            "ray", "start", "--head", f"--port={ports[0]}", f"--dashboard-host={self.host}",
-            f"--node-ip-address={self.host}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}",
-            f"--dashboard-agent-listen-port={ports[3]}", f"--dashboard-agent-grpc-port={ports[4]}",
-            f"--temp-dir={self.folder}/t", f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}",
-            f"--object-store-memory={100 << 20}", "--include-dashboard=true",
-        ]  # fmt: skip
-        done = subprocess.run(
-            arguments, env=self.environment, capture_output=True, text=True, timeout=120, cwd=self.folder
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        self._wait_for_jobs()
+        self.token = ""
+        if token:
+            self.token = self._ray("get-auth-token", "--generate").strip()
+        else:
+            self.environment["RAY_AUTH_MODE"] = "disabled"
+        try:
+            self._ray(
+                "start", "--head", f"--port={ports[0]}", f"--dashboard-host={self.host}",
+                f"--node-ip-address={self.host}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}",
+                f"--dashboard-agent-listen-port={ports[3]}", f"--dashboard-agent-grpc-port={ports[4]}",
+                f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}", *self._common,
+            )  # fmt: skip
+            self._wait_for_jobs()
+        except BaseException:
+            self.stop()
+            raise
 
-    def join(self, num_cpus: int = 8) -> None:
-        """Start a second node on this machine."""
-        arguments = ["ray", "start", f"--address={self.address}", f"--node-ip-address={_loopback()}",
-                     f"--temp-dir={self.folder}/t", f"--num-cpus={num_cpus}", "--num-gpus=0",
-                     f"--object-store-memory={100 << 20}"]  # fmt: skip
-        done = subprocess.run(arguments, env=self.environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
+    @property
+    def access(self) -> dict[str, str]:
+        """The environment variables of a user of this head."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token} if self.token else {}
+
+    def join(self, num_cpus: int) -> None:
+        """Start a second node on this machine, without GPUs."""
+        self._ray("start", f"--address={self.address}", f"--node-ip-address={_loopback()}", f"--num-cpus={num_cpus}",
+                  "--num-gpus=0", *self._common)  # fmt: skip
 
     def stop(self) -> None:
         """End every process of this head, which are the ones that have its folder in their command or environment."""
@@ -79,6 +90,23 @@ class RayHead:
                     continue
             psutil.wait_procs(own, timeout=10)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _common(self) -> list[str]:
+        return [f"--temp-dir={self.folder}/t", f"--object-store-memory={100 << 20}"]
+
+    def _ray(self, *arguments: str) -> str:
+        """Run a command of Ray; returns its stdout."""
+        done = subprocess.run(
+            ["ray", *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=self.folder,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def _processes(self) -> list[psutil.Process]:
         own = []
@@ -93,15 +121,14 @@ class RayHead:
 
     def _wait_for_jobs(self) -> None:
         """Wait until the job server answers, which is some seconds after the head has started."""
-        from urllib.request import urlopen
-
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         deadline = time.monotonic() + 60
         while True:
             try:
-                urlopen(f"{self.dashboard}/api/version", timeout=5).close()
+                urlopen(Request(f"{self.dashboard}/api/version", headers=headers), timeout=5).close()
                 return
-            except OSError:
-                assert time.monotonic() < deadline, "the dashboard does not answer"
+            except OSError as error:
+                assert time.monotonic() < deadline, f"the dashboard does not answer: {error}"
                 time.sleep(0.5)
 
 

@@ -52,7 +52,7 @@ class TestOnAHead(BackendContract):
 
     @pytest.fixture(scope="class")
     def head(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
-        head = RayHead(tmp_path_factory.mktemp("cache"))
+        head = RayHead(tmp_path_factory.mktemp("cache"), token=False)
         head.join(num_cpus=8)
         yield head
         head.stop()

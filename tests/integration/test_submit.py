@@ -51,7 +51,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
-    head = RayHead(tmp_path_factory.mktemp("cache"))
+    head = RayHead(tmp_path_factory.mktemp("cache"), token=True)
     yield head
     head.stop()
 
@@ -65,7 +65,11 @@ def start(arguments: list[str], cwd: Path, head: RayHead) -> subprocess.Popen[st
     elif program == "ray":
         program = str(Path(sys.executable).parent / "ray")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"PYTHONPATH": str(ROOT), "DISTILL_CACHE": head.environment["DISTILL_CACHE"]}
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "DISTILL_CACHE": head.environment["DISTILL_CACHE"],
+        **head.access,
+    }
     return subprocess.Popen(
         [program, *rest],
         cwd=cwd,
@@ -104,8 +108,10 @@ def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
 def test_every_command_of_the_page_is_run_here():
     page = (ROOT / "docs" / "cluster.md").read_text()
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL))
-    words = [" ".join(shlex.split(line)[:3]) for line in blocks.splitlines() if not line.startswith("export")]
+    commands = [line for line in blocks.splitlines() if line and not line.startswith("export")]
+    words = [" ".join(shlex.split(line)[:3]) for line in commands]
     assert words == [
+        "ray get-auth-token --generate",
         "ray start --head",
         "distill submit my.yaml",
         "distill submit --resume",
@@ -187,6 +193,19 @@ def test_a_run_connects_from_the_node(project: Path, head: RayHead, tmp_path: Pa
     output = finish([*documented("distill", "train", head, tmp_path), *run], project, head)
     assert (tmp_path / "run" / "summary.json").exists()
     assert "Traceback" not in output
+
+
+def test_a_user_without_the_token_is_refused(
+    project: Path, head: RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Both where the run starts and where it is submitted."""
+    monkeypatch.setattr(RayHead, "access", {"RAY_AUTH_MODE": "disabled"})
+    for command in (documented("distill", "train", head, tmp_path), documented("distill", "submit my.yaml", head, tmp_path)):  # fmt: skip
+        output = finish([*command, f"run_dir={tmp_path}/run"], project, head, code=2)
+        assert (
+            "must accept this user's token, or need none; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN"
+            in output
+        )
 
 
 def test_what_is_no_head_is_refused_soon(project: Path, head: RayHead, tmp_path: Path):

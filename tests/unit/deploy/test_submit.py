@@ -208,6 +208,18 @@ def test_a_closed_port_ends_the_command(project: Path, capsys: pytest.CaptureFix
     assert "within 5 s (Connection refused); check that `ray start --head` runs there" in line
 
 
+def test_overrides_may_come_after_options(project: Path, capsys: pytest.CaptureFixture[str]):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()[1]
+    arguments = ["submit", "my.yaml", "--address", f"127.0.0.1:{closed}", "seed=3"]
+    assert main(arguments) == 2
+    assert "Connection refused" in capsys.readouterr().err
+    for wrong in ("other.yaml", "--seed=3"):
+        with pytest.raises(SystemExit):
+            main([*arguments, wrong])
+        assert f"unrecognized arguments: seed=3 {wrong}" in capsys.readouterr().err
+
+
 def test_exit_codes_of_jobs():
     assert exit_code_of("SUCCEEDED", 0) == 0
     assert exit_code_of("STOPPED", None) == 130
