@@ -80,7 +80,13 @@ async def test_the_parameters_may_change_once_the_file_is_written(tmp_path: Path
 
 async def test_later_files_wait_for_their_turn(tmp_path: Path) -> None:
     """A learner that is ahead of the engines: no file goes before it is sent, and versions arrive in order."""
-    receiver = Receiver(delay_s=0.01)
+
+    class Hurried(Receiver):
+        async def update_weights(self, manifest: WeightManifest) -> None:
+            self.delay_s = 0.1 / manifest.policy_version  # a later version would overtake an earlier one
+            await super().update_weights(manifest)
+
+    receiver = Hurried()
     pushes = publisher(tmp_path, receiver)
     manifests = [await pushes.write(update) for update in range(3)]
     await asyncio.gather(*map(pushes.send, manifests))
