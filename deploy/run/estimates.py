@@ -57,7 +57,8 @@ class Estimates:
         config = self.config
         vocabulary_rows = config.learner.vocabulary_chunk * self.teacher.vocab_size * 4
         # Weights, gradient and two moments in float32; about twelve full-vocabulary tensors of a
-        # chunk; activations of a micro-batch at about forty numbers of width D per layer.
+        # chunk; activations of a micro-batch at about forty numbers of width D per layer. Between two updates,
+        # a checkpoint is written from a copy of weights and moments.
         layers = config.student.init.num_kept or self.student.config.get("num_hidden_layers", 0)
         tokens = resolve_micro_batch_tokens(config.learner.micro_batch_tokens, "cpu")
         if config.learner.keep_activations:
@@ -65,8 +66,7 @@ class Estimates:
         activations = tokens * self.student.hidden_size * 40 * layers * 4
         return (
             self.student_parameters() * 16
-            + 12 * vocabulary_rows
-            + activations
+            + max(12 * vocabulary_rows + activations, self.student_parameters() * 12)
             + 4 * self.teacher.vocab_size * self.teacher.hidden_size
             + _PROCESS_BYTES
         )

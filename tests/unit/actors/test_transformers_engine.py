@@ -7,9 +7,13 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
+from safetensors.torch import load_file, save
 
-from actors.transformers_engine import TransformersTeacher
-from distill.config import ScoringConfig
+from actors.transformers_engine import TransformersGenerator, TransformersTeacher
+from distill.config import RolloutConfig, ScoringConfig
+from distill.interfaces import SampleRequest
+from distill.weights import StalePush, write_weights
 from tests.tiny import save_tiny_llama
 
 
@@ -35,3 +39,45 @@ def test_a_state_depends_only_on_its_own_text(tmp_path: Path) -> None:
     together, apart = asyncio.run(score())
     assert [len(states) for states in together] == [len(response) for response in responses]
     assert all(map(np.array_equal, together, apart))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_llama(tmp_path_factory.mktemp("model") / "model"))
+
+
+async def test_a_teacher_fails_one_call_and_closes_under_another(model: str) -> None:
+    teacher = await TransformersTeacher.start(model, ScoringConfig(dtype="float32"), max_model_tokens=128)
+    good = asyncio.create_task(teacher.hidden_states([[5, 6]], [np.array([7, 8, 9], np.int32)]))
+    bad = asyncio.create_task(teacher.hidden_states([[5], [10**6]], [[6], [7]]))
+    [states] = await good
+    assert states.shape[0] == 3 and states.dtype == np.uint16
+    with pytest.raises(IndexError):
+        await bad
+    long = asyncio.create_task(teacher.hidden_states([[5] * 100] * 10_000, [[6] * 28] * 10_000))
+    await asyncio.sleep(0.05)
+    await teacher.close()
+    with pytest.raises(RuntimeError, match="was closed"):
+        await long
+
+
+async def test_a_generator_keeps_newer_weights_and_samples_without_seeds(model: str, tmp_path: Path) -> None:
+    generator = await TransformersGenerator.start(
+        model, RolloutConfig(dtype="float32"), max_model_tokens=128, stop_token_ids=[]
+    )
+    tensors = load_file(Path(model) / "model.safetensors")
+    newer, older = (
+        write_weights(tmp_path, lambda file: file.write(save(tensors)), policy_version=version, update=0)
+        for version in (5, 4)
+    )
+    await generator.update_weights(newer)
+    with pytest.raises(StalePush, match="be above 5"):
+        await generator.update_weights(older)
+    assert await generator.policy_version() == 5
+    requests = [
+        SampleRequest(prompt_tokens=np.array([5, 6]), max_new_tokens=30, seed=seed) for seed in (1, None)
+    ]
+    first, second = [await generator.generate(requests) for _ in range(2)]
+    assert first[0] == second[0]
+    assert first[1].response_tokens != second[1].response_tokens
+    await generator.close()
