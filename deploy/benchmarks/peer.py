@@ -17,10 +17,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from deploy.benchmarks.harness import BenchmarkFailed, Measurement, Say, alternate, rates
 from deploy.benchmarks.peer_environment import TRL_VERSION, trl_python
@@ -138,16 +137,13 @@ def _throughput(run_dir: Path) -> dict[str, float]:
     from distill.run.metrics import read_metrics
 
     rows = read_metrics(run_dir).to_pylist()[WARM_UP_UPDATES:]
-    summary = RunFolder(run_dir).read_summary() or {}
+    summary = RunFolder(run_dir).read_summary()
+    assert summary is not None  # the command has succeeded
     return {
         "num_tokens": sum(row["policy/student_text.num_tokens"] for row in rows),
         "seconds": sum(row["timing/update_s"] for row in rows),
-        "peak_pss_bytes": _total(summary.get("peak_pss_bytes", 0)),
+        "peak_pss_bytes": summary["peak_pss_bytes"]["total"],
     }
-
-
-def _total(peaks: Any) -> int:
-    return peaks["total"] if isinstance(peaks, Mapping) else int(peaks)
 
 
 def _trl(

@@ -34,7 +34,13 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("page", "at_least"),
-    [("README.md", 6), ("docs/recipes.md", 4), ("docs/results.md", 7), ("docs/studies.md", 1)],
+    [
+        ("README.md", 6),
+        ("docs/recipes.md", 4),
+        ("docs/results.md", 7),
+        ("docs/studies.md", 1),
+        ("docs/performance.md", 4),
+    ],
 )
 def test_every_command_in_the_docs_parses(page: str, at_least: int) -> None:
     found = commands(ROOT / page)
@@ -48,7 +54,7 @@ def test_every_command_in_the_docs_parses(page: str, at_least: int) -> None:
 
 
 def test_no_other_page_has_commands_that_are_not_tested() -> None:
-    tested = {"recipes.md", "results.md", "studies.md"}
+    tested = {"recipes.md", "results.md", "studies.md", "performance.md"}
     assert [
         page.name for page in (ROOT / "docs").glob("*.md") if commands(page) and page.name not in tested
     ] == []
