@@ -10,6 +10,7 @@ length. ``plain`` does without both, and shows what they cost.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,11 +38,12 @@ def measure(num_pairs: int, say: Say) -> Measurement:
             Side("ours", f"{__name__}:Ours", {**common, "folder": str(folder)}) as ours,
             Side("bare vLLM", f"{__name__}:Bare", common) as bare,
         ):
-            number = iter(range(1 << 30))
+            # Each side counts its rounds by itself, so that all of them have the same seeds in a round.
+            first, second, third = (itertools.count() for _ in range(3))
             sides = {
-                "ours": lambda: ours.call("sample", round_number=next(number)),
-                "bare": lambda: bare.call("sample", round_number=next(number), like_ours=True),
-                "plain": lambda: bare.call("sample", round_number=next(number), like_ours=False),
+                "ours": lambda: ours.call("sample", round_number=next(first)),
+                "bare": lambda: bare.call("sample", round_number=next(second), like_ours=True),
+                "plain": lambda: bare.call("sample", round_number=next(third), like_ours=False),
             }
             say("warm-up")
             for side in sides.values():
@@ -135,7 +137,10 @@ class Bare:
         requests = self._prompts.requests(_draws(round_number))
         start = time.perf_counter()
         lengths = await asyncio.gather(
-            *(self._length(f"{round_number}-{n}", request, like_ours) for n, request in enumerate(requests))
+            *(
+                self._length(f"{like_ours}-{round_number}-{n}", request, like_ours)
+                for n, request in enumerate(requests)
+            )
         )
         return {"num_tokens": sum(lengths), "seconds": time.perf_counter() - start}
 
