@@ -138,17 +138,22 @@ async def _serve(target: str, settings: Mapping[str, Any], commands: IO[str], re
         while line := await asyncio.to_thread(commands.readline):
             call = json.loads(line)
             try:
-                send({"result": await getattr(engine, call["method"])(**call["arguments"])})
+                answer = {"result": await getattr(engine, call["method"])(**call["arguments"])}
             except Exception as error:
                 traceback.print_exc()
-                send({"error": first_line(error)})
+                answer = {"error": first_line(error)}
+            send(answer)
     finally:
         await engine.close()
 
 
 def main() -> None:
     target, settings, commands, results = sys.argv[1:]
-    with os.fdopen(int(commands)) as read, os.fdopen(int(results), "w") as write:
+    with (
+        suppress(BrokenPipeError),  # the parent has died
+        os.fdopen(int(commands)) as read,
+        os.fdopen(int(results), "w") as write,
+    ):
         asyncio.run(_serve(target, json.loads(settings), read, write))
 
 
