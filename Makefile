@@ -1,10 +1,12 @@
 # make demo    run a real distillation on this machine, including its setup, in about 10 minutes;
 #              override settings with: make demo ARGS="seed=1"
+# make bench   measure the speed of each part against a peer, and compare with benchmarks/*.json;
+#              choose some with: make bench NAMES="rollout push"
 # make test    run linters, unit tests, and integration tests with real Ray and real vLLM
 
 PYTHON_BIN := .venv/bin
 
-.PHONY: demo test lint unit integration setup setup-dev
+.PHONY: demo test bench lint unit integration setup setup-dev
 
 demo: setup
 	@$(PYTHON_BIN)/python -m deploy.demo $(ARGS)
@@ -28,3 +30,12 @@ unit: setup-dev
 
 integration: setup-dev
 	timeout 3000 $(PYTHON_BIN)/python -m pytest tests/integration
+
+# One benchmark after the other; a stored result, where there is one, is the baseline. All run, even if one fails.
+bench: setup
+	@failed=; for name in $(or $(NAMES),$$($(PYTHON_BIN)/distill bench | cut -d' ' -f1)); do \
+	    stored=benchmarks/$$name.json; [ -f $$stored ] || stored=; \
+	    echo "bench: $$name"; \
+	    $(PYTHON_BIN)/distill bench $$name --json runs/bench/$$name.json $${stored:+--baseline $$stored} \
+	        || failed="$$failed $$name"; \
+	done; [ -z "$$failed" ] || { echo "bench: failed:$$failed" >&2; exit 1; }

@@ -184,6 +184,23 @@ def study(options: argparse.Namespace) -> int:
     return DONE
 
 
+def bench(options: argparse.Namespace) -> int:
+    from deploy.benchmarks.command import Request, list_benchmarks
+    from deploy.benchmarks.command import bench as run_bench
+
+    if options.name is None:
+        return list_benchmarks()
+    return run_bench(
+        Request(
+            name=options.name,
+            num_pairs=options.pairs,
+            json=Path(options.json) if options.json else None,
+            baseline=Path(options.baseline) if options.baseline else None,
+            tolerated_fall=options.tolerated_fall,
+        )
+    )
+
+
 def chat(options: argparse.Namespace) -> int:
     from deploy.cli.chat import run_chat
 

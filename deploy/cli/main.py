@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TypeAlias
 
+from deploy.benchmarks.harness import FEWEST_PAIRS, MOST_PAIRS, TOLERATED_FALL
 from deploy.cli import commands
 from deploy.exits import guarded
 
@@ -36,6 +37,16 @@ def _pool(text: str) -> tuple[str, int]:
     return name, _positive(count)
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a number in [0, 1)")
+    return share
+
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -62,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     _add_preparation(sub)
     _add_runs(sub)
     _add_study(sub)
+    _add_bench(sub)
     _add_models_and_data(sub)
     return root
 
@@ -153,6 +165,32 @@ def _add_study(sub: Commands) -> None:
         help="a results.json with other seeds: take its tuning, and run the remaining seeds",
     )
     study.set_defaults(run=commands.study)
+
+
+def _add_bench(sub: Commands) -> None:
+    bench = sub.add_parser(
+        "bench", help="measure the speed of a part against that of a peer, or list the benchmarks"
+    )
+    bench.add_argument("name", nargs="?", metavar="NAME", help="the benchmark; without it, list them")
+    bench.add_argument("--json", metavar="FILE", help="write the result to this file")
+    bench.add_argument(
+        "--baseline", metavar="FILE", help="a stored result; fail when a median is worse than its median"
+    )
+    bench.add_argument(
+        "--tolerated-fall",
+        type=_share,
+        default=TOLERATED_FALL,
+        metavar="SHARE",
+        help=f"by how much a median may be worse than the stored one (default: {TOLERATED_FALL})",
+    )
+    bench.add_argument(
+        "--pairs",
+        type=int,
+        choices=range(FEWEST_PAIRS, MOST_PAIRS + 1),
+        metavar="N",
+        help=f"number of pairs, {FEWEST_PAIRS} to {MOST_PAIRS} (default: the benchmark's own)",
+    )
+    bench.set_defaults(run=commands.bench)
 
 
 def _add_models_and_data(sub: Commands) -> None:

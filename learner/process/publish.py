@@ -36,7 +36,7 @@ class WeightFile:
         """``dtype``: number format of the files, that of the engines."""
         self._weights = weights
         self._folder = Path(folder)
-        self._dtype = dtype
+        self.dtype = dtype
 
     def write(self, policy_version: int, updates_done: int) -> WeightManifest:
         """Copy the weights after ``updates_done`` updates into the file of a new version.
@@ -45,7 +45,7 @@ class WeightFile:
         """
         return write_weights(
             self._folder,
-            partial(write_tensors, self._weights, self._dtype),
+            partial(write_tensors, self._weights, self.dtype),
             policy_version=policy_version,
             update=updates_done,
         )

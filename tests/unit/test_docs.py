@@ -40,6 +40,7 @@ def commands(page: Path) -> list[list[str]]:
         ("docs/recipes.md", 4),
         ("docs/results.md", 7),
         ("docs/studies.md", 1),
+        ("docs/performance.md", 4),
     ],
 )
 def test_every_command_in_the_docs_parses(page: str, at_least: int) -> None:
@@ -54,7 +55,7 @@ def test_every_command_in_the_docs_parses(page: str, at_least: int) -> None:
 
 
 def test_no_other_page_has_commands_that_are_not_tested() -> None:
-    tested = {"cluster.md", "recipes.md", "results.md", "studies.md"}
+    tested = {"cluster.md", "performance.md", "recipes.md", "results.md", "studies.md"}
     assert [
         page.name for page in (ROOT / "docs").glob("*.md") if commands(page) and page.name not in tested
     ] == []

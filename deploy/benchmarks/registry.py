@@ -1,0 +1,70 @@
+"""The benchmarks of `distill bench`. Importing this module imports no engine."""
+
+from __future__ import annotations
+
+import importlib
+
+from deploy.benchmarks.harness import Benchmark, Label, Measurement, Say
+from distill.errors import ConfigError, did_you_mean
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "rollout": Benchmark(
+        description="tokens per second of the rollout actor's path against bare vLLM",
+        module="deploy.benchmarks.rollout",
+        labels={
+            "bare": Label(
+                meaning="tokens/s of generate, rows and store / AsyncLLM with the same requests", goal=0.95
+            ),
+            "plain": Label(meaning="tokens/s of the same / AsyncLLM without seeds and log-probabilities"),
+        },
+    ),
+    "teacher": Benchmark(
+        description="tokens per second of teacher scoring against the bare pooling engine",
+        module="deploy.benchmarks.teacher",
+        labels={
+            "bare": Label(
+                meaning="tokens/s of scoring, payload and store / LLMEngine with the same texts", goal=0.95
+            )
+        },
+    ),
+    "push": Benchmark(
+        description="seconds of a weight push against the least that one can take",
+        module="deploy.benchmarks.push",
+        labels={
+            "floor": Label(
+                meaning="seconds of a push / seconds of a memory copy and vLLM's own load_weights",
+                goal=1.3,
+                at_least=False,
+            )
+        },
+    ),
+    "peer": Benchmark(
+        description="completion tokens per second of a whole run against TRL's DistillationTrainer",
+        module="deploy.benchmarks.peer",
+        num_pairs=3,
+        labels={
+            "trl_rkl": Label(
+                meaning="tokens/s of reverse KL on student text / TRL with the same loss", goal=2.4
+            ),
+            "trl_ammd": Label(meaning="tokens/s of ammd / TRL with reverse KL", goal=1.3),
+        },
+    ),
+}
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """Raises: ConfigError for an unknown name."""
+    if name not in BENCHMARKS:
+        raise ConfigError(
+            "benchmark", name, f"be one of {', '.join(BENCHMARKS)}", did_you_mean(name, BENCHMARKS)
+        )
+    return BENCHMARKS[name]
+
+
+def run_benchmark(name: str, num_pairs: int | None, say: Say) -> Measurement:
+    """Measure. ``num_pairs``: None for the benchmark's own number.
+
+    Raises: ConfigError for an unknown name; BenchmarkFailed.
+    """
+    benchmark = find_benchmark(name)
+    return importlib.import_module(benchmark.module).measure(num_pairs or benchmark.num_pairs, say)
