@@ -26,7 +26,7 @@ lint: setup-dev
 	$(PYTHON_BIN)/pyright
 
 unit: setup-dev
-	OMP_NUM_THREADS=1 timeout 300 $(PYTHON_BIN)/python -m pytest tests/unit -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 timeout 600 $(PYTHON_BIN)/python -m pytest tests/unit -n 2 --dist loadfile
 
 integration: setup-dev
 	timeout 3000 $(PYTHON_BIN)/python -m pytest tests/integration

@@ -118,17 +118,17 @@ def trajectory_batch(rows: Sequence[Trajectory]) -> pa.RecordBatch:
 
     Raises: SchemaError (see :func:`validate`).
     """
-    columns: dict[str, list[Any]] = {
+    columns: dict[str, Any] = {
         "trajectory_id": [f"{row.draw_id}/{row.sample_index}" for row in rows],
         "draw_id": [row.draw_id for row in rows],
         "group_id": [row.draw_id for row in rows],
         "source": [row.source for row in rows],
         "prompt_index": [row.prompt_index for row in rows],
         "sample_index": [row.sample_index for row in rows],
-        "prompt_tokens": [np.asarray(row.prompt_tokens, np.int32) for row in rows],
-        "response_tokens": [np.asarray(row.response_tokens, np.int32) for row in rows],
+        "prompt_tokens": _lists([row.prompt_tokens for row in rows], np.int32),
+        "response_tokens": _lists([row.response_tokens for row in rows], np.int32),
         "loss_mask": [row.loss_mask for row in rows],
-        "behavior_logprobs": [row.behavior_logprobs for row in rows],
+        "behavior_logprobs": _lists([row.behavior_logprobs for row in rows], np.float32),
         "policy_versions": [
             None
             if row.policy_versions is None
@@ -140,10 +140,22 @@ def trajectory_batch(rows: Sequence[Trajectory]) -> pa.RecordBatch:
         "scored_at": [None] * len(rows),
     }
     schema = trajectory_schema()
-    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    arrays = [
+        column if isinstance(column := columns[field.name], pa.Array) else pa.array(column, field.type)
+        for field in schema
+    ]
     batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
     validate(batch)
     return batch
+
+
+def _lists(rows: Sequence[Any], dtype: type) -> pa.Array | Sequence[Any]:
+    """The rows as one list array, built without looking at each number; rows with a null stay as they are."""
+    if not rows or any(row is None for row in rows):
+        return rows
+    arrays = [np.asarray(row, dtype) for row in rows]
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
 
 
 def with_teacher_hidden(batch: pa.RecordBatch, hidden: Sequence[np.ndarray]) -> pa.RecordBatch:
@@ -156,7 +168,8 @@ def with_teacher_hidden(batch: pa.RecordBatch, hidden: Sequence[np.ndarray]) -> 
     width = hidden[0].shape[1]
     lengths = np.fromiter((states.shape[0] for states in hidden), np.int64, len(hidden))
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    flat = np.concatenate([np.ascontiguousarray(states).reshape(-1) for states in hidden])
+    parts = [np.ascontiguousarray(states).reshape(-1) for states in hidden]
+    flat = parts[0] if len(parts) == 1 else np.concatenate(parts)  # one row is wrapped, not copied
     values = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.uint16()), width)
     column = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
     stamp = pa.array([datetime.now(UTC)] * batch.num_rows, pa.timestamp("us", tz="UTC"))
@@ -164,7 +177,7 @@ def with_teacher_hidden(batch: pa.RecordBatch, hidden: Sequence[np.ndarray]) -> 
     columns |= {"scored_at": stamp, "teacher_hidden": column}
     schema = trajectory_schema(width)
     scored = pa.RecordBatch.from_arrays([columns[field.name] for field in schema], schema=schema)
-    validate(scored)
+    _check_aligned(scored, "teacher_hidden")  # the other columns were checked when the batch was built
     return scored
 
 

@@ -120,6 +120,8 @@ class SegmentStore:
         self._number = 0
         self._in_memory: list[str] = []
         """Sealed segments in shared memory, oldest first."""
+        self._has_new_sealed = False
+        """Whether a segment was sealed since the bound was looked at, which takes a look at every file."""
         self._unsettled: Counter[str] = Counter()
         """Per segment: rows of which the replay index does not know yet whether it needs them."""
         self._maps: OrderedDict[str, _Map] = OrderedDict()
@@ -138,7 +140,8 @@ class SegmentStore:
             offset = segment.write(message)
             if segment.size >= self._segment_bytes:
                 self._seal()
-            self._spill()
+            if self._has_new_sealed:
+                self._spill()
             self._unsettled[segment.name] += 1
         return SampleRef(
             draw=draw,
@@ -232,6 +235,7 @@ class SegmentStore:
         if self._open is not None:
             os.close(self._open.descriptor)
             self._in_memory.append(self._open.name)
+            self._has_new_sealed = True
             self._open = None
 
     def _spill(self) -> None:
@@ -244,6 +248,7 @@ class SegmentStore:
                 shutil.copyfile(self._memory_dir / name, temporary)
             (self._memory_dir / name).unlink()
             del self._in_memory[0]
+        self._has_new_sealed = False
 
     # Reading
 
