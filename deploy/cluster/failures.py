@@ -28,6 +28,15 @@ class ActorFailed(DistillError, RuntimeError):
             "raise cluster.start_timeout_s" + (f", or read the actors' logs under {logs}" if logs else ""),
         )  # fmt: skip
 
+    @classmethod
+    def stalled(cls, actor: str, seconds: float, timeout_s: float) -> ActorFailed:
+        """The error for an actor that has work and finishes none of it."""
+        return cls(
+            actor, NO_VALUE,
+            f"finish some of its work within cluster.stall_timeout_s={timeout_s:g} (it has been silent for {seconds:.0f} s)",
+            "raise the limit if its work takes so long, or look at what its engine does",
+        )  # fmt: skip
+
 
 def root_cause(error: BaseException) -> BaseException:
     """The first failure inside exception groups and Ray's wrappers, which have it as ``cause``."""

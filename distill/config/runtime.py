@@ -197,11 +197,14 @@ class ClusterConfig:
     """Size of a local Ray's object store in bytes. Rows do not pass through it."""
     start_timeout_s: float = 600.0
     """Number of seconds that an actor may take to load its model."""
+    stall_timeout_s: float = 1800.0
+    """Number of seconds for which an actor may have work without finishing any of it: a response, a scored text or an
+    update. Then it ends the run, with its name."""
 
     def violations(self) -> Iterator[ConfigError]:
         if self.address not in ("auto", "local"):
             yield from head_address_violations("cluster.address", self.address)
-        yield from bounded("cluster", self, "> 0", "start_timeout_s")
+        yield from bounded("cluster", self, "> 0", "start_timeout_s", "stall_timeout_s")
         yield from bounded(
             "cluster",
             self,

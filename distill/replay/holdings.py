@@ -35,6 +35,10 @@ class Holdings:
     def of(self, holder: Holder) -> Collection[Work]:
         return self._held.get(holder, {}).values()
 
+    def holders(self) -> list[Holder]:
+        """Return those who hold something."""
+        return [holder for holder, held in self._held.items() if held]
+
     def missing(self, holder: Holder, holding: Collection[str]) -> list[Work]:
         """Return what the holder was given and does not know of: the answer that contained it was lost."""
         known = set(holding)

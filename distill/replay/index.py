@@ -164,6 +164,14 @@ class ReplayIndex:
         """Return what an actor was given and does not know of, because an answer was lost."""
         return self._holdings.missing(holder, holding)
 
+    def holders(self) -> list[Holder]:
+        """Return the actors that hold work."""
+        return self._holdings.holders()
+
+    def num_held(self, holder: Holder) -> int:
+        """Return how many pieces of work an actor holds."""
+        return len(self._holdings.of(holder))
+
     def is_dead(self, holder: Holder) -> bool:
         return self._holdings.is_dead(holder)
 

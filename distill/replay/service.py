@@ -45,6 +45,8 @@ class ReplayService:
         self._leases: dict[asyncio.Future[Lease | None], tuple[int, float]] = {}
         """The learner's waits: the update that each asks for, and since when."""
         self._learner_waited_s = 0.0
+        self._moved: dict[Holder, float] = {}
+        """When each actor delivered last, or got work while it had none."""
 
     # Rollout and teacher actors
 
@@ -58,6 +60,8 @@ class ReplayService:
         if self.index.is_dead(holder):
             return Exchange(refused=tuple(sample.work_id for sample in done), over=True)
         self._answer(self._polls.pop(holder, None))
+        if done or not self.index.num_held(holder):
+            self._moved[holder] = time.monotonic()
         refused = tuple(self.index.deliver(holder, done))
         lost = self.index.missing(holder, holding)
         poll = _Poll(
@@ -144,6 +148,12 @@ class ReplayService:
         waited_s = self._learner_waited_s + sum(now - since for _, since in self._leases.values())
         return self.index.stats() | {"timing/learner_starved_s": waited_s}
 
+    async def stalled(self, timeout_s: float) -> dict[Holder, float]:
+        """Return the actors that have held work for so long without delivering any, with the seconds."""
+        now = time.monotonic()
+        silent = {holder: now - self._moved[holder] for holder in self.index.holders()}
+        return {holder: seconds for holder, seconds in silent.items() if seconds > timeout_s}
+
     async def stop(self) -> None:
         """End every present and later wait with an empty result."""
         self._stopped = True
@@ -187,6 +197,8 @@ class ReplayService:
             poll = entry[-1]
             if poll.answer.done() or self._polls.get(poll.holder) is not poll:
                 continue  # answered, cancelled, or replaced by a newer call
+            if not self.index.num_held(poll.holder):
+                self._moved[poll.holder] = time.monotonic()
             work = self.index.take(poll.holder, 1)
             if not work:
                 left.append(entry)  # in lock-step, what waits is another actor's share

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.cluster.failures import ActorFailed
 from deploy.run.context import RunContext
 from deploy.run.training.fleet import Fleet, Member
 from deploy.run.training.publisher import FleetPublisher
 from deploy.run.training.start import start_member
-from distill.interfaces import Role
+from distill.interfaces import Holder, Role
 from distill.replay.tidy import INTERVAL_S, delete_segments_of
 from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
@@ -50,6 +51,7 @@ class Crew:
         for member in [*self._fleet.scorers, *(self._fleet.rollouts if uses_student_text else [])]:
             self._start_loop(member)
         self._group.create_task(self._delete_what_is_left())
+        self._group.create_task(self._watch())
 
     def pool(self, role: Role) -> list[Member]:
         """The members of a pool whose loops run."""
@@ -93,11 +95,24 @@ class Crew:
         call = member.actor.run(self._fleet.replay.handle)
         self._loops[member] = self._group.create_task(_result(call))
 
+    async def _watch(self) -> None:
+        """Raises: ActorFailed for an actor that has had work for too long."""
+        timeout_s = self._run.config.cluster.stall_timeout_s
+        while self._is_working:
+            await asyncio.wait(self._loops.values(), timeout=min(INTERVAL_S, timeout_s))
+            stalled: dict[Holder, float] = await self._fleet.replay.stalled(timeout_s)
+            for holder, seconds in stalled.items():
+                raise ActorFailed.stalled(str(holder), seconds, timeout_s)
+
+    @property
+    def _is_working(self) -> bool:
+        return any(not loop.done() for loop in self._loops.values())
+
     async def _delete_what_is_left(self) -> None:
         """Delete the segments of departed actors as their rows are used up."""
         replay: Any = self._fleet.replay
         folders: Sequence[Path] = (self._inputs.segments, RunFolder(self._inputs.run_dir).replay)
-        while any(not loop.done() for loop in self._loops.values()):
+        while self._is_working:
             if self._departed:
                 await delete_segments_of(replay, self._departed, folders)
             await asyncio.wait(self._loops.values(), timeout=INTERVAL_S)

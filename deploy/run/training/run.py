@@ -13,7 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.cluster.failures import root_cause
+from deploy.cluster.actor import Actor
+from deploy.cluster.failures import ActorFailed, root_cause
 from deploy.run.context import RunContext
 from deploy.run.training.adaptive_share import AdaptiveShare
 from deploy.run.training.clocks import Limit, StageClocks, limit_of
@@ -27,6 +28,7 @@ from deploy.run.training.recorder import Recorder, resumed_alarms
 from deploy.run.training.scale import answer_requests
 from distill.algorithm import train_loop
 from distill.config import RunConfig
+from distill.interfaces import Lease
 from distill.run.alarms import Alarms
 from distill.run.folder import PolicyVersionCounter, RunFolder
 from distill.run.inputs import RunInputs
@@ -82,6 +84,21 @@ async def train_fleet(
     return trained
 
 
+class TimedLearner:
+    """Implements :class:`distill.interfaces.Learner`; an update that takes too long fails."""
+
+    def __init__(self, actor: Actor, timeout_s: float) -> None:
+        self._actor = actor
+        self._timeout_s = timeout_s
+
+    async def update(self, lease: Lease) -> dict[str, float]:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._actor.update(lease)
+        except TimeoutError:
+            raise ActorFailed.stalled(self._actor.name, self._timeout_s, self._timeout_s) from None
+
+
 async def _repeat(show: Callable[[], None]) -> None:
     while True:
         show()
@@ -116,7 +133,7 @@ async def _train(
         report(activity="training", num_updates=num_updates)
         start = time.monotonic()
         replay: Any = fleet.replay
-        learner: Any = fleet.learner
+        learner = TimedLearner(fleet.learner, config.cluster.stall_timeout_s)
         try:
             await train_loop(
                 replay,

@@ -231,6 +231,23 @@ async def test_seconds_that_the_learner_waits_count_while_the_wait_lasts():
     assert during <= after == (await replay.stats())["timing/learner_starved_s"]
 
 
+async def test_an_actor_that_has_work_and_delivers_nothing_is_found():
+    replay = make(prompts_per_update=1, max_policy_age=1, teacher_text="none")
+    await replay.advance(0, 1)
+    idle = asking(replay, TEACHER)
+    draws = (await asking(replay, ROLLOUT)).work
+    await asyncio.sleep(0.03)
+    assert list(await replay.stalled(0.02)) == [ROLLOUT]
+    assert await replay.stalled(5) == {}
+    await replay.exchange(ROLLOUT, [sample(draws[0])], [draws[1].work_id], 0)
+    assert await replay.stalled(0.02) == {}
+    await idle
+    await asyncio.sleep(0.03)
+    assert list(await replay.stalled(0.02)) == [ROLLOUT, TEACHER]
+    await replay.forget(ROLLOUT)
+    assert list(await replay.stalled(0.02)) == [TEACHER]
+
+
 async def test_a_checkpoint_is_restored():
     replay = make(max_policy_age=0, teacher_text="none")
     await replay.advance(0, 1)

@@ -1,0 +1,56 @@
+"""How the driver calls an actor: its name in every failure, and deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deploy.cluster.actor import Actor
+from deploy.cluster.failures import ActorFailed
+from deploy.cluster.in_process import Handle
+from deploy.run.training.run import TimedLearner
+from distill.errors import ConfigError
+
+
+class Worker:
+    async def hang(self) -> None:
+        await asyncio.sleep(60)
+
+    async def update(self, lease: object) -> dict[str, float]:
+        await asyncio.sleep(60)
+        return {}
+
+    def refuse(self) -> None:
+        raise ConfigError("setting", 1, "be 2", "set it to 2")
+
+    def break_down(self) -> None:
+        raise ZeroDivisionError("division by zero")
+
+
+@pytest.fixture
+async def actor() -> Actor:
+    handle: Any = Handle(Worker(), asyncio.get_running_loop())
+    backend: Any = SimpleNamespace(failure=ActorFailed.raised)
+    return Actor("rollout-0.1000", handle, backend)
+
+
+async def test_a_failure_has_the_actors_name(actor: Actor) -> None:
+    with pytest.raises(ConfigError, match=r"^rollout-0\.1000: setting=1 must be 2; set it to 2$"):
+        await actor.refuse()
+    with pytest.raises(
+        ActorFailed, match=r"^rollout-0\.1000 must finish its work; it raised ZeroDivisionError"
+    ):
+        await actor.break_down()
+
+
+async def test_an_actor_that_does_not_answer_is_named(actor: Actor) -> None:
+    with pytest.raises(ActorFailed, match=r"^rollout-0\.1000 must answer within 0 s"):
+        await actor.within(0.02, "hang")
+    with pytest.raises(
+        ActorFailed, match=r"must finish some of its work within cluster\.stall_timeout_s=0\.02 "
+    ):
+        lease: Any = None
+        await TimedLearner(actor, 0.02).update(lease)
