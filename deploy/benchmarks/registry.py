@@ -38,6 +38,24 @@ BENCHMARKS: dict[str, Benchmark] = {
             )
         },
     ),
+    "pipeline": Benchmark(
+        description="a run of engines that wait, against its slowest stage and against lock-step",
+        module="deploy.benchmarks.pipeline",
+        num_pairs=3,
+        labels={
+            "slowest": Label(meaning="trajectories/s of a run / of its slowest stage alone", goal=0.95),
+            "lockstep": Label(meaning="trajectories/s of the same run / in lock-step", goal=2.7),
+        },
+    ),
+    "scale": Benchmark(
+        description="what the control plane costs per trajectory, from 1 to 256 engines",
+        module="deploy.benchmarks.scale",
+        num_pairs=3,
+        labels={
+            "growth": Label(meaning="the largest cost / the smallest", goal=1.25, at_least=False),
+            "ms": Label(meaning="the largest cost in CPU ms / 1 ms", goal=1.0, at_least=False),
+        },
+    ),
     "peer": Benchmark(
         description="completion tokens per second of a whole run against TRL's DistillationTrainer",
         module="deploy.benchmarks.peer",

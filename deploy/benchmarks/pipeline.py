@@ -1,0 +1,52 @@
+"""Benchmark ``pipeline``: whether the loops overlap as they should.
+
+``slowest``: the rate of a run / that of its slowest stage alone, with 64 rollout and 16 teacher engines and equal rates
+of all stages. ``lockstep``: the same run / the run in lock-step, where the stages take turns; with three equal stages
+the ratio can be three, and more by what the push takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from deploy.benchmarks.harness import Measurement, Say, alternate
+from deploy.benchmarks.simulated import Load, Outcome, simulate
+from distill.config import ClusterConfig
+
+LOAD = Load(
+    num_rollouts=64,
+    num_teachers=16,
+    prompts_per_update=64,
+    num_updates=24,
+    max_policy_age=3,
+    rollout_s=1.0,
+    teacher_s=0.25,
+    update_s=1.0,
+    push_s=0.1,
+)
+
+
+def measure(num_pairs: int, say: Say) -> Measurement:
+    """Alternate asynchronous runs and runs in lock-step."""
+    from deploy.cluster.ray_cluster import RayCluster
+
+    with RayCluster(ClusterConfig(address="local"), "bbbbbbbb") as cluster:
+        sides = {
+            "asynchronous": lambda: simulate(cluster, LOAD),
+            "lockstep": lambda: simulate(cluster, replace(LOAD, max_policy_age=0, num_updates=8)),
+        }
+        simulate(cluster, replace(LOAD, num_updates=2))  # imports and connections
+        rounds = alternate(num_pairs, sides, say)
+    slowest = min(LOAD.rates.values())
+    rates = [{name: _rate(outcome) for name, outcome in found.items()} for found in rounds]
+    return Measurement(
+        pairs={
+            "slowest": [(found["asynchronous"], slowest) for found in rates],
+            "lockstep": [(found["asynchronous"], found["lockstep"]) for found in rates],
+        },
+        notes={"trajectories_per_s": rates, "slowest_stage_per_s": slowest},
+    )
+
+
+def _rate(outcome: Outcome) -> float:
+    return outcome.num_trajectories / outcome.seconds
