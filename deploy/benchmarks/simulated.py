@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 
-from distill.algorithm import train_loop
 from distill.config import LearnerConfig, RecipeConfig, ReplayConfig, RolloutConfig, RunConfig, ScoringConfig
 from distill.interfaces import Draw, Holder, Lease, Location, Role, SampleRef, WeightManifest, Work
 from distill.machine.remote import Remote
@@ -168,20 +167,9 @@ def simulate(cluster: Any, load: Load) -> Outcome:
     finally:
         for name in names:
             cluster.end_actor(name)
-    return Outcome(num_trajectories=load.prompts_per_update * load.num_updates, seconds=seconds, cpu_s=cpu_s)
-
-
-async def _train(load: Load, replay: Any, calls: Sequence[Any]) -> float:
-    service: Any = Remote(replay)
-    waits = _Waits(load)
-    await train_loop(
-        service,
-        waits,
-        waits,
-        waits,
-        updates_done=0,
-        num_updates=load.num_updates,
-        lock_step=load.config.replay.lock_step,
+    return Outcome(
+        trajectories_per_s=load.prompts_per_update * num_updates / seconds,
+        cpu_s_per_trajectory=cpu_s / (load.prompts_per_update * load.num_updates),
     )
     seconds = time.perf_counter() - waits.started
     await asyncio.gather(*calls)
