@@ -81,7 +81,14 @@ def parser() -> argparse.ArgumentParser:
 def _add_preparation(sub: Commands) -> None:
     init = sub.add_parser("init", help="write a configuration for your own models and data")
     init.add_argument(
-        "file", nargs="?", default="run.yaml", metavar="FILE", help="new file (default: run.yaml)"
+        "file",
+        nargs="?",
+        default=commands.NEW_FILE,
+        metavar="FILE",
+        help=f"new file (default: {commands.NEW_FILE})",
+    )
+    init.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings to write into the file"
     )
     init.add_argument(
         "--teacher",
