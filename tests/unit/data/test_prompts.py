@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -139,6 +140,27 @@ def test_holding_out_every_row_is_rejected(tokenizer):
     data = dataclasses.replace(DATA, num_heldout=3)
     with pytest.raises(ConfigError, match=r"data.num_heldout=3 must be < the number of usable rows \(3\)"):
         build_prompts(many(3), tokenizer, data, [STOP])
+    rows = [*many(3), example("u:" + "x" * 100, "a:A", row=3)]
+    data = dataclasses.replace(data, max_prompt_tokens=60, on_long_prompt="skip")
+    with pytest.raises(
+        ConfigError,
+        match=r"usable rows \(3; rows left out for a long prompt: 1\); lower it, .*; or raise data.max",
+    ):
+        build_prompts(rows, tokenizer, data, [STOP])
+
+
+def test_prompts_that_are_all_too_long_are_named_as_the_cause(tokenizer):
+    data = dataclasses.replace(DATA, max_prompt_tokens=5, on_long_prompt="skip")
+    with pytest.raises(
+        ConfigError,
+        match=r"^data.max_prompt_tokens=5 must leave a prompt to train on: all 7 prompts are longer, the shortest "
+        r"has (\d+) tokens; raise it$",
+    ) as caught:
+        build_prompts(many(7), tokenizer, data, [STOP])
+    (shortest,) = re.findall(r"has (\d+) tokens", str(caught.value))
+    assert build_prompts(
+        many(7), tokenizer, dataclasses.replace(data, max_prompt_tokens=int(shortest)), [STOP]
+    )
 
 
 def test_an_empty_prompt_is_rejected(tokenizer):
