@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from distill.config import DataConfig
-from distill.data.conversation import Example
+from distill.data.conversation import Example, row_name
 from distill.data.render import Rendered, as_text, render_chat, render_plain
 from distill.data.tokens import Tokens, tokenize
 from distill.errors import NO_VALUE, ConfigError
@@ -190,11 +190,14 @@ def prompt_facts(table: pa.Table) -> PromptFacts:
 def _prompt_fits(row: int, num_tokens: int, data: DataConfig) -> bool:
     if num_tokens == 0:
         raise ConfigError(
-            f"data row {row}", NO_VALUE, "have a prompt of at least one token", "correct or remove the row"
+            f"data {row_name(row)}",
+            NO_VALUE,
+            "have a prompt of at least one token",
+            "correct or remove the row",
         )
     if num_tokens > data.max_prompt_tokens and data.on_long_prompt == "error":
         raise ConfigError(
-            f"prompt of data row {row}",
+            f"prompt of data {row_name(row)}",
             f"{num_tokens} tokens",
             f"be <= data.max_prompt_tokens={data.max_prompt_tokens}",
             "raise it, or set data.on_long_prompt=skip",

@@ -192,6 +192,18 @@ def test_choices_are_checked_against_models_and_data(
     assert "must have a column messages or conversations" in complaint("--data", "rows.jsonl")
 
 
+def test_the_help_gives_the_share_of_layers_that_is_kept(
+    init: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["init", "--help"])
+    assert "default: two thirds of them" in " ".join(capsys.readouterr().out.split())
+    save_tiny_llama(tmp_path / "teacher", num_layers=6)
+    write_rows(tmp_path / "rows.jsonl")
+    init("--teacher", "teacher", "--data", "rows.jsonl")
+    assert load_config("run.yaml", (), PRESETS).student.init.num_layers == 4
+
+
 def test_columns_are_named_as_the_remedy_says(
     init: Written, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
