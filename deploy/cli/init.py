@@ -5,8 +5,6 @@ from __future__ import annotations
 import glob
 import os
 import shlex
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from deploy import PRESETS
 from deploy.cli.written_settings import as_yaml, with_settings
 from deploy.fetch import DATA, MODELS, cache_dir, data_file, is_hub_id, model_folder, resolve_model
 from deploy.paths import path_or_name
+from deploy.program import program
 from deploy.recipes import find_recipe
 from deploy.run.model_facts import SAVE_AGAIN, ModelFacts
 from distill.config import DataConfig, EvaluationConfig, RunConfig
@@ -87,14 +86,14 @@ def _names(settings: Sequence[str]) -> list[str]:
 
 def next_commands(path: Path, choices: Choices) -> Iterator[str]:
     """The commands that lead from the file to a run, quoted for a shell."""
-    program, cache = _program(), cache_dir()
+    distill, cache = program(), cache_dir()
     for model in dict.fromkeys((choices.teacher, choices.student)):
         if model is not None and model in MODELS and not model_folder(model, cache).is_dir():
-            yield shlex.join([program, "models", "fetch", model])
+            yield shlex.join([distill, "models", "fetch", model])
     if choices.data in DATA and not data_file(choices.data, cache).is_file():
-        yield shlex.join([program, "data", "fetch", choices.data])
-    yield shlex.join([program, "doctor", str(path)])
-    yield shlex.join([program, "train", str(path)])
+        yield shlex.join([distill, "data", "fetch", choices.data])
+    yield shlex.join([distill, "doctor", str(path)])
+    yield shlex.join([distill, "train", str(path)])
 
 
 def _render(path: Path, choices: Choices) -> str:
@@ -183,12 +182,3 @@ def _rows(settings: DataConfig) -> Sequence[Example]:
         )
         raise ConfigError("--data", data, must, did_you_mean(data, DATA, "check the path"))
     return []
-
-
-def _program() -> str:
-    """How to start the command line of this environment from here."""
-    script = Path(sys.executable).with_name("distill")
-    found = shutil.which("distill")
-    if not script.exists() or (found and os.path.samefile(found, script)):
-        return "distill"
-    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
