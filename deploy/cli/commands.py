@@ -10,6 +10,8 @@ from deploy.exits import DONE, INTERRUPTED, complain, exit_code
 from distill.config import RunConfig
 from distill.errors import NO_VALUE, ConfigError
 
+NEW_FILE = "run.yaml"
+"""The file that `distill init` writes unless another is named."""
 _SCALE_TIMEOUT_S = 600.0
 """Seconds that `distill scale` waits. An actor that joins loads its model first."""
 
@@ -75,13 +77,18 @@ def submit(options: argparse.Namespace) -> int:
 def init(options: argparse.Namespace) -> int:
     from deploy.cli.init import Choices, next_commands, write_config
 
-    path = Path(options.file)
+    file, settings = options.file, options.overrides
+    name, equals, _ = file.partition("=")
+    if equals and name.replace(".", "").isidentifier():  # the first setting, where no file is named
+        file, settings = NEW_FILE, [file, *settings]
+    path = Path(file)
     choices = Choices(
         teacher=options.teacher,
         student=options.student,
         num_layers=options.student_layers,
         data=options.data,
         recipe=options.recipe,
+        settings=settings,
     )
     write_config(path, choices)
     print(f"wrote {path}; read its comments and adapt it, then run:")

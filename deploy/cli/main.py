@@ -81,7 +81,14 @@ def parser() -> argparse.ArgumentParser:
 def _add_preparation(sub: Commands) -> None:
     init = sub.add_parser("init", help="write a configuration for your own models and data")
     init.add_argument(
-        "file", nargs="?", default="run.yaml", metavar="FILE", help="new file (default: run.yaml)"
+        "file",
+        nargs="?",
+        default=commands.NEW_FILE,
+        metavar="FILE",
+        help=f"new file (default: {commands.NEW_FILE})",
+    )
+    init.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings to write into the file"
     )
     init.add_argument(
         "--teacher",
@@ -95,7 +102,7 @@ def _add_preparation(sub: Commands) -> None:
         "--student-layers",
         type=_positive,
         metavar="N",
-        help="cut the student from the teacher, with N of its layers (default: a third of them)",
+        help="cut the student from the teacher, with N of its layers (default: two thirds of them)",
     )
     init.add_argument(
         "--data", default="alpaca-demo", metavar="DATA", help="file, hub id or name (default: alpaca-demo)"
@@ -113,7 +120,9 @@ def _add_preparation(sub: Commands) -> None:
 def _add_runs(sub: Commands) -> None:
     train = sub.add_parser("train", help="run a distillation, or resume one")
     train.add_argument("config", nargs="?", help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
+    train.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that override the file"
+    )
     train.add_argument("--resume", metavar="RUN", help="resume the run in this folder")
     train.set_defaults(run=commands.train)
 
@@ -121,7 +130,9 @@ def _add_runs(sub: Commands) -> None:
         "submit", help="run a distillation as a job of a Ray cluster, or resume one there"
     )
     submit.add_argument("config", nargs="?", help="YAML file")
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
+    submit.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that override the file"
+    )
     submit.add_argument("--resume", metavar="RUN", help="resume the run in this folder of the cluster")
     submit.add_argument(
         "--address", required=True, metavar="URL", help="dashboard of the cluster, such as http://HEAD:8265"
@@ -131,7 +142,9 @@ def _add_runs(sub: Commands) -> None:
 
     doctor = sub.add_parser("doctor", help="check a configuration without starting anything")
     doctor.add_argument("config", help="YAML file")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
+    doctor.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that override the file"
+    )
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     doctor.set_defaults(run=commands.doctor)
 

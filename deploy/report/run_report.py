@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from deploy.program import program
 from deploy.report.model import Code, Column, Line, Number, Paragraph, Report, Sample, Table, Tone, Toned
 from distill.errors import ConfigError
 from distill.evaluation import METRICS, Evaluation, direction, load_evaluation, paired_difference
@@ -143,7 +145,7 @@ def _closing_lines(folder: RunFolder, summary: Mapping[str, Any]) -> Iterator[Li
             f"best during training by {best['metric']}: update {best['update']} ({best['value']:.4f}), in ",
             Code(_shortest(folder.best)),
         )
-    yield "talk to the student: ", Code(f"distill chat {_shortest(folder.student)}")
+    yield "talk to the student: ", Code(shlex.join([program(), "chat", _shortest(folder.student)]))
 
 
 def _shortest(path: Path) -> str:

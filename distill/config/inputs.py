@@ -71,7 +71,7 @@ class StudentInitConfig:
                     f"student.init.{name}",
                     value,
                     "be null unless student.init.from is set",
-                    "leave it out, because a loaded student keeps all its layers; or set student.init.from=teacher",
+                    "set it to null, because a loaded student keeps all its layers; or set student.init.from=teacher",
                 )
 
     def _violations_of_layers(self, layers: list[int]) -> Iterator[ConfigError]:
@@ -98,12 +98,22 @@ class StudentConfig:
     """How to cut the student from the teacher instead of loading it."""
 
     def violations(self) -> Iterator[ConfigError]:
-        if (self.model is None) == (self.init.source is None):
+        if self.model is None and self.init.source is None:
             yield ConfigError(
                 "student.model",
-                "null" if self.model is None else self.model,
-                "be set exactly when student.init.from is not",
-                "name a checkpoint, or set student.init: {from: teacher, num_layers: N}",
+                "null",
+                "name a checkpoint unless student.init.from is set",
+                "set it, or cut the student from the teacher with student.init.from=teacher student.init.num_layers=N",
+            )
+        if self.model is not None and self.init.source is not None:
+            given = ("num_layers", "layers")
+            layers = [f" student.init.{name}=null" for name in given if getattr(self.init, name) is not None]
+            yield ConfigError(
+                "student.model",
+                self.model,
+                "be null when student.init.from is set",
+                f"to load the student, write student.init.from=null{''.join(layers)}; to cut it from the teacher, "
+                "write student.model=null",
             )
         yield from self.init.violations()
 

@@ -40,13 +40,23 @@ def load_config(
 
     Raises: ConfigError for any mistake in the file, an override or a value.
     """
+    config = read_config(path, overrides, presets)
+    config.validate()
+    return config
+
+
+def read_config(
+    path: str | Path | None, overrides: Sequence[str] = (), presets: str | Path | None = None
+) -> RunConfig:
+    """Load as :func:`load_config`, without checking the rules, which settings that are still missing may break.
+
+    Raises: ConfigError for a mistake in the file or an override.
+    """
     tree: Tree = {}
     file = {} if path is None else _read_settings(path)
     for layer in (file, *map(_parse_override, overrides)):
         tree = _apply(tree, layer, None if presets is None else Path(presets))
-    config = build(tree)
-    config.validate()
-    return config
+    return build(tree)
 
 
 def override(name: str, value: object) -> str:

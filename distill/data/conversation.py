@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from distill.data.files import json_kind
+from distill.data.files import json_kind, json_problem
 from distill.errors import NO_VALUE, ConfigError, first_line
 
 _ROLES = {
@@ -60,6 +60,11 @@ class Turn:
     @property
     def is_empty(self) -> bool:
         return not self.content.strip() and "tool_calls" not in self.details
+
+
+def row_name(row: int) -> str:
+    """The name that messages give to a row, from 0, of a data set: it counts from 1, as editors do."""
+    return f"row {row + 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +175,10 @@ def conversation_of(value: object, where: str) -> list[Turn]:
         raise ConfigError(where, NO_VALUE, must, "correct the row")
     if value and all(isinstance(turn, str) for turn in value):
         return [
-            Turn(role=("user", "assistant")[number % 2], content=text_of(turn, f"{where} turn {number}"))
+            Turn(role=("user", "assistant")[number % 2], content=text_of(turn, f"{where} turn {number + 1}"))
             for number, turn in enumerate(value)
         ]
-    return [_turn(turn, f"{where} turn {number}") for number, turn in enumerate(value)]
+    return [_turn(turn, f"{where} turn {number}") for number, turn in enumerate(value, 1)]
 
 
 def turns_of(value: object, role: str, where: str) -> list[Turn]:
@@ -329,7 +334,7 @@ def as_json(value: object, where: str) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+        reason = json_problem(error) if isinstance(error, json.JSONDecodeError) else first_line(error)
         raise ConfigError(where, NO_VALUE, f"be JSON ({reason})", "correct the row") from None
 
 

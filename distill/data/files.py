@@ -87,14 +87,14 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
     with _opened(path) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield _json_object(line, f"{path} line {number}")
+                yield _json_object(line.rstrip(b"\r\n"), f"{path} line {number}")
 
 
 def _json_object(line: bytes, where: str) -> Row:
     try:
         row = _loads(_decoded(line, where), where)
     except json.JSONDecodeError as error:
-        must = f"be JSON: {error.msg} in column {error.colno}"
+        must = f"be JSON: {json_problem(error)} in column {error.colno}"
         raise ConfigError(where, NO_VALUE, must, "correct the line") from None
     return _as_object(row, where)
 
@@ -147,14 +147,14 @@ def _read_json(path: Path) -> Iterator[Row]:
     try:
         rows = _loads(text, path)
     except json.JSONDecodeError as error:
-        must = f"be JSON: {error.msg} in column {error.colno}"
+        must = f"be JSON: {json_problem(error)} in column {error.colno}"
         remedy = "correct it, or name it .jsonl if it has one object per line"
         raise ConfigError(f"{path} line {error.lineno}", NO_VALUE, must, remedy) from None
     if not isinstance(rows, list):
         must = f"be a JSON list of objects, not {json_kind(rows)}"
         raise ConfigError(path, NO_VALUE, must, "write [{...}, ...]")
-    for index, row in enumerate(rows):
-        yield _as_object(row, f"{path} row {index}")
+    for number, row in enumerate(rows, 1):
+        yield _as_object(row, f"{path} row {number}")
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
@@ -216,6 +216,11 @@ _READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }
+
+
+def json_problem(error: json.JSONDecodeError) -> str:
+    """What is wrong with JSON text, as words that a place can follow: some of Python's end with "at"."""
+    return error.msg.removesuffix(" at")
 
 
 def json_kind(value: object) -> str:

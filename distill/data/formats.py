@@ -17,6 +17,7 @@ from distill.data.conversation import (
     as_json,
     conversation_of,
     is_turns_as_text,
+    row_name,
     text_of,
     tools_of,
     turns_of,
@@ -174,7 +175,7 @@ class Reading:
 
         Raises: ConfigError that names the row.
         """
-        cells = Cells(row=row, columns=self.columns, where=f"data.path={path} row {index}")
+        cells = Cells(row=row, columns=self.columns, where=f"data.path={path} {row_name(index)}")
         self._require_same_columns(cells)
         if cells.value(self.format.required) is None:
             required = self.columns[self.format.required]

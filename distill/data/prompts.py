@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from distill.config import DataConfig
-from distill.data.conversation import Example
+from distill.data.conversation import Example, row_name
 from distill.data.render import Rendered, as_text, render_chat, render_plain
 from distill.data.tokens import Tokens, tokenize
 from distill.errors import NO_VALUE, ConfigError
@@ -120,7 +120,9 @@ def build_prompts(
         for example, found in zip(rows, tokens, strict=True)
         if _prompt_fits(example.row, len(found.prompt), data)
     ]
-    heldout = _choose_heldout(len(kept), data.num_heldout, seed)
+    if rows and not kept:
+        raise _all_too_long([len(found.prompt) for found in tokens], data)
+    heldout = _choose_heldout(len(kept), len(rows) - len(kept), data.num_heldout, seed)
     repeated = _repeats_heldout([found.prompt for _, found in kept], heldout)
     if len(kept) and repeated.sum() + heldout.sum() == len(kept):
         must = f"leave a prompt to train on: all {len(kept)} usable rows are held out or repeat a held-out prompt"
@@ -188,11 +190,14 @@ def prompt_facts(table: pa.Table) -> PromptFacts:
 def _prompt_fits(row: int, num_tokens: int, data: DataConfig) -> bool:
     if num_tokens == 0:
         raise ConfigError(
-            f"data row {row}", NO_VALUE, "have a prompt of at least one token", "correct or remove the row"
+            f"data {row_name(row)}",
+            NO_VALUE,
+            "have a prompt of at least one token",
+            "correct or remove the row",
         )
     if num_tokens > data.max_prompt_tokens and data.on_long_prompt == "error":
         raise ConfigError(
-            f"prompt of data row {row}",
+            f"prompt of data {row_name(row)}",
             f"{num_tokens} tokens",
             f"be <= data.max_prompt_tokens={data.max_prompt_tokens}",
             "raise it, or set data.on_long_prompt=skip",
@@ -200,10 +205,17 @@ def _prompt_fits(row: int, num_tokens: int, data: DataConfig) -> bool:
     return num_tokens <= data.max_prompt_tokens
 
 
-def _choose_heldout(num_rows: int, num_heldout: int, seed: int) -> np.ndarray:
+def _all_too_long(lengths: Sequence[int], data: DataConfig) -> ConfigError:
+    must = f"leave a prompt to train on: all {len(lengths)} prompts are longer, the shortest has {min(lengths)} tokens"
+    return ConfigError("data.max_prompt_tokens", data.max_prompt_tokens, must, "raise it")
+
+
+def _choose_heldout(num_rows: int, num_long: int, num_heldout: int, seed: int) -> np.ndarray:
     if num_heldout >= num_rows:
-        must = f"be < the number of usable rows ({num_rows})"
+        long = f"; rows left out for a long prompt: {num_long}" if num_long else ""
+        must = f"be < the number of usable rows ({num_rows}{long})"
         remedy = "lower it, because no row would be left to train on"
+        remedy += "; or raise data.max_prompt_tokens" if num_long else ""
         raise ConfigError("data.num_heldout", num_heldout, must, remedy)
     heldout = np.zeros(num_rows, bool)
     heldout[np.random.default_rng(seed % 2**64).permutation(num_rows)[:num_heldout]] = True

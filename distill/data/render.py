@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distill.data.conversation import Example, Turn
+from distill.data.conversation import Example, Turn, row_name
 from distill.errors import NO_VALUE, ConfigError, first_line
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def render_plain(example: Example, *, with_reference: bool, has_template: bool) 
     turns = (*example.prompt, *(example.reference if with_reference else ()))
     several = len(example.prompt) > 1 or (with_reference and len(example.reference) > 1)
     if several or example.tools or any(turn.details for turn in turns):
-        must = f"be true for data of several turns or with tools (row {example.row})"
+        must = f"be true for data of several turns or with tools ({row_name(example.row)})"
         use = "set it to true" if has_template else "use a teacher whose tokenizer has a chat template"
         remedy = f"{use}, because only a template marks where a turn begins"
         raise ConfigError("data.chat_template", "false", must, remedy)
@@ -118,7 +118,9 @@ class _Template:
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             must = f"suit the tokenizer's chat template: {first_line(error)}"
-            raise ConfigError(f"data row {self._row}", NO_VALUE, must, "correct or remove the row") from None
+            raise ConfigError(
+                f"data {row_name(self._row)}", NO_VALUE, must, "correct or remove the row"
+            ) from None
         return str(text)
 
     def extend(self, done: str, num_turns: int, *, generation: bool) -> str:
@@ -127,7 +129,7 @@ class _Template:
             return text
         later = num_turns > self._num_prompt + 1
         raise ConfigError(
-            f"data row {self._row}: the tokenizer's chat template",
+            f"data {row_name(self._row)}: the tokenizer's chat template",
             NO_VALUE,
             "be prefix-stable (more turns only add text at the end), because references of this data are trained on",
             ("set data.reference_turns=first; or " if later else "")
@@ -179,7 +181,7 @@ def _is_in(part: str, text: str) -> bool:
 def _dropped(example: Example, what: str, part: str) -> ConfigError:
     shown = part if len(part) <= 40 else f"{part[:40]}..."
     return ConfigError(
-        f"data row {example.row}: {what}",
+        f"data {row_name(example.row)}: {what}",
         json.dumps(shown, ensure_ascii=False),
         "be shown by the tokenizer's chat template, which drops it or a part of it",
         "use a teacher whose template shows it, or remove it from the row",
@@ -200,7 +202,7 @@ def _require_context(example: Example, template: _Template, prompt: str) -> None
         return
     if template.render(num_turns, generation=True, with_tools=False) == prompt:
         raise ConfigError(
-            f"data row {example.row}: its tools",
+            f"data {row_name(example.row)}: its tools",
             NO_VALUE,
             "be shown by the tokenizer's chat template, which ignores tools",
             "use a teacher whose template has tools, or remove the column from the data",

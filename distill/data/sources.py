@@ -42,7 +42,8 @@ def read_rows(name: str, split: str, cache: Path) -> list[Row]:
     ]:
         return [row for file in matches for row in read_file(file)]
     if kind_of(path) is not None or path.is_absolute() or name.startswith("~") or glob.has_magic(name):
-        raise ConfigError("data.path", name, "be a file that exists", "check the path")
+        missing = name if str(path).startswith("~") else path.absolute()
+        raise ConfigError("data.path", missing, "be a file that exists", "check the path")
     return _read_hub(name, split)
 
 

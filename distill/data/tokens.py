@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distill.data.conversation import require_encodable
+from distill.data.conversation import require_encodable, row_name
 from distill.data.render import Rendered
 from distill.errors import NO_VALUE, ConfigError
 
@@ -106,7 +106,7 @@ class _Encoder:
         if not texts:
             return []
         for row, text in texts:
-            require_encodable(text, f"data row {row}")
+            require_encodable(text, f"data {row_name(row)}")
         encoded: Any = self._tokenizer(
             [text for _, text in texts],
             add_special_tokens=self._add_special_tokens,
@@ -139,7 +139,7 @@ class _Encoder:
                 if self._decode([*prompt.ids, *piece, *rest.ids]) == wanted:
                     return _Encoding([*piece, *rest.ids], [*[border] * len(piece), *rest.starts])
         raise ConfigError(
-            f"data row {text.row}",
+            f"data {row_name(text.row)}",
             NO_VALUE,
             "have a reference whose tokens can be separated from the prompt's",
             "end the prompt before its last space or line break and begin the reference with it, or remove the row",

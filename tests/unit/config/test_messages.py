@@ -89,6 +89,47 @@ def test_error_in_a_file(load, text, part):
     assert part in message(load, text)
 
 
+@pytest.mark.parametrize(
+    ("text", "wrong", "error", "remedies"),
+    [
+        (
+            "{init: {from: teacher, num_layers: 10}}",
+            "student.model=x",
+            "student.model=x must be null when student.init.from is set; to load the student, write "
+            "student.init.from=null student.init.num_layers=null; to cut it from the teacher, write student.model=null",
+            ("student.init.from=null student.init.num_layers=null", "student.model=null"),
+        ),
+        (
+            "{init: {from: teacher, layers: [0, 1]}}",
+            "student.model=x",
+            "student.model=x must be null when student.init.from is set; to load the student, write "
+            "student.init.from=null student.init.layers=null; to cut it from the teacher, write student.model=null",
+            ("student.init.from=null student.init.layers=null", "student.model=null"),
+        ),
+        (
+            "{model: x}",
+            "student.model=null",
+            "student.model=null must name a checkpoint unless student.init.from is set; set it, or cut the student "
+            "from the teacher with student.init.from=teacher student.init.num_layers=N",
+            ("student.init.from=teacher student.init.num_layers=3", "student.model=y"),
+        ),
+        (
+            "{model: x}",
+            "student.init.num_layers=3",
+            "student.init.num_layers=3 must be null unless student.init.from is set; set it to null, because a "
+            "loaded student keeps all its layers; or set student.init.from=teacher",
+            ("student.init.num_layers=null", "student.init.from=teacher student.model=null"),
+        ),
+    ],
+)
+def test_the_remedies_of_a_student_with_two_origins_or_none_work(load, text, wrong, error, remedies):
+    with pytest.raises(ConfigError) as caught:
+        load(f"student: {text}", [wrong])
+    assert str(caught.value) == error
+    for remedy in remedies:
+        load(f"student: {text}", [wrong, *remedy.split()])
+
+
 def test_errors_of_a_whole_file(load, tmp_path):
     with pytest.raises(
         ConfigError, match=r"nowhere\.yaml must be a configuration file that exists; check the path$"

@@ -26,7 +26,7 @@ BROKEN = [
     "cluster.backend=in_process", "recipe.teacher_gives=text",
     "recipe.teacher_gives=text recipe.teacher_text=reference", "proxy.num_updates=-1",
     "proxy.rows_per_update=0",
-    "recipe.long_weight=1 recipe.student_text=none", "student.model=x", "student.init.from=other",
+    "recipe.long_weight=1 recipe.student_text=none", "student.model=x", "student.init.from=null student.init.num_layers=null", "student.init.from=other",
     "student.init.num_layers=0", "data.num_heldout=0", "sft.num_updates=0", "sft.rows_per_update=0",
     "corpus.max_new_tokens=0", "corpus.samples_per_prompt=0", "corpus.num_prompts=0", "rollout.samples_per_prompt=0",
     "rollout.max_new_tokens=0", "rollout.tensor_parallel_size=0", "replay.max_policy_age=-1", "replay.samples_per_insert=0",

@@ -137,7 +137,7 @@ USER = {"role": "user", "content": "Q"}
     [
         (
             {"messages": [USER, {"role": "assistant", "content": None}]},
-            "turn 1 must have text as content, not null",
+            "turn 2 must have text as content, not null",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -211,7 +211,7 @@ def test_what_would_be_lost_is_refused_with_its_row(tmp_path: Path, row: dict, m
     rows = [row] if "conversations" in row else [good, row]
     with pytest.raises(ConfigError, match=message) as caught:
         load(tmp_path, *rows)
-    assert f"row {len(rows) - 1}" in str(caught.value) and "\n" not in str(caught.value)
+    assert f"row {len(rows)}" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_text_that_begins_like_json_stays_text(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_column_of_plain_text_is_no_conversation(tmp_path: Path) -> None:
 
 def test_rows_that_differ_from_the_others_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"row 1 must have its answer in column completion, .* not in response"
+        ConfigError, match=r"row 2 must have its answer in column completion, .* not in response"
     ):
         load(tmp_path, {"prompt": "a", "completion": "b"}, {"prompt": "a", "response": "b"})
     loaded = load(
@@ -306,6 +306,6 @@ def test_rows_that_differ_from_the_others_are_named(tmp_path: Path) -> None:
     )
     assert [bool(example.reference) for example in loaded.examples] == [False, True]
     with pytest.raises(
-        ConfigError, match=r"row 1 must have its messages in column messages, .* not in conversations"
+        ConfigError, match=r"row 2 must have its messages in column messages, .* not in conversations"
     ):
         load(tmp_path, {"messages": [USER]}, {"conversations": [{"from": "human", "value": "Q"}]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -95,10 +96,10 @@ def test_unsuitable_templates_are_rejected(tokenizer):
     ):
         only_row(example("u:Q", "a:A"), without_template(tokenizer))
     counting = with_template(tokenizer, "{{ messages|length }}" + TEMPLATE)
-    with pytest.raises(ConfigError, match=r"data row 0: .* must be prefix-stable"):
+    with pytest.raises(ConfigError, match=r"data row 1: .* must be prefix-stable"):
         only_row(example("u:Q", "a:A"), counting)
     refusing = with_template(tokenizer, "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ConfigError, match=r"data row 0 must suit .* roles must alternate"):
+    with pytest.raises(ConfigError, match=r"data row 1 must suit .* roles must alternate"):
         only_row(example("u:Q", "a:A"), refusing)
 
 
@@ -110,7 +111,7 @@ def test_a_long_prompt_is_rejected_or_skipped(tokenizer):
     data = dataclasses.replace(DATA, max_prompt_tokens=60)
     with pytest.raises(
         ConfigError,
-        match=r"^prompt of data row 5=1\d\d tokens must be <= data\.max_prompt_tokens=60; "
+        match=r"^prompt of data row 6=1\d\d tokens must be <= data\.max_prompt_tokens=60; "
         r"raise it, or set data\.on_long_prompt=skip$",
     ):
         build_prompts(rows, tokenizer, data, [STOP])
@@ -139,11 +140,32 @@ def test_holding_out_every_row_is_rejected(tokenizer):
     data = dataclasses.replace(DATA, num_heldout=3)
     with pytest.raises(ConfigError, match=r"data.num_heldout=3 must be < the number of usable rows \(3\)"):
         build_prompts(many(3), tokenizer, data, [STOP])
+    rows = [*many(3), example("u:" + "x" * 100, "a:A", row=3)]
+    data = dataclasses.replace(data, max_prompt_tokens=60, on_long_prompt="skip")
+    with pytest.raises(
+        ConfigError,
+        match=r"usable rows \(3; rows left out for a long prompt: 1\); lower it, .*; or raise data.max",
+    ):
+        build_prompts(rows, tokenizer, data, [STOP])
+
+
+def test_prompts_that_are_all_too_long_are_named_as_the_cause(tokenizer):
+    data = dataclasses.replace(DATA, max_prompt_tokens=5, on_long_prompt="skip")
+    with pytest.raises(
+        ConfigError,
+        match=r"^data.max_prompt_tokens=5 must leave a prompt to train on: all 7 prompts are longer, the shortest "
+        r"has (\d+) tokens; raise it$",
+    ) as caught:
+        build_prompts(many(7), tokenizer, data, [STOP])
+    (shortest,) = re.findall(r"has (\d+) tokens", str(caught.value))
+    assert build_prompts(
+        many(7), tokenizer, dataclasses.replace(data, max_prompt_tokens=int(shortest)), [STOP]
+    )
 
 
 def test_an_empty_prompt_is_rejected(tokenizer):
     data = dataclasses.replace(DATA, chat_template=False)
-    with pytest.raises(ConfigError, match=r"data row 0 must have a prompt of at least one token"):
+    with pytest.raises(ConfigError, match=r"data row 1 must have a prompt of at least one token"):
         only_row(example("u:", "a:A"), without_template(tokenizer), data)
 
 

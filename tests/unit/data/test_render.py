@@ -28,8 +28,8 @@ SHOWS_CALLS = CHAT.replace(
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (CHAT, "data row 0: its tools must be shown by the tokenizer's chat template, which ignores tools"),
-        ("{{ tools }}" + CHAT, "data row 0: the assistant's turn=\"clock\" must be shown by the tokenizer's"),
+        (CHAT, "data row 1: its tools must be shown by the tokenizer's chat template, which ignores tools"),
+        ("{{ tools }}" + CHAT, "data row 1: the assistant's turn=\"clock\" must be shown by the tokenizer's"),
         ("{{ tools }}" + SHOWS_CALLS, None),
     ],
 )
@@ -68,7 +68,7 @@ def test_results_of_several_tools_may_be_one_turn_of_the_template() -> None:
 
 def test_a_template_that_drops_the_system_turn_is_refused() -> None:
     template = "{% for m in messages if m['role'] != 'system' %}" + CHAT.partition("%}")[2]
-    with pytest.raises(ConfigError, match=r"data row 0: the system's turn=\"Be kind\" must be shown"):
+    with pytest.raises(ConfigError, match=r"data row 1: the system's turn=\"Be kind\" must be shown"):
         row_of(example("s:Be kind", "u:Q", "a:A"), fast(KINDS["byte-level"](), template), DATA)
 
 
@@ -77,7 +77,7 @@ REASONING = CHAT.replace("m['content'] +", "m['content'].split('</think>')[-1] +
 
 def test_a_template_that_drops_reasoning_is_refused_only_for_references() -> None:
     tokenizer = fast(KINDS["byte-level"](), REASONING)
-    with pytest.raises(ConfigError, match="data row 0: the assistant's turn="):
+    with pytest.raises(ConfigError, match="data row 1: the assistant's turn="):
         row_of(example("u:Q", "a:<think>why</think>A"), tokenizer, DATA)
     history = Example(
         row=0,
@@ -118,13 +118,13 @@ def call_of(**arguments: object) -> dict:
 )
 def test_every_part_of_an_answer_reaches_the_text(part: Example, dropping: tuple[str, str]) -> None:
     row_of(part, fast(KINDS["byte-level"](), WITH_TOOLS), DATA)
-    with pytest.raises(ConfigError, match=r"data row 0: the assistant's turn=.* must be shown by"):
+    with pytest.raises(ConfigError, match=r"data row 1: the assistant's turn=.* must be shown by"):
         row_of(part, fast(KINDS["byte-level"](), WITH_TOOLS.replace(*dropping)), DATA)
 
 
 def test_a_dropped_turn_is_found_even_if_its_words_are_elsewhere() -> None:
     template = "{% for m in messages if m['role'] != 'system' %}" + CHAT.partition("%}")[2]
-    with pytest.raises(ConfigError, match=r"data row 0: the system's turn=\"Be kind\" must be shown"):
+    with pytest.raises(ConfigError, match=r"data row 1: the system's turn=\"Be kind\" must be shown"):
         row_of(example("s:Be kind", "u:Be kind, please", "a:A"), fast(KINDS["byte-level"](), template), DATA)
 
 
@@ -132,7 +132,7 @@ def test_a_template_that_drops_earlier_answers_is_refused() -> None:
     template = CHAT.replace("m['content'] +", "(m['content'] if loop.last or m['role'] == 'user' else '') +")
     turns = example("u:P", "a:earlier", "u:Q")
     history = Example(row=0, prompt=turns.prompt + turns.reference, reference=answer_of().reference)
-    with pytest.raises(ConfigError, match=r"data row 0: the assistant's turn=\"earlier\" must be shown"):
+    with pytest.raises(ConfigError, match=r"data row 1: the assistant's turn=\"earlier\" must be shown"):
         row_of(history, fast(KINDS["byte-level"](), template), DATA)
 
 
@@ -141,7 +141,7 @@ def test_a_template_that_writes_a_tool_without_its_name_is_refused() -> None:
     row = Example(row=0, prompt=(Turn(role="user", content="Time?"),), tools=(tool,))
     row_of(row, fast(KINDS["byte-level"](), "{{ tools }}" + CHAT), DATA)
     template = "{% for tool in tools or [] %}{{ tool.name }},{% endfor %}" + CHAT
-    with pytest.raises(ConfigError, match=r"data row 0: its tool=\"clock\" must be shown"):
+    with pytest.raises(ConfigError, match=r"data row 1: its tool=\"clock\" must be shown"):
         row_of(row, fast(KINDS["byte-level"](), template), DATA)
 
 
@@ -166,7 +166,7 @@ def test_later_answers_can_be_left_out_where_a_template_changes_earlier_turns() 
     )
     row = example("u:Q", "a:A", "u:R", "a:B")
     with pytest.raises(
-        ConfigError, match=r"data row 0: .* prefix-stable .*; set data\.reference_turns=first; or use"
+        ConfigError, match=r"data row 1: .* prefix-stable .*; set data\.reference_turns=first; or use"
     ):
         row_of(row, tokenizer, DATA)
     rows = [row, example("u:other words", "a:one", row=1)]

@@ -188,6 +188,17 @@ def test_a_file_beside_the_splits_is_not_left_out_in_silence(tmp_path: Path) -> 
     assert read_rows(str(tmp_path / "*.jsonl"), "train", tmp_path) == ROWS * 3  # as the remedy says
 
 
+def test_a_missing_file_is_named_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/nohome")
+    for name, shown in {
+        "nope.jsonl": f"{tmp_path}/nope.jsonl", "~/nope.jsonl": "/nohome/nope.jsonl", "~nouser/x": "~nouser/x",
+    }.items():  # fmt: skip
+        with pytest.raises(ConfigError) as caught:
+            read_rows(name, "train", tmp_path)
+        assert str(caught.value) == f"data.path={shown} must be a file that exists; check the path"
+
+
 def test_a_missing_file_is_no_hub_id(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in (

@@ -117,7 +117,7 @@ def test_references_of_several_turns_need_a_template_that_keeps_them(
     folder = with_template(tmp_path / "model", template)
     settings = ("data.max_reference_tokens=128",)
     error = fault(doctor(folder, rows(tmp_path / "rows.jsonl", *answers), *settings))
-    assert error.name == "data row 0: the tokenizer's chat template"
+    assert error.name == "data row 1: the tokenizer's chat template"
     assert "be prefix-stable" in error.must
     assert error.remedy.startswith(
         "set data.reference_turns=first; or use another template; or train without"

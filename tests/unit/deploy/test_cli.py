@@ -247,6 +247,18 @@ def test_help_imports_nothing_heavy() -> None:
     assert out.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("command", ["doctor", "train", "submit --address http://head:8265", "init"])
+def test_settings_on_the_command_line_are_optional(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--unknown"])
+    assert (
+        "required: key=value" not in (complaint := capsys.readouterr().err) and ", key=value" not in complaint
+    )
+    with pytest.raises(SystemExit):
+        main(["doctor"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: config\n")
+
+
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--version"])

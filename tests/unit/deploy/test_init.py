@@ -20,7 +20,7 @@ from deploy.cli.main import main
 from deploy.config_docs import config_docs
 from deploy.recipes import read_recipes
 from distill.config.load import load_config
-from distill.config.tree import flatten
+from distill.config.tree import flat_settings, flatten
 from tests.tiny import save_tiny_llama, write_rows
 
 Written = Callable[..., list[str]]
@@ -190,6 +190,69 @@ def test_choices_are_checked_against_models_and_data(
     assert line == "distill: --student-layers=3 must be <= the teacher's 2; lower it"
     (tmp_path / "rows.jsonl").write_text('{"question": "who?"}\n')
     assert "must have a column messages or conversations" in complaint("--data", "rows.jsonl")
+
+
+def test_the_help_gives_the_share_of_layers_that_is_kept(
+    init: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["init", "--help"])
+    assert "default: two thirds of them" in " ".join(capsys.readouterr().out.split())
+    save_tiny_llama(tmp_path / "teacher", num_layers=6)
+    write_rows(tmp_path / "rows.jsonl")
+    init("--teacher", "teacher", "--data", "rows.jsonl")
+    assert load_config("run.yaml", (), PRESETS).student.init.num_layers == 4
+
+
+def test_columns_are_named_as_the_remedy_says(
+    init: Written, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": f"why {i}?", "reply": f"because {i}"} for i in range(24)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["c.yaml", "--data", "c.jsonl", "--teacher", f"{world}/teacher"]
+    assert main(["init", *asked]) == 2
+    assert "with data.prompt_column and data.answer_column" in capsys.readouterr().err
+    commands = init(*asked, "data.prompt_column=question", "data.answer_column=reply")
+    assert set(doctor(commands[0], capsys).values()) <= {"pass", "warn"}
+    config = load_config("c.yaml", (), PRESETS)
+    assert (config.data.prompt_column, config.data.answer_column) == ("question", "reply")
+    assert (config.data.num_heldout, config.sft.enabled) == (6, True)
+
+
+def test_settings_are_written_into_the_file(init: Written, world: Path) -> None:
+    given = {
+        "seed": 7, "run_dir": "a: b #c", "data.num_heldout": 5, "data.on_long_prompt": "error", "data.split": "007",
+        "recipe.anchor_weight": 0.5, "recipe.gamma": 0.75, "student.init.select": "even", "rollout.num_threads": None,
+        "evaluation.shown_prompts": ["a, b", "${x} 'c'"], "learner.learning_rate": 1e-5,
+    }  # fmt: skip
+    settings = [
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()
+    ]
+    options = ["--teacher", f"{world}/teacher", "--data", f"{world}/rows.jsonl"]
+    init(*options, "plain.yaml")
+    init(*settings[:2], *options, *settings[2:])
+    plain, config = load_config("plain.yaml", (), PRESETS), load_config("run.yaml", (), PRESETS)
+    assert flat_settings(config) == flat_settings(plain) | given | {
+        "evaluation.num_prompts": 5, "evaluation.num_prompts_during": 5,
+    }  # fmt: skip
+    comments = [re.findall(r"# .*", Path(file).read_text()) for file in ("plain.yaml", "run.yaml")]
+    assert set(comments[0]) <= {*comments[1]}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.path=a b", "data.path=a b must be chosen with --data; write --data 'a b' instead"),
+        ("recipe=kd", "recipe=kd must be chosen with --recipe; write --recipe kd instead"),
+        ("data.fromat=auto", "data.fromat must be the name of a setting; did you mean data.format?"),
+        ("learner.num_updates=0", "learner.num_updates=0 must be >= 1; correct the value (the default is 20)"),
+        ("sft={enabled: false}", "sft must be a setting, not a section, to be written into the file; "
+                                 "give the settings of the section one by one"),
+        ("more", "'more' must be name=value; for example learner.num_updates=40"),
+    ],
+)  # fmt: skip
+def test_wrong_setting(complaint: Callable[..., str], setting: str, message: str) -> None:
+    assert complaint(setting) == f"distill: {message}"
 
 
 def test_student_and_its_layers_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:

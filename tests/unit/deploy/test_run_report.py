@@ -106,6 +106,7 @@ def finished_run(path: Path) -> tuple[Path, dict]:
 
 def test_the_report_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
     path, contents = finished_run(tmp_path / "run")
     report = run_report(path, contents)
     assert report.title == "Run run"
@@ -128,6 +129,13 @@ def test_the_report_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "7 updates of recipe ammd in 1.5 minutes, peak memory 3.0 GiB (PSS of all processes)",
         "talk to the student: distill chat run/student",
     ]
+    monkeypatch.setattr("sys.executable", str(tmp_path / "an env/bin/python"))
+    script = tmp_path / "an env/bin/distill"
+    script.parent.mkdir(parents=True)
+    script.touch()
+    (*_, last) = run_report(path, contents).blocks
+    assert isinstance(last, Paragraph)
+    assert last.line == ("talk to the student: ", Code("'an env/bin/distill' chat run/student"))
     contents["best"] = {"metric": "teacher_text.tv", "update": 5, "value": 0.2}
     best = run_report(path, contents).blocks[-2]
     assert isinstance(best, Paragraph)
