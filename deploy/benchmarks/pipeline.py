@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from deploy.benchmarks.harness import Measurement, Say, alternate
-from deploy.benchmarks.simulated import Load, Outcome, simulate
+from deploy.benchmarks.simulated import Load, simulate
 from distill.config import ClusterConfig
 
 LOAD = Load(
@@ -38,7 +38,7 @@ def measure(num_pairs: int, say: Say) -> Measurement:
         simulate(cluster, replace(LOAD, num_updates=2))  # imports and connections
         rounds = alternate(num_pairs, sides, say)
     slowest = min(LOAD.rates.values())
-    rates = [{name: _rate(outcome) for name, outcome in found.items()} for found in rounds]
+    rates = [{name: outcome.trajectories_per_s for name, outcome in found.items()} for found in rounds]
     return Measurement(
         pairs={
             "slowest": [(found["asynchronous"], slowest) for found in rates],
@@ -46,7 +46,3 @@ def measure(num_pairs: int, say: Say) -> Measurement:
         },
         notes={"trajectories_per_s": rates, "slowest_stage_per_s": slowest},
     )
-
-
-def _rate(outcome: Outcome) -> float:
-    return outcome.num_trajectories / outcome.seconds

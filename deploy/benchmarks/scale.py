@@ -28,7 +28,7 @@ def measure(num_pairs: int, say: Say) -> Measurement:
             for num_engines in NUM_ENGINES if number % 2 == 0 else NUM_ENGINES[::-1]:
                 say(f"round {number + 1} of {num_pairs}: {num_engines} engines")
                 outcome = simulate(cluster, _load(num_engines, num_updates=NUM_UPDATES))
-                found[num_engines] = 1e3 * outcome.cpu_s / outcome.num_trajectories
+                found[num_engines] = 1e3 * outcome.cpu_s_per_trajectory
             costs.append(found)
     return Measurement(
         pairs={

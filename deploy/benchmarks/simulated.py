@@ -63,10 +63,9 @@ class Load:
 class Outcome:
     """What a simulated run took."""
 
-    num_trajectories: int
-    seconds: float
-    """From the first lease to the last update."""
-    cpu_s: float
+    trajectories_per_s: float
+    """Without the time in which the pipeline fills."""
+    cpu_s_per_trajectory: float
     """Of the driver, the replay actor, the raylet and the GCS; the engines' own processes do not count."""
 
 
@@ -111,7 +110,8 @@ class _Waits:
     def __init__(self, load: Load) -> None:
         self._load = load
         self._version = 0
-        self.started = 0.0
+        self._ended: list[float] = []
+        """When each update had ended."""
 
     async def update(self, lease: Lease) -> dict[str, float]:
         await asyncio.sleep(self._load.update_s)
@@ -127,7 +127,7 @@ class _Waits:
         await asyncio.sleep(self._load.push_s)
 
     async def before_training(self, updates_done: int, policy_version: int) -> None:
-        self.started = time.perf_counter()
+        pass
 
     def samples_after(self, updates_done: int) -> bool:
         return False
@@ -135,7 +135,13 @@ class _Waits:
     async def after_update(
         self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]
     ) -> None:
-        pass
+        self._ended.append(time.perf_counter())
+
+    @property
+    def steady(self) -> tuple[int, float]:
+        """Updates after the first quarter of the run, in which the pipeline fills, and their seconds."""
+        first = len(self._ended) // 4
+        return len(self._ended) - 1 - first, self._ended[-1] - self._ended[first]
 
 
 def simulate(cluster: Any, load: Load) -> Outcome:
@@ -162,7 +168,7 @@ def simulate(cluster: Any, load: Load) -> Outcome:
     control += [psutil.Process(pid) for pid in cluster.service_pids()]
     try:
         before = _cpu_s(control)
-        seconds = asyncio.run(_train(load, replay, calls))
+        num_updates, seconds = asyncio.run(_train(load, replay, calls))
         cpu_s = _cpu_s(control) - before
     finally:
         for name in names:
@@ -171,9 +177,22 @@ def simulate(cluster: Any, load: Load) -> Outcome:
         trajectories_per_s=load.prompts_per_update * num_updates / seconds,
         cpu_s_per_trajectory=cpu_s / (load.prompts_per_update * load.num_updates),
     )
-    seconds = time.perf_counter() - waits.started
+
+
+async def _train(load: Load, replay: Any, calls: Sequence[Any]) -> tuple[int, float]:
+    service: Any = Remote(replay)
+    waits = _Waits(load)
+    await train_loop(
+        service,
+        waits,
+        waits,
+        waits,
+        updates_done=0,
+        num_updates=load.num_updates,
+        lock_step=load.config.replay.lock_step,
+    )
     await asyncio.gather(*calls)
-    return seconds
+    return waits.steady
 
 
 def _cpu_s(processes: Sequence[psutil.Process]) -> float:
