@@ -3,7 +3,8 @@
 Both sides distil the same teacher into the same student on the same prompts, with 16 prompts of 64 new tokens per
 update. Ours is `distill train` in lock-step, so every update is on-policy as TRL's are. Its speed comes from
 metrics.parquet: completion tokens of the student over the seconds of the updates, which contain sampling, scoring,
-training and the push. TRL generates with transformers, in the fastest of its number formats.
+training and the push. TRL generates with transformers, in the fastest of its number formats and wait
+policies.
 
 ``trl_rkl`` compares the same loss: reverse KL over the whole vocabulary, on the student's text. ``trl_ammd`` compares
 ammd, which also trains on the teacher's text and trains two critics, with that same reverse KL of TRL. Only tokens
@@ -17,7 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -39,10 +40,13 @@ RECIPES = {
     "ammd": ["recipe=ammd", f"corpus.num_prompts={PROMPTS_PER_UPDATE * NUM_UPDATES}"],
 }
 TRL_MODES = ("float32", "autocast", "bfloat16")
+WAIT_POLICIES = ("passive", "default")
+"""What OpenMP's threads do between two pieces of work: they sleep, or by default spin first. Spinning can be faster on
+a quiet machine, but beside any other work a step takes several times as long."""
 
 
 def measure(num_pairs: int, say: Say) -> Measurement:
-    """Choose TRL's fastest number format in one short run each, then alternate whole runs."""
+    """Find TRL's fastest setting in short runs, then alternate whole runs."""
     python = trl_python(say)
     teacher = model_dir(say)
     with tempfile.TemporaryDirectory(prefix="bench-distill-") as folder:
@@ -50,23 +54,18 @@ def measure(num_pairs: int, say: Say) -> Measurement:
         student = _cut_student(teacher, place / "student", say)
         prompts = _write_prompts(teacher, place, say)
         trl = partial(_trl, python, teacher, student, prompts, place)
-        speeds = {}
-        for mode in TRL_MODES:
-            say(f"TRL in {mode}, to find its fastest number format")
-            found = trl(mode, WARM_UP_UPDATES + 2)
-            speeds[mode] = found["num_tokens"] / found["seconds"]
-        best = max(speeds, key=lambda mode: speeds[mode])
+        best, speeds = _fastest(trl, say)
         numbers = iter(range(1 << 30))
         sides = {
             recipe: lambda recipe=recipe: _ours(recipe, teacher, student, place, next(numbers))
             for recipe in RECIPES
-        } | {"trl": lambda: trl(best, NUM_UPDATES)}
+        } | {"trl": lambda: trl(*best, NUM_UPDATES)}
         rounds = alternate(num_pairs, sides, say)
     return Measurement(
         pairs={f"trl_{recipe}": rates(rounds, recipe, "trl") for recipe in RECIPES},
         notes={
-            "trl_tokens_per_s_by_format": speeds,
-            "trl_format": best,
+            "trl_tokens_per_s_by_setting": speeds,
+            "trl_setting": " ".join(best),
             "peak_pss_bytes": {
                 name: max(found[name]["peak_pss_bytes"] for found in rounds) for name in sides
             },
@@ -76,6 +75,22 @@ def measure(num_pairs: int, say: Say) -> Measurement:
         },
         versions={"trl": TRL_VERSION},
     )
+
+
+def _fastest(trl: Callable[..., dict[str, float]], say: Say) -> tuple[tuple[str, str], dict[str, float]]:
+    """TRL's fastest (number format, wait policy), and the tokens per second of what was tried."""
+    speeds: dict[str, float] = {}
+
+    def speed(mode: str, wait: str) -> float:
+        say(f"TRL in {mode}, {wait} waiting, to find its fastest setting")
+        found = trl(mode, wait, WARM_UP_UPDATES + 2)
+        speeds[f"{mode} {wait}"] = found["num_tokens"] / found["seconds"]
+        return speeds[f"{mode} {wait}"]
+
+    mode = max(TRL_MODES, key=lambda mode: speed(mode, WAIT_POLICIES[0]))
+    speed(mode, WAIT_POLICIES[1])
+    wait = max(WAIT_POLICIES, key=lambda wait: speeds[f"{mode} {wait}"])
+    return (mode, wait), speeds
 
 
 def _cut_student(teacher: Path, out: Path, say: Say) -> Path:
@@ -147,7 +162,14 @@ def _throughput(run_dir: Path) -> dict[str, float]:
 
 
 def _trl(
-    python: Path, teacher: Path, student: Path, prompts: Path, folder: Path, mode: str, num_steps: int
+    python: Path,
+    teacher: Path,
+    student: Path,
+    prompts: Path,
+    folder: Path,
+    mode: str,
+    wait: str,
+    num_steps: int,
 ) -> dict[str, float]:
     """One run of TRL; returns its completion tokens and seconds after the warm-up."""
     out = folder / "trl.json"
@@ -166,9 +188,10 @@ def _trl(
         "learning_rate": LEARNING_RATE,
         "use_cpu": not _has_gpu(),
     }
+    policy = {} if wait == "default" else {"OMP_WAIT_POLICY": wait}
     script = Path(__file__).with_name("peer_trl.py")
     # -P: the script's folder has modules whose names other packages may import.
-    peak = _run("TRL", [str(python), "-P", str(script), json.dumps(options)], folder)
+    peak = _run("TRL", [str(python), "-P", str(script), json.dumps(options)], folder, **policy)
     return {**json.loads(out.read_text()), "peak_pss_bytes": peak}
 
 
@@ -178,13 +201,15 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _run(name: str, command: Sequence[str], folder: Path) -> int:
+def _run(name: str, command: Sequence[str], folder: Path, **variables: str) -> int:
     """Run a command to its end; returns the peak of its memory in bytes. Its output is shown only if it fails.
+
+    ``variables``: environment variables that differ from this process's.
 
     Raises: BenchmarkFailed.
     """
     log = folder / "output.txt"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **variables}
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from distill.algorithm import train_loop
 from distill.config import LearnerConfig, RecipeConfig, ReplayConfig, RolloutConfig, RunConfig, ScoringConfig
 from distill.interfaces import Draw, Holder, Lease, Location, Role, SampleRef, WeightManifest, Work
 from distill.machine.remote import Remote
