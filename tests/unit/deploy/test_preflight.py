@@ -14,7 +14,9 @@ from tests.unit.deploy.conftest import Doctor, fault, passes
 def test_references_of_held_out_prompts_cannot_be_trained_on(
     doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill.data.prompts._choose_heldout", lambda rows, num, _: np.arange(rows) < num)
+    monkeypatch.setattr(
+        "distill.data.prompts._choose_heldout", lambda rows, long, num, _: np.arange(rows) < num
+    )
     rows = [{"prompt": f"say {i}", "completion": "so" if i < 8 else None} for i in range(24)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
