@@ -14,7 +14,7 @@ from distill.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class BenchRequest:
     """What the user wants to know."""
 
     name: str
@@ -32,7 +32,7 @@ def list_benchmarks() -> int:
     return DONE
 
 
-def bench(request: Request) -> int:
+def bench(request: BenchRequest) -> int:
     """Run a benchmark; returns the exit code, 1 if it missed a goal or became slower than the stored result.
 
     Raises: ConfigError before anything is measured; BenchmarkFailed.

@@ -192,13 +192,13 @@ def study(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    from deploy.benchmarks.command import Request, list_benchmarks
+    from deploy.benchmarks.command import BenchRequest, list_benchmarks
     from deploy.benchmarks.command import bench as run_bench
 
     if options.name is None:
         return list_benchmarks()
     return run_bench(
-        Request(
+        BenchRequest(
             name=options.name,
             num_pairs=options.pairs,
             json=Path(options.json) if options.json else None,

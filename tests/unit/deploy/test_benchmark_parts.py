@@ -35,7 +35,7 @@ def test_every_round_of_rollouts_has_other_draws_of_the_same_prompts() -> None:
 
 
 def test_a_round_of_scoring_has_every_text_once() -> None:
-    size = ScoringConfig().max_groups
+    size = ScoringConfig().max_num_seqs
     jobs = teacher._jobs(size + 3)
     assert [len(job) for job in jobs] == [size, 3]
     assert [draw.index for job in jobs for draw in job] == list(range(size + 3))
