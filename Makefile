@@ -29,7 +29,7 @@ unit: setup-dev
 	OMP_NUM_THREADS=1 timeout 600 $(PYTHON_BIN)/python -m pytest tests/unit -n 2 --dist loadfile
 
 integration: setup-dev
-	timeout 3000 $(PYTHON_BIN)/python -m pytest tests/integration
+	timeout 4200 $(PYTHON_BIN)/python -m pytest tests/integration
 
 # One benchmark after the other; a stored result, where there is one, is the baseline. All run, even if one fails.
 bench: setup
