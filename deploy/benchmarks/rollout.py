@@ -35,8 +35,8 @@ def measure(num_pairs: int, say: Say) -> Measurement:
         common = {"model": str(model), "prompts": str(prompts), "stop": stop_token_ids(model)}
         say("starting two engines")
         with (
-            Side("ours", f"{__name__}:Ours", {**common, "folder": str(folder)}) as ours,
-            Side("bare vLLM", f"{__name__}:Bare", common) as bare,
+            Side("ours", f"{__name__}:OurRollout", {**common, "folder": str(folder)}) as ours,
+            Side("bare vLLM", f"{__name__}:BareRollout", common) as bare,
         ):
             # Each side counts its rounds by itself, so that all of them have the same seeds in a round.
             first, second, third = (itertools.count() for _ in range(3))
@@ -81,7 +81,7 @@ def _draws(round_number: int) -> list[Any]:
     return draws("student_text", range(first, first + NUM_PROMPTS), NUM_PROMPTS)
 
 
-class Ours:
+class OurRollout:
     """The engine of the rollout actor, its prompt table and its store."""
 
     def __init__(self, generator: Any, prompts: Any, store: Any) -> None:
@@ -117,7 +117,7 @@ async def _roll_out(round_draws: Sequence[Any], prompts: Any, generator: Any, st
     return [group for groups in found for group in groups]
 
 
-class Bare:
+class BareRollout:
     """vLLM's AsyncLLM, as a program that needs only the text would use it."""
 
     def __init__(self, engine: Any, prompts: Any, stop: list[int]) -> None:

@@ -30,8 +30,8 @@ def measure(num_pairs: int, say: Say) -> Measurement:
         common = {"model": str(model), "corpus": str(corpus)}
         say("starting two engines")
         with (
-            Side("ours", f"{__name__}:Ours", {**common, "folder": str(folder)}) as ours,
-            Side("bare vLLM", f"{__name__}:Bare", common) as bare,
+            Side("ours", f"{__name__}:OurScoring", {**common, "folder": str(folder)}) as ours,
+            Side("bare vLLM", f"{__name__}:BareScoring", common) as bare,
         ):
             sides = {"ours": lambda: ours.call("score"), "bare": lambda: bare.call("score")}
             say("warm-up")
@@ -67,7 +67,7 @@ def _num_tokens(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[i
     return sum(map(len, prompts)) + sum(map(len, responses)) - len(responses)
 
 
-class Ours:
+class OurScoring:
     """The engine of the teacher actor, its corpus and its store."""
 
     def __init__(self, teacher: Any, corpus: Any, store: Any) -> None:
@@ -110,7 +110,7 @@ def _tokens(row: Any, part: str) -> list[int]:
     return row.column(f"{part}_tokens")[0].as_py()
 
 
-class Bare:
+class BareScoring:
     """vLLM's LLMEngine with the pooling runner."""
 
     def __init__(self, engine: Any, prompts: list[list[int]], responses: list[list[int]]) -> None:
