@@ -31,7 +31,7 @@ def values(hint: object) -> st.SearchStrategy:
         str: st.one_of(
             st.sampled_from(["1e3", "null", "~", "yes", "0x1f", "- a", "a: b", "", " x ", "\\", "1_000"]),
             st.text(st.sampled_from("\\${}:#'\" \n\tab"), max_size=12),
-            st.text(st.characters(codec="utf-8")),
+            st.text(st.characters(codec="utf-8", exclude_characters="\0")),
         ),
     }[hint]
 
