@@ -106,7 +106,7 @@ def test_a_printed_command_runs_in_a_shell(init: Written, world: Path, tmp_path:
     commands = init("a b.yaml", "--teacher", f"{world}/teacher", "--data", f"{world}/rows.jsonl")
     done = subprocess.run(["bash", "-c", commands[0]], capture_output=True, text=True, env=os.environ)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert "pass  ports" in done.stdout
+    assert "pass  disk" in done.stdout
 
 
 def test_a_base_model_and_data_without_answers(
