@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from deploy.cluster.address import head_address, probe
 from deploy.cluster.backend import Backend
 from deploy.cluster.failures import ActorFailed
 from deploy.cluster.scope import SharedFolder, SigtermAsCtrlC
-from deploy.job import JOB_VARIABLE
+from deploy.job import JOB_VARIABLE, in_uploaded_folder
 from deploy.placement import Node
 from distill.config import ClusterConfig
 from distill.errors import NO_VALUE, first_line
@@ -118,6 +119,8 @@ class RayCluster(Backend):
         if self._head is not None:
             # Ray hides the devices that an actor has not taken, also from an actor that has taken none.
             environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "1"
+            if not in_uploaded_folder():  # the head's Python need not find what this driver runs
+                environment["PYTHONPATH"] = _python_path()
             here = ray.get_runtime_context().get_node_id()
             # Rows and weights pass through the shared memory of one node.
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
@@ -225,6 +228,12 @@ class RayCluster(Backend):
             raise ActorFailed.late([name], timeout_s, logs=_LOGS) from error
         except RayError as error:
             raise self.failure(name, error) from error
+
+
+def _python_path() -> str:
+    """The folder of this project's packages, before what this process has in PYTHONPATH."""
+    known = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join([str(Path(__file__).parents[2]), *([known] if known else [])])
 
 
 def _loopback(run_id: str) -> str | None:

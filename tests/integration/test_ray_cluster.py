@@ -21,6 +21,15 @@ from tests.integration.ray_head import RayHead
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_tokens() -> Iterator[None]:
+    """One process connects to several Rays here. A local Ray turns tokens on for its process, whose later heads would
+    need the same token."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        yield
+
+
 class TestRayCluster(BackendContract):
     @pytest.fixture(scope="class")
     def cluster(self) -> Iterator[RayCluster]:
