@@ -40,6 +40,7 @@ import pyarrow as pa
 
 from distill.errors import DistillError
 from distill.interfaces import (
+    Completion,
     Corpus,
     Draw,
     Generator,
@@ -103,7 +104,7 @@ async def roll_out(
     samples = itertools.product(draws, range(prompts.samples_per_prompt))  # in the order of the requests
     rows = zip(samples, completions, strict=True)
     return [
-        await asyncio.to_thread(store.append, draw, sample, prompts.row(draw, sample, completion))
+        await asyncio.to_thread(_store_sample, draw, sample, completion, prompts, store)
         for (draw, sample), completion in rows
     ]
 
@@ -112,7 +113,14 @@ async def _roll_out_sample(
     draw: Draw, sample: int, request: SampleRequest, prompts: Prompts, generator: Generator, store: Store
 ) -> list[SampleRef]:
     [completion] = await generator.generate([request])
-    return [await asyncio.to_thread(store.append, draw, sample, prompts.row(draw, sample, completion))]
+    return [await asyncio.to_thread(_store_sample, draw, sample, completion, prompts, store)]
+
+
+def _store_sample(
+    draw: Draw, sample: int, completion: Completion, prompts: Prompts, store: Store
+) -> SampleRef:
+    """Build and write a row, in a thread: the event loop serves the engine."""
+    return store.append(draw, sample, prompts.row(draw, sample, completion))
 
 
 async def score_loop(
@@ -137,7 +145,10 @@ async def score(
     """
     if teacher is None:
         return [
-            each if isinstance(each, SampleRef) else store.append(each, 0, corpus.row(each)) for each in work
+            each
+            if isinstance(each, SampleRef)
+            else await asyncio.to_thread(store.append, each, 0, corpus.row(each))
+            for each in work
         ]
     rows = [store.read(each) if isinstance(each, SampleRef) else corpus.row(each) for each in work]
     hidden = await teacher.hidden_states(
