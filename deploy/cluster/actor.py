@@ -21,7 +21,11 @@ class Actor:
     ``await actor.method(...)`` starts the call when it is made, not when it is awaited.
     """
 
-    def __init__(self, name: str, handle: Any, backend: NamesFailures) -> None:
+    def __init__(
+        self, name: str, handle: Any, backend: NamesFailures, *, stall_timeout_s: float | None = None
+    ) -> None:
+        """``stall_timeout_s``: seconds after which a call fails; None for an actor whose calls may wait for others."""
+        self._stall_timeout_s = stall_timeout_s
         self.name = name
         self.handle = handle
         """For other actors, which call it themselves."""
@@ -48,10 +52,13 @@ class Actor:
             raise ActorFailed.late([self.name], seconds) from None
 
     async def result(self, call: Awaitable[Any]) -> Any:
-        """Wait for a call that was made through the handle. Raises: the actor's error, with its name."""
+        """Wait for a call that was made through the handle. Raises: the actor's error, with its name; ActorFailed."""
+        deadline = asyncio.timeout(self._stall_timeout_s)
         try:
-            return await call
-        except asyncio.CancelledError:
-            raise
+            async with deadline:
+                return await call
         except Exception as error:
+            if deadline.expired():
+                assert self._stall_timeout_s is not None
+                raise ActorFailed.stalled(self.name, self._stall_timeout_s, self._stall_timeout_s) from None
             raise self._backend.failure(self.name, error) from error

@@ -13,8 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.cluster.actor import Actor
-from deploy.cluster.failures import ActorFailed, root_cause
+from deploy.cluster.failures import root_cause
 from deploy.run.context import RunContext
 from deploy.run.training.adaptive_share import AdaptiveShare
 from deploy.run.training.clocks import Limit, StageClocks, limit_of
@@ -28,7 +27,6 @@ from deploy.run.training.recorder import Recorder, resumed_alarms
 from deploy.run.training.scale import answer_requests
 from distill.algorithm import train_loop
 from distill.config import RunConfig
-from distill.interfaces import Lease
 from distill.run.alarms import Alarms
 from distill.run.folder import PolicyVersionCounter, RunFolder
 from distill.run.inputs import RunInputs
@@ -84,21 +82,6 @@ async def train_fleet(
     return trained
 
 
-class TimedLearner:
-    """Implements :class:`distill.interfaces.Learner`; an update that takes too long fails."""
-
-    def __init__(self, actor: Actor, timeout_s: float) -> None:
-        self._actor = actor
-        self._timeout_s = timeout_s
-
-    async def update(self, lease: Lease) -> dict[str, float]:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._actor.update(lease)
-        except TimeoutError:
-            raise ActorFailed.stalled(self._actor.name, self._timeout_s, self._timeout_s) from None
-
-
 async def _repeat(show: Callable[[], None]) -> None:
     while True:
         show()
@@ -114,7 +97,6 @@ async def _train(
     report: ReportFacts,
 ) -> Trained:
     folder = RunFolder(inputs.run_dir)
-
     clocks, whole = StageClocks(), StageClocks()
 
     async def stats() -> dict[str, float]:
@@ -133,7 +115,7 @@ async def _train(
         report(activity="training", num_updates=num_updates)
         start = time.monotonic()
         replay: Any = fleet.replay
-        learner = TimedLearner(fleet.learner, config.cluster.stall_timeout_s)
+        learner: Any = fleet.learner
         try:
             await train_loop(
                 replay,

@@ -41,7 +41,9 @@ def start_fleet(run: RunContext, inputs: RunInputs) -> tuple[Fleet, dict[str, An
         run.wait_briefly({"replay": replay.load_state.remote(state["ledger"])})
     fleet = Fleet(
         replay=Actor("replay", replay, run.backend),
-        learner=Actor("learner", run.learner, run.backend),
+        learner=Actor(
+            "learner", run.learner, run.backend, stall_timeout_s=run.config.cluster.stall_timeout_s
+        ),
         rollouts=members["rollout"],
         scorers=members.get("proxy", members["teacher"]),
         teachers=members["teacher"],

@@ -11,17 +11,12 @@ import pytest
 from deploy.cluster.actor import Actor
 from deploy.cluster.failures import ActorFailed
 from deploy.cluster.in_process import Handle
-from deploy.run.training.run import TimedLearner
 from distill.errors import ConfigError
 
 
 class Worker:
     async def hang(self) -> None:
         await asyncio.sleep(60)
-
-    async def update(self, lease: object) -> dict[str, float]:
-        await asyncio.sleep(60)
-        return {}
 
     def refuse(self) -> None:
         raise ConfigError("setting", 1, "be 2", "set it to 2")
@@ -49,8 +44,14 @@ async def test_a_failure_has_the_actors_name(actor: Actor) -> None:
 async def test_an_actor_that_does_not_answer_is_named(actor: Actor) -> None:
     with pytest.raises(ActorFailed, match=r"^rollout-0\.1000 must answer within 0 s"):
         await actor.within(0.02, "hang")
+
+
+async def test_every_call_of_an_actor_that_waits_for_no_other_has_a_deadline(actor: Actor) -> None:
+    backend: Any = SimpleNamespace(failure=ActorFailed.raised)
+    hasty = Actor(actor.name, actor.handle, backend, stall_timeout_s=0.02)
     with pytest.raises(
         ActorFailed, match=r"must finish some of its work within cluster\.stall_timeout_s=0\.02 "
     ):
-        lease: Any = None
-        await TimedLearner(actor, 0.02).update(lease)
+        await hasty.hang()
+    with pytest.raises(ConfigError, match=r"^rollout-0\.1000: setting=1 must be 2"):
+        await hasty.refuse()
