@@ -73,12 +73,25 @@ class Crew:
         member, loading = await asyncio.to_thread(
             start_member, self._run, self._inputs, role, number, restart=restart
         )
-        await member.actor.result(loading)
+        try:
+            await self._loaded(member, loading)
+        except Exception:
+            await asyncio.to_thread(self._run.backend.end_actor, member.actor.name)
+            raise
         async with self._fleet.steady, self._publisher.pinned():
             if role == "rollout" and self._publisher.newest is not None:
                 await member.actor.update_weights(self._publisher.newest)
             self.pool(role).append(member)
         self._start_loop(member)
+
+    async def _loaded(self, member: Member, loading: Any) -> None:
+        """Wait until an actor's engine is loaded. Raises: ActorFailed, or the actor's own error."""
+        timeout_s = self._run.config.cluster.start_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await member.actor.result(loading)
+        except TimeoutError:
+            raise ActorFailed.late([member.actor.name], timeout_s) from None
 
     async def _leave(self, member: Member) -> None:
         """Let an actor finish what it holds, and end it."""

@@ -37,8 +37,8 @@ class ScaleFailed(DistillError, RuntimeError):
 def request_scale(folder: RunFolder, wanted: Mapping[Section, int], timeout_s: float) -> str:
     """Ask the driver of a run for other pools, and wait; returns its answer.
 
-    Raises: ConfigError when the run is not there or does not run, and when the driver refuses; ScaleFailed when it does
-    not answer in time.
+    Raises: ConfigError when the run is not there or does not run, and when the driver refuses; ScaleFailed when an
+    actor cannot start, or the driver does not answer in time.
     """
     folder.require()
     if not folder.is_running:
@@ -54,6 +54,8 @@ def request_scale(folder: RunFolder, wanted: Mapping[Section, int], timeout_s: f
         if answer is not None and answer["name"] == name:
             if refusal := answer["refusal"]:
                 raise ConfigError(refusal["name"], refusal["value"], refusal["must"], refusal["remedy"])
+            if failure := answer["failure"]:
+                raise ScaleFailed("scale", NO_VALUE, f"be possible; {failure}")
             return answer["text"]
         if not folder.is_running:
             raise ScaleFailed("scale", NO_VALUE, "be answered; the run has ended")
@@ -67,7 +69,10 @@ def request_scale(folder: RunFolder, wanted: Mapping[Section, int], timeout_s: f
 async def answer_requests(
     config: RunConfig, folder: RunFolder, crew: Crew, say: Callable[[str], None]
 ) -> None:
-    """Answer the requests in a run folder until cancelled. One that is refused changes nothing."""
+    """Answer the requests in a run folder until cancelled.
+
+    One that is refused changes nothing, and an actor that cannot start is the request's failure and not the run's.
+    """
     for stale in (folder.scale_request, folder.scale_answer):
         stale.unlink(missing_ok=True)
     while True:
@@ -76,12 +81,15 @@ async def answer_requests(
         if request is None:
             continue
         folder.scale_request.unlink(missing_ok=True)
-        refusal: dict[str, Any] | None = None
+        refusal = failure = None
         try:
             text = await _scale(config, crew, request["wanted"])
         except ConfigError as error:
             text, refusal = str(error), error.parts()
-        write_json(folder.scale_answer, {"name": request["name"], "text": text, "refusal": refusal})
+        except DistillError as error:
+            text = failure = str(error)
+        answer = {"name": request["name"], "text": text, "refusal": refusal, "failure": failure}
+        write_json(folder.scale_answer, answer)
         say(f"scale: {text}")
 
 
