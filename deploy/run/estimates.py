@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from deploy.placement import num_engines
 from deploy.run.model_facts import ModelFacts
 from distill.config import RolloutConfig, RunConfig, ScoringConfig
 from distill.machine.hardware import resolve_dtype, resolve_micro_batch_tokens
@@ -38,18 +39,19 @@ class Estimates:
     prompts: pa.Table
 
     def memory(self) -> dict[str, int]:
-        """Bytes per actor on one CPU node, all at their peak."""
+        """Bytes per role on one CPU node, all actors at their peak."""
         config = self.config
+        engines = num_engines(config)
         estimate = {
-            "teacher": self._scorer(self.teacher.num_parameters),
+            "teacher": self._scorer(self.teacher.num_parameters) * engines["teacher"],
             "learner": self._learner(),
             "ray": _RAY_BYTES,
-            sampler_name(config): self._sampler(),
+            sampler_name(config): self._sampler() * engines["rollout"],
         }
         if config.recipe.teacher_gives == "text":
             # The teacher stays for evaluations, and the learner has both unembeddings.
             size = self.proxy.num_parameters if self.proxy is not None else self.student_parameters()
-            estimate["proxy"] = self._scorer(size)
+            estimate["proxy"] = self._scorer(size) * engines["proxy"]
             estimate["learner"] += 4 * self.scored.vocab_size * self.scored.hidden_size
         return estimate
 
@@ -64,8 +66,11 @@ class Estimates:
         if config.learner.keep_activations:
             tokens = max(tokens, self._update_tokens())
         activations = tokens * self.student.hidden_size * 40 * layers * 4
+        # Evaluations beside the updates measure a copy of the weights.
+        copy = 0 if config.replay.lock_step else 4 * self.student_parameters()
         return (
-            self.student_parameters() * 16
+            copy
+            + self.student_parameters() * 16
             + max(12 * vocabulary_rows + activations, self.student_parameters() * 12)
             + 4 * self.teacher.vocab_size * self.teacher.hidden_size
             + _PROCESS_BYTES

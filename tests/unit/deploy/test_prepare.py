@@ -109,6 +109,18 @@ def test_memory_estimate_counts_the_sampler_of_every_recipe(world: Path, recipe:
     assert estimate[name] > 3 << 30
 
 
+def test_memory_estimate_counts_every_replica_and_the_copy_for_evaluations(world: Path) -> None:
+    def memory(*settings: str) -> dict[str, int]:
+        preflight = Preflight(tiny_config(world, *settings))
+        preflight.run()
+        preflight.require()
+        return preflight.estimates.memory()
+
+    one, two = memory(), memory("rollout.replicas=2", "scoring.replicas=2")
+    assert (two["rollout"], two["teacher"]) == (2 * one["rollout"], 2 * one["teacher"])
+    assert memory("replay.max_policy_age=1")["learner"] > one["learner"]
+
+
 def window(world: Path, *settings: str) -> int:
     preflight = Preflight(tiny_config(world, *settings))
     preflight.run()
