@@ -184,12 +184,6 @@ class VllmGenerator:
             asdict(manifest), manifest.policy_version, lambda: asyncio.to_thread(verify_once, manifest)
         )
 
-    async def init_transfer(self, init_info: dict[str, Any]) -> None:
-        """Connect to the trainer of an nccl or ipc backend. No run uses it yet, and it has not run on a GPU."""
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
-
     async def receive(
         self, update_info: dict[str, Any], policy_version: int, check: Check | None = None
     ) -> None:

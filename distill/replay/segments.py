@@ -34,7 +34,7 @@ FOLDER_PREFIX = "distill-"
 """A run's folder in shared memory has this prefix and the run id as its name; its segments are below it."""
 
 
-class RemoteSegment(DistillError, NotImplementedError):
+class RemoteSegment(DistillError, RuntimeError):
     """A row on another node, which cannot be fetched yet."""
 
     code = "remote_segment"

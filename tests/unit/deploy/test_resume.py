@@ -29,7 +29,7 @@ Train = Callable[..., list[str]]
 @pytest.fixture
 def begun(world: Path, home: Path) -> RunFolder:
     """A run that was prepared and nothing more, in a folder with a space, from a relative data file."""
-    write_rows(home / "work" / "my rows.jsonl")
+    write_rows(home / "here" / "my rows.jsonl")
     settings = [*tiny_overrides(world), *TRANSFORMERS, "run_dir=~/a run", "data.path=my rows.jsonl"]
     config = load_run(world / "tiny.yaml", settings)
     folder = RunFolder(config.run_dir)
@@ -89,7 +89,7 @@ def test_a_run_resumes_from_another_folder_as_its_last_line_says(
     train(*shlex.split(line.partition("distill train ")[2]))
     train("--resume", "~/a run")
     assert stored(begun) == before
-    assert before["data.path"] == f"{home}/work/my rows.jsonl"
+    assert before["data.path"] == f"{home}/here/my rows.jsonl"
     assert begun.incarnation == 4
 
 
@@ -210,7 +210,7 @@ def test_data_that_changed_meanwhile(begun: RunFolder, home: Path) -> None:
     config = config_to_resume(str(begun.path))
     assert not [check for check in checked(config).checks if "has changed" in check.message]
     trained_on = read_table(begun.data / "train.parquet")
-    write_rows(home / "work" / "my rows.jsonl", 12)
+    write_rows(home / "here" / "my rows.jsonl", 12)
     preflight = checked(config)
     (warning,) = (check for check in preflight.checks if "has changed since this run began" in check.message)
     assert warning.status == "warn"
@@ -225,7 +225,7 @@ def test_data_that_changed_meanwhile(begun: RunFolder, home: Path) -> None:
 def test_data_that_changed_before_all_tables_were_written(begun: RunFolder, home: Path, missing: str) -> None:
     """A start that died between two tables must not leave rows of the old data among those of the new."""
     (begun.data / missing).unlink()
-    write_rows(home / "work" / "my rows.jsonl", 20)
+    write_rows(home / "here" / "my rows.jsonl", 20)
     config = config_to_resume(str(begun.path))
     with begun:
         begun.create(to_yaml(config), resume_fingerprint(config))
