@@ -112,14 +112,20 @@ def require_versions(address: HeadAddress, facts: Mapping[str, Any]) -> None:
 def _connect(address: HeadAddress) -> None:
     """Open a connection and close it. Raises: ConfigError."""
     host, _, port = address.value.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        reason = "no answer in time" if isinstance(error, TimeoutError) else error.strerror or str(error)
+    if reason := refusal_of(host.strip("[]"), int(port)):
         must = (
             f"be the address of a Ray head that accepts connections within {CONNECT_TIMEOUT_S:g} s ({reason})"
         )
-        raise ConfigError(address.name, address.value, must, _REMEDY) from None
+        raise ConfigError(address.name, address.value, must, _REMEDY)
+
+
+def refusal_of(host: str, port: int) -> str | None:
+    """Open a connection and close it; returns why it was not accepted in time, or None."""
+    try:
+        socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        return "no answer in time" if isinstance(error, TimeoutError) else error.strerror or str(error)
+    return None
 
 
 def _running_here(address: HeadAddress) -> HeadAddress:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -14,13 +13,12 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
-from deploy.cluster.address import NEEDS_TOKEN, TOKEN_REMEDY
+from deploy.cluster.address import CONNECT_TIMEOUT_S, NEEDS_TOKEN, TOKEN_REMEDY, refusal_of
 from deploy.exits import DONE, INTERRUPTED
 from deploy.version import versions
 from distill.errors import NO_VALUE, ConfigError, DistillError, first_line
 
 DEFAULT_PORT = 8265
-CONNECT_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 15.0
 """How long a server may take for its version."""
 _POLL_S = 1.0
@@ -166,12 +164,9 @@ def normalized(address: str) -> str:
 def _connect(given: str, address: str) -> None:
     parts = urlsplit(address)
     assert parts.hostname is not None and parts.port is not None
-    try:
-        socket.create_connection((parts.hostname, parts.port), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        reason = "no answer in time" if isinstance(error, TimeoutError) else error.strerror or str(error)
+    if reason := refusal_of(parts.hostname, parts.port):
         must = f"{_MUST}, that accepts connections within {CONNECT_TIMEOUT_S:g} s ({reason})"
-        raise ConfigError("--address", given, must, _REMEDY) from None
+        raise ConfigError("--address", given, must, _REMEDY)
 
 
 def _require_version(given: str, address: str) -> None:

@@ -53,7 +53,8 @@ def request_scale(folder: RunFolder, wanted: Mapping[Section, int], timeout_s: f
         answer = _read(folder.scale_answer)
         if answer is not None and answer["name"] == name:
             if refusal := answer["refusal"]:
-                raise ConfigError(refusal["name"], refusal["value"], refusal["must"], refusal["remedy"])
+                value = NO_VALUE if refusal["value"] is None else refusal["value"]
+                raise ConfigError(refusal["name"], value, refusal["must"], refusal["remedy"])
             if failure := answer["failure"]:
                 raise ScaleFailed("scale", NO_VALUE, f"be possible; {failure}")
             return answer["text"]
