@@ -78,8 +78,8 @@ class LearnerActor:
     async def check_teacher(self, samples: Sequence[SampleRef]) -> float:
         return await self.worker.check_teacher(samples)
 
-    async def save(self, updates_done: int, state: dict[str, Any]) -> None:
-        await self.worker.save(updates_done, state)
+    async def save(self, updates_done: int, state: dict[str, Any]) -> float:
+        return await self.worker.save(updates_done, state)
 
     async def write_student(self, name: Literal["best", "student"], copy: bool) -> None:
         await self.worker.write_student(name, copy=copy)

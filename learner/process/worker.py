@@ -7,6 +7,7 @@ decides what happens when (:func:`distill.algorithm.train_loop`).
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -114,10 +115,11 @@ class LearnerWorker:
         async with self._turn:
             return await asyncio.to_thread(check_teacher, rows, self.inputs.heldout_corpus, head)
 
-    async def save(self, updates_done: int, state: dict[str, Any]) -> None:
+    async def save(self, updates_done: int, state: dict[str, Any]) -> float:
         """Write a checkpoint with the driver's ``state``; returns when it is durable.
 
-        The weights are copied first, so that the next update need not wait for the disk.
+        The weights are copied first, so that the next update need not wait for the disk. The result is how many
+        seconds it had to wait for the copy.
 
         Raises: CheckpointError when the learner is not at this update.
         """
@@ -127,9 +129,12 @@ class LearnerWorker:
                     "updates in the learner when its checkpoint is written", self.distiller.updates_done,
                     f"be {updates_done}, as in the ledger of the checkpoint", "report this as a bug",
                 )  # fmt: skip
+            start = time.monotonic()
             with self._clock.running():
                 tensors = await asyncio.to_thread(self.distiller.tensors)
+            copy_s = time.monotonic() - start
         await asyncio.to_thread(self.checkpoints.save, updates_done, tensors, state)
+        return copy_s
 
     async def write_student(self, name: Literal["best", "student"], *, copy: bool = False) -> None:
         """Write the current student, or the copied one, as a Hugging Face checkpoint into a folder of the run."""

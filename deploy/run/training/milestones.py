@@ -46,6 +46,8 @@ class RunMilestones:
         self._saving: asyncio.Task[None] | None = None
         self.seconds = {"evaluation": 0.0, "checkpoint": 0.0}
         """How long evaluations and checkpoints took, in lock-step between the updates and otherwise beside them."""
+        self.held_s = 0.0
+        """How long an update waited for evaluations and checkpoints: for copies of weights, and for earlier ones."""
 
     async def before_training(self, updates_done: int, policy_version: int) -> None:
         self._recorder.start(updates_done, policy_version)
@@ -66,6 +68,7 @@ class RunMilestones:
         Otherwise the learner waits only until its weights are copied.
         """
         self._recorder.update(updates_done, policy_version, lease, metrics | await self._stats())
+        start = time.monotonic()
         is_last = self._is_last(updates_done)
         if self.samples_after(updates_done):
             await self._end_of(self._evaluating)
@@ -79,6 +82,8 @@ class RunMilestones:
             self._saving = await self._start_to_save(updates_done, policy_version)
             if self._in_turns or is_last:
                 await self._end_of(self._saving)
+        if not is_last:
+            self.held_s += time.monotonic() - start
         self._recorder.start_clock()
 
     async def _end_of(self, task: asyncio.Task[None] | None) -> None:
@@ -157,9 +162,11 @@ class RunMilestones:
         saved = self._fleet.learner.save(updates_done, state)
         return asyncio.create_task(self._commit(saved, updates_done))
 
-    async def _commit(self, saved: Awaitable[None], updates_done: int) -> None:
+    async def _commit(self, saved: Awaitable[float], updates_done: int) -> None:
         with self._activity("checkpoint", "checkpoint"):
-            await saved
+            copy_s = await saved
+        if not self._in_turns and not self._is_last(updates_done):
+            self.held_s += copy_s
         await self._fleet.replay.commit(updates_done)
         self._recorder.event("checkpoint", updates_done=updates_done)
 

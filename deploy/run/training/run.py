@@ -131,6 +131,7 @@ async def _train(
     await fleet.learner.write_student("student", False)
     timing = _timing(time.monotonic() - start, milestones.seconds, lock_step=config.replay.lock_step)
     timing["push_waited_for_evaluations"] = publisher.waited_s
+    timing["update_waited_for_milestones"] = milestones.held_s
     return Trained(
         limit=limit_of(whole.shares(await fleet.stats())),
         updates=num_updates,
@@ -168,8 +169,9 @@ def training_summary(trained: Trained, config: RunConfig) -> str:
             f"the {limit.stage} was busy for {share} of the training, more than the others; to move that limit, {limit.remedy}"
         )
     if not config.replay.lock_step:
-        waited_s, seconds = trained.timing_s["push_waited_for_evaluations"], trained.timing_s["training"]
+        timing = trained.timing_s
+        waited_s = timing["push_waited_for_evaluations"] + timing["update_waited_for_milestones"]
         parts.append(
-            f"evaluations held pushes, and with them new rollouts, back for {100 * waited_s / seconds:.1f} % of it"
+            f"evaluations and checkpoints held new rollouts back for {100 * waited_s / timing['training']:.1f} % of it"
         )
     return "; ".join(parts)
