@@ -53,6 +53,7 @@ class RolloutWorker:
             self.store,
             capacity=1 if self.together else self.capacity,
             samples_per_draw=self.prompts.samples_per_prompt,
+            clock=self.generator.clock,
         )
         async with deleting_dead_segments(replay, self.store):
             await rollout_loop(desk, self.prompts, self.generator, self.store, together=self.together)
@@ -86,13 +87,15 @@ class RolloutWorker:
             self._desk.retire()
 
     def stats(self) -> dict[str, float]:
-        """Counters. An actor is busy while its engine has requests, and blocked while it has no work."""
+        """Counters. An actor is busy while its engine has requests, and blocked while it has no work at all."""
+        clock = self.generator.clock
         return {
             "rollout/num_actors": 1.0,
             "rollout/num_samples": float(self.generator.num_samples),
             "rollout/num_tokens": float(self.generator.num_tokens),
-            "timing/rollout_busy_s": self.generator.clock.busy_s,
-            "timing/rollout_blocked_s": self._desk.idle_s if self._desk else 0.0,
+            "timing/rollout_busy_s": clock.busy_s,
+            "timing/rollout_storing_s": clock.storing_s,
+            "timing/rollout_blocked_s": clock.waiting_s,
         }
 
     async def close(self) -> None:

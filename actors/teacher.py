@@ -46,7 +46,11 @@ class TeacherWorker:
     async def run(self, replay: Replay) -> None:
         """Score until the replay reports the end of the run."""
         self._desk = desk = Desk(
-            replay, self.holder, self.store, capacity=1 if self.together else self.capacity
+            replay,
+            self.holder,
+            self.store,
+            capacity=1 if self.together else self.capacity,
+            clock=self.teacher.clock,
         )
         teacher = self.teacher if self.fills_payload else None
         async with deleting_dead_segments(replay, self.store):
@@ -76,12 +80,14 @@ class TeacherWorker:
             self._desk.retire()
 
     def stats(self) -> dict[str, float]:
-        """Counters. An actor is busy while its engine has texts, and starved while it has no work."""
+        """Counters. An actor is busy while its engine has texts, and starved while it has no work at all."""
+        clock = self.teacher.clock
         return {
             "teacher/num_actors": 1.0,
             "teacher/num_tokens": float(self.teacher.num_tokens),
-            "timing/teacher_busy_s": self.teacher.clock.busy_s,
-            "timing/teacher_starved_s": self._desk.idle_s if self._desk else 0.0,
+            "timing/teacher_busy_s": clock.busy_s,
+            "timing/teacher_storing_s": clock.storing_s,
+            "timing/teacher_starved_s": clock.waiting_s,
         }
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""How long an actor was busy."""
+"""How an actor spends its time: busy, storing, or waiting."""
 
 from __future__ import annotations
 
@@ -8,28 +8,64 @@ from contextlib import contextmanager
 
 
 class BusyClock:
-    """Adds up the seconds in which at least one call runs; overlapping calls count once."""
+    """Divides the time of an actor among three states, which add up to all of it.
+
+    It is busy while at least one call of its engine runs, whatever else is true. Otherwise it is storing while it
+    holds work, whose rows are being built and written. Otherwise it waits, from the first :meth:`hold` to
+    :meth:`stop`.
+    """
 
     def __init__(self) -> None:
         self._num_running = 0
+        self._holds: bool | None = None
+        """Whether the actor holds work; None before the first and after the last."""
         self._since = 0.0
-        self._finished_s = 0.0
+        self._spent = {"busy": 0.0, "storing": 0.0, "waiting": 0.0}
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count the seconds of a ``with`` block as busy."""
-        if self._num_running == 0:
-            self._since = time.monotonic()
+        """Count the seconds of a ``with`` block as busy; overlapping blocks count once."""
+        self._settle()
         self._num_running += 1
         try:
             yield
         finally:
+            self._settle()
             self._num_running -= 1
-            if self._num_running == 0:
-                self._finished_s += time.monotonic() - self._since
+
+    def hold(self, holds: bool) -> None:
+        """From now on, the actor holds work or does not."""
+        self._settle()
+        self._holds = holds
+
+    def stop(self) -> None:
+        """From now on, only calls count."""
+        self._settle()
+        self._holds = None
 
     @property
     def busy_s(self) -> float:
         """Busy seconds so far, running calls included."""
-        running_s = time.monotonic() - self._since if self._num_running else 0.0
-        return self._finished_s + running_s
+        self._settle()
+        return self._spent["busy"]
+
+    @property
+    def storing_s(self) -> float:
+        """Seconds in which work was held and no call ran."""
+        self._settle()
+        return self._spent["storing"]
+
+    @property
+    def waiting_s(self) -> float:
+        """Seconds in which nothing was held and no call ran."""
+        self._settle()
+        return self._spent["waiting"]
+
+    def _settle(self) -> None:
+        """Count the time since the last call for the state that lasted until now."""
+        now = time.monotonic()
+        elapsed_s, self._since = now - self._since, now
+        if self._num_running:
+            self._spent["busy"] += elapsed_s
+        elif self._holds is not None:
+            self._spent["storing" if self._holds else "waiting"] += elapsed_s

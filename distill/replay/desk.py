@@ -7,12 +7,12 @@ started once, and a sample that was refused is given up.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from distill.interfaces import Exchange, Holder, Replay, ReplayUnavailable, SampleRef, Work
+from distill.machine.clock import BusyClock
 
 _REMEMBERED = 4096
 """Finished work whose ids are kept, to recognise an answer that crossed a delivery on its way."""
@@ -39,10 +39,12 @@ class Desk:
         *,
         capacity: int,
         samples_per_draw: int = 1,
+        clock: BusyClock | None = None,
         retry_s: float = 0.5,
     ) -> None:
         """``capacity``: pieces of work at a time. ``samples_per_draw``: after how many samples a draw is finished.
-        ``retry_s``: pause before a call that was not answered is repeated."""
+        ``clock``: it learns when the holder has work. ``retry_s``: pause before a call that was not answered is
+        repeated."""
         self._replay = replay
         self._holder = holder
         self._store = store
@@ -58,13 +60,8 @@ class Desk:
         self._delivered = asyncio.Event()
         self._over = False
         self._retiring = self._has_told = False
-        self._idle_s = 0.0
-        self._idle_since: float | None = time.monotonic()
-
-    @property
-    def idle_s(self) -> float:
-        """Seconds without any work, the present ones included."""
-        return self._idle_s + (time.monotonic() - self._idle_since if self._idle_since is not None else 0.0)
+        self._clock = clock or BusyClock()
+        self._clock.hold(False)
 
     def retire(self) -> None:
         """Take no more work. The iteration ends when what is held is delivered."""
@@ -81,8 +78,7 @@ class Desk:
                 self._finished[work_id] = None
         while len(self._finished) > _REMEMBERED:
             self._finished.popitem(last=False)
-        if not self._held and self._idle_since is None:
-            self._idle_since = time.monotonic()
+        self._clock.hold(bool(self._held))
         self._done += samples
         self._delivered.set()
 
@@ -92,7 +88,7 @@ class Desk:
                 if new := await self._exchange():
                     yield new
         finally:
-            self._idle_s, self._idle_since = self.idle_s, None
+            self._clock.stop()
             for call in self._calls:
                 call.cancel()
 
@@ -136,6 +132,5 @@ class Desk:
         new = [work for work in answer.work if not any(work.work_id in ids for ids in known)]
         for work in new:
             self._held[work.work_id] = 1 if isinstance(work, SampleRef) else self._samples_per_draw
-        if new:
-            self._idle_s, self._idle_since = self.idle_s, None
+        self._clock.hold(bool(self._held))
         return new

@@ -87,3 +87,30 @@ async def test_a_failed_call_ends_its_busy_time(now: list[float]) -> None:
     now[0] += 10
     assert engine.clock.busy_s == 1
     assert engine.num_tokens == 0
+
+
+async def test_busy_storing_and_waiting_add_up_to_all_the_time(now: list[float]) -> None:
+    inner, engine, call = calls("generator")
+    actor, start = engine.clock, now[0]
+
+    async def run_call(seconds: float) -> None:
+        task = asyncio.create_task(call())
+        await asyncio.sleep(0)
+        now[0] += seconds
+        inner.released[-1].set()
+        await task
+
+    actor.hold(False)
+    now[0] += 1  # waits
+    await run_call(2)  # an evaluation's samples: the engine is busy, although there is no work of the replay
+    now[0] += 4  # waits again
+    actor.hold(True)
+    await run_call(8)
+    now[0] += 16  # writes its rows
+    actor.hold(False)
+    now[0] += 32
+    assert (actor.busy_s, actor.storing_s, actor.waiting_s) == (10, 16, 37)
+    assert actor.busy_s + actor.storing_s + actor.waiting_s == now[0] - start
+    actor.stop()
+    now[0] += 64
+    assert actor.waiting_s == 37
