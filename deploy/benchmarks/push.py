@@ -23,9 +23,11 @@ from typing import Any, Self
 from deploy.benchmarks.harness import Measurement, Say, alternate
 from deploy.benchmarks.side import Side
 from deploy.benchmarks.workload import model_dir, scratch, stop_token_ids
+from deploy.cluster.ray_cluster import actor_environment
 from deploy.run.training.publisher import FleetPublisher
 from distill.config import RolloutConfig, WeightsConfig
 from distill.interfaces import SampleRequest
+from distill.machine.hardware import usable_cores
 
 MAX_MODEL_TOKENS = 512
 NUM_IN_FLIGHT, PROMPT_TOKENS, NEW_TOKENS = 32, 64, 128
@@ -38,7 +40,8 @@ def measure(num_pairs: int, say: Say) -> Measurement:
     with scratch() as folder:
         settings = {"model": str(model), "stop": stop_token_ids(model), "folder": str(folder)}
         say("starting the engine")
-        with Side("engine", f"{__name__}:Pushing", settings) as engine:
+        # An allocator that returns freed memory makes each load fault it in again, in both sides.
+        with Side("engine", f"{__name__}:Pushing", settings, actor_environment(usable_cores())) as engine:
             sides = {"ours": lambda: engine.call("push"), "floor": lambda: engine.call("floor")}
             say("warm-up")
             for side in sides.values():

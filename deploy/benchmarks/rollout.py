@@ -135,16 +135,17 @@ class BareRollouts:
 
     async def sample(self, round_number: int, like_ours: bool) -> dict[str, float]:
         requests = self._prompts.requests(_draws(round_number))
+        prompts = [request.prompt_tokens.tolist() for request in requests]
         start = time.perf_counter()
         lengths = await asyncio.gather(
             *(
-                self._length(f"{like_ours}-{round_number}-{n}", request, like_ours)
-                for n, request in enumerate(requests)
+                self._length(f"{like_ours}-{round_number}-{n}", prompt, request, like_ours)
+                for n, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
             )
         )
         return {"num_tokens": sum(lengths), "seconds": time.perf_counter() - start}
 
-    async def _length(self, request_id: str, request: Any, like_ours: bool) -> int:
+    async def _length(self, request_id: str, prompt: list[int], request: Any, like_ours: bool) -> int:
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -158,7 +159,7 @@ class BareRollouts:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         num_tokens = 0
-        async for output in self._engine.generate(tokens_input(request.prompt_tokens), params, request_id):
+        async for output in self._engine.generate(tokens_input(prompt), params, request_id):
             num_tokens = len(output.outputs[0].token_ids)
         return num_tokens
 

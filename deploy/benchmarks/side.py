@@ -40,10 +40,17 @@ class Engine(Protocol):
 class Side:
     """The parent's end of the process; a context manager that ends it."""
 
-    def __init__(self, name: str, target: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        target: str,
+        settings: Mapping[str, Any],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Start the process and wait until its engine runs.
 
         ``name``: for messages. ``target``: module:class of an :class:`Engine`. ``settings``: JSON.
+        ``environment``: variables that the process has beside those of this one.
 
         Raises: BenchmarkFailed.
         """
@@ -60,6 +67,7 @@ class Side:
                 str(commands),
                 str(results),
             ],
+            env=os.environ | dict(environment or {}),
             pass_fds=(commands, results),
             stdin=subprocess.DEVNULL,
             stdout=2,  # stderr: stdout belongs to the result

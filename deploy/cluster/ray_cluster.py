@@ -37,6 +37,21 @@ _LOGS = "/tmp/ray"
 """Where Ray writes what its actors print."""
 
 
+def actor_environment(num_threads: int) -> dict[str, str]:
+    """Return the environment variables with which the process of an actor starts."""
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        # Idle threads sleep, because spinning ones take the cores from the actor that works.
+        "OMP_WAIT_POLICY": "passive",
+        # glibc keeps the memory of freed tensors, because the next pass would fault returned pages
+        # in again. There is one arena, because otherwise each thread of a pool keeps gigabytes.
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
 class RayCluster(Backend):
     """A :class:`Backend` that runs Ray while the context is open.
 
@@ -104,17 +119,7 @@ class RayCluster(Backend):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        environment = {
-            "OMP_NUM_THREADS": str(num_threads),
-            # Idle threads sleep, because spinning ones take the cores from the actor that works.
-            "OMP_WAIT_POLICY": "passive",
-            # glibc keeps the memory of freed tensors, because the next pass would fault returned pages
-            # in again. There is one arena, because otherwise each thread of a pool keeps gigabytes.
-            "MALLOC_ARENA_MAX": "1",
-            "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-            "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        environment = actor_environment(num_threads)
         options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
         if self._head is not None:
             # Ray hides the devices that an actor has not taken, also from an actor that has taken none.
