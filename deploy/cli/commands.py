@@ -157,6 +157,16 @@ def report(options: argparse.Namespace) -> int:
     return DONE
 
 
+def dashboards(options: argparse.Namespace) -> int:
+    from deploy.dashboards.serve import serve
+
+    try:
+        serve(options.runs, options.port)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return DONE
+
+
 def study(options: argparse.Namespace) -> int:
     from deploy.report.render import markdown
     from deploy.study.pooling import load_earlier, load_results, only_seeds, without_seeds_of

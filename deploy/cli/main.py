@@ -159,6 +159,13 @@ def _add_runs(sub: Commands) -> None:
     report.add_argument("run_dir", metavar="RUN", help="the run's folder")
     report.set_defaults(run=commands.report)
 
+    dashboards = sub.add_parser("dashboards", help="collect the numbers of runs, and show them in Grafana")
+    dashboards.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs on this machine")
+    dashboards.add_argument(
+        "--port", type=_positive, default=9090, metavar="N", help="port of Prometheus (default: 9090)"
+    )
+    dashboards.set_defaults(run=commands.dashboards)
+
 
 def _add_study(sub: Commands) -> None:
     study = sub.add_parser("study", help="compare recipes that are tuned in the same way, over several seeds")

@@ -47,6 +47,10 @@ class Backend(Protocol):
         """
         ...
 
+    def metrics_address(self) -> str | None:
+        """HOST:PORT where Prometheus finds this node's numbers; None where nothing publishes them."""
+        ...
+
     def actor_pid(self, name: str) -> int | None:
         """The process of an actor; None when that is the driver's."""
         ...

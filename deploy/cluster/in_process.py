@@ -89,6 +89,9 @@ class InProcess(Backend):
             raise ActorFailed.raised(name, error) from error
         return Handle(self._actors[name], self._loop)
 
+    def metrics_address(self) -> str | None:
+        return None
+
     def actor_pid(self, name: str) -> int | None:
         return None
 

@@ -44,6 +44,7 @@ class MemorySampler:
         self._roots: dict[int, str] = {}
         self._owner: dict[Process, str] = {}
         self._peaks: dict[str, int] = {"total": 0}
+        self._newest: dict[str, int] = {}
         self._guard = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
@@ -81,6 +82,11 @@ class MemorySampler:
         with self._guard:
             return dict(self._peaks)
 
+    def newest(self) -> dict[str, int]:
+        """Bytes per name at the last sample; empty before the first."""
+        with self._guard:
+            return dict(self._newest)
+
     def sample(self) -> dict[str, int]:
         """Bytes per name at this moment."""
         with self._guard:
@@ -91,7 +97,8 @@ class MemorySampler:
             now["total"] = sum(now.values())
             for name, value in now.items():
                 self._peaks[name] = max(self._peaks.get(name, 0), value)
-            return now
+            self._newest = now
+            return dict(now)
 
     def _run(self) -> None:
         while not self._stopped.is_set():

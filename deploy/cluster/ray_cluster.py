@@ -137,6 +137,16 @@ class RayCluster(Backend):
         self._pids[name] = self._get(name, handle.pid.remote(), self._config.start_timeout_s)
         return ray.get_actor(name)
 
+    def metrics_address(self) -> str | None:
+        """Where Ray's agent on this node publishes the numbers of its processes; None if it does not."""
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+        for node in ray.nodes():
+            if node["NodeID"] == here and node.get("MetricsExportPort"):
+                return f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+        return None
+
     def actor_pid(self, name: str) -> int | None:
         return self._pids[name]
 

@@ -42,6 +42,10 @@ class RunContext:
         self.config = config = with_threads(config, self._placement)  # the actors read their threads there
         self.learner = self.start_actor("learner", LearnerActor, config)
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of the processes of each role at the last sample."""
+        return self._memory.newest()
+
     @property
     def corpus_config(self) -> RunConfig:
         """The configuration of the actor that writes corpora, which has more threads than a rollout actor."""

@@ -95,6 +95,7 @@ class RunFolder:
         self.evaluations = self.path / "evaluations"
         self.scale_request = self.path / "scale-request.json"
         self.scale_answer = self.path / "scale-answer.json"
+        self.metrics_target = self.path / "prometheus-target.json"
         self._identity_file = self.path / "run.json"
         self._best_file = self.path / "best.json"
         self._lock_file = self.path / ".lock"
@@ -239,6 +240,10 @@ class RunFolder:
     def read_failure(self) -> dict[str, Any] | None:
         """Return the parts of the error that ended the last incarnation; ``code`` names its kind."""
         return json.loads(self.failure.read_text()) if self.failure.is_file() else None
+
+    def write_metrics_target(self, address: str) -> None:
+        """Record where Prometheus finds the numbers of this run, in its format for discovery by files."""
+        write_bytes(self.metrics_target, json.dumps([{"targets": [address]}]).encode())
 
     def write_best(self, best: Mapping[str, Any]) -> None:
         """Record the update, metric and value of the student in ``best/``. The learner calls this

@@ -18,6 +18,11 @@ class LiveTraining:
         self._rates = Rates()
         self._shown: set[str] = set()
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The newest facts by name."""
+        return self._facts
+
     def report(self, **facts: Any) -> None:
         """Take facts by name."""
         self._facts |= facts

@@ -15,11 +15,12 @@ from typing import Any
 
 from deploy.cluster.failures import root_cause
 from deploy.run.context import RunContext
+from deploy.run.telemetry.exporter import Exporter, RayMeter, export_repeatedly
 from deploy.run.training.adaptive_share import AdaptiveShare
 from deploy.run.training.clocks import Limit, StageClocks, limit_of
 from deploy.run.training.crew import Crew
 from deploy.run.training.evaluations import Evaluations
-from deploy.run.training.fleet import Fleet
+from deploy.run.training.fleet import STATS_DEADLINE_S, Fleet
 from deploy.run.training.live import LiveTraining
 from deploy.run.training.milestones import RunMilestones
 from deploy.run.training.publisher import FleetPublisher
@@ -29,7 +30,7 @@ from distill.algorithm import train_loop
 from distill.config import RunConfig
 from distill.run.alarms import Alarms
 from distill.run.folder import PolicyVersionCounter, RunFolder
-from distill.run.inputs import RunInputs
+from distill.run.inputs import RunInputs, shared_memory_root
 from distill.run.metrics import ReportFacts
 
 SHOW_EVERY_S = 1.0
@@ -73,6 +74,7 @@ async def train_fleet(
             beside = [
                 group.create_task(_repeat(live.show)),
                 group.create_task(answer_requests(config, folder, crew, run.progress.say)),
+                group.create_task(_export(run, inputs, fleet, live)),
             ]
             trained = await _train(config, inputs, fleet, publisher, state, live.report)
             for task in beside:
@@ -80,6 +82,29 @@ async def train_fleet(
     except ExceptionGroup as errors:  # the first of them is the cause of the others
         raise root_cause(errors) from errors
     return trained
+
+
+async def _export(run: RunContext, inputs: RunInputs, fleet: Fleet, live: LiveTraining) -> None:
+    """Export what happens, if there is a Ray that publishes it."""
+    address = run.backend.metrics_address()
+    if address is None:
+        return
+    folder = RunFolder(inputs.run_dir)
+    folder.write_metrics_target(address)
+    exporter = Exporter(RayMeter(), inputs.run_id)
+
+    async def counters() -> dict[str, dict[str, float]]:
+        async with fleet.counting:
+            members = await fleet.stats_of(fleet.members)
+            replay, learner = await asyncio.gather(
+                fleet.replay.within(STATS_DEADLINE_S, "stats"),
+                fleet.learner.within(STATS_DEADLINE_S, "stats"),
+            )
+        return members | {"learner": replay | learner}
+
+    await export_repeatedly(
+        exporter, lambda: live.facts, counters, run.memory, folder.path, shared_memory_root()
+    )
 
 
 async def _repeat(show: Callable[[], None]) -> None:

@@ -1,0 +1,66 @@
+"""Builds the Grafana dashboards in ``deploy/grafana`` from their definition.
+
+    python -m deploy.dashboards.build
+
+It needs the development packages; a run and `distill dashboards` need only the files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from deploy.dashboards.panels import DASHBOARDS, DashboardSpec, Panel
+
+FOLDER = Path(__file__).parent.parent / "grafana"
+_PANELS_PER_ROW = 3
+_WIDTH, _HEIGHT = 24 // _PANELS_PER_ROW, 8
+
+
+def dashboard_json(spec: DashboardSpec) -> str:
+    """A dashboard as JSON that Grafana imports."""
+    from grafana_foundation_sdk.builders.dashboard import Dashboard, DatasourceVariable, QueryVariable, Row
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, DataSourceRef
+
+    source = DataSourceRef(type_val="prometheus", uid="${datasource}")
+    board = (
+        Dashboard(spec.title)
+        .uid(spec.uid)
+        .tags(["distill"])
+        .refresh("10s")
+        .time("now-1h", "now")
+        .tooltip(DashboardCursorSync.CROSSHAIR)
+        .with_variable(DatasourceVariable("datasource").label("data source").type("prometheus"))
+        .with_variable(
+            QueryVariable("run_id")
+            .label("run")
+            .datasource(source)
+            .query("label_values(ray_distill_update, run_id)")
+        )
+    )
+    for title, panels in spec.rows.items():
+        board = board.with_row(Row(title))
+        for panel in panels:
+            board = board.with_panel(_panel(panel, source))
+    return json.dumps(json.loads(JSONEncoder().encode(board.build())), indent=1, sort_keys=True) + "\n"
+
+
+def _panel(panel: Panel, source: object) -> object:
+    from grafana_foundation_sdk.builders.prometheus import Dataquery
+    from grafana_foundation_sdk.builders.timeseries import Panel as TimeSeries
+
+    shown = TimeSeries().title(panel.title).description(panel.description).unit(panel.unit).datasource(source)
+    for number, query in enumerate(panel.queries):
+        target = Dataquery().expr(query.expression).legend_format(query.legend).ref_id(chr(ord("A") + number))
+        shown = shown.with_target(target)
+    return shown.span(_WIDTH).height(_HEIGHT)
+
+
+def main() -> None:
+    for spec in DASHBOARDS:
+        (FOLDER / f"{spec.uid}.json").write_text(dashboard_json(spec))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The dashboards of a run: what each panel shows, and what to do when it looks wrong.
+
+The queries take the names from :mod:`deploy.run.telemetry.names`, which the exporter uses as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deploy.run.telemetry import names
+from deploy.run.telemetry.names import Exported
+
+RUN = "$run_id"
+"""The variable of every dashboard; a test puts a run's id in its place."""
+_RATE = "[$__rate_interval]"
+
+
+@dataclass(frozen=True)
+class Query:
+    """A PromQL expression, and the legend of its series."""
+
+    expression: str
+    legend: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    title: str
+    unit: str
+    """In Grafana's names of units."""
+    description: str
+    """What it shows, and what to do when it looks wrong."""
+    queries: tuple[Query, ...]
+    recipes_with: str | None = None
+    """Which runs have it: ``critics``, or None for all."""
+
+
+@dataclass(frozen=True)
+class DashboardSpec:
+    uid: str
+    title: str
+    rows: dict[str, tuple[Panel, ...]]
+
+    @property
+    def panels(self) -> list[Panel]:
+        return [panel for panels in self.rows.values() for panel in panels]
+
+
+def _column(name: str, legend: str = "") -> Query:
+    """A column of metrics.parquet."""
+    return Query(f'ray_{names.of_column(name)}{{run_id="{RUN}"}}', legend or name)
+
+
+def _gauge(metric: Exported, legend: str) -> Query:
+    return Query(f'{metric.in_prometheus}{{run_id="{RUN}"}}', legend)
+
+
+def _rate(metric: Exported, by: str, legend: str) -> Query:
+    return Query(f'sum by ({by}) (rate({metric.in_prometheus}{{run_id="{RUN}"}}{_RATE}))', legend)
+
+
+THROUGHPUT = DashboardSpec(
+    "distill-throughput",
+    "distill: throughput",
+    {
+        "Which stage limits the run": (
+            Panel(
+                title="Limiting stage",
+                unit="short",
+                description="1 for the stage whose actors are busy for the largest part of an update. Only a faster "
+                "limiting stage makes the run faster: rollout: raise rollout.replicas or rollout.max_num_seqs; "
+                "teacher: raise scoring.replicas; learner: give it more threads or a GPU, or lower "
+                "critic.positions_per_step.",
+                queries=(_gauge(names.LIMITS, "{{stage}}"),),
+            ),
+            Panel(
+                title="Busy share of each stage",
+                unit="percentunit",
+                description="Part of the time in which an actor of the stage works, on average. In lock-step the "
+                "shares add up to about 1; raise replay.max_policy_age to let the stages work at the same time.",
+                queries=tuple(_column(f"{stage}/busy_share", stage) for stage in names.LIMIT_STAGES),
+            ),
+            Panel(
+                title="Seconds per second by role and state",
+                unit="percentunit",
+                description="busy: the engine works. storing: rows are built and written. starved: there is nothing to "
+                "do. blocked: admission waits for the learner. A pool that is starved or blocked for most of the "
+                "time has too many actors: lower its replicas with `distill scale`.",
+                queries=(_rate(names.ACTOR_SECONDS, "role, state", "{{role}} {{state}}"),),
+            ),
+        ),
+        "Tokens": (
+            Panel(
+                title="Tokens per second by role",
+                unit="short",
+                description="rollout: tokens that the student wrote. teacher: tokens that the teacher read. learner: "
+                "tokens that the student read in updates. A role whose rate falls while its busy share stays at 1 "
+                "has a slower machine, or longer texts.",
+                queries=(_rate(names.ACTOR_TOKENS, "role", "{{role}}"),),
+            ),
+            Panel(
+                title="Tokens per second of each actor",
+                unit="short",
+                description="Actors of one pool should be alike. One that is slower than the others shares its cores or "
+                "its GPU with something else: look at its machine.",
+                queries=(_rate(names.ACTOR_TOKENS, "member", "{{member}}"),),
+            ),
+            Panel(
+                title="Seconds of an update",
+                unit="s",
+                description="update: one update with everything that it waits for. push: the weights' way to all "
+                "engines. A push that takes more than a tenth of an update is worth a look: fewer bytes "
+                "(rollout.dtype) or fewer engines on a node.",
+                queries=(_column("timing/update_s", "update"), _column("timing/push_s", "push")),
+            ),
+        ),
+        "Replay": (
+            Panel(
+                title="Age of the student's text",
+                unit="short",
+                description="Updates between the weights that wrote a token and the update that uses it. It cannot "
+                "exceed replay.max_policy_age. If the largest is always at the bound, the rollouts are far ahead of "
+                "the learner, and a lower bound costs no speed.",
+                queries=(_column("policy/age_max", "largest"), _column("policy/age_mean", "mean")),
+            ),
+            Panel(
+                title="Groups of student text by state",
+                unit="short",
+                description="Where the groups are. Many that are generated and not scored: the teacher limits the run. "
+                "Many that are scored: the learner does.",
+                queries=tuple(
+                    _column(f"replay/student_text.{state}", state)
+                    for state in ("dispatched", "generated", "scored")
+                ),
+            ),
+            Panel(
+                title="Rows in the replay",
+                unit="bytes",
+                description="Bytes of rows that may still be used. If it grows without end, report a bug; if it is near "
+                "replay.memory_bytes, rows move to the disk.",
+                queries=(_column("replay/bytes", "rows"),),
+            ),
+            Panel(
+                title="Samples per insert",
+                unit="short",
+                description="How often each group of student text is used, on average. It should be "
+                "replay.samples_per_insert after the first updates.",
+                queries=(_column("replay/samples_per_insert", "samples per insert"),),
+            ),
+        ),
+    },
+)
+
+LEARNING = DashboardSpec(
+    "distill-learning",
+    "distill: learning",
+    {
+        "Distance to the teacher": (
+            Panel(
+                title="Moment-matching distance",
+                unit="short",
+                description="The critics' value of the difference between student and teacher, on the teacher's text "
+                "(off) and on the student's own (on). Both should fall. If they fall while the total variation "
+                "stays, the critics are too weak: see their tightness.",
+                queries=(
+                    _column("critic/teacher_text.d_mm", "off"),
+                    _column("critic/student_text.d_mm", "on"),
+                ),
+                recipes_with="critics",
+            ),
+            Panel(
+                title="Total variation",
+                unit="percentunit",
+                description="Half the sum of the absolute differences of the two next-token distributions, mean over "
+                "tokens. It should fall. If it rises on the student's text alone, raise recipe.beta.",
+                queries=(
+                    _column("policy/teacher_text.tv", "teacher's text"),
+                    _column("policy/student_text.tv", "student's text"),
+                ),
+            ),
+            Panel(
+                title="KL divergences",
+                unit="short",
+                description="In nats per token. A forward KL that rises says that the student no longer covers what "
+                "the teacher says: lower learner.learning_rate.",
+                queries=(
+                    _column("policy/teacher_text.forward_kl", "forward, teacher's text"),
+                    _column("policy/student_text.reverse_kl", "reverse, student's text"),
+                ),
+            ),
+        ),
+        "Critics and student": (
+            Panel(
+                title="Tightness of the critics",
+                unit="percentunit",
+                description="The critic's value / the largest that any critic could reach on the same text. Below 0.5 "
+                "the critic cannot be trusted: raise critic.rank or critic.learning_rate, or use "
+                "critic.features=ratio.",
+                queries=(
+                    _column("critic/teacher_text.tightness", "off"),
+                    _column("critic/student_text.tightness", "on"),
+                ),
+                recipes_with="critics",
+            ),
+            Panel(
+                title="Entropy of the student",
+                unit="short",
+                description="In nats per token. A fall to near 0 means that the student repeats itself: lower "
+                "recipe.beta or learner.learning_rate.",
+                queries=(
+                    _column("policy/teacher_text.entropy", "teacher's text"),
+                    _column("policy/student_text.entropy", "student's text"),
+                ),
+            ),
+            Panel(
+                title="Gradient norms",
+                unit="short",
+                description="Before clipping. A norm that stays far above learner.max_grad_norm means that every step "
+                "is clipped: lower learner.learning_rate.",
+                queries=(_column("policy/grad_norm", "student"), _column("critic/grad_norm", "critics")),
+                recipes_with="critics",
+            ),
+            Panel(
+                title="Length of the student's responses",
+                unit="short",
+                description="Tokens. If it grows to rollout.max_new_tokens, the student has forgotten how to stop: look "
+                "at the share of truncated ones, and raise recipe.anchor_weight.",
+                queries=(_column("policy/response_length", "tokens"),),
+            ),
+            Panel(
+                title="Truncated responses",
+                unit="percentunit",
+                description="Part of the responses that the limit cut. Raise rollout.max_new_tokens if the teacher's "
+                "answers are that long.",
+                queries=(_column("policy/truncated_share", "truncated"),),
+            ),
+            Panel(
+                title="Learning rate",
+                unit="sci",
+                description="Of the student, by its schedule.",
+                queries=(_column("policy/learning_rate", "student"),),
+            ),
+        ),
+    },
+)
+
+HEALTH = DashboardSpec(
+    "distill-health",
+    "distill: health",
+    {
+        "Run": (
+            Panel(
+                title="Updates done",
+                unit="short",
+                description="A flat line means that the run waits or has ended: `distill report RUN` says which.",
+                queries=(_gauge(names.UPDATE, "updates"),),
+            ),
+            Panel(
+                title="Alarms",
+                unit="short",
+                description="Alarms raised so far; events.jsonl in the run folder has their text and what to do.",
+                queries=(_gauge(names.ALARMS, "alarms"),),
+            ),
+            Panel(
+                title="Draws given back",
+                unit="short",
+                description="Groups that were drawn again because their text had become too old. It is 0 unless an "
+                "actor was slow or lost.",
+                queries=(_column("replay/num_expired", "expired"),),
+            ),
+        ),
+        "Machine": (
+            Panel(
+                title="Memory by role",
+                unit="bytes",
+                description="Proportional set size of the processes. A line that grows steadily is a leak: report it "
+                "with this panel.",
+                queries=(_gauge(names.MEMORY, "{{process}}"),),
+            ),
+            Panel(
+                title="Free space",
+                unit="bytes",
+                description="On the disk of the run folder, and in shared memory. If shared memory runs out, lower "
+                "replay.memory_bytes; if the disk does, lower checkpoint.keep.",
+                queries=(_gauge(names.FREE, "{{medium}}"),),
+            ),
+        ),
+    },
+)
+
+DASHBOARDS = (THROUGHPUT, LEARNING, HEALTH)

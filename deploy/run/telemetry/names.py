@@ -1,0 +1,77 @@
+"""The names under which a run's numbers are in Prometheus: one definition for the exporter and the dashboards.
+
+Ray's agent on each node publishes what its processes set, and adds the prefix ``ray_`` to each name and ``_total`` to
+that of a counter.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from deploy.run.training.clocks import STAGES
+
+_PREFIX = "distill_"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A number that a run exports beside the columns of ``metrics.parquet``."""
+
+    name: str
+    kind: Literal["gauge", "counter"]
+    labels: tuple[str, ...]
+    """Beside ``run_id``, which all have."""
+    description: str
+
+    @property
+    def in_prometheus(self) -> str:
+        return f"ray_{self.name}" + ("_total" if self.kind == "counter" else "")
+
+
+_ACTOR = ("role", "member")
+ACTOR_SECONDS = Exported(
+    "distill_actor_seconds",
+    "counter",
+    (*_ACTOR, "state"),
+    "Seconds of an actor by state: busy, storing, starved or blocked.",
+)
+ACTOR_TOKENS = Exported(
+    "distill_actor_tokens", "counter", _ACTOR, "Tokens that an actor has written or scored."
+)
+LIMITS = Exported(
+    "distill_limits", "gauge", ("stage",), "1 for the stage that limits the run, 0 for the others."
+)
+UPDATE = Exported("distill_update", "gauge", (), "Updates done.")
+ALARMS = Exported("distill_alarms", "gauge", (), "Alarms that the run has raised.")
+MEMORY = Exported(
+    "distill_memory_bytes", "gauge", ("process",), "Memory of a role's processes (proportional set size)."
+)
+FREE = Exported(
+    "distill_free_bytes", "gauge", ("medium",), "Free bytes on the run folder's disk and in shared memory."
+)
+EXPORTED = (ACTOR_SECONDS, ACTOR_TOKENS, LIMITS, UPDATE, ALARMS, MEMORY, FREE)
+
+ACTOR_STATES = {
+    "timing/rollout_busy_s": ("rollout", "busy"),
+    "timing/rollout_storing_s": ("rollout", "storing"),
+    "timing/rollout_blocked_s": ("rollout", "blocked"),
+    "timing/teacher_busy_s": ("teacher", "busy"),
+    "timing/teacher_storing_s": ("teacher", "storing"),
+    "timing/teacher_starved_s": ("teacher", "starved"),
+    "timing/learner_total_busy_s": ("learner", "busy"),
+    "timing/learner_starved_s": ("learner", "starved"),
+}
+"""An actor's counter -> its role and state."""
+ACTOR_TOKEN_COUNTERS = {
+    "rollout/num_tokens": "rollout",
+    "teacher/num_tokens": "teacher",
+    "learner/num_input_tokens": "learner",
+}
+LIMIT_STAGES = tuple(STAGES)
+
+
+def of_column(column: str) -> str:
+    """The name that a column of ``metrics.parquet`` is exported under, as a gauge with the label ``run_id``."""
+    return _PREFIX + re.sub(r"[^a-z0-9]+", "_", column)

@@ -1,0 +1,57 @@
+"""The dashboards' definition and the files that are built from it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from deploy.dashboards.build import FOLDER, dashboard_json
+from deploy.dashboards.panels import DASHBOARDS, DashboardSpec, Panel
+from deploy.dashboards.serve import prometheus_config
+from deploy.run.telemetry import names
+
+PANELS = [(board, panel) for board in DASHBOARDS for panel in board.panels]
+
+
+@pytest.mark.parametrize("board", DASHBOARDS, ids=lambda board: board.uid)
+def test_the_files_are_built_from_the_definition(board: DashboardSpec) -> None:
+    """If this fails: python -m deploy.dashboards.build"""
+    pytest.importorskip("grafana_foundation_sdk")
+    assert (FOLDER / f"{board.uid}.json").read_text() == dashboard_json(board)
+
+
+@pytest.mark.parametrize(("board", "panel"), PANELS, ids=lambda each: getattr(each, "title", ""))
+def test_every_panel_has_a_unit_and_says_what_to_do(board: DashboardSpec, panel: Panel) -> None:
+    assert panel.unit and panel.queries
+    assert len(panel.description.split()) >= 5 and panel.description.endswith(".")
+    for query in panel.queries:
+        assert 'run_id="$run_id"' in query.expression
+        assert query.legend
+
+
+def test_no_panel_covers_another() -> None:
+    for board in DASHBOARDS:
+        panels = json.loads((FOLDER / f"{board.uid}.json").read_text())["panels"]
+        taken: set[tuple[int, int]] = set()
+        for panel in panels:
+            place = panel["gridPos"]
+            assert place["x"] + place["w"] <= 24
+            cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+            assert not cells & taken, (board.title, panel["title"])
+            taken |= cells
+
+
+def test_names_follow_prometheus() -> None:
+    for metric in names.EXPORTED:
+        assert re.fullmatch(r"distill_[a-z_]+", metric.name) and metric.description.endswith(".")
+    assert names.of_column("policy/teacher_text.forward_kl") == "distill_policy_teacher_text_forward_kl"
+    assert names.ACTOR_TOKENS.in_prometheus == "ray_distill_actor_tokens_total"
+
+
+def test_prometheus_looks_into_the_files_of_the_runs() -> None:
+    config = json.loads(prometheus_config(["/runs/a b/prometheus-target.json"], 1))
+    (job,) = config["scrape_configs"]
+    assert job["file_sd_configs"][0]["files"] == ["/runs/a b/prometheus-target.json"]
+    assert config["global"]["scrape_interval"] == "1s"
