@@ -1,4 +1,4 @@
-"""Builds the Grafana dashboards in ``deploy/grafana`` from their definition.
+"""Builds the Grafana dashboards in ``deploy/grafana``, and docs/monitoring.md, from their definition.
 
     python -m deploy.dashboards.build
 
@@ -13,7 +13,26 @@ from pathlib import Path
 from deploy.dashboards.panels import DASHBOARDS, DashboardSpec, Panel
 
 FOLDER = Path(__file__).parent.parent / "grafana"
+PAGE = Path(__file__).parents[2] / "docs" / "monitoring.md"
 _PANELS_PER_ROW = 3
+_INTRODUCTION = """# Monitoring
+
+A run exports its numbers through Ray's metrics while it trains: every column of `metrics.parquet`, the seconds and
+tokens of each actor, memory and free space, labelled with the run's id. On a cluster whose Prometheus collects Ray's
+metrics they are there already. On one machine, one command collects them, and shows them where Grafana is installed:
+
+```sh
+.venv/bin/distill dashboards runs/demo              # Prometheus on http://127.0.0.1:9090
+```
+
+Prometheus is a package of Debian (`apt-get install prometheus`). The dashboards are `deploy/grafana/*.json`; Grafana
+imports them as they are. They and this page are built from one definition, `deploy/dashboards/panels.py`, by
+`python -m deploy.dashboards.build`. A test asks a real Prometheus each query of each panel during a real run.
+
+A Prometheus that is down, or an exporter that fails, never slows or ends a run. Everything that the dashboards show by
+update is in `metrics.parquet` as well, which outlives the cluster.
+
+"""
 _WIDTH, _HEIGHT = 24 // _PANELS_PER_ROW, 8
 
 
@@ -57,7 +76,19 @@ def _panel(panel: Panel, source: object) -> object:
     return shown.span(_WIDTH).height(_HEIGHT)
 
 
+def page() -> str:
+    """docs/monitoring.md: how to look at a run, and what each panel says."""
+    lines = [_INTRODUCTION]
+    for spec in DASHBOARDS:
+        lines.append(f"## {spec.title.removeprefix('distill: ').capitalize()}\n")
+        lines.append("| panel | what it shows, and what to do |\n|---|---|")
+        lines += [f"| {panel.title} | {panel.description} |" for panel in spec.panels]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def main() -> None:
+    PAGE.write_text(page())
     for spec in DASHBOARDS:
         (FOLDER / f"{spec.uid}.json").write_text(dashboard_json(spec))
 

@@ -31,8 +31,6 @@ class Panel:
     description: str
     """What it shows, and what to do when it looks wrong."""
     queries: tuple[Query, ...]
-    recipes_with: str | None = None
-    """Which runs have it: ``critics``, or None for all."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,6 @@ LEARNING = DashboardSpec(
                     _column("critic/teacher_text.d_mm", "off"),
                     _column("critic/student_text.d_mm", "on"),
                 ),
-                recipes_with="critics",
             ),
             Panel(
                 title="Total variation",
@@ -200,7 +197,6 @@ LEARNING = DashboardSpec(
                     _column("critic/teacher_text.tightness", "off"),
                     _column("critic/student_text.tightness", "on"),
                 ),
-                recipes_with="critics",
             ),
             Panel(
                 title="Entropy of the student",
@@ -218,7 +214,6 @@ LEARNING = DashboardSpec(
                 description="Before clipping. A norm that stays far above learner.max_grad_norm means that every step "
                 "is clipped: lower learner.learning_rate.",
                 queries=(_column("policy/grad_norm", "student"), _column("critic/grad_norm", "critics")),
-                recipes_with="critics",
             ),
             Panel(
                 title="Length of the student's responses",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
 import pytest
 
-from deploy.dashboards.build import FOLDER, dashboard_json
+from deploy.dashboards.build import FOLDER, PAGE, dashboard_json, page
 from deploy.dashboards.panels import DASHBOARDS, DashboardSpec, Panel
 from deploy.dashboards.serve import prometheus_config
 from deploy.run.telemetry import names
+from distill.config import RunConfig
 
 PANELS = [(board, panel) for board in DASHBOARDS for panel in board.panels]
 
@@ -29,6 +31,19 @@ def test_every_panel_has_a_unit_and_says_what_to_do(board: DashboardSpec, panel:
     for query in panel.queries:
         assert 'run_id="$run_id"' in query.expression
         assert query.legend
+
+
+def test_descriptions_name_settings_that_exist() -> None:
+    config = dataclasses.asdict(RunConfig())
+    sections = "|".join(name for name, value in config.items() if isinstance(value, dict))
+    for _, panel in PANELS:
+        for section, name in re.findall(rf"\b({sections})\.([a-z_]+)", panel.description):
+            assert name in config[section], (panel.title, section, name)
+
+
+def test_the_page_is_built_from_the_definition() -> None:
+    """If this fails: python -m deploy.dashboards.build"""
+    assert PAGE.read_text() == page()
 
 
 def test_no_panel_covers_another() -> None:
