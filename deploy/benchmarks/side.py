@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any, Protocol, Self
 
 from deploy.benchmarks.harness import BenchmarkFailed
@@ -40,10 +41,13 @@ class Engine(Protocol):
 class Side:
     """The parent's end of the process; a context manager that ends it."""
 
-    def __init__(self, name: str, target: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, name: str, target: str, settings: Mapping[str, Any], *, python: Path | None = None
+    ) -> None:
         """Start the process and wait until its engine runs.
 
-        ``name``: for messages. ``target``: module:class of an :class:`Engine`. ``settings``: JSON.
+        ``name``: for messages. ``target``: module:class of an :class:`Engine`. ``settings``: JSON. ``python``: the
+        interpreter of a peer's environment, which finds this project by its folder; None for this one.
 
         Raises: BenchmarkFailed.
         """
@@ -52,7 +56,7 @@ class Side:
         self._from_child, results = os.pipe()
         self._process = subprocess.Popen(
             [
-                sys.executable,
+                str(python or sys.executable),
                 "-m",
                 __name__,
                 target,
@@ -63,6 +67,7 @@ class Side:
             pass_fds=(commands, results),
             stdin=subprocess.DEVNULL,
             stdout=2,  # stderr: stdout belongs to the result
+            env=None if python is None else {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
             start_new_session=True,  # Ctrl-C reaches the parent only, which then closes the pipe
         )
         os.close(commands)
