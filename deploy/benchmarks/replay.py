@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 from deploy.benchmarks.harness import Measurement, Pair, Say, alternate
 from deploy.benchmarks.replay_floor import OBJECT_STORE_BYTES, Floors

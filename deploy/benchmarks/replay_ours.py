@@ -116,9 +116,7 @@ class Consumer:
         self._store = open_store(folder, "learner")
         self._sum, self._end = 0, 0.0
         service: Any = Remote(replay)
-        await train_loop(
-            service, self, self, self, updates_done=0, num_updates=num_updates, lock_step=False
-        )
+        await train_loop(service, self, self, self, updates_done=0, num_updates=num_updates, lock_step=False)
         del self._store  # its maps keep the memory of deleted files
         return {"end": self._end, "sum": self._sum}
 

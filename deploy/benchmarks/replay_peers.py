@@ -32,8 +32,10 @@ OWN_BATCH, OWN_FIELDS, OWN_LENGTH = 1024, 9, 8192
 class Peer:
     """One peer's process with those below it."""
 
-    def __init__(self, name: str, target: str, rows: Path, folder: Path, say: Say, **settings: Any) -> None:
-        """``rows``: the folder of the rows. ``folder``: for :func:`warm_memory`. ``settings``: of the engine."""
+    def __init__(
+        self, name: str, target: str, settings: dict[str, Any], rows: Path, folder: Path, say: Say
+    ) -> None:
+        """``settings``: of the engine. ``rows``: the folder of the rows. ``folder``: for :func:`warm_memory`."""
         python = peer_python(f"{name}-{VERSIONS[name]}", _REQUIREMENTS[name], say)
         self.name = name
         self.side = Side(name, target, {"rows": str(rows), **settings}, python=python)
@@ -55,18 +57,16 @@ class Peer:
 
 
 def transfer_queue(rows: Path, folder: Path, say: Say) -> Peer:
-    peer = Peer(
-        "transferqueue", "deploy.benchmarks.replay_transferqueue:TransferQueue", rows, folder, say
-    )
+    target = "deploy.benchmarks.replay_transferqueue:TransferQueue"
+    peer = Peer("transferqueue", target, {}, rows, folder, say)
     peer.side.call("prepare_own", batch=OWN_BATCH, fields=OWN_FIELDS, length=OWN_LENGTH)
     return peer
 
 
 def torchrl(rows: Path, folder: Path, num_rows: int, say: Say) -> Peer:
     target = "deploy.benchmarks.replay_torchrl:TorchRL"
-    return Peer(
-        "torchrl", target, rows, folder, say, folder=str(folder / "torchrl"), num_rows=num_rows
-    )
+    settings = {"folder": str(folder / "torchrl"), "num_rows": num_rows}
+    return Peer("torchrl", target, settings, rows, folder, say)
 
 
 def fastest_batch(

@@ -86,5 +86,6 @@ def start_private_ray(object_store_bytes: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
+    # A peer's actors each claim a core, whatever they use, and wait for one that the machine need not have.
+    options: dict[str, Any] = {"num_cpus": 16, "include_dashboard": False, "log_to_driver": False}
     ray.init(address="local", object_store_memory=object_store_bytes, **options)

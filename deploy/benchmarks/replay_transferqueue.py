@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from typing import Any, Self
 
-from deploy.benchmarks.replay_rows import read_rows, start_private_ray, to_tensors, touch
+from deploy.benchmarks.replay_rows import NUM_STATES, WIDTH, read_rows, start_private_ray, to_tensors, touch
 
 _STORAGE_UNITS = 2
 _OBJECT_STORE_BYTES = 100 << 20
@@ -29,6 +29,11 @@ def _config() -> Any:
             }
         }
     )
+
+
+def _dense(field: Any) -> Any:
+    """The numbers of a field, which the client may return as a nested tensor, in the order of the rows."""
+    return field.values() if field.is_nested else field
 
 
 class Writer:
@@ -101,7 +106,7 @@ class Reader:
             data_fields=fields, batch_size=size, partition_id=partition, task_name="read"
         )
         rows = self._client.get_data(meta)
-        self._sum += touch(rows["teacher_hidden"])
+        self._sum += touch(_dense(rows["teacher_hidden"]).view(size, NUM_STATES, WIDTH))
         return {"end": time.perf_counter(), "sum": self._sum}
 
     def read_own(self, partition: str) -> float:
@@ -110,7 +115,7 @@ class Reader:
         keys = list(tq.kv_list(partition_id=partition)[partition])
         fields = tq.kv_batch_get(keys=keys, partition_id=partition)
         for name in fields.keys():  # noqa: SIM118 (a TensorDict iterates over its rows)
-            fields[name][:, ::1024].sum()  # one number per page
+            _dense(fields[name]).flatten()[::1024].sum()  # one number per page
         return time.perf_counter()
 
 
