@@ -64,7 +64,7 @@ class Sender:
                 for row in range(len(parts["teacher_hidden"]))
             ]
             answers.append(receiver.take.remote([ray.put(rows)]))
-        found = ray.get(answers)
+        found: Any = ray.get(answers)
         return {
             "start": start,
             "end": max(each["end"] for each in found),
@@ -104,7 +104,8 @@ class Receiver:
         import torch
 
         total = 0
-        for row in ray.get(references[0]):
+        rows: Any = ray.get(references[0])
+        for row in rows:
             total += touch(torch.from_numpy(row["teacher_hidden"]).view(torch.bfloat16))
         return {"end": time.perf_counter(), "sum": total}
 

@@ -72,7 +72,7 @@ def warm_memory(folder: str | Path, num_rows: int) -> None:
     times as much as filling it, and would be counted for whichever side needs new pages.
     """
     path = Path(folder) / "warm"
-    block = np.ones(STATE_BYTES, np.uint8)
+    block = b"1" * STATE_BYTES
     try:
         with path.open("wb", buffering=0) as file:
             for _ in range(_COPIES * num_rows):

@@ -9,6 +9,7 @@ them. The storage has room for one round and its pages exist from the second rou
 The buffer counts a row before it is written, so the writer tells the reader over a pipe when a batch is complete.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import time

@@ -6,6 +6,7 @@ one TensorDict, which the writer puts into a partition of its own, as ``put`` de
 and its data while the writer puts the next batch.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import time
@@ -63,7 +64,8 @@ class Writer:
             partition = f"{name}-{first}"
             self._client.put(TensorDict(columns, batch_size=[size]), partition_id=partition)
             answers.append(reader.read.remote(partition, list(columns), size))
-        return {"start": start, **ray.get(answers)[-1]}
+        found: Any = ray.get(answers)
+        return {"start": start, **found[-1]}
 
     def prepare_own(self, batch: int, fields: int, length: int) -> None:
         import torch
@@ -143,7 +145,7 @@ class TransferQueue:
 
         name = self._name()
         ray.get(self._reader.ready.remote())
-        found = ray.get(self._writer.write.remote(self._reader, name, num_rows, batch))
+        found: Any = ray.get(self._writer.write.remote(self._reader, name, num_rows, batch))
         ray.get(self._writer.clear.remote(name))
         return {"seconds": found["end"] - found["start"], "sum": found["sum"]}
 
@@ -157,7 +159,7 @@ class TransferQueue:
         import ray
 
         name = self._name()
-        found = ray.get(self._writer.write_own.remote(self._reader, name))
+        found: Any = ray.get(self._writer.write_own.remote(self._reader, name))
         ray.get(self._writer.clear.remote(name))
         return {"seconds": found["end"] - found["start"]}
 
