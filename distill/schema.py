@@ -11,6 +11,7 @@ for a behaviour policy are null.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ def hidden_type(hidden_size: int) -> pa.DataType:
     return pa.large_list(pa.list_(pa.uint16(), hidden_size))
 
 
+@functools.cache
 def trajectory_schema(hidden_size: int | None = None) -> pa.Schema:
     """The schema of a trajectory batch.
 
@@ -173,7 +175,7 @@ def with_teacher_hidden(batch: pa.RecordBatch, hidden: Sequence[np.ndarray]) -> 
     values = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.uint16()), width)
     column = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
     stamp = pa.array([datetime.now(UTC)] * batch.num_rows, pa.timestamp("us", tz="UTC"))
-    columns = {name: batch.column(name) for name in batch.schema.names}
+    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
     columns |= {"scored_at": stamp, "teacher_hidden": column}
     schema = trajectory_schema(width)
     scored = pa.RecordBatch.from_arrays([columns[field.name] for field in schema], schema=schema)

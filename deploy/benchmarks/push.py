@@ -41,7 +41,9 @@ def measure(num_pairs: int, say: Say) -> Measurement:
         settings = {"model": str(model), "stop": stop_token_ids(model), "folder": str(folder)}
         say("starting the engine")
         # An allocator that returns freed memory makes each load fault it in again, in both sides.
-        with Side("engine", f"{__name__}:Pushing", settings, actor_environment(usable_cores())) as engine:
+        with Side(
+            "engine", f"{__name__}:Pushing", settings, environment=actor_environment(usable_cores())
+        ) as engine:
             sides = {"ours": lambda: engine.call("push"), "floor": lambda: engine.call("floor")}
             say("warm-up")
             for side in sides.values():

@@ -56,6 +56,28 @@ BENCHMARKS: dict[str, Benchmark] = {
             "ms": Label(meaning="the largest cost in CPU ms / 1 ms", goal=1.0, at_least=False),
         },
     ),
+    "replay": Benchmark(
+        description="insert, lease and map scored trajectories across processes against copies and peers",
+        module="deploy.benchmarks.replay",
+        num_pairs=3,
+        labels={
+            "memcpy": Label(
+                meaning="trajectories/s through segment store and replay / a memory copy and a map", goal=0.5
+            ),
+            "transferqueue": Label(
+                meaning="trajectories/s of the same / TransferQueue with SimpleStorage", goal=1.0
+            ),
+            "transferqueue_own": Label(
+                meaning="bytes/s of the same / TransferQueue with the data of its own performance test"
+            ),
+            "torchrl": Label(
+                meaning="trajectories/s of the same / TorchRL with a shared LazyMemmapStorage", goal=1.0
+            ),
+            "pickle": Label(
+                meaning="trajectories/s of the same / lists of rows in Ray's object store", goal=1.0
+            ),
+        },
+    ),
     "peer": Benchmark(
         description="completion tokens per second of a whole run against TRL's DistillationTrainer",
         module="deploy.benchmarks.peer",

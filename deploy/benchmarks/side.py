@@ -18,12 +18,14 @@ import sys
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any, Protocol, Self
 
 from deploy.benchmarks.harness import BenchmarkFailed
 from deploy.cluster.memory import MemorySampler
 from distill.errors import NO_VALUE, first_line
 
+_PROJECT = str(Path(__file__).parents[2])
 _CLOSE_S = 60.0
 """How long a side may take to end its engine."""
 
@@ -45,12 +47,15 @@ class Side:
         name: str,
         target: str,
         settings: Mapping[str, Any],
+        *,
         environment: Mapping[str, str] | None = None,
+        python: Path | None = None,
     ) -> None:
         """Start the process and wait until its engine runs.
 
         ``name``: for messages. ``target``: module:class of an :class:`Engine`. ``settings``: JSON.
-        ``environment``: variables that the process has beside those of this one.
+        ``environment``: variables that the process has beside those of this one. ``python``: the interpreter of a
+        peer's environment, which finds this project by its folder; None for this one.
 
         Raises: BenchmarkFailed.
         """
@@ -59,7 +64,7 @@ class Side:
         self._from_child, results = os.pipe()
         self._process = subprocess.Popen(
             [
-                sys.executable,
+                str(python or sys.executable),
                 "-m",
                 __name__,
                 target,
@@ -67,10 +72,10 @@ class Side:
                 str(commands),
                 str(results),
             ],
-            env=os.environ | dict(environment or {}),
             pass_fds=(commands, results),
             stdin=subprocess.DEVNULL,
             stdout=2,  # stderr: stdout belongs to the result
+            env={**os.environ, **(environment or {}), **({"PYTHONPATH": _PROJECT} if python else {})},
             start_new_session=True,  # Ctrl-C reaches the parent only, which then closes the pipe
         )
         os.close(commands)

@@ -27,6 +27,9 @@ from distill.schema import oldest_version
 ALIGNMENT = 64
 """Each message starts at a multiple of this, because Arrow copies buffers that are not aligned."""
 
+_MAX_PARTS = 1024
+"""Parts that the system writes in one call (IOV_MAX)."""
+
 MAX_OPEN_MAPS = 64
 """Bounded because a map keeps its file's memory alive after the file has moved to disk or was deleted."""
 
@@ -65,19 +68,64 @@ class _OpenSegment:
     schema: pa.Schema
     size: int = 0
 
-    def write(self, message: pa.Buffer) -> int:
-        """Append a message at the next aligned offset, completely or not at all; returns the offset."""
+    def write(self, message: Sequence[pa.Buffer | bytes]) -> int:
+        """Append the parts of a message at the next aligned offset, all of them or none; returns the offset."""
         offset = -(-self.size // ALIGNMENT) * ALIGNMENT
-        view = memoryview(message)
-        done = 0
+        views = [memoryview(part) for part in message]
+        done = first = 0
         try:
-            while done < len(view):
-                done += os.pwrite(self.descriptor, view[done:], offset + done)
+            while first < len(views):
+                written = os.pwritev(self.descriptor, views[first : first + _MAX_PARTS], offset + done)
+                done += written
+                while first < len(views) and written >= len(views[first]):
+                    written -= len(views[first])
+                    first += 1
+                if written:
+                    views[first] = views[first][written:]
         except OSError:
             os.ftruncate(self.descriptor, self.size)
             raise
         self.size = offset + done
         return offset
+
+
+class _Messages:
+    """Makes the messages of the rows of one schema, in parts that refer to the rows' own memory.
+
+    ``RecordBatch.serialize`` makes the same bytes, but copies a row's payload into new memory, whose pages cost more
+    than the copy.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self._parts: list[pa.Buffer | bytes] = []
+        self._size = 0
+        self._writer = pa.ipc.new_stream(pa.PythonFile(self, "w"), schema)
+        self.of(pa.RecordBatch.from_pylist([], schema=schema))  # the first message follows that of the schema
+
+    def of(self, row: pa.RecordBatch) -> list[pa.Buffer | bytes]:
+        """The parts of a row's message, which keep its memory alive."""
+        self._parts = []
+        self._writer.write_batch(row)
+        return self._parts
+
+    # The file that Arrow writes to
+
+    closed = False
+
+    def write(self, part: pa.Buffer | bytes) -> int:
+        self._parts.append(part)
+        self._size += len(part)
+        return len(part)
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -117,6 +165,8 @@ class SegmentStore:
         self._writing = threading.Lock()
         self._reading = threading.Lock()
         self._open: _OpenSegment | None = None
+        self._messages: _Messages | None = None
+        """For the schema that was written last."""
         self._number = 0
         self._in_memory: list[str] = []
         """Sealed segments in shared memory, oldest first."""
@@ -134,9 +184,10 @@ class SegmentStore:
 
         Raises: OSError when the medium is full; then nothing is written.
         """
-        message = row.serialize()
         with self._writing:
-            segment = self._segment_for(row.schema, message.size)
+            message = self._message(row)
+            num_bytes = sum(len(part) for part in message)
+            segment = self._segment_for(row.schema, num_bytes)
             offset = segment.write(message)
             if segment.size >= self._segment_bytes:
                 self._seal()
@@ -150,7 +201,7 @@ class SegmentStore:
                 node=self._node,
                 segment=segment.name,
                 offset=offset,
-                num_bytes=message.size,
+                num_bytes=num_bytes,
                 trajectory_id=row.column("trajectory_id")[0].as_py(),
             ),
             num_tokens=len(row.column("response_tokens").flatten()),
@@ -216,6 +267,11 @@ class SegmentStore:
 
     # Writing
 
+    def _message(self, row: pa.RecordBatch) -> list[pa.Buffer | bytes]:
+        if self._messages is None or not self._messages.schema.equals(row.schema, check_metadata=True):
+            self._messages = _Messages(row.schema)
+        return self._messages.of(row)
+
     def _segment_for(self, schema: pa.Schema, num_bytes: int) -> _OpenSegment:
         segment = self._open
         if segment is not None:
@@ -228,7 +284,7 @@ class SegmentStore:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._open = _OpenSegment(name, os.open(self._memory_dir / name, flags, 0o600), schema)
             self._unsettled[name] = 0
-            self._open.write(schema.serialize())
+            self._open.write([schema.serialize()])
         return self._open
 
     def _seal(self) -> None:

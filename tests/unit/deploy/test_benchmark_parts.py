@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
-from deploy.benchmarks import peer, peer_environment, push, teacher
+from deploy.benchmarks import peer, peer_environment, push, replay, replay_rows, teacher
 from deploy.benchmarks.harness import BenchmarkFailed
+from deploy.benchmarks.registry import BENCHMARKS
+from deploy.benchmarks.replay_ours import ReadyTeacher
+from deploy.benchmarks.replay_peers import fastest_batch
 from deploy.benchmarks.workload import draws, open_store, scratch
 from deploy.recipes import read_recipes
 from distill.config import ScoringConfig
@@ -114,3 +117,43 @@ def test_a_command_that_fails_is_an_error(tmp_path: Path, capsys: pytest.Capture
         peer._run("part", ["sh", "-c", "echo the reason; exit 3"], tmp_path)
     assert "the reason" in capsys.readouterr().err
     assert peer._run("part", ["sleep", "0.3"], tmp_path) > 0
+
+
+def test_what_is_touched_identifies_the_states(tmp_path: Path) -> None:
+    replay_rows.write_rows(tmp_path, 3)
+    states = replay_rows.to_tensors(replay_rows.read_rows(tmp_path))["teacher_hidden"]
+    assert states.isfinite().all()
+    assert replay_rows.touch(states[:2]) == replay_rows.expected_touch(tmp_path, 2)
+    assert sum(map(replay_rows.touch, states)) == replay_rows.expected_touch(tmp_path, 3)
+    replay_rows.warm_memory(tmp_path, 2)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npy"] * 3
+
+
+def test_a_ready_teacher_gives_every_row_once(tmp_path: Path) -> None:
+    replay_rows.write_rows(tmp_path, 3)
+    states = replay_rows.read_rows(tmp_path)["teacher_hidden"]
+    teacher = ReadyTeacher(states)
+    found = [asyncio.run(teacher.hidden_states([[1]] * size, [[2]] * size)) for size in (1, 2)]
+    assert [len(each) for each in found] == [1, 2]
+    assert (found[1][1] == states[2]).all()
+
+
+def test_the_fastest_batch_is_chosen_after_a_round_to_warm_up() -> None:
+    calls: list[int] = []
+
+    def round_of(batch: int) -> dict[str, float]:
+        calls.append(batch)
+        return {"seconds": 1.0 if calls.count(batch) == 1 else 1.0 / batch}
+
+    assert fastest_batch(round_of, (2, 4), lambda line: None, "x") == (4, {"2": 0.5, "4": 0.25})
+    assert calls == [2, 2, 4, 4]
+
+
+def test_the_replays_pairs_are_rates_of_all_its_labels() -> None:
+    names = ("ours", "memcpy", "transferqueue", "torchrl", "pickle", "ours_own", "transferqueue_own")
+    found = {name: {"seconds": 1.0} for name in names} | {"torchrl": {"seconds": 2.0}}
+    pairs = replay._pairs([found], 10)
+    assert pairs.keys() == BENCHMARKS["replay"].labels.keys()
+    assert pairs["torchrl"] == [(10.0, 5.0)]
+    ((ours, theirs),) = pairs["transferqueue_own"]
+    assert ours == theirs  # as many bytes on both sides

@@ -283,15 +283,15 @@ def test_a_row_on_another_node_is_rejected(make_store):
 def test_a_full_medium_leaves_nothing_half_written(make_store, monkeypatch, tmp_path):
     store = make_store()
     first = store.append(draw(0), 0, row(0))
-    real, calls = os.pwrite, []
+    real, calls = os.pwritev, []
 
-    def full(descriptor, data, offset):
+    def full(descriptor, parts, offset):
         calls.append(offset)
         if len(calls) == 1:
-            return real(descriptor, data[:100], offset)
+            return real(descriptor, parts[:3], offset)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(OSError, match="No space"):
         store.append(draw(1), 0, row(1))
     monkeypatch.undo()
@@ -300,6 +300,27 @@ def test_a_full_medium_leaves_nothing_half_written(make_store, monkeypatch, tmp_
     assert second.location.offset == calls[0]
     assert store.read(first).equals(row(0))
     assert store.read(second).equals(row(2))
+
+
+def test_a_row_is_whole_however_little_the_system_writes_at_a_time(make_store, monkeypatch):
+    real = os.pwritev
+
+    def a_little(descriptor, parts, offset):
+        return real(descriptor, [b"".join(parts)[:37]], offset)
+
+    monkeypatch.setattr(os, "pwritev", a_little)
+    store = make_store()
+    refs = [store.append(draw(i), 0, row(i)) for i in range(2)]
+    assert [store.read(ref) for ref in refs] == [row(0), row(1)]
+
+
+def test_a_message_is_what_arrow_serializes(make_store, tmp_path):
+    store = make_store()
+    for each in (row(0), row(1), row(0).slice(0, 1)):
+        ref = store.append(draw(0), 0, each)
+        data = (tmp_path / "memory" / ref.location.segment).read_bytes()
+        message = data[ref.location.offset :][: ref.location.num_bytes]
+        assert message == each.serialize().to_pybytes()
 
 
 def test_sweep_removes_folders_of_dead_runs_only(tmp_path):
