@@ -1,7 +1,7 @@
 """TorchRL's side of the benchmark ``replay``, in its environment of :mod:`deploy.benchmarks.replay_peers`.
 
 The buffer is a ReplayBuffer on a LazyMemmapStorage with ``shared_init``, whose file is in shared memory: every process
-maps the same pages, so that an insert is one copy and a read is none. The other shared forms copy more: a
+maps the same pages, so that an insert copies once and a read copies nothing. The other shared forms copy more: a
 RayReplayBuffer sends rows to an actor and samples back from it, and a LazyTensorStorage with ``shared_init`` is a
 LazyMemmapStorage in the folder for temporary files. Rows are read by slices, which are views; ``sample`` would copy
 them. The storage has room for one round and its pages exist from the second round on.
