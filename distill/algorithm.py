@@ -32,7 +32,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -58,6 +59,10 @@ from distill.interfaces import (
 )
 from distill.replay.desk import Desk
 from distill.schema import tokens_of, with_teacher_hidden
+
+_STORING = ThreadPoolExecutor(1, thread_name_prefix="storing")
+"""Builds and writes the rows of this process. It is one thread, because several only hand Python's lock to one
+another."""
 
 
 class RunStopped(DistillError, RuntimeError):
@@ -104,7 +109,7 @@ async def roll_out(
     samples = itertools.product(draws, range(prompts.samples_per_prompt))  # in the order of the requests
     rows = zip(samples, completions, strict=True)
     return [
-        await asyncio.to_thread(_store_sample, draw, sample, completion, prompts, store)
+        await _stored(_store_sample, draw, sample, completion, prompts, store)
         for (draw, sample), completion in rows
     ]
 
@@ -113,13 +118,13 @@ async def _roll_out_sample(
     draw: Draw, sample: int, request: SampleRequest, prompts: Prompts, generator: Generator, store: Store
 ) -> list[SampleRef]:
     [completion] = await generator.generate([request])
-    return [await asyncio.to_thread(_store_sample, draw, sample, completion, prompts, store)]
+    return [await _stored(_store_sample, draw, sample, completion, prompts, store)]
 
 
 def _store_sample(
     draw: Draw, sample: int, completion: Completion, prompts: Prompts, store: Store
 ) -> SampleRef:
-    """Build and write a row, in a thread: the event loop serves the engine."""
+    """Build and write a row."""
     return store.append(draw, sample, prompts.row(draw, sample, completion))
 
 
@@ -145,9 +150,7 @@ async def score(
     """
     if teacher is None:
         return [
-            each
-            if isinstance(each, SampleRef)
-            else await asyncio.to_thread(store.append, each, 0, corpus.row(each))
+            each if isinstance(each, SampleRef) else await _stored(store.append, each, 0, corpus.row(each))
             for each in work
         ]
     rows = [store.read(each) if isinstance(each, SampleRef) else corpus.row(each) for each in work]
@@ -156,7 +159,7 @@ async def score(
         [tokens_of(row, "response_tokens") for row in rows],
     )
     return [
-        await asyncio.to_thread(_store_scored, each, row, states, store)
+        await _stored(_store_scored, each, row, states, store)
         for each, row, states in zip(work, rows, hidden, strict=True)
     ]
 
@@ -164,6 +167,11 @@ async def score(
 def _store_scored(work: Work, row: pa.RecordBatch, states: np.ndarray, store: Store) -> SampleRef:
     draw, sample = (work.draw, work.sample) if isinstance(work, SampleRef) else (work, 0)
     return store.append(draw, sample, with_teacher_hidden(row, [states]))
+
+
+async def _stored(store: Callable[..., SampleRef], *args: object) -> SampleRef:
+    """Store a row in a thread, because the event loop serves the engine."""
+    return await asyncio.get_running_loop().run_in_executor(_STORING, store, *args)
 
 
 async def _deliver(desk: Desk, work: Coroutine[None, None, list[SampleRef]]) -> None:
