@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from deploy.version import recorded_versions
 from distill.config import RunConfig
 from distill.evaluation import load_evaluation
 from distill.run.folder import RunFolder
@@ -41,7 +42,7 @@ class RunRecord:
         """The counters of every actor of the last stage, by its name."""
         self._events = EventLog(folder.path)
         self._start = time.monotonic()
-        self._events.write("started", incarnation=folder.incarnation)
+        self._events.write("started", incarnation=folder.incarnation, versions=recorded_versions())
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

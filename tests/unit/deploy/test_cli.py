@@ -225,13 +225,25 @@ def test_resume_and_report_without_a_run(complaint: Complaint, tmp_path: Path) -
         assert "none" in line and "run" in line
 
 
-def test_truncated_summary(complaint: Complaint, world: Path, tmp_path: Path) -> None:
+def test_a_report_of_a_run_that_has_only_begun(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny_config(world, f"run_dir={tmp_path}/run")
     with RunFolder(config.run_dir) as folder:
         folder.create(to_yaml(config), resume_fingerprint(config))
     folder.summary.write_text('{"updates": ')
-    line = complaint(arguments=["report", f"{tmp_path}/run"])
-    assert "summary.json must be JSON" in line and "--resume" in line
+    assert main(["report", f"{tmp_path}/run"]) == 0
+    shown = capsys.readouterr()
+    lines = shown.err.splitlines()
+    assert all(line.startswith("distill: ") for line in lines)
+    (summary,) = [line for line in lines if "summary.json" in line]
+    assert "summary.json cannot be read" in summary and "must be JSON" in summary and "--resume" in summary
+    assert f"the whole report, for a browser: {tmp_path}/run/report.html" in shown.out
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert main(["report", f"{tmp_path}/run", "--html", f"{tmp_path}/run/config.yaml"]) == 2
+    assert "must end with .html" in capsys.readouterr().err
+    assert main(["report", f"{tmp_path}/run", "--html", f"{tmp_path}/other/page.html"]) == 0
+    assert (tmp_path / "other" / "page.html").is_file()
 
 
 def test_train_needs_a_configuration_or_a_run_to_resume(complaint: Complaint) -> None:
