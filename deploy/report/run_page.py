@@ -21,7 +21,6 @@ from deploy.report.model import (
     Items,
     Line,
     Listing,
-    Number,
     Page,
     Paragraph,
     Section,
@@ -167,7 +166,7 @@ def _cost(run: RunFiles) -> Iterator[Table | Paragraph]:
 
 def _numbers(title: str, unit: str, values: Mapping[str, float], digits: int, note: str = "") -> Table:
     rows = tuple(
-        ((name.replace("_", " "),), (Number(value, digits=digits),)) for name, value in sorted(values.items())
+        ((name.replace("_", " "),), (f"{value:,.{digits}f}",)) for name, value in sorted(values.items())
     )
     return Table((Column("what"), Column(unit, numeric=True)), rows, title=title, note=note)
 
