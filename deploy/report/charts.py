@@ -150,8 +150,22 @@ def _draw_lines(axes: Any, chart: Chart) -> None:
             )
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.unit)
+    axes.ticklabel_format(useOffset=False, axis="y")
+    axes.set_ylim(*_limits(chart, *axes.get_ylim()))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=chart.x_label == "update"))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+
+
+def _limits(chart: Chart, low: float, high: float) -> tuple[float, float]:
+    """The vertical axis: wide enough that rounding errors do not look like changes, and below 0 only for such values."""
+    values = [value for series in chart.series for value in series.y]
+    least, most = min(values), max(values)
+    room = 0.05 * max(abs(least), abs(most)) or 0.5
+    if high - low < room:
+        low, high = least - room / 2, most + room / 2
+    if least >= 0:
+        low = 0.0 if chart.from_zero or least == most == 0 else max(low, 0.0)
+    return low, high
 
 
 def _draw_lanes(axes: Any, timeline: Timeline) -> None:

@@ -31,6 +31,7 @@ class _Curve:
     columns: Mapping[str, str]
     """Column -> label. Columns that a recipe does not have are left out."""
     note: str = ""
+    from_zero: bool = False
 
 
 def _both(part: str, name: str) -> dict[str, str]:
@@ -146,7 +147,7 @@ def _of_columns(metrics: Mapping[str, np.ndarray], curve: _Curve) -> Chart | Non
         return None
     per_point = math.ceil(len(metrics["update"]) / MOST_POINTS)
     mean = f"Each point is the mean of {per_point} updates." if per_point > 1 else ""
-    return Chart(curve.title, curve.unit, shown, f"{curve.note} {mean}".strip())
+    return Chart(curve.title, curve.unit, shown, f"{curve.note} {mean}".strip(), from_zero=curve.from_zero)
 
 
 def _thinned(label: str, x: np.ndarray, y: np.ndarray) -> Series:
@@ -172,7 +173,9 @@ def busy_chart(run: RunFiles) -> Chart | None:
     """The part of the time in which an actor of each stage was busy."""
     columns = {f"{stage}/busy_share": stage for stage in STAGES}
     note = "1: busy all the time. In lock-step the stages take turns, so the shares add up to about 1."
-    return _of_columns(run.metrics, _Curve("Busy shares of the stages", "share of the time", columns, note))
+    return _of_columns(
+        run.metrics, _Curve("Busy shares of the stages", "share of the time", columns, note, from_zero=True)
+    )
 
 
 def limit_timeline(run: RunFiles) -> Timeline | None:
@@ -219,7 +222,7 @@ def mean_limit(run: RunFiles) -> Limit | None:
 def seconds_chart(run: RunFiles) -> Chart | None:
     columns = {"timing/update_s": "update", "timing/push_s": "weight push"}
     note = "Evaluations and checkpoints are not part of an update's seconds."
-    return _of_columns(run.metrics, _Curve("Seconds of an update", "seconds", columns, note))
+    return _of_columns(run.metrics, _Curve("Seconds of an update", "seconds", columns, note, from_zero=True))
 
 
 def stage_timeline(run: RunFiles) -> Timeline | None:

@@ -130,6 +130,8 @@ class Chart:
     series: tuple[Series, ...]
     note: str = ""
     x_label: str = "update"
+    from_zero: bool = False
+    """Whether the vertical axis begins at 0, for amounts that are compared as amounts."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,15 @@ class Listing:
     text: str
 
 
+PageBlock = Block | Chart | Timeline | Items | Listing
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of a page under a heading."""
 
     title: str
-    blocks: tuple[Block | Chart | Timeline | Items | Listing, ...]
+    blocks: tuple[PageBlock, ...]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from deploy.report.model import (
     Line,
     Listing,
     Page,
+    PageBlock,
     Paragraph,
     Section,
     Table,
@@ -64,7 +65,7 @@ def run_page(run: RunFiles) -> Page:
         else None,
         _failure(run),
         _before_and_after(run),
-        _section("Answers", [*samples(run)[:MOST_SAMPLES]]),
+        _section("Answers", _answers(run)),
         _section("Learning curves", [*evaluation_charts(run), *update_charts(run)]),
         _section("Stages", list(_stages(run))),
         _section("Cost", list(_cost(run))),
@@ -79,7 +80,7 @@ def run_page(run: RunFiles) -> Page:
     )
 
 
-def _section(title: str, blocks: Sequence) -> Section:
+def _section(title: str, blocks: Sequence[PageBlock]) -> Section:
     return Section(
         title, tuple(blocks) or (Paragraph((Toned("The folder has nothing of this.", Tone.FAINT),)),)
     )
@@ -95,7 +96,7 @@ def _failure(run: RunFiles) -> Section | None:
 
 def _before_and_after(run: RunFiles) -> Section:
     table = comparison_table(run)
-    blocks: list = [] if table is None else [table]
+    blocks: list[PageBlock] = [] if table is None else [table]
     if (line := best_line(run)) is not None:
         blocks.append(Paragraph(line))
     if run.folder.student.is_dir():
@@ -103,7 +104,14 @@ def _before_and_after(run: RunFiles) -> Section:
     return _section("Before and after", blocks)
 
 
-def _stages(run: RunFiles) -> Iterator:
+def _answers(run: RunFiles) -> list[PageBlock]:
+    every = samples(run)
+    left_out = len(every) - MOST_SAMPLES
+    more = [Paragraph((f"{left_out} more prompts are left out.",))] if left_out > 0 else []
+    return [*every[:MOST_SAMPLES], *more]
+
+
+def _stages(run: RunFiles) -> Iterator[PageBlock]:
     limit = _limit(run)
     if limit is not None:
         yield Paragraph((f"{advice_of(limit)}.".replace("the ", "The ", 1),))
@@ -152,7 +160,7 @@ def _cost(run: RunFiles) -> Iterator[Table | Paragraph]:
         "seconds",
         {name: seconds for name, seconds in timing.items() if seconds or name in ("training", "evaluation")},
         1,
-        "Seconds of actors (…_busy) add up over the actors of a pool and overlap with those of the run's stages.",
+        "Seconds of actors (… busy) add up over the actors of a pool and overlap with those of the run's stages.",
     )
     tokens = numbers_in(summary, "tokens")
     if tokens:
@@ -177,15 +185,19 @@ def _events(run: RunFiles) -> Iterator[Table | Paragraph]:
         yield Paragraph(("No alarm was raised.",) if run.events else ("No events are known.",))
     if not noted:
         return
+    others = len([event for event in noted if event["event"] != "alarm"])
     rows: list[tuple[Line, ...]] = []
-    for event in noted[-MOST_EVENTS:]:
+    for event in noted:
         name = str(event["event"])
+        if name != "alarm":
+            others -= 1
+            if others >= MOST_EVENTS:
+                continue
         toned = Toned(name, Tone.BAD) if name == "alarm" else name.replace("_", " ")
-        rows.append(((str(event.get("time"))[:24],), (toned,), (_told(event),)))
-    note = f"The last {MOST_EVENTS} of {len(noted)}." if len(noted) > MOST_EVENTS else ""
-    yield Table(
-        (Column("time (UTC)"), Column("event"), Column("what")), tuple(rows), "Alarms and events", note
-    )
+        rows.append(((str(event.get("time"))[:19].replace("T", " "),), (toned,), (_told(event),)))
+    rows = rows[-2 * MOST_EVENTS :]
+    note = f"The earliest of {len(noted)} events are left out." if len(rows) < len(noted) else ""
+    yield Table((Column("time (UTC)"), Column("event"), Column("what")), tuple(rows), "Events of note", note)
 
 
 def _told(event: Mapping[str, object]) -> str:
@@ -194,11 +206,11 @@ def _told(event: Mapping[str, object]) -> str:
         at = number_in(event, "update")
         return (f"update {at:.0f}: " if at is not None else "") + message[:1000]
     parts = [
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
         for name, value in event.items()
         if name not in ("time", "event", "versions") and isinstance(value, str | int | float)
     ]
-    return ", ".join(parts).replace("_", " ")[:1000]
+    return ", ".join(parts)[:1000]
 
 
 def _versions(run: RunFiles) -> Iterator[Table | Paragraph]:

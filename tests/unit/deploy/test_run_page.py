@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from deploy.report.charts import description
+from deploy.report import html as html_module
+from deploy.report.charts import description, svg
 from deploy.report.curves import MOST_POINTS, limit_timeline, update_charts
 from deploy.report.html import html
-from deploy.report.model import Chart, Page, Timeline
+from deploy.report.model import Chart, Page, Series, Timeline
 from deploy.report.run_files import read_run
 from deploy.report.run_page import run_page, write_page
 from distill.errors import ConfigError
@@ -167,7 +168,7 @@ def test_the_same_folder_gives_the_same_file(finished: RunFolder, page: str):
 
 
 def test_a_long_run_gives_a_small_file(tmp_path: Path):
-    folder = run_folder(tmp_path / "run", num_updates=5000, text="long " * 100_000)
+    folder = run_folder(tmp_path / "run", num_updates=5000, text="long " * 20_000)
     charts = update_charts(read_run(folder.path))
     assert max(len(series.x) for chart in charts for series in chart.series) <= MOST_POINTS
     (gap,) = [chart for chart in charts if "d_MM" in chart.title]
@@ -183,6 +184,24 @@ def test_the_limiting_stage_is_that_of_the_largest_share(finished: RunFolder):
     both = sorted([*spans["rollout"], *spans["learner"]])
     assert both[0][0] == 0 and both[-1][1] == 60
     assert all(left[1] == right[0] for left, right in pairwise(both))
+
+
+@pytest.mark.parametrize(
+    "values", [(1.0, 1.0 + 1e-9), (0.0, 0.0), (-2.0, -2.0), (1e300, -1e300), (5e-320, 0.0)]
+)
+def test_nearly_constant_and_extreme_values_are_drawn(values: tuple[float, float]):
+    drawn = svg(Chart("A", "b", (Series("c", (0.0, 1.0), values),), from_zero=True), "chart")
+    assert "e-9" not in drawn and "nan" not in drawn.lower()
+
+
+def test_alarms_are_shown_however_many_events_follow(tmp_path: Path):
+    folder = run_folder(tmp_path / "run", num_updates=3)
+    with folder.events.open("a") as events:
+        for update in range(1000):
+            events.write(json.dumps({"event": "best", "time": "2026", "update": update}) + "\n")
+    text = PageElements(page_of(folder)).text
+    assert "tightness is 0.40" in text and "update 999" in text and "update 900" not in text
+    assert "The earliest of 1003 events are left out." in text
 
 
 def _remove(*names: str) -> Callable[[RunFolder], object]:
@@ -232,12 +251,15 @@ STATES = {
         ["run.json cannot be read", "evaluations/after-answers.json cannot be read", "events.jsonl has 2 lines"],
     ),
 }  # fmt: skip
+DRAWN = ("torn step", "foreign files")
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_what_a_broken_folder_lacks_is_named_and_the_rest_is_shown(
-    state: str, finished: RunFolder, tmp_path: Path
+    state: str, finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    if state not in DRAWN:  # drawing takes most of the time
+        monkeypatch.setitem(html_module._ENVIRONMENT.filters, "svg", lambda drawn, name: drawn.title)
     change, expected = STATES[state]
     shutil.copytree(finished.path, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
