@@ -16,10 +16,12 @@ from deploy import PRESETS
 from deploy.cli.main import main
 from deploy.demo import demo
 from deploy.run.settings import keep_settings
+from distill.config import RunConfig
 from distill.config.tree import resume_fingerprint, to_yaml
 from distill.errors import ConfigError
 from distill.run.folder import RunFolder
 from tests.tiny import save_tiny_llama, tiny_config, tiny_overrides, tiny_tokenizer
+from tests.unit.deploy.run_folders import run_folder
 
 Complaint = Callable[..., str]
 ROOT = Path(__file__).parents[3]
@@ -244,6 +246,32 @@ def test_a_report_of_a_run_that_has_only_begun(
     assert "must end with .html" in capsys.readouterr().err
     assert main(["report", f"{tmp_path}/run", "--html", f"{tmp_path}/other/page.html"]) == 0
     assert (tmp_path / "other" / "page.html").is_file()
+
+
+def test_a_finished_run_writes_its_page(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.run.train.train", lambda config, progress: run_folder(Path(config.run_dir)))
+    train = ["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]
+    assert main(train) == 0
+    assert f"the whole report, for a browser: {tmp_path}/run/report.html" in capsys.readouterr().out
+    assert "<h1>Run run</h1>" in (tmp_path / "run" / "report.html").read_text()
+    with RunFolder(tmp_path / "run") as folder:
+        folder._take_lock()
+        folder.remove_results()  # a run that continues has no report of its end
+        assert not folder.report.exists()
+
+
+def test_a_page_that_cannot_be_written_does_not_fail_the_run(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(config: RunConfig, progress: object) -> None:
+        run_folder(Path(config.run_dir)).report.mkdir()
+
+    monkeypatch.setattr("deploy.run.train.train", trained)
+    train = ["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]
+    assert main(train) == 0
+    assert "report.html must be a file that can be written" in capsys.readouterr().err
 
 
 def test_train_needs_a_configuration_or_a_run_to_resume(complaint: Complaint) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from deploy.report.html import html
 from deploy.report.model import Chart, Page, Series, Timeline
 from deploy.report.run_files import read_run
 from deploy.report.run_page import run_page, write_page
+from deploy.report.run_report import run_report
 from distill.errors import ConfigError
 from distill.run.folder import RunFolder
 from tests.unit.deploy.run_folders import HOSTILE, run_folder
@@ -273,6 +275,28 @@ def test_what_a_broken_folder_lacks_is_named_and_the_rest_is_shown(
     for problem in run.problems:
         assert " ".join(problem.split()) in " ".join(text.split())
     assert "Learning curves" in text and "Configuration" in text
+
+
+def test_random_damage_never_ends_the_report(
+    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(html_module._ENVIRONMENT.filters, "svg", lambda drawn, name: description(drawn))
+    files = [path.relative_to(finished.path) for path in sorted(finished.path.rglob("*")) if path.is_file()]
+    chance = random.Random(0)
+    num_problems = 0
+    for number in range(40):
+        folder = RunFolder(tmp_path / str(number))
+        shutil.copytree(finished.path, folder.path)
+        for path in (folder.path / name for name in chance.sample(files, 3)):
+            data = bytearray(path.read_bytes())
+            for _ in range(chance.randint(0, 6)):
+                data[chance.randrange(len(data))] = chance.randrange(256)
+            path.write_bytes(data[: chance.choice([len(data), chance.randrange(len(data))])])
+        run = read_run(folder.path)
+        assert "</html>" in html(run_page(run))
+        assert run_report(run).blocks
+        num_problems += len(run.problems)
+    assert num_problems > 40
 
 
 def test_an_empty_run_and_no_run(tmp_path: Path):
