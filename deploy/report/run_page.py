@@ -31,6 +31,7 @@ from deploy.report.model import (
 )
 from deploy.report.run_files import RunFiles, number_in, numbers_in
 from deploy.report.run_report import best_line, comparison_table, outcome, samples, shortest, talk_line
+from deploy.run.record import PAGE
 from deploy.run.training.clocks import REMEDIES, Limit, advice_of, held_back
 from distill.errors import ConfigError
 from distill.files import write_bytes
@@ -45,7 +46,7 @@ def write_page(run: RunFiles, path: Path | None = None) -> Path:
 
     Raises: ConfigError when the file cannot be written there.
     """
-    place = run.folder.report if path is None else path
+    place = run.folder.path / PAGE if path is None else path
     remedy = "choose another file with --html"
     if place.suffix != ".html":
         raise ConfigError("--html", place, "end with .html, so that it replaces no other file", remedy)

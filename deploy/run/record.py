@@ -13,6 +13,8 @@ from distill.evaluation import load_evaluation
 from distill.run.folder import RunFolder
 from distill.run.metrics import EventLog
 
+PAGE = "report.html"
+"""The report of a run in its folder. It is no part of the method, so ``RunFolder`` does not know it."""
 _COUNTERS = {
     "learner": ("learner", "learner/num_input_tokens", "timing/learner_total_busy_s"),
     "rollout": ("rollout", "rollout/num_tokens", "timing/rollout_busy_s"),
@@ -97,3 +99,9 @@ class RunRecord:
         self.folder.write_summary(summary)
         self._events.write("finished", updates=self.updates)
         return summary
+
+
+def remove_results(folder: RunFolder) -> None:
+    """Remove what a run wrote at its end, its report included, because it continues to a later one."""
+    folder.remove_results()
+    (folder.path / PAGE).unlink(missing_ok=True)

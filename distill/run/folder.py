@@ -82,7 +82,6 @@ class RunFolder:
         self.metrics = self.path / "metrics.parquet"
         self.events = self.path / "events.jsonl"
         self.summary = self.path / "summary.json"
-        self.report = self.path / "report.html"
         self.failure = self.path / "failure.json"
         self.traceback = self.path / "failure.txt"
         self.data = self.path / "data"
@@ -222,7 +221,7 @@ class RunFolder:
         """Remove what a run wrote at its end, because it continues to a later one."""
         self._require_lock()
         answers = self.evaluations / "after-answers.json"
-        for result in (self.summary, self.evaluation("after"), answers, self.report):
+        for result in (self.summary, self.evaluation("after"), answers):
             result.unlink(missing_ok=True)
 
     def write_failure(self, error: Exception) -> None:

@@ -15,6 +15,7 @@ import torch
 from deploy import PRESETS
 from deploy.cli.main import main
 from deploy.demo import demo
+from deploy.run.record import PAGE, remove_results
 from deploy.run.settings import keep_settings
 from distill.config import RunConfig
 from distill.config.tree import resume_fingerprint, to_yaml
@@ -258,15 +259,15 @@ def test_a_finished_run_writes_its_page(
     assert "<h1>Run run</h1>" in (tmp_path / "run" / "report.html").read_text()
     with RunFolder(tmp_path / "run") as folder:
         folder._take_lock()
-        folder.remove_results()  # a run that continues has no report of its end
-        assert not folder.report.exists()
+        remove_results(folder)  # a run that continues has no report of its end
+        assert not (folder.path / PAGE).exists() and not folder.summary.exists()
 
 
 def test_a_page_that_cannot_be_written_does_not_fail_the_run(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trained(config: RunConfig, progress: object) -> None:
-        run_folder(Path(config.run_dir)).report.mkdir()
+        (run_folder(Path(config.run_dir)).path / PAGE).mkdir()
 
     monkeypatch.setattr("deploy.run.train.train", trained)
     train = ["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]
