@@ -18,8 +18,6 @@ _SCALE_TIMEOUT_S = 600.0
 
 def train(options: argparse.Namespace) -> int:
     from deploy.job import require_submitted_versions
-    from deploy.report.run_report import run_report
-    from deploy.report.terminal import print_report
     from deploy.run.progress import Progress
     from deploy.run.settings import config_to_resume
     from deploy.run.train import RunFailed
@@ -38,7 +36,7 @@ def train(options: argparse.Namespace) -> int:
     then = f"resume with: {folder.resume_command}"
     try:
         with Progress() as progress:
-            summary = run_train(config, progress)
+            run_train(config, progress)
     except KeyboardInterrupt as error:
         complain(f"interrupted; {then}" if folder.exists else "interrupted")
         return exit_code(error)
@@ -46,7 +44,10 @@ def train(options: argparse.Namespace) -> int:
         complain(str(failure))
         complain(f"{failure.where}; {then}")
         return exit_code(failure.error)
-    print_report(run_report(config.run_dir, summary))
+    try:
+        _show_run(config.run_dir)
+    except ConfigError as error:  # the run itself has succeeded
+        complain(str(error))
     return DONE
 
 
@@ -139,21 +140,7 @@ def scale(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    from deploy.report.run_report import run_report
-    from deploy.report.terminal import print_report
-    from distill.run.folder import RunFolder
-
-    folder = RunFolder(options.run_dir)
-    folder.require()
-    summary = folder.read_summary()
-    if summary is None:
-        raise ConfigError(
-            "run_dir",
-            folder.path,
-            "contain summary.json, which a run writes at its end",
-            f"finish it with: {folder.resume_command}",
-        )
-    print_report(run_report(folder.path, summary))
+    _show_run(options.run_dir, Path(options.html) if options.html else None)
     return DONE
 
 
@@ -165,6 +152,24 @@ def dashboards(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return DONE
+
+
+def _show_run(run_dir: str | Path, html: Path | None = None) -> None:
+    """Print the report of a run, write its page, and name what neither of them can show.
+
+    Raises: ConfigError when the folder is not a run's, and when the page cannot be written.
+    """
+    from deploy.report.run_files import read_run
+    from deploy.report.run_page import write_page
+    from deploy.report.run_report import run_report, shortest
+    from deploy.report.safe_text import strip_control
+    from deploy.report.terminal import print_report
+
+    run = read_run(run_dir)
+    print_report(run_report(run))
+    for problem in run.problems:
+        complain(strip_control(problem))
+    print(f"\nthe whole report, for a browser: {shortest(write_page(run, html).absolute())}", flush=True)
 
 
 def study(options: argparse.Namespace) -> int:

@@ -155,8 +155,11 @@ def _add_runs(sub: Commands) -> None:
     )
     scale.set_defaults(run=commands.scale)
 
-    report = sub.add_parser("report", help="show the results of a run")
+    report = sub.add_parser(
+        "report", help="show the results of a run, and write them as a page for a browser"
+    )
     report.add_argument("run_dir", metavar="RUN", help="the run's folder")
+    report.add_argument("--html", metavar="FILE", help="write the page there (default: RUN/report.html)")
     report.set_defaults(run=commands.report)
 
     dashboards = sub.add_parser("dashboards", help="collect the numbers of runs, and show them in Grafana")

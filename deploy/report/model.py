@@ -1,7 +1,8 @@
 """The model of a report: its contents, free of any markup.
 
 ``run_report.py`` builds the report of a run and ``deploy/study/tables/study_report.py`` that of a study.
-The renderers (``terminal.py``, ``render.py``) turn either into text. A cell or a paragraph is a line: a
+The renderers (``terminal.py``, ``render.py``) turn either into text. ``run_page.py`` builds the page of a
+run, which has sections and charts as well; ``html.py`` turns it into a file for a browser. A cell or a paragraph is a line: a
 sequence of pieces, which are plain text or values that know how many digits they have. A renderer adds
 markup around pieces and takes their text from :func:`piece_text`, so that numbers look alike everywhere.
 """
@@ -107,6 +108,84 @@ Block = Paragraph | Table | Sample
 class Report:
     title: str
     blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart."""
+
+    label: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    stderr: tuple[float, ...] | None = None
+    """Half the length of each point's error bar, or NaN without one."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Values over the course of a run. All series share one unit, so that one axis serves them."""
+
+    title: str
+    unit: str
+    series: tuple[Series, ...]
+    note: str = ""
+    x_label: str = "update"
+    from_zero: bool = False
+    """Whether the vertical axis begins at 0, for amounts that are compared as amounts."""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What is true of one name over the course of a run: spans (from, to)."""
+
+    label: str
+    spans: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Lanes above each other, with one horizontal axis."""
+
+    title: str
+    unit: str
+    lanes: tuple[Lane, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list without an order that matters."""
+
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The text of a file, shown as it is."""
+
+    title: str
+    text: str
+
+
+PageBlock = Block | Chart | Timeline | Items | Listing
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page under a heading."""
+
+    title: str
+    blocks: tuple[PageBlock, ...]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report for a browser."""
+
+    title: str
+    lead: Line
+    """What came out, in one sentence."""
+    sections: tuple[Section, ...]
 
 
 def piece_text(piece: Piece) -> str:

@@ -1,19 +1,22 @@
-"""The report of a finished run: the before/after table, sample answers, and where the results are."""
+"""The report of a run for a terminal: the before/after table, sample answers, and where the results are.
+
+The page of the same run (``run_page.py``) takes its sentence, its table and its samples from here.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from deploy.program import program
 from deploy.report.model import Code, Column, Line, Number, Paragraph, Report, Sample, Table, Tone, Toned
-from distill.errors import ConfigError
-from distill.evaluation import METRICS, Evaluation, direction, load_evaluation, paired_difference
-from distill.run.folder import RunFolder
+from deploy.report.run_files import RunFiles, number_in, numbers_in
+from distill.evaluation import METRICS, direction
 
 LABELS = {
     "teacher_text.tv": "TV, teacher's text",
@@ -34,21 +37,51 @@ SIGNIFICANT = 2.0
 """Standard errors that a difference must exceed to be called better or worse."""
 
 
-def run_report(run_dir: str | Path, summary: Mapping[str, Any]) -> Report:
-    """The report of a run. ``summary``: the contents of its ``summary.json``.
-
-    Raises: ConfigError when an evaluation of the run cannot be read.
-    """
-    folder = RunFolder(run_dir)
-    paired = paired_difference(*(_evaluation(folder.evaluation(label)) for label in ("before", "after")))
+def run_report(run: RunFiles) -> Report:
+    """The report of a run for a terminal: as much of it as the run's folder shows."""
+    table = comparison_table(run)
     return Report(
-        title=f"Run {_shortest(folder.path)}",
+        title=f"Run {shortest(run.folder.path)}",
         blocks=(
-            Paragraph((what_happened(summary["before"], summary["after"], paired),)),
-            before_after_table(summary["before"], summary["after"], paired),
-            *_samples(folder),
-            *(Paragraph(line) for line in _closing_lines(folder, summary)),
+            Paragraph(outcome(run)),
+            *((table,) if table is not None else ()),
+            *samples(run),
+            *(Paragraph(line) for line in _closing_lines(run)),
         ),
+    )
+
+
+def outcome(run: RunFiles) -> Line:
+    """What came out of a run, or how far it has come, in one sentence."""
+    planned = f" of {run.planned_updates}" if run.planned_updates is not None else ""
+    if run.before is None or run.newest is None or not run.paired:
+        state = (
+            "is still being written" if run.is_running else "has ended" if run.has_ended else "has not ended"
+        )
+        return (
+            f"The run {state} after {run.updates}{planned} updates, and its folder has no comparison of the student "
+            "before and after training.",
+        )
+    sentence = what_happened(run.before.to_dict(), run.newest.to_dict(), run.paired)
+    if run.after is None:
+        return (f"After update {run.during[-1].update}{planned}: {sentence}",)
+    return (sentence,)
+
+
+def comparison_table(run: RunFiles) -> Table | None:
+    """The table of :func:`before_after_table`; None where only one side has been measured, or neither."""
+    if run.before is None or run.newest is None:
+        return None
+    table = before_after_table(run.before.to_dict(), run.newest.to_dict(), run.paired)
+    if run.after is not None:
+        return table
+    update = run.during[-1].update
+    first, before, after, *rest = table.columns
+    return replace(
+        table,
+        title=f"Before training and after update {update}, {run.newest.num_prompts} held-out prompts",
+        columns=(first, before, replace(after, heading=f"update {update}"), *rest),
+        note=f"{table.note} The difference is that on the prompts which both evaluations have.",
     )
 
 
@@ -105,50 +138,55 @@ def before_after_table(
     )
 
 
-def _evaluation(path: Path) -> Evaluation:
-    try:
-        return load_evaluation(path)
-    except (OSError, ValueError) as error:
-        remedy = "only the run itself writes it; repeat the run in another run_dir"
-        raise ConfigError("evaluation", path, f"be readable ({error})", remedy) from None
+def samples(run: RunFiles) -> list[Sample]:
+    """Prompts with the answers of the teacher, and of the student before and after training, as far as there are any."""
+    before, after = run.answers.get("before", []), run.answers.get("after", [])
+    found: list[Sample] = []
+    for number, rows in enumerate(zip_longest(before, after), start=1):
+        row = rows[0] or rows[1]
+        answers = [("teacher", row["teacher"])]
+        answers += [
+            (f"student {when}", each["student"])
+            for when, each in zip(("before", "after"), rows, strict=True)
+            if each
+        ]
+        title = f"prompt {number}, answered greedily"
+        found.append(Sample(title=title, prompt=row["prompt"], answers=tuple(answers)))
+    return found
 
 
-def _samples(folder: RunFolder) -> list[Sample]:
-    """Prompts with the answers of the teacher, and of the student before and after training."""
-    paths = [folder.evaluations / f"{label}-answers.json" for label in ("before", "after")]
-    if not all(path.exists() for path in paths):
-        return []
-    both = zip(*(json.loads(path.read_text()) for path in paths), strict=True)
-    return [
-        Sample(
-            title=f"prompt {number}, answered greedily",
-            prompt=after["prompt"],
-            answers=(
-                ("teacher", after["teacher"]),
-                ("student before", before["student"]),
-                ("student after", after["student"]),
-            ),
-        )
-        for number, (before, after) in enumerate(both, start=1)
-    ]
-
-
-def _closing_lines(folder: RunFolder, summary: Mapping[str, Any]) -> Iterator[Line]:
-    peak = summary["peak_pss_bytes"].get("total", 0) / 2**30
-    yield (
-        f"{summary['updates']} updates of recipe ",
-        Code(summary["recipe"]),
-        f" in {summary['wall_s'] / 60:.1f} minutes, peak memory {peak:.1f} GiB (PSS of all processes)",
-    )
-    if (best := summary.get("best")) is not None:
+def _closing_lines(run: RunFiles) -> Iterator[Line]:
+    if run.summary is not None:
+        peak = numbers_in(run.summary, "peak_pss_bytes").get("total", 0) / 2**30
         yield (
-            f"best during training by {best['metric']}: update {best['update']} ({best['value']:.4f}), in ",
-            Code(_shortest(folder.best)),
+            f"{run.updates} updates of recipe ",
+            Code(str(run.summary["recipe"])),
+            f" in {(number_in(run.summary, 'wall_s') or 0) / 60:.1f} minutes, "
+            f"peak memory {peak:.1f} GiB (PSS of all processes)",
         )
-    yield "talk to the student: ", Code(shlex.join([program(), "chat", _shortest(folder.student)]))
+    if (line := best_line(run)) is not None:
+        yield line
+    if run.folder.student.is_dir():
+        yield talk_line(run)
 
 
-def _shortest(path: Path) -> str:
+def best_line(run: RunFiles) -> Line | None:
+    """Name the best student during training, if the run has kept one."""
+    best = run.best or {}
+    value, update = number_in(best, "value"), number_in(best, "update")
+    if value is None or update is None:
+        return None
+    return (
+        f"best during training by {best.get('metric')}: update {update:.0f} ({value:.4f}), in ",
+        Code(shortest(run.folder.best)),
+    )
+
+
+def talk_line(run: RunFiles) -> Line:
+    return "talk to the student: ", Code(shlex.join([program(), "chat", shortest(run.folder.student)]))
+
+
+def shortest(path: Path) -> str:
     """Relative to the working directory if the path is inside it."""
     try:
         return str(path.relative_to(Path.cwd()))

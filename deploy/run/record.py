@@ -7,11 +7,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from deploy.version import recorded_versions
 from distill.config import RunConfig
 from distill.evaluation import load_evaluation
 from distill.run.folder import RunFolder
 from distill.run.metrics import EventLog
 
+PAGE = "report.html"
+"""The report of a run in its folder. It is no part of the method, so ``RunFolder`` does not know it."""
 _COUNTERS = {
     "learner": ("learner", "learner/num_input_tokens", "timing/learner_total_busy_s"),
     "rollout": ("rollout", "rollout/num_tokens", "timing/rollout_busy_s"),
@@ -41,7 +44,7 @@ class RunRecord:
         """The counters of every actor of the last stage, by its name."""
         self._events = EventLog(folder.path)
         self._start = time.monotonic()
-        self._events.write("started", incarnation=folder.incarnation)
+        self._events.write("started", incarnation=folder.incarnation, versions=recorded_versions())
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -96,3 +99,9 @@ class RunRecord:
         self.folder.write_summary(summary)
         self._events.write("finished", updates=self.updates)
         return summary
+
+
+def remove_results(folder: RunFolder) -> None:
+    """Remove what a run wrote at its end, its report included, because it continues to a later one."""
+    folder.remove_results()
+    (folder.path / PAGE).unlink(missing_ok=True)

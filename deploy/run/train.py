@@ -8,7 +8,7 @@ from deploy.run.context import run_context
 from deploy.run.preflight import Preflight
 from deploy.run.prepare import prepare
 from deploy.run.progress import Progress
-from deploy.run.record import RunRecord
+from deploy.run.record import RunRecord, remove_results
 from deploy.run.settings import changes_of, keep_settings, require_same_settings
 from deploy.run.stages import STAGES
 from distill.config import RunConfig
@@ -52,7 +52,7 @@ def train(config: RunConfig, progress: Progress) -> dict[str, Any]:
         keep_settings(folder, config)
         try:
             if config.learner.num_updates > _updates_made(folder):
-                folder.remove_results()
+                remove_results(folder)
             return _run_stages(config, preflight, folder, progress)
         except Exception as error:
             raise RunFailed(error, _keep_failure(folder, error)) from error

@@ -67,3 +67,19 @@ def limit_of(row: Mapping[str, float]) -> Limit | None:
         return None
     stage = max(shares, key=lambda each: shares[each])
     return Limit(stage, shares[stage], REMEDIES[stage])
+
+
+def advice_of(limit: Limit) -> str:
+    """What limited a training, and what moves that limit, for the user."""
+    share = f"{100 * min(1.0, limit.busy_share):.0f} %"
+    return (
+        f"the {limit.stage} was busy for {share} of the training, more than the others; to move that limit, "
+        f"{limit.remedy}"
+    )
+
+
+def held_back(timing_s: Mapping[str, float]) -> str:
+    """Say how much of an overlapping training evaluations and checkpoints cost. ``timing_s``: its seconds by activity."""
+    waited_s = timing_s["push_waited_for_evaluations"] + timing_s["update_waited_for_milestones"]
+    share = waited_s / max(timing_s["training"], 1e-9)
+    return f"evaluations and checkpoints held new rollouts back for {100 * share:.1f} % of it"

@@ -17,7 +17,7 @@ from deploy.cluster.failures import root_cause
 from deploy.run.context import RunContext
 from deploy.run.telemetry.exporter import Exporter, RayMeter, export_repeatedly
 from deploy.run.training.adaptive_share import AdaptiveShare
-from deploy.run.training.clocks import Limit, StageClocks, limit_of
+from deploy.run.training.clocks import Limit, StageClocks, advice_of, held_back, limit_of
 from deploy.run.training.crew import Crew
 from deploy.run.training.evaluations import Evaluations
 from deploy.run.training.fleet import STATS_DEADLINE_S, Fleet
@@ -187,16 +187,7 @@ async def _check_teacher(config: RunConfig, evaluations: Evaluations, recorder: 
 
 def training_summary(trained: Trained, config: RunConfig) -> str:
     """What limited a training, and what would change that, in one line."""
-    parts: list[str] = []
-    if (limit := trained.limit) is not None:
-        share = f"{100 * min(1.0, limit.busy_share):.0f} %"
-        parts.append(
-            f"the {limit.stage} was busy for {share} of the training, more than the others; to move that limit, {limit.remedy}"
-        )
+    parts = [advice_of(trained.limit)] if trained.limit is not None else []
     if not config.replay.lock_step:
-        timing = trained.timing_s
-        waited_s = timing["push_waited_for_evaluations"] + timing["update_waited_for_milestones"]
-        parts.append(
-            f"evaluations and checkpoints held new rollouts back for {100 * waited_s / timing['training']:.1f} % of it"
-        )
+        parts.append(held_back(trained.timing_s))
     return "; ".join(parts)

@@ -15,11 +15,14 @@ import torch
 from deploy import PRESETS
 from deploy.cli.main import main
 from deploy.demo import demo
+from deploy.run.record import PAGE, remove_results
 from deploy.run.settings import keep_settings
+from distill.config import RunConfig
 from distill.config.tree import resume_fingerprint, to_yaml
 from distill.errors import ConfigError
 from distill.run.folder import RunFolder
 from tests.tiny import save_tiny_llama, tiny_config, tiny_overrides, tiny_tokenizer
+from tests.unit.deploy.run_folders import run_folder
 
 Complaint = Callable[..., str]
 ROOT = Path(__file__).parents[3]
@@ -225,13 +228,51 @@ def test_resume_and_report_without_a_run(complaint: Complaint, tmp_path: Path) -
         assert "none" in line and "run" in line
 
 
-def test_truncated_summary(complaint: Complaint, world: Path, tmp_path: Path) -> None:
+def test_a_report_of_a_run_that_has_only_begun(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny_config(world, f"run_dir={tmp_path}/run")
     with RunFolder(config.run_dir) as folder:
         folder.create(to_yaml(config), resume_fingerprint(config))
     folder.summary.write_text('{"updates": ')
-    line = complaint(arguments=["report", f"{tmp_path}/run"])
-    assert "summary.json must be JSON" in line and "--resume" in line
+    assert main(["report", f"{tmp_path}/run"]) == 0
+    shown = capsys.readouterr()
+    lines = shown.err.splitlines()
+    assert all(line.startswith("distill: ") for line in lines)
+    (summary,) = [line for line in lines if "summary.json" in line]
+    assert "summary.json cannot be read" in summary and "must be JSON" in summary and "--resume" in summary
+    assert f"the whole report, for a browser: {tmp_path}/run/report.html" in shown.out
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert main(["report", f"{tmp_path}/run", "--html", f"{tmp_path}/run/config.yaml"]) == 2
+    assert "must end with .html" in capsys.readouterr().err
+    assert main(["report", f"{tmp_path}/run", "--html", f"{tmp_path}/other/page.html"]) == 0
+    assert (tmp_path / "other" / "page.html").is_file()
+
+
+def test_a_finished_run_writes_its_page(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.run.train.train", lambda config, progress: run_folder(Path(config.run_dir)))
+    train = ["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]
+    assert main(train) == 0
+    assert f"the whole report, for a browser: {tmp_path}/run/report.html" in capsys.readouterr().out
+    assert "<h1>Run run</h1>" in (tmp_path / "run" / "report.html").read_text()
+    with RunFolder(tmp_path / "run") as folder:
+        folder._take_lock()
+        remove_results(folder)  # a run that continues has no report of its end
+        assert not (folder.path / PAGE).exists() and not folder.summary.exists()
+
+
+def test_a_page_that_cannot_be_written_does_not_fail_the_run(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(config: RunConfig, progress: object) -> None:
+        (run_folder(Path(config.run_dir)).path / PAGE).mkdir()
+
+    monkeypatch.setattr("deploy.run.train.train", trained)
+    train = ["train", str(world / "tiny.yaml"), *tiny_overrides(world), f"run_dir={tmp_path}/run"]
+    assert main(train) == 0
+    assert "report.html must be a file that can be written" in capsys.readouterr().err
 
 
 def test_train_needs_a_configuration_or_a_run_to_resume(complaint: Complaint) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
-from deploy.report.model import Code, Paragraph, Sample, Table, Toned, piece_text
+from deploy.report.model import Block, Paragraph, Sample, Table, Toned, piece_text
+from deploy.report.run_files import read_run
 from deploy.report.run_report import LABELS, before_after_table, run_report, what_happened
-from distill.errors import ConfigError
-from distill.evaluation import EXTRA_METRICS, METRICS, Estimate, Evaluation, save_evaluation
-from distill.run.folder import RunFolder
+from distill.evaluation import METRICS, Estimate
+from tests.unit.deploy.run_folders import run_folder
 
 
 def summary(tv: float, length: float, rouge: float | None = 0.2) -> dict:
@@ -78,93 +76,76 @@ def test_verdicts_have_tones():
     }
 
 
-def evaluation(label: str, value: float) -> Evaluation:
-    columns: dict[str, np.ndarray] = {"prompt_index": np.arange(4)}
-    for metric in (*METRICS, *EXTRA_METRICS):
-        columns[f"{metric}.sum"] = np.full(4, value)
-        columns[f"{metric}.weight"] = np.ones(4)
-    return Evaluation(label, pa.table(columns))
-
-
-def finished_run(path: Path) -> tuple[Path, dict]:
-    folder = RunFolder(path)
-    folder.evaluations.mkdir(parents=True)
-    before, after = evaluation("before", 0.5), evaluation("after", 0.25)
-    for found in (before, after):
-        save_evaluation(folder.evaluations, found)
-    contents = {
-        "before": before.to_dict(),
-        "after": after.to_dict(),
-        "updates": 7,
-        "recipe": "ammd",
-        "wall_s": 90.0,
-        "peak_pss_bytes": {"total": 3 * 2**30},
-        "best": None,
-    }
-    return path, contents
+def text_of(paragraph: Block) -> str:
+    assert isinstance(paragraph, Paragraph)
+    return "".join(map(piece_text, paragraph.line))
 
 
 def test_the_report_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.executable", "/nowhere/python")
-    path, contents = finished_run(tmp_path / "run")
-    report = run_report(path, contents)
+    folder = run_folder(tmp_path / "run", num_updates=7)
+    run = read_run("run")
+    assert run.problems == []
+    report = run_report(run)
     assert report.title == "Run run"
-    sentence, table, *closing = report.blocks
-    assert sentence == Paragraph(
-        (
-            "On 4 held-out prompts, the student is now 50 % nearer to its teacher on the teacher's text and 50 % "
-            "nearer to its teacher on its own text (total variation); the likeness of its answers to the "
-            "teacher's (ROUGE-L) is 50 % lower.",
-        )
+    sentence, table, *rest = report.blocks
+    assert text_of(sentence) == (
+        "On 4 held-out prompts, the student is now 50 % nearer to its teacher on the teacher's text and 50 % "
+        "nearer to its teacher on its own text (total variation); the likeness of its answers to the "
+        "teacher's (ROUGE-L) is 50 % lower."
     )
     assert isinstance(table, Table)
-    assert rows_of(table)["teacher_text.tv"] == [
-        "0.5000 ± 0.0000", "0.2500 ± 0.0000", "-0.2500 ± 0.0000", "↓ better",
+    assert [cell.partition(" ")[0] for cell in rows_of(table)["teacher_text.tv"]] == [
+        "0.5008", "0.2504", "-0.2504", "↓",
     ]  # fmt: skip
-    lines = [
-        "".join(map(piece_text, paragraph.line)) for paragraph in closing if isinstance(paragraph, Paragraph)
-    ]
-    assert lines == [
-        "7 updates of recipe ammd in 1.5 minutes, peak memory 3.0 GiB (PSS of all processes)",
+    closing = [text_of(block) for block in rest if not isinstance(block, Sample)]
+    assert closing == [
+        "7 updates of recipe ammd in 8.0 minutes, peak memory 3.0 GiB (PSS of all processes)",
+        "best during training by teacher_text.tv: update 40 (0.3400), in run/best",
         "talk to the student: distill chat run/student",
     ]
     monkeypatch.setattr("sys.executable", str(tmp_path / "an env/bin/python"))
     script = tmp_path / "an env/bin/distill"
     script.parent.mkdir(parents=True)
     script.touch()
-    (*_, last) = run_report(path, contents).blocks
-    assert isinstance(last, Paragraph)
-    assert last.line == ("talk to the student: ", Code("'an env/bin/distill' chat run/student"))
-    contents["best"] = {"metric": "teacher_text.tv", "update": 5, "value": 0.2}
-    best = run_report(path, contents).blocks[-2]
-    assert isinstance(best, Paragraph)
-    assert best.line == (
-        "best during training by teacher_text.tv: update 5 (0.2000), in ",
-        Code("run/best"),
-    )
+    folder.best.with_name("best.json").unlink()
+    *_, before_last, last = run_report(read_run("run")).blocks
+    assert text_of(before_last).startswith("7 updates")  # without a best student there is no line about it
+    assert text_of(last) == "talk to the student: 'an env/bin/distill' chat run/student"
 
 
 def test_answers_are_samples_without_control_sequences(tmp_path: Path):
-    path, contents = finished_run(tmp_path / "run")
+    folder = run_folder(tmp_path / "run")
     for label in ("before", "after"):
         rows = [{"prompt": "Why\x07?", "teacher": "\x1b[2JBecause", "student": f"{label}\x1b[0m"}]
-        (RunFolder(path).evaluations / f"{label}-answers.json").write_text(json.dumps(rows))
-    (sample,) = (block for block in run_report(path, contents).blocks if isinstance(block, Sample))
+        (folder.evaluations / f"{label}-answers.json").write_text(json.dumps(rows))
+    (sample,) = (block for block in run_report(read_run(folder.path)).blocks if isinstance(block, Sample))
     assert sample == Sample(
         title="prompt 1, answered greedily",
         prompt="Why?",
         answers=(("teacher", "Because"), ("student before", "before"), ("student after", "after")),
     )
-    (RunFolder(path).evaluations / "after-answers.json").write_text("[]")
-    with pytest.raises(ValueError, match="zip"):
-        run_report(path, contents)
+    (folder.evaluations / "after-answers.json").write_text("[]")
+    (sample,) = (block for block in run_report(read_run(folder.path)).blocks if isinstance(block, Sample))
+    assert [who for who, _ in sample.answers] == ["teacher", "student before"]
+
+
+def test_a_run_that_is_training_shows_how_far_it_is(tmp_path: Path):
+    folder = run_folder(tmp_path / "run")
+    for path in (folder.summary, folder.evaluation("after"), folder.evaluations / "after-answers.json"):
+        path.unlink()
+    sentence, table, *_ = run_report(read_run(folder.path)).blocks
+    assert text_of(sentence).startswith("After update 40 of 60: On 4 held-out prompts")
+    assert isinstance(table, Table)
+    assert table.title == "Before training and after update 40, 4 held-out prompts"
+    assert [column.heading for column in table.columns] == ["metric", "before", "update 40", "difference", ""]
 
 
 def test_an_evaluation_that_cannot_be_read(tmp_path: Path):
-    path, contents = finished_run(tmp_path / "run")
-    RunFolder(path).evaluation("after").write_bytes(b"half")
-    with pytest.raises(
-        ConfigError, match=r"^evaluation=\S+after\.parquet must be readable \(.+\); .* repeat the run"
-    ):
-        run_report(path, contents)
+    folder = run_folder(tmp_path / "run")
+    folder.evaluation("after").write_bytes(b"half")
+    run = read_run(folder.path)
+    (problem,) = run.problems
+    assert problem.startswith("evaluations/after.parquet cannot be read (")
+    assert text_of(run_report(run).blocks[0]).startswith("After update 40 of 60:")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deploy.run.training import clocks
-from deploy.run.training.clocks import StageClocks, limit_of
+from deploy.run.training.clocks import REMEDIES, Limit, StageClocks, advice_of, held_back, limit_of
 
 
 @pytest.fixture
@@ -32,3 +32,11 @@ def test_shares_count_since_the_last_call_and_per_actor(now: list[float]) -> Non
 
 def test_without_counters_there_is_no_limit(now: list[float]) -> None:
     assert limit_of(StageClocks().shares({})) is None
+
+
+def test_the_advice_of_a_summary() -> None:
+    assert advice_of(Limit("teacher", 1.25, REMEDIES["teacher"])) == (
+        "the teacher was busy for 100 % of the training, more than the others; to move that limit, raise scoring.replicas"
+    )
+    timing_s = {"training": 50.0, "push_waited_for_evaluations": 1.0, "update_waited_for_milestones": 0.5}
+    assert held_back(timing_s) == "evaluations and checkpoints held new rollouts back for 3.0 % of it"

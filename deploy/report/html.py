@@ -1,0 +1,79 @@
+"""Turns a page into one HTML file that needs nothing else: no script, no request, no font.
+
+Text of models and of data is hostile until it is shown. Every text loses its control characters and is
+escaped, and the page's content security policy forbids scripts and requests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from deploy.report.charts import legend, svg
+from deploy.report.model import (
+    Chart,
+    Code,
+    Items,
+    Listing,
+    Page,
+    Paragraph,
+    Sample,
+    Table,
+    Timeline,
+    Toned,
+    piece_text,
+)
+from deploy.report.safe_text import strip_control
+
+LONGEST_TEXT = 6000
+"""Characters of a model's text that the page shows."""
+
+
+def html(page: Page) -> str:
+    """The page as the text of one file. The same page gives the same text."""
+    return _ENVIRONMENT.get_template("report.html.j2").render(page=page)
+
+
+def _cut(text: str) -> str:
+    """A text of bounded length."""
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[:LONGEST_TEXT]}\n… ({len(text) - LONGEST_TEXT} more characters)"
+
+
+def _safe(value: Any) -> Any:
+    """What the template shows of a value: the text without control characters; it is escaped after that."""
+    return strip_control(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("deploy.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_safe,
+    )
+    environment.filters |= {"piece_text": piece_text, "cut": _cut, "svg": svg, "legend": legend}
+    kinds = {
+        "chart": Chart,
+        "code": Code,
+        "items": Items,
+        "listing": Listing,
+        "paragraph": Paragraph,
+        "sample": Sample,
+        "table": Table,
+        "timeline": Timeline,
+        "toned": Toned,
+    }
+    environment.tests |= {
+        name: lambda value, kind=kind: isinstance(value, kind) for name, kind in kinds.items()
+    }
+    return environment
+
+
+_ENVIRONMENT = _environment()
