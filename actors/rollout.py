@@ -87,7 +87,7 @@ class RolloutWorker:
             self._desk.retire()
 
     def stats(self) -> dict[str, float]:
-        """Counters. An actor is busy while its engine has requests, and blocked while it has no work at all."""
+        """Counters. An actor is busy while its engine has requests, and blocked while it is idle and holds no draw."""
         clock = self.generator.clock
         return {
             "rollout/num_actors": 1.0,

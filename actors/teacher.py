@@ -80,7 +80,7 @@ class TeacherWorker:
             self._desk.retire()
 
     def stats(self) -> dict[str, float]:
-        """Counters. An actor is busy while its engine has texts, and starved while it has no work at all."""
+        """Counters. An actor is busy while its engine has texts, and starved while it is idle and holds no text."""
         clock = self.teacher.clock
         return {
             "teacher/num_actors": 1.0,

@@ -163,7 +163,6 @@ class OurTransfer:
         self._names = ("producer", "consumer")
         self._producer = cluster.start_actor("producer", Producer, str(rows), num_threads=1)
         self._consumer = cluster.start_actor("consumer", Consumer, num_threads=1)
-        self._pss: dict[str, int] = {}
 
     def round(self, num_rows: int, rows_per_update: int) -> dict[str, float]:
         """Move the first rows; returns the seconds from the start of the producer to the last row that was read."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from deploy.exits import DONE, INTERRUPTED, complain, exit_code
 from distill.config import RunConfig
-from distill.errors import NO_VALUE, ConfigError
+from distill.errors import NO_VALUE, ConfigError, first_line
 
 NEW_FILE = "run.yaml"
 """The file that `distill init` writes unless another is named."""
@@ -46,8 +47,10 @@ def train(options: argparse.Namespace) -> int:
         return exit_code(failure.error)
     try:
         _show_run(config.run_dir)
-    except ConfigError as error:  # the run itself has succeeded
-        complain(str(error))
+    except Exception as error:  # the run itself has succeeded
+        complain(
+            f"the report could not be written ({first_line(error)}); write it again with `distill report`"
+        )
     return DONE
 
 
@@ -147,10 +150,8 @@ def report(options: argparse.Namespace) -> int:
 def dashboards(options: argparse.Namespace) -> int:
     from deploy.dashboards.serve import serve
 
-    try:
+    with suppress(KeyboardInterrupt):  # how it is meant to end
         serve(options.runs, options.port)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return DONE
 
 

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from deploy.benchmarks.harness import FEWEST_PAIRS, MOST_PAIRS, TOLERATED_FALL
 from deploy.cli import commands
+from deploy.dashboards.serve import PROMETHEUS_PORT
 from deploy.exits import guarded
 
 _EPILOG = """A configuration is a YAML file. Arguments after it override its settings:
@@ -165,7 +166,11 @@ def _add_runs(sub: Commands) -> None:
     dashboards = sub.add_parser("dashboards", help="collect the numbers of runs, and show them in Grafana")
     dashboards.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs on this machine")
     dashboards.add_argument(
-        "--port", type=_positive, default=9090, metavar="N", help="port of Prometheus (default: 9090)"
+        "--port",
+        type=_positive,
+        default=PROMETHEUS_PORT,
+        metavar="N",
+        help=f"port of Prometheus (default: {PROMETHEUS_PORT})",
     )
     dashboards.set_defaults(run=commands.dashboards)
 

@@ -83,9 +83,8 @@ class MemorySampler:
             return dict(self._peaks)
 
     def newest(self) -> dict[str, int]:
-        """Bytes per name at the last sample; empty before the first."""
-        with self._guard:
-            return dict(self._newest)
+        """Bytes per name at the last sample; empty before the first. It does not wait for a sample under way."""
+        return dict(self._newest)
 
     def sample(self) -> dict[str, int]:
         """Bytes per name at this moment."""

@@ -143,7 +143,7 @@ class RayCluster(Backend):
 
         here = ray.get_runtime_context().get_node_id()
         for node in ray.nodes():
-            if node["NodeID"] == here and node.get("MetricsExportPort"):
+            if node["NodeID"] == here and node.get("MetricsExportPort", 0) > 0:
                 return f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
         return None
 

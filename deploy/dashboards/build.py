@@ -29,8 +29,9 @@ Prometheus is a package of Debian (`apt-get install prometheus`). The dashboards
 imports them as they are. They and this page are built from one definition, `deploy/dashboards/panels.py`, by
 `python -m deploy.dashboards.build`. A test asks a real Prometheus each query of each panel during a real run.
 
-A Prometheus that is down, or an exporter that fails, never slows or ends a run. Everything that the dashboards show by
-update is in `metrics.parquet` as well, which outlives the cluster.
+A Prometheus that is down, or an exporter that fails, never slows or ends a run. Numbers are exported every five seconds,
+and Ray passes them on every ten; where updates are shorter, the dashboards have some of them. `metrics.parquet` has all,
+and outlives the cluster.
 
 """
 _WIDTH, _HEIGHT = 24 // _PANELS_PER_ROW, 8

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from deploy.run.telemetry import names
 from deploy.run.telemetry.names import Exported
+from deploy.run.training.clocks import REMEDIES
+from distill.run.alarms import WEAK
 
 RUN = "$run_id"
 """The variable of every dashboard; a test puts a run's id in its place."""
@@ -66,9 +68,8 @@ THROUGHPUT = DashboardSpec(
                 title="Limiting stage",
                 unit="short",
                 description="1 for the stage whose actors are busy for the largest part of an update. Only a faster "
-                "limiting stage makes the run faster: rollout: raise rollout.replicas or rollout.max_num_seqs; "
-                "teacher: raise scoring.replicas; learner: give it more threads or a GPU, or lower "
-                "critic.positions_per_step.",
+                "limiting stage makes the run faster. "
+                + " ".join(f"{stage.capitalize()}: {remedy}." for stage, remedy in REMEDIES.items()),
                 queries=(_gauge(names.LIMITS, "{{stage}}"),),
             ),
             Panel(
@@ -81,7 +82,7 @@ THROUGHPUT = DashboardSpec(
             Panel(
                 title="Seconds per second by role and state",
                 unit="percentunit",
-                description="busy: the engine works. storing: rows are built and written. starved: there is nothing to "
+                description="busy: the engine works. storing: rows are built and written. starved: the replay has no work to "
                 "do. blocked: admission waits for the learner. A pool that is starved or blocked for most of the "
                 "time has too many actors: lower its replicas with `distill scale`.",
                 queries=(_rate(names.ACTOR_SECONDS, "role, state", "{{role}} {{state}}"),),
@@ -106,7 +107,7 @@ THROUGHPUT = DashboardSpec(
             Panel(
                 title="Seconds of an update",
                 unit="s",
-                description="update: one update with everything that it waits for. push: the weights' way to all "
+                description="update: one update with its rollouts and scoring, without evaluations and checkpoints. push: the weights' way to all "
                 "engines. A push that takes more than a tenth of an update is worth a look: fewer bytes "
                 "(rollout.dtype) or fewer engines on a node.",
                 queries=(_column("timing/update_s", "update"), _column("timing/push_s", "push")),
@@ -190,8 +191,8 @@ LEARNING = DashboardSpec(
             Panel(
                 title="Tightness of the critics",
                 unit="percentunit",
-                description="The critic's value / the largest that any critic could reach on the same text. Below 0.5 "
-                "the critic cannot be trusted: raise critic.rank or critic.learning_rate, or use "
+                description="The critic's value / the largest that any critic could reach on the same text. Below "
+                f"{WEAK} the critic cannot be trusted: raise critic.rank or critic.learning_rate, or use "
                 "critic.features=ratio.",
                 queries=(
                     _column("critic/teacher_text.tightness", "off"),

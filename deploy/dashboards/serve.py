@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from deploy.dashboards.build import FOLDER
-from distill.errors import NO_VALUE, ConfigError
+from distill.errors import NO_VALUE, ConfigError, first_line
 from distill.run.folder import RunFolder
 
+HOST = "127.0.0.1"
 PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
+READY_WITHIN_S = 30.0
 SCRAPE_EVERY_S = 5
 RAY_TARGETS = "/tmp/ray/prom_metrics_service_discovery.json"
 """Ray's own list of nodes, where a cluster with a dashboard runs on this machine."""
@@ -29,7 +33,14 @@ def prometheus_config(targets: Sequence[str], scrape_every_s: int = SCRAPE_EVERY
     return json.dumps(
         {
             "global": {"scrape_interval": f"{scrape_every_s}s", "scrape_timeout": f"{scrape_every_s}s"},
-            "scrape_configs": [{"job_name": "distill", "file_sd_configs": [discovery]}],
+            # A target that two files name with different jobs would be counted twice.
+            "scrape_configs": [
+                {
+                    "job_name": "distill",
+                    "file_sd_configs": [discovery],
+                    "relabel_configs": [{"target_label": "job", "replacement": "distill"}],
+                }
+            ],
         },
         indent=1,
     )
@@ -49,6 +60,7 @@ def prometheus(
         raise ConfigError(
             "prometheus", NO_VALUE, must, "install it, with `apt-get install prometheus` on Debian"
         )
+    _require_free(port)
     data.mkdir(parents=True, exist_ok=True)
     config = data / "prometheus.yml"
     config.write_text(prometheus_config(targets, scrape_every_s))
@@ -57,33 +69,42 @@ def prometheus(
             program,
             f"--config.file={config}",
             f"--storage.tsdb.path={data / 'tsdb'}",
-            f"--web.listen-address=127.0.0.1:{port}",
+            f"--web.listen-address={HOST}:{port}",
             "--log.level=error",
         ],
         stdin=subprocess.DEVNULL,
     )
     try:
-        _wait_until_ready(process, port)
+        _wait_until_ready(process, "prometheus", f"http://{HOST}:{port}/-/ready")
         yield process
     finally:
         process.terminate()
         process.wait()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
-    for _ in range(300):
+def _require_free(port: int) -> None:
+    """Raises: ConfigError when another program, such as another Prometheus, has the port."""
+    try:
+        with socket.socket() as free:
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            free.bind((HOST, port))
+    except (OSError, OverflowError) as error:
+        raise ConfigError("--port", port, f"be a free port ({first_line(error)})", "choose another") from None
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], name: str, url: str) -> None:
+    """Wait until a program that was started answers. Raises: ConfigError when it does not."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + READY_WITHIN_S
+    while time.monotonic() < deadline:
         if process.poll() is not None:
-            must = "be free for Prometheus, which ended; its reason is above"
-            raise ConfigError("--port", port, must, "choose another port")
+            raise ConfigError(name, NO_VALUE, "run; it has ended", "read its output above")
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=1):
+            with direct.open(url, timeout=1):
                 return
         except OSError:
-            try:
-                process.wait(0.1)
-            except subprocess.TimeoutExpired:
-                continue
-    raise ConfigError("prometheus", NO_VALUE, "answer within 30 s", "read its output above")
+            time.sleep(0.1)
+    raise ConfigError(name, NO_VALUE, f"answer within {READY_WITHIN_S:g} s", "read its output above")
 
 
 def serve(run_dirs: Sequence[str], port: int) -> None:
@@ -96,14 +117,17 @@ def serve(run_dirs: Sequence[str], port: int) -> None:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="distill-dashboards-")))
         running = stack.enter_context(prometheus(targets, scratch / "prometheus", port=port))
-        print(f"Prometheus: http://127.0.0.1:{port}")
+        print(f"Prometheus: http://{HOST}:{port}")
         address = stack.enter_context(_grafana(scratch / "grafana", port))
         if address is None:
             print(f"Grafana is not installed; import the dashboards in {FOLDER} into yours")
         else:
             print(f"Grafana: {address}")
         print("press Ctrl-C to end", flush=True)
-        running.wait()
+        code = running.wait()
+    raise ConfigError(
+        "prometheus", NO_VALUE, f"run; it has ended with exit code {code}", "read its output above"
+    )
 
 
 @contextmanager
@@ -114,14 +138,15 @@ def _grafana(folder: Path, prometheus_port: int) -> Iterator[str | None]:
         yield None
         return
     command = [program, "server"] if program.endswith("grafana") else [program]
+    _require_free(GRAFANA_PORT)
     process = subprocess.Popen(
         [*command, "--homepath", "/usr/share/grafana"],
         env=_grafana_environment(folder, prometheus_port),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
     )
     try:
-        yield f"http://127.0.0.1:{GRAFANA_PORT}/dashboards"
+        _wait_until_ready(process, "grafana", f"http://{HOST}:{GRAFANA_PORT}/api/health")
+        yield f"http://{HOST}:{GRAFANA_PORT}/dashboards"
     finally:
         process.terminate()
         process.wait()
@@ -135,7 +160,7 @@ def _grafana_environment(folder: Path, prometheus_port: int) -> Mapping[str, str
     source = {
         "name": "Prometheus",
         "type": "prometheus",
-        "url": f"http://127.0.0.1:{prometheus_port}",
+        "url": f"http://{HOST}:{prometheus_port}",
         "isDefault": True,
     }
     provider = {"name": "distill", "type": "file", "options": {"path": str(FOLDER)}}
@@ -144,9 +169,15 @@ def _grafana_environment(folder: Path, prometheus_port: int) -> Mapping[str, str
     (boards / "distill.yaml").write_text(json.dumps({"apiVersion": 1, "providers": [provider]}))
     return os.environ | {
         "GF_PATHS_DATA": str(folder / "data"),
+        "GF_PATHS_LOGS": str(folder / "log"),
+        "GF_PATHS_PLUGINS": str(folder / "plugins"),
         "GF_PATHS_PROVISIONING": str(folder / "provisioning"),
-        "GF_SERVER_HTTP_ADDR": "127.0.0.1",
+        "GF_SERVER_HTTP_ADDR": HOST,
         "GF_SERVER_HTTP_PORT": str(GRAFANA_PORT),
         "GF_AUTH_ANONYMOUS_ENABLED": "true",
+        "GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION": "true",
+        "GF_ANALYTICS_REPORTING_ENABLED": "false",
+        "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
+        "GF_LOG_MODE": "console",
         "GF_LOG_LEVEL": "error",
     }

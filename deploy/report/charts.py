@@ -16,6 +16,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from deploy.report.model import Chart, Series, Timeline
+from deploy.report.safe_text import strip_control
 
 WIDTH, HEIGHT = 4.8, 2.6
 """Inches of a chart: about the width of a phone, so that its text is not made smaller there."""
@@ -178,7 +179,7 @@ def _draw_lanes(axes: Any, timeline: Timeline) -> None:
     for place, lane in enumerate(timeline.lanes):
         bars = [(begin, max(end - begin, least)) for begin, end in lane.spans]
         axes.broken_barh(bars, (place - 0.35, 0.7), facecolors=_COLOURS[0], linewidth=0)
-    axes.set_yticks(range(len(timeline.lanes)), [lane.label for lane in timeline.lanes])
+    axes.set_yticks(range(len(timeline.lanes)), [strip_control(lane.label) for lane in timeline.lanes])
     axes.set_ylim(len(timeline.lanes) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(timeline.unit)
@@ -196,7 +197,7 @@ def _inlined(text: str, drawn: Chart | Timeline, name: str) -> Markup:
     body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # the same in every chart, and nothing refers to them
     body = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", body)
-    body = re.sub(r"#fe0[12]\d\d", lambda found: _VARIABLES[found[0]], body)
+    body = re.sub(r"#fe0[12]\d\d", lambda found: _VARIABLES.get(found[0], found[0]), body)
     body = re.sub(r"\s*\n\s*", "\n", body).strip()
     heading = escape(f"{drawn.title}, {drawn.unit}")
     head = Markup(

@@ -79,9 +79,9 @@ _CURVES = (
     ),
     _Curve(
         "Age of the student's text",
-        "weight pushes",
+        "updates",
         {"policy/age_max": "oldest of an update", "policy/age_mean": "mean of an update"},
-        "How many versions older than the student the policy was that sampled the text.",
+        "Updates between the weights that sampled the text and the update that uses it.",
     ),
 )
 _EVALUATED = (

@@ -9,6 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from deploy.report.model import Block, Line, Paragraph, Report, Sample, Table, Tone, Toned, piece_text
+from deploy.report.safe_text import strip_control
 
 LOG_WIDTH = 120
 """Characters per line where there is no terminal to ask for its width."""
@@ -44,7 +45,7 @@ def _parts(block: Block) -> Iterator[RenderableType]:
 
 def _text(line: Line) -> Text:
     pieces = (
-        Text(piece_text(piece), style=_STYLES[piece.tone] if isinstance(piece, Toned) else "")
+        Text(strip_control(piece_text(piece)), style=_STYLES[piece.tone] if isinstance(piece, Toned) else "")
         for piece in line
     )
     return Text().join(pieces)

@@ -105,9 +105,9 @@ class _Messages:
 
     def of(self, row: pa.RecordBatch) -> list[pa.Buffer | bytes]:
         """The parts of a row's message, which keep its memory alive."""
-        self._parts = []
         self._writer.write_batch(row)
-        return self._parts
+        parts, self._parts = self._parts, []  # otherwise the row's memory would stay until the next one
+        return parts
 
     # The file that Arrow writes to
 

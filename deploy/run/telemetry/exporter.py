@@ -12,7 +12,6 @@ from typing import Any, Protocol
 from deploy.run.telemetry import names
 from deploy.run.telemetry.names import Exported
 from deploy.run.training.clocks import limit_of
-from distill.errors import DistillError
 
 EXPORT_EVERY_S = 5.0
 """Prometheus looks as often. An update can take minutes, and actors work meanwhile."""
@@ -37,15 +36,15 @@ class RayMeter:
         self._instruments: dict[str, Any] = {}
 
     def set(self, name: str, description: str, value: float, labels: Mapping[str, str]) -> None:
-        from ray.util.metrics import Gauge
-
         with suppress(Exception):
+            from ray.util.metrics import Gauge
+
             self._instrument(Gauge, name, description, labels).set(value, tags=dict(labels))
 
     def add(self, name: str, description: str, amount: float, labels: Mapping[str, str]) -> None:
-        from ray.util.metrics import Counter
-
         with suppress(Exception):
+            from ray.util.metrics import Counter
+
             if amount > 0:  # Ray refuses 0
                 self._instrument(Counter, name, description, labels).inc(amount, tags=dict(labels))
 
@@ -87,13 +86,12 @@ class Exporter:
     def actors(self, counters: Mapping[str, Mapping[str, float]]) -> None:
         """Export the counters of actors, by the actor's name. A counter that has fallen starts again."""
         for member, stats in counters.items():
+            actor = {"role": member.partition("-")[0], "member": member}
             for name, value in stats.items():
                 if name in names.ACTOR_STATES:
-                    role, state = names.ACTOR_STATES[name]
-                    self._count(names.ACTOR_SECONDS, value, role=role, member=member, state=state)
+                    self._count(names.ACTOR_SECONDS, value, **actor, state=names.ACTOR_STATES[name])
                 if name in names.ACTOR_TOKEN_COUNTERS:
-                    role = names.ACTOR_TOKEN_COUNTERS[name]
-                    self._count(names.ACTOR_TOKENS, value, role=role, member=member)
+                    self._count(names.ACTOR_TOKENS, value, **actor)
 
     def machine(self, memory: Mapping[str, int], folder: Path, shared: Path) -> None:
         """Export memory by role, and what is free on the media that a run fills."""
@@ -122,13 +120,9 @@ async def export_repeatedly(
     folder: Path,
     shared: Path,
 ) -> None:
-    """Export every few seconds until cancelled.
-
-    An actor that does not answer ends the run by its own deadline, and not by the exporter.
-    """
+    """Export every few seconds until cancelled."""
     while True:
         exporter.facts(facts())
         exporter.machine(memory(), folder, shared)
-        with suppress(DistillError):
-            exporter.actors(await counters())
+        exporter.actors(await counters())
         await asyncio.sleep(EXPORT_EVERY_S)

@@ -54,21 +54,17 @@ FREE = Exported(
 EXPORTED = (ACTOR_SECONDS, ACTOR_TOKENS, LIMITS, UPDATE, ALARMS, MEMORY, FREE)
 
 ACTOR_STATES = {
-    "timing/rollout_busy_s": ("rollout", "busy"),
-    "timing/rollout_storing_s": ("rollout", "storing"),
-    "timing/rollout_blocked_s": ("rollout", "blocked"),
-    "timing/teacher_busy_s": ("teacher", "busy"),
-    "timing/teacher_storing_s": ("teacher", "storing"),
-    "timing/teacher_starved_s": ("teacher", "starved"),
-    "timing/learner_total_busy_s": ("learner", "busy"),
-    "timing/learner_starved_s": ("learner", "starved"),
+    "timing/rollout_busy_s": "busy",
+    "timing/rollout_storing_s": "storing",
+    "timing/rollout_blocked_s": "blocked",
+    "timing/teacher_busy_s": "busy",
+    "timing/teacher_storing_s": "storing",
+    "timing/teacher_starved_s": "starved",
+    "timing/learner_total_busy_s": "busy",
+    "timing/learner_starved_s": "starved",
 }
-"""An actor's counter -> its role and state."""
-ACTOR_TOKEN_COUNTERS = {
-    "rollout/num_tokens": "rollout",
-    "teacher/num_tokens": "teacher",
-    "learner/num_input_tokens": "learner",
-}
+"""An actor's counter of seconds -> its state."""
+ACTOR_TOKEN_COUNTERS = ("rollout/num_tokens", "teacher/num_tokens", "learner/num_input_tokens")
 LIMIT_STAGES = tuple(STAGES)
 
 

@@ -1,7 +1,7 @@
 """Which stage limits a run: the one whose actors are busy for the largest part of the time.
 
-An actor is busy while its engine has work. Otherwise it waits: a rollout actor is blocked by the rate limiter, and
-teacher actors and the learner are starved. In lock-step the stages take turns, so their parts add up to about one; when
+An actor is busy while its engine has work. Otherwise it stores rows or waits: a rollout actor is blocked by the rate
+limiter, and teacher actors and the learner are starved. In lock-step the stages take turns, so their parts add up to about one; when
 they work at the same time, each can be busy all the time.
 """
 
@@ -82,4 +82,4 @@ def held_back(timing_s: Mapping[str, float]) -> str:
     """Say how much of an overlapping training evaluations and checkpoints cost. ``timing_s``: its seconds by activity."""
     waited_s = timing_s["push_waited_for_evaluations"] + timing_s["update_waited_for_milestones"]
     share = waited_s / max(timing_s["training"], 1e-9)
-    return f"evaluations and checkpoints held new rollouts back for {100 * share:.1f} % of it"
+    return f"evaluations and checkpoints held new rollouts back for at most {100 * share:.1f} % of it"

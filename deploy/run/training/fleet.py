@@ -50,6 +50,22 @@ class Fleet:
         answers = await asyncio.gather(*(each.actor.within(STATS_DEADLINE_S, "stats") for each in members))
         return {str(each.holder): stats for each, stats in zip(members, answers, strict=True)}
 
+    async def stats_now(self) -> dict[str, dict[str, float]]:
+        """The counters of the actors that answer, by name, for a reader who can do without the others."""
+
+        async def of(actor: Actor) -> dict[str, float]:
+            try:
+                return await actor.within(STATS_DEADLINE_S, "stats")
+            except Exception:  # its own deadline ends the run, if it does not come back
+                return {}
+
+        members = self.members
+        *found, replay, learner = await asyncio.gather(
+            *(of(each.actor) for each in members), of(self.replay), of(self.learner)
+        )
+        named = {str(each.holder): stats for each, stats in zip(members, found, strict=True)}
+        return named | {"learner": replay | learner}
+
     async def stats(self) -> dict[str, float]:
         """The counters of all actors; those of a pool are added up. Those of the payload's scorers are the teacher's.
 

@@ -20,7 +20,7 @@ from deploy.run.training.adaptive_share import AdaptiveShare
 from deploy.run.training.clocks import Limit, StageClocks, advice_of, held_back, limit_of
 from deploy.run.training.crew import Crew
 from deploy.run.training.evaluations import Evaluations
-from deploy.run.training.fleet import STATS_DEADLINE_S, Fleet
+from deploy.run.training.fleet import Fleet
 from deploy.run.training.live import LiveTraining
 from deploy.run.training.milestones import RunMilestones
 from deploy.run.training.publisher import FleetPublisher
@@ -28,6 +28,7 @@ from deploy.run.training.recorder import Recorder, resumed_alarms
 from deploy.run.training.scale import answer_requests
 from distill.algorithm import train_loop
 from distill.config import RunConfig
+from distill.errors import first_line
 from distill.run.alarms import Alarms
 from distill.run.folder import PolicyVersionCounter, RunFolder
 from distill.run.inputs import RunInputs, shared_memory_root
@@ -43,7 +44,8 @@ class Trained:
     updates: int
     policy_version: int
     timing_s: dict[str, float]
-    """Seconds by activity of the driver's loop, and those that pushes waited for evaluations."""
+    """Seconds by activity of the driver's loop, and those that pushes and updates waited for evaluations and
+    checkpoints beside them."""
     limit: Limit | None
     """The stage that limited the whole training."""
     actors: dict[str, dict[str, float]]
@@ -85,26 +87,19 @@ async def train_fleet(
 
 
 async def _export(run: RunContext, inputs: RunInputs, fleet: Fleet, live: LiveTraining) -> None:
-    """Export what happens, if there is a Ray that publishes it."""
-    address = run.backend.metrics_address()
-    if address is None:
-        return
-    folder = RunFolder(inputs.run_dir)
-    folder.write_metrics_target(address)
-    exporter = Exporter(RayMeter(), inputs.run_id)
-
-    async def counters() -> dict[str, dict[str, float]]:
-        async with fleet.counting:
-            members = await fleet.stats_of(fleet.members)
-            replay, learner = await asyncio.gather(
-                fleet.replay.within(STATS_DEADLINE_S, "stats"),
-                fleet.learner.within(STATS_DEADLINE_S, "stats"),
-            )
-        return members | {"learner": replay | learner}
-
-    await export_repeatedly(
-        exporter, lambda: live.facts, counters, run.memory, folder.path, shared_memory_root()
-    )
+    """Export what happens, if there is a Ray that publishes it. A failure ends the export and not the run."""
+    try:
+        address = run.backend.metrics_address()
+        if address is None:
+            return
+        folder = RunFolder(inputs.run_dir)
+        folder.write_metrics_target(address)
+        exporter = Exporter(RayMeter(), inputs.run_id)
+        await export_repeatedly(
+            exporter, lambda: live.facts, fleet.stats_now, run.memory, folder.path, shared_memory_root()
+        )
+    except Exception as error:
+        run.progress.say(f"warning: the run exports no numbers any more ({first_line(error)})")
 
 
 async def _repeat(show: Callable[[], None]) -> None:
@@ -156,7 +151,7 @@ async def _train(
     await fleet.learner.write_student("student", False)
     timing = _timing(time.monotonic() - start, milestones.seconds, lock_step=config.replay.lock_step)
     timing["push_waited_for_evaluations"] = publisher.waited_s
-    timing["update_waited_for_milestones"] = milestones.held_s
+    timing["update_waited_for_milestones"] = 0.0 if config.replay.lock_step else milestones.held_s
     return Trained(
         limit=limit_of(whole.shares(await fleet.stats())),
         updates=num_updates,

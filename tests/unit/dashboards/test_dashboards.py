@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import socket
+from pathlib import Path
 
 import pytest
 
+from deploy.dashboards import serve
 from deploy.dashboards.build import FOLDER, PAGE, dashboard_json, page
 from deploy.dashboards.panels import DASHBOARDS, DashboardSpec, Panel
 from deploy.dashboards.serve import prometheus_config
 from deploy.run.telemetry import names
 from distill.config import RunConfig
+from distill.errors import ConfigError
 
 PANELS = [(board, panel) for board in DASHBOARDS for panel in board.panels]
 
@@ -70,3 +74,40 @@ def test_prometheus_looks_into_the_files_of_the_runs() -> None:
     (job,) = config["scrape_configs"]
     assert job["file_sd_configs"][0]["files"] == ["/runs/a b/prometheus-target.json"]
     assert config["global"]["scrape_interval"] == "1s"
+
+
+def test_a_prometheus_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(serve.shutil, "which", lambda name: None)
+    with (
+        pytest.raises(ConfigError, match=r"prometheus must be installed .*apt-get install prometheus"),
+        serve.prometheus([], tmp_path, port=9090),
+    ):
+        pass
+
+
+def test_a_port_that_another_program_has_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another Prometheus there would answer in the place of ours."""
+    monkeypatch.setattr(serve.shutil, "which", lambda name: "/bin/true")
+    with socket.socket() as other:
+        other.bind((serve.HOST, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(ConfigError, match=rf"--port={port} must be a free port"),
+            serve.prometheus([], tmp_path, port=port),
+        ):
+            pass
+
+
+def test_a_prometheus_that_ends_is_not_taken_for_one_that_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(serve.shutil, "which", lambda name: "/bin/false")
+    with socket.socket() as free:
+        free.bind((serve.HOST, 0))
+        port = free.getsockname()[1]
+    with (
+        pytest.raises(ConfigError, match="prometheus must run; it has ended"),
+        serve.prometheus([], tmp_path, port=port),
+    ):
+        pass
