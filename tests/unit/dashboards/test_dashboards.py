@@ -23,7 +23,7 @@ PANELS = [(board, panel) for board in DASHBOARDS for panel in board.panels]
 
 @pytest.mark.parametrize("board", DASHBOARDS, ids=lambda board: board.uid)
 def test_the_files_are_built_from_the_definition(board: DashboardSpec) -> None:
-    """If this fails: python -m deploy.dashboards.build"""
+    """Otherwise: python -m deploy.dashboards.build"""
     pytest.importorskip("grafana_foundation_sdk")
     assert (FOLDER / f"{board.uid}.json").read_text() == dashboard_json(board)
 
@@ -46,7 +46,7 @@ def test_descriptions_name_settings_that_exist() -> None:
 
 
 def test_the_page_is_built_from_the_definition() -> None:
-    """If this fails: python -m deploy.dashboards.build"""
+    """Otherwise: python -m deploy.dashboards.build"""
     assert PAGE.read_text() == page()
 
 
@@ -76,7 +76,7 @@ def test_prometheus_looks_into_the_files_of_the_runs() -> None:
     assert config["global"]["scrape_interval"] == "1s"
 
 
-def test_a_prometheus_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_prometheus_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(serve.shutil, "which", lambda name: None)
     with (
         pytest.raises(ConfigError, match=r"prometheus must be installed .*apt-get install prometheus"),
@@ -86,7 +86,7 @@ def test_a_prometheus_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyP
 
 
 def test_a_port_that_another_program_has_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Another Prometheus there would answer in the place of ours."""
+    """Another Prometheus there would answer instead of ours."""
     monkeypatch.setattr(serve.shutil, "which", lambda name: "/bin/true")
     with socket.socket() as other:
         other.bind((serve.HOST, 0))
