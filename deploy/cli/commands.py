@@ -13,6 +13,7 @@ from distill.errors import NO_VALUE, ConfigError, first_line
 
 NEW_FILE = "run.yaml"
 """The file that `distill init` writes unless another is named."""
+WATCH_PORT = 8501
 _SCALE_TIMEOUT_S = 600.0
 """Seconds that `distill scale` waits. An actor that joins loads its model first."""
 
@@ -144,6 +145,21 @@ def scale(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     _show_run(options.run_dir, Path(options.html) if options.html else None)
+    return DONE
+
+
+def watch(options: argparse.Namespace) -> int:
+    from deploy.report.watch import HOST, follow, serve
+    from deploy.run.progress import Progress
+
+    with suppress(KeyboardInterrupt):  # the run goes on
+        if options.web:
+            with serve(options.run_dir, options.port) as server:
+                print(f"http://{HOST}:{server.server_port}/ shows the run; press Ctrl-C to end", flush=True)
+                server.serve_forever()
+        else:
+            with Progress() as progress:
+                follow(options.run_dir, progress)
     return DONE
 
 

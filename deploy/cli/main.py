@@ -25,6 +25,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    port = _positive(text)
+    if port > 65535:
+        raise argparse.ArgumentTypeError(f"{text} must be a port, 1 to 65535")
+    return port
+
+
 def _seeds(text: str) -> list[int]:
     if not all(part.isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text} must be seeds separated by commas, such as 0,1")
@@ -163,11 +170,23 @@ def _add_runs(sub: Commands) -> None:
     report.add_argument("--html", metavar="FILE", help="write the page there (default: RUN/report.html)")
     report.set_defaults(run=commands.report)
 
+    watch = sub.add_parser("watch", help="follow a run that trains, from its folder")
+    watch.add_argument("run_dir", metavar="RUN", help="the run's folder")
+    watch.add_argument("--web", action="store_true", help="serve its report on loopback, always up to date")
+    watch.add_argument(
+        "--port",
+        type=_port,
+        default=commands.WATCH_PORT,
+        metavar="N",
+        help=f"of --web (default: {commands.WATCH_PORT})",
+    )
+    watch.set_defaults(run=commands.watch)
+
     dashboards = sub.add_parser("dashboards", help="collect the numbers of runs, and show them in Grafana")
     dashboards.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs on this machine")
     dashboards.add_argument(
         "--port",
-        type=_positive,
+        type=_port,
         default=PROMETHEUS_PORT,
         metavar="N",
         help=f"port of Prometheus (default: {PROMETHEUS_PORT})",

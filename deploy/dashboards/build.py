@@ -17,6 +17,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "monitoring.md"
 _PANELS_PER_ROW = 3
 _INTRODUCTION = """# Monitoring
 
+`distill watch RUN` follows a run that trains, from its folder alone: the live line, alarms and evaluations in the
+terminal, or with `--web` the whole report in a browser, on loopback.
+
 A run exports its numbers through Ray's metrics while it trains: every column of `metrics.parquet`, the seconds and
 tokens of each actor, memory and free space, labelled with the run's id. On a cluster whose Prometheus collects Ray's
 metrics they are there already. On one machine, one command collects them, and shows them where Grafana is installed:
