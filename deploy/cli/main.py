@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     sub = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_preparation(sub)
     _add_runs(sub)
+    _add_views(sub)
     _add_study(sub)
     _add_bench(sub)
     _add_models_and_data(sub)
@@ -163,6 +164,8 @@ def _add_runs(sub: Commands) -> None:
     )
     scale.set_defaults(run=commands.scale)
 
+
+def _add_views(sub: Commands) -> None:
     report = sub.add_parser(
         "report", help="show the results of a run, and write them as a page for a browser"
     )
