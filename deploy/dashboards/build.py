@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from deploy.dashboards.panels import DASHBOARDS, DashboardSpec, Panel
 
@@ -69,7 +70,7 @@ def dashboard_json(spec: DashboardSpec) -> str:
     return json.dumps(json.loads(JSONEncoder().encode(board.build())), indent=1, sort_keys=True) + "\n"
 
 
-def _panel(panel: Panel, source: object) -> object:
+def _panel(panel: Panel, source: Any) -> Any:
     from grafana_foundation_sdk.builders.prometheus import Dataquery
     from grafana_foundation_sdk.builders.timeseries import Panel as TimeSeries
 
