@@ -14,7 +14,7 @@ import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any
@@ -91,13 +91,9 @@ def write_weights(
     if path.exists():
         raise FileExistsError(f"{path}: policy version {policy_version} was already written")
     # Not durable: the file is in memory, and a push does not outlive the run.
-    with replacing_file(path, durable=False) as partial:
-        with suppress(FileNotFoundError):
-            _spare_path(shm_dir).rename(partial)
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb", buffering=0) as raw:
-            file = HashedFile(raw)
-            write(file)
-            raw.truncate(file.num_bytes)  # a spare file may have been longer
+    with replacing_file(path, durable=False) as partial, open(partial, "xb", buffering=0) as raw:
+        file = HashedFile(raw)
+        write(file)
     return WeightManifest(
         policy_version=policy_version,
         update=update,
@@ -195,30 +191,22 @@ def stored_versions(shm_dir: str | Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def _spare_path(shm_dir: str | Path) -> Path:
-    """Return the path of a removed file whose memory the next version is written into.
-
-    The kernel zeroes every page of a new file, which takes as long as everything else that the writer does.
-    """
-    return Path(shm_dir) / "spare.safetensors"
-
-
 def remove_old_weights(shm_dir: str | Path, before: int) -> list[int]:
-    """Remove the files of versions below ``before``, one of which stays as the spare; returns the versions.
+    """Delete the files of versions below ``before``; returns the versions removed.
 
     A file that a receiver is :func:`loading` stays until a later call.
     """
     old = [version for version in stored_versions(shm_dir) if version < before]
-    return [version for version in old if _remove(weights_path(shm_dir, version), _spare_path(shm_dir))]
+    return [version for version in old if _remove(weights_path(shm_dir, version))]
 
 
-def _remove(path: Path, spare: Path) -> bool:
-    """Make a file the spare one, and remove its marker; returns whether it has."""
+def _remove(path: Path) -> bool:
+    """Remove a file and its marker; returns whether it has."""
     try:
         with open(path, "rb") as file:
             # A receiver that has opened the file, but does not hold the lock yet, finds it gone when it verifies.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.rename(spare)
+            path.unlink()
             _marker_path(path).unlink(missing_ok=True)
     except (BlockingIOError, FileNotFoundError):
         return False
