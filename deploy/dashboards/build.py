@@ -29,8 +29,8 @@ metrics they are there already. On one machine, one command collects them, and s
 .venv/bin/distill dashboards runs/demo              # Prometheus on http://127.0.0.1:9090
 ```
 
-Prometheus is a package of Debian (`apt-get install prometheus`). The dashboards are `deploy/grafana/*.json`; Grafana
-imports them as they are. They and this page are built from one definition, `deploy/dashboards/panels.py`, by
+Prometheus is a package of Debian (`apt-get install prometheus`). The dashboards are `deploy/grafana/*.json`, for import
+into Grafana; its own builders wrote them, and no test has imported them. They and this page are built from one definition, `deploy/dashboards/panels.py`, by
 `python -m deploy.dashboards.build`. A test asks a real Prometheus each query of each panel during a real run.
 
 A Prometheus that is down, or an exporter that fails, never slows or ends a run. Numbers are exported every five seconds,

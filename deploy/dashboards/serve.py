@@ -20,7 +20,9 @@ from distill.run.folder import RunFolder
 
 HOST = "127.0.0.1"
 PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
-READY_WITHIN_S = 30.0
+READY_WITHIN_S, END_WITHIN_S = 30.0, 10.0
+GRAFANA_HOME = "/usr/share/grafana"
+"""Where the packages of Debian and Fedora put it."""
 SCRAPE_EVERY_S = 5
 RAY_TARGETS = "/tmp/ray/prom_metrics_service_discovery.json"
 """Ray's own list of nodes, where a cluster with a dashboard runs on this machine."""
@@ -60,36 +62,50 @@ def prometheus(
         raise ConfigError(
             "prometheus", NO_VALUE, must, "install it, with `apt-get install prometheus` on Debian"
         )
-    _require_free(port)
+    _require_free("--port", port, "choose another")
     data.mkdir(parents=True, exist_ok=True)
     config = data / "prometheus.yml"
     config.write_text(prometheus_config(targets, scrape_every_s))
-    process = subprocess.Popen(
-        [
-            program,
-            f"--config.file={config}",
-            f"--storage.tsdb.path={data / 'tsdb'}",
-            f"--web.listen-address={HOST}:{port}",
-            "--log.level=error",
-        ],
-        stdin=subprocess.DEVNULL,
-    )
+    command = [
+        program,
+        f"--config.file={config}",
+        f"--storage.tsdb.path={data / 'tsdb'}",
+        f"--web.listen-address={HOST}:{port}",
+        "--log.level=error",
+    ]
+    with _program("prometheus", command, f"http://{HOST}:{port}/-/ready") as process:
+        yield process
+
+
+@contextmanager
+def _program(
+    name: str, command: Sequence[str], ready: str, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program while the context is open. ``ready``: the URL at which it answers when it has started.
+
+    Raises: ConfigError when it does not start.
+    """
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     try:
-        _wait_until_ready(process, "prometheus", f"http://{HOST}:{port}/-/ready")
+        _wait_until_ready(process, name, ready)
         yield process
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(END_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-def _require_free(port: int) -> None:
+def _require_free(name: str, port: int, remedy: str) -> None:
     """Raises: ConfigError when another program, such as another Prometheus, has the port."""
     try:
         with socket.socket() as free:
             free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             free.bind((HOST, port))
     except (OSError, OverflowError) as error:
-        raise ConfigError("--port", port, f"be a free port ({first_line(error)})", "choose another") from None
+        raise ConfigError(name, port, f"be a free port ({first_line(error)})", remedy) from None
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], name: str, url: str) -> None:
@@ -138,18 +154,11 @@ def _grafana(folder: Path, prometheus_port: int) -> Iterator[str | None]:
         yield None
         return
     command = [program, "server"] if program.endswith("grafana") else [program]
-    _require_free(GRAFANA_PORT)
-    process = subprocess.Popen(
-        [*command, "--homepath", "/usr/share/grafana"],
-        env=_grafana_environment(folder, prometheus_port),
-        stdin=subprocess.DEVNULL,
-    )
-    try:
-        _wait_until_ready(process, "grafana", f"http://{HOST}:{GRAFANA_PORT}/api/health")
-        yield f"http://{HOST}:{GRAFANA_PORT}/dashboards"
-    finally:
-        process.terminate()
-        process.wait()
+    _require_free("port of Grafana", GRAFANA_PORT, "end the program that has it")
+    environment = _grafana_environment(folder, prometheus_port)
+    address = f"http://{HOST}:{GRAFANA_PORT}"
+    with _program("grafana", [*command, "--homepath", GRAFANA_HOME], f"{address}/api/health", environment):
+        yield f"{address}/dashboards"
 
 
 def _grafana_environment(folder: Path, prometheus_port: int) -> Mapping[str, str]:

@@ -16,6 +16,7 @@ import numpy as np
 from deploy.report.model import Chart, Lane, Series, Timeline
 from deploy.report.run_files import RunFiles, number_in
 from deploy.run.training.clocks import STAGES, Limit, limit_of
+from distill.run.alarms import WEAK
 
 MOST_POINTS = 400
 """A chart is some 400 units wide, so a reader could not distinguish more points than this."""
@@ -49,7 +50,7 @@ _CURVES = (
         "Critics' tightness",
         "share of the best gap",
         _both("critic", "tightness"),
-        "What the critic reaches of the gap of the best critic; below 0.6 an alarm is raised.",
+        f"What the critic reaches of the gap of the best critic; below {WEAK} an alarm is raised.",
     ),
     _Curve("Critics' loss", "loss (minimised)", _both("critic", "loss")),
     _Curve("Student's loss", "loss (minimised)", {"policy/loss": "student"}),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from deploy.report.charts import legend, svg
@@ -23,9 +22,9 @@ from deploy.report.model import (
     Table,
     Timeline,
     Toned,
-    piece_text,
 )
 from deploy.report.safe_text import strip_control
+from deploy.report.templating import environment
 
 LONGEST_TEXT = 6000
 """Characters of a model's text that the page shows."""
@@ -48,32 +47,9 @@ def _safe(value: Any) -> Any:
     return strip_control(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("deploy.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=_safe,
-    )
-    environment.filters |= {"piece_text": piece_text, "cut": _cut, "svg": svg, "legend": legend}
-    kinds = {
-        "chart": Chart,
-        "code": Code,
-        "items": Items,
-        "listing": Listing,
-        "paragraph": Paragraph,
-        "sample": Sample,
-        "table": Table,
-        "timeline": Timeline,
-        "toned": Toned,
-    }
-    environment.tests |= {
-        name: lambda value, kind=kind: isinstance(value, kind) for name, kind in kinds.items()
-    }
-    return environment
-
-
-_ENVIRONMENT = _environment()
+_ENVIRONMENT = environment(
+    {"cut": _cut, "svg": svg, "legend": legend},
+    *(Chart, Code, Items, Listing, Paragraph, Sample, Table, Timeline, Toned),
+    autoescape=True,
+    finalize=_safe,
+)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from deploy.report.model import Code, Paragraph, Report, Sample, Table, piece_text
+from deploy.report.model import Code, Paragraph, Report, Sample, Table
+from deploy.report.templating import environment
 
 
 def markdown(report: Report) -> str:
@@ -26,20 +25,4 @@ def _fenced(text: str) -> str:
     return f"{fence}\n{text}\n{fence}"
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("deploy.report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"piece_text": piece_text, "cell": _cell, "fenced": _fenced}
-    kinds = {"code": Code, "paragraph": Paragraph, "table": Table, "sample": Sample}
-    environment.tests |= {
-        name: lambda value, kind=kind: isinstance(value, kind) for name, kind in kinds.items()
-    }
-    return environment
-
-
-_ENVIRONMENT = _environment()
+_ENVIRONMENT = environment({"cell": _cell, "fenced": _fenced}, Code, Paragraph, Table, Sample)

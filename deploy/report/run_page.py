@@ -38,6 +38,7 @@ from distill.files import write_bytes
 
 MOST_SAMPLES, MOST_EVENTS = 20, 60
 _OF_NOTE = ("alarm", "best", "student_share", "teacher_checked", "started", "finished")
+_IDENTITY = ("run_id", "incarnation", "fingerprint", "created_at", "started_at")
 _WAITED = ("push_waited_for_evaluations", "update_waited_for_milestones")
 
 
@@ -115,15 +116,18 @@ def _answers(run: RunFiles) -> list[PageBlock]:
 def _stages(run: RunFiles) -> Iterator[PageBlock]:
     limit = _limit(run)
     if limit is not None:
-        yield Paragraph((f"{advice_of(limit)}.".replace("the ", "The ", 1),))
+        yield Paragraph((_sentence(advice_of(limit)),))
     timing = numbers_in(run.summary or {}, "timing_s")
     overlaps = number_in(run.settings, "replay.max_policy_age")
     if overlaps and {"training", *_WAITED} <= timing.keys():
-        sentence = held_back(timing).removesuffix(" of it")
-        yield Paragraph((f"{sentence[0].upper()}{sentence[1:]} of the training.",))
+        yield Paragraph((_sentence(held_back(timing)),))
     for block in (busy_chart(run), limit_timeline(run), seconds_chart(run), stage_timeline(run)):
         if block is not None:
             yield block
+
+
+def _sentence(clause: str) -> str:
+    return f"{clause[0].upper()}{clause[1:]}."
 
 
 def _limit(run: RunFiles) -> Limit | None:
@@ -225,6 +229,3 @@ def _versions(run: RunFiles) -> Iterator[Table | Paragraph]:
     facts = [f"{name.replace('_', ' ')} {run.identity[name]}" for name in _IDENTITY if name in run.identity]
     if facts:
         yield Paragraph((f"{', '.join(facts)}, in ", Code(shortest(run.folder.path))))
-
-
-_IDENTITY = ("run_id", "incarnation", "fingerprint", "created_at", "started_at")

@@ -7,8 +7,10 @@ folder, and the run does not notice it.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -41,10 +43,6 @@ class Watch:
         """Read the folder again."""
         self.run = read_run(self._run_dir)
 
-    def line(self) -> str:
-        """The live line, as `distill train` shows it."""
-        return live_line(self.run)
-
     def news(self) -> Iterator[str]:
         """The alarms and evaluations since the last call, a line each."""
         new, self._num_events = self.run.events[self._num_events :], len(self.run.events)
@@ -56,7 +54,7 @@ class Watch:
 
 
 def live_line(run: RunFiles) -> str:
-    """The live line of the last updates that the metrics have."""
+    """The live line, as `distill train` shows it, of the last updates that the metrics have."""
     rates = Rates()
     facts: dict[str, Any] = {"num_updates": run.planned_updates or "?"}
     for row in _last_rows(run.metrics, rates.window + 1):
@@ -109,7 +107,7 @@ def follow(run_dir: str, progress: Progress) -> None:
         if (end := how_it_stands(watch.run)) is not None:
             progress.say(end)
             return
-        progress.show(watch.line())
+        progress.show(live_line(watch.run))
         time.sleep(LOOK_EVERY_S)
         watch.look()
 
@@ -130,8 +128,13 @@ def serve(run_dir: str, port: int) -> ThreadingHTTPServer:
         raise ConfigError("--port", port, f"be a free port ({first_line(error)})", "choose another") from None
 
 
+_DRAWING = threading.Lock()
+"""matplotlib's settings are those of the whole process, and each request has a thread."""
+
+
 class _ReportHandler(BaseHTTPRequestHandler):
     folder: str
+    timeout = 30.0  # of a browser that connects and sends nothing
 
     def do_GET(self) -> None:
         # A page of another site cannot read the report under a name that it makes point here.
@@ -143,7 +146,8 @@ class _ReportHandler(BaseHTTPRequestHandler):
             return
         try:
             run = read_run(self.folder)
-            content = html(run_page(run)).encode()
+            with _DRAWING:
+                content = html(run_page(run)).encode()
         except ConfigError as error:  # the folder is gone
             self.send_error(404, explain=strip_control(str(error)))
             return
@@ -154,7 +158,8 @@ class _ReportHandler(BaseHTTPRequestHandler):
         if run.is_running:
             self.send_header("Refresh", str(REFRESH_EVERY_S))
         self.end_headers()
-        self.wfile.write(content)
+        with suppress(ConnectionError):  # the reader has gone
+            self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not printed."""

@@ -105,6 +105,7 @@ class _Messages:
 
     def of(self, row: pa.RecordBatch) -> list[pa.Buffer | bytes]:
         """The parts of a row's message, which keep its memory alive."""
+        self._parts = []  # also of a row that failed
         self._writer.write_batch(row)
         parts, self._parts = self._parts, []  # otherwise the row's memory would stay until the next one
         return parts

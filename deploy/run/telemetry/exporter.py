@@ -1,4 +1,4 @@
-"""Exports the numbers of a run while it trains. Nothing that goes wrong here reaches the run."""
+"""Exports the numbers of a run while it trains. The caller ends the export, and not the run, when something fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXPORT_EVERY_S = 5.0
 
 
 class Meter(Protocol):
-    """Takes numbers by name. Neither method raises."""
+    """Takes numbers by name."""
 
     def set(self, name: str, description: str, value: float, labels: Mapping[str, str]) -> None:
         """Set a gauge."""
@@ -36,17 +36,15 @@ class RayMeter:
         self._instruments: dict[str, Any] = {}
 
     def set(self, name: str, description: str, value: float, labels: Mapping[str, str]) -> None:
-        with suppress(Exception):
-            from ray.util.metrics import Gauge
+        from ray.util.metrics import Gauge
 
-            self._instrument(Gauge, name, description, labels).set(value, tags=dict(labels))
+        self._instrument(Gauge, name, description, labels).set(value, tags=dict(labels))
 
     def add(self, name: str, description: str, amount: float, labels: Mapping[str, str]) -> None:
-        with suppress(Exception):
-            from ray.util.metrics import Counter
+        from ray.util.metrics import Counter
 
-            if amount > 0:  # Ray refuses 0
-                self._instrument(Counter, name, description, labels).inc(amount, tags=dict(labels))
+        if amount > 0:  # Ray refuses 0
+            self._instrument(Counter, name, description, labels).inc(amount, tags=dict(labels))
 
     def _instrument(self, kind: Any, name: str, description: str, labels: Mapping[str, str]) -> Any:
         if name not in self._instruments:

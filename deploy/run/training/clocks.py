@@ -82,4 +82,6 @@ def held_back(timing_s: Mapping[str, float]) -> str:
     """Say how much of an overlapping training evaluations and checkpoints cost. ``timing_s``: its seconds by activity."""
     waited_s = timing_s["push_waited_for_evaluations"] + timing_s["update_waited_for_milestones"]
     share = waited_s / max(timing_s["training"], 1e-9)
-    return f"evaluations and checkpoints held new rollouts back for at most {100 * share:.1f} % of it"
+    return (
+        f"evaluations and checkpoints held new rollouts back for at most {100 * share:.1f} % of the training"
+    )

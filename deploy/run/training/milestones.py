@@ -47,7 +47,8 @@ class RunMilestones:
         self.seconds = {"evaluation": 0.0, "checkpoint": 0.0}
         """How long evaluations and checkpoints took, in lock-step between the updates and otherwise beside them."""
         self.held_s = 0.0
-        """How long an update waited for evaluations and checkpoints: for copies of weights, and for earlier ones."""
+        """How long updates waited for evaluations and checkpoints beside them: for copies of weights, and for earlier
+        ones. It is 0 in lock-step, where :attr:`seconds` are between the updates."""
 
     async def before_training(self, updates_done: int, policy_version: int) -> None:
         self._recorder.start(updates_done, policy_version)
@@ -82,7 +83,7 @@ class RunMilestones:
             self._saving = await self._start_to_save(updates_done, policy_version)
             if self._in_turns or is_last:
                 await self._end_of(self._saving)
-        if not is_last:
+        if not (self._in_turns or is_last):
             self.held_s += time.monotonic() - start
         self._recorder.start_clock()
 

@@ -76,7 +76,7 @@ async def train_fleet(
             beside = [
                 group.create_task(_repeat(live.show)),
                 group.create_task(answer_requests(config, folder, crew, run.progress.say)),
-                group.create_task(_export(run, inputs, fleet, live)),
+                group.create_task(export(run, inputs, fleet, live)),
             ]
             trained = await _train(config, inputs, fleet, publisher, state, live.report)
             for task in beside:
@@ -86,7 +86,7 @@ async def train_fleet(
     return trained
 
 
-async def _export(run: RunContext, inputs: RunInputs, fleet: Fleet, live: LiveTraining) -> None:
+async def export(run: RunContext, inputs: RunInputs, fleet: Fleet, live: LiveTraining) -> None:
     """Export what happens, if there is a Ray that publishes it. A failure ends the export and not the run."""
     try:
         address = run.backend.metrics_address()
@@ -151,7 +151,7 @@ async def _train(
     await fleet.learner.write_student("student", False)
     timing = _timing(time.monotonic() - start, milestones.seconds, lock_step=config.replay.lock_step)
     timing["push_waited_for_evaluations"] = publisher.waited_s
-    timing["update_waited_for_milestones"] = 0.0 if config.replay.lock_step else milestones.held_s
+    timing["update_waited_for_milestones"] = milestones.held_s
     return Trained(
         limit=limit_of(whole.shares(await fleet.stats())),
         updates=num_updates,

@@ -6,12 +6,15 @@ import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from deploy.run.telemetry import exporter as module
 from deploy.run.telemetry import names
-from deploy.run.telemetry.exporter import Exporter, RayMeter, export_repeatedly
+from deploy.run.telemetry.exporter import Exporter, export_repeatedly
+from deploy.run.training.run import export
 
 
 class Kept:
@@ -103,11 +106,15 @@ async def test_the_machine_is_exported_and_a_folder_that_is_gone_is_left_out(
     assert ("distill_free_bytes", "shared memory") not in meter.gauges
 
 
-def test_a_meter_without_ray_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise RuntimeError("no Ray")
+async def test_an_export_that_fails_ends_with_a_warning(tmp_path: Path) -> None:
+    """And the run goes on, because the task ends without an error."""
 
-    meter = RayMeter()
-    monkeypatch.setattr(meter, "_instrument", refuse)
-    meter.set("distill_update", "Updates done.", 1.0, {"run_id": "run"})
-    meter.add("distill_actor_tokens", "Tokens.", 1.0, {"run_id": "run"})
+    class NoRay:
+        def metrics_address(self) -> str:
+            raise RuntimeError("the agent is gone")
+
+    said: list[str] = []
+    run: Any = SimpleNamespace(backend=NoRay(), progress=SimpleNamespace(say=said.append))
+    unused: Any = None
+    await export(run, unused, unused, unused)
+    assert said == ["warning: the run exports no numbers any more (the agent is gone)"]

@@ -39,4 +39,7 @@ def test_the_advice_of_a_summary() -> None:
         "the teacher was busy for 100 % of the training, more than the others; to move that limit, raise scoring.replicas"
     )
     timing_s = {"training": 50.0, "push_waited_for_evaluations": 1.0, "update_waited_for_milestones": 0.5}
-    assert held_back(timing_s) == "evaluations and checkpoints held new rollouts back for at most 3.0 % of it"
+    assert (
+        held_back(timing_s)
+        == "evaluations and checkpoints held new rollouts back for at most 3.0 % of the training"
+    )
