@@ -92,6 +92,7 @@ def _measure(
             "state_bytes_per_trajectory": NUM_STATES * WIDTH * 2,
             "trajectories_per_update": rows_per_update,
             "seconds": {name: [found[name]["seconds"] for found in rounds] for name in sides},
+            "producer_cpu_s": [found["ours"]["producer_cpu_s"] for found in rounds],
             "memcpy_copy_s": [found["memcpy"]["copy_s"] for found in rounds],
             "memcpy_map_s": [found["memcpy"]["map_s"] for found in rounds],
             "seconds_by_batch": tried,

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from deploy.benchmarks.harness import BenchmarkFailed
 from deploy.benchmarks.replay_rows import expected_touch, read_rows, touch, warm_memory
+from deploy.benchmarks.simulated import NoPushes, cpu_s_of
 from deploy.benchmarks.workload import open_store
 from distill.algorithm import train_loop
 from distill.config import LearnerConfig, RecipeConfig, ReplayConfig, RunConfig, ScoringConfig
-from distill.interfaces import Holder, Lease, Tokens, WeightManifest
+from distill.interfaces import Holder, Lease, Tokens
 from distill.machine.remote import Remote
 
 MAX_POLICY_AGE = 3
@@ -98,15 +100,15 @@ def _corpus(prompt_tokens: np.ndarray, response_tokens: np.ndarray) -> Any:
     return TextCorpus(pa.Table.from_batches([trajectory_batch(rows)]))
 
 
-class Consumer:
+class Consumer(NoPushes):
     """The process of the learner. It is the learner, the publisher and the milestones of its train loop."""
 
     def __init__(self) -> None:
+        super().__init__()
         import torch  # noqa: F401 (before the clock runs)
 
         # A mapped row cannot be written to, and nothing here writes.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        self._version = 0
 
     def pid(self) -> int:
         return os.getpid()
@@ -130,26 +132,6 @@ class Consumer:
                     self._sum += touch(from_bits(bits))
         self._end = time.perf_counter()
         return {}
-
-    async def write(self, updates_done: int) -> WeightManifest:
-        self._version += 1
-        return WeightManifest(
-            policy_version=self._version, update=updates_done, path="", num_bytes=0, checksum=""
-        )
-
-    async def send(self, manifest: WeightManifest) -> None:
-        pass
-
-    async def before_training(self, updates_done: int, policy_version: int) -> None:
-        pass
-
-    def samples_after(self, updates_done: int) -> bool:
-        return False
-
-    async def after_update(
-        self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]
-    ) -> None:
-        pass
 
 
 class OurTransfer:
@@ -177,6 +159,8 @@ class OurTransfer:
         replay = self._cluster.start_actor("replay", ReplayActor, config, 1, num_rows, num_threads=1)
         folder = self._folder / "ours"
         warm_memory(self._folder, num_rows)
+        producer = [psutil.Process(self._cluster.actor_pid("producer"))]
+        before = cpu_s_of(producer)
         try:
             found = self._cluster.wait(
                 {
@@ -190,7 +174,10 @@ class OurTransfer:
             shutil.rmtree(folder, ignore_errors=True)
         if found["consumer"]["sum"] != expected_touch(self._rows, num_rows):
             raise BenchmarkFailed("sum of what ours read", found["consumer"]["sum"], "be that of the rows")
-        return {"seconds": found["consumer"]["end"] - found["producer"]}
+        return {
+            "seconds": found["consumer"]["end"] - found["producer"],
+            "producer_cpu_s": cpu_s_of(producer) - before,
+        }
 
     def pss_bytes(self) -> int:
         """Memory of producer and consumer between two rounds."""

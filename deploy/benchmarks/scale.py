@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import statistics
 from typing import Any
 
 import psutil
 
 from deploy.benchmarks.harness import Measurement, Say
-from deploy.benchmarks.simulated import Load, simulate
+from deploy.benchmarks.simulated import Load, cpu_s_of, simulate
 from distill.config import ClusterConfig
 
 NUM_ENGINES = (1, 4, 16, 64, 256)
@@ -32,6 +33,7 @@ def measure(num_pairs: int, say: Say) -> Measurement:
     from deploy.cluster.ray_cluster import RayCluster
 
     costs: list[dict[int, float]] = []
+    parts: list[dict[str, float]] = []
     with RayCluster(ClusterConfig(address="local"), "bbbbbbbc") as cluster:
         simulate(cluster, _load(4, num_updates=2))  # imports and connections
         for number in range(num_pairs):
@@ -40,6 +42,7 @@ def measure(num_pairs: int, say: Say) -> Measurement:
                 say(f"round {number + 1} of {num_pairs}: {num_engines} engines")
                 outcome = simulate(cluster, _load(num_engines, num_updates=NUM_UPDATES))
                 found[num_engines] = 1e3 * outcome.cpu_s_per_trajectory
+                parts.append({name: 1e3 * cpu_s for name, cpu_s in outcome.cpu_s.items()})
             costs.append(found)
         say("an actor that does nothing")
         bare_ms = [1e3 * CALLS * _cpu_s_of_a_bare_call(cluster) for _ in range(num_pairs)]
@@ -50,6 +53,7 @@ def measure(num_pairs: int, say: Say) -> Measurement:
         },
         notes={
             "cpu_ms_per_trajectory": [{str(n): cost for n, cost in found.items()} for found in costs],
+            "cpu_ms_by_process": {name: statistics.median(each[name] for each in parts) for name in parts[0]},
             "cpu_ms_of_two_bare_calls": bare_ms,
         },
     )
@@ -95,13 +99,12 @@ def _cpu_s_of_a_bare_call(cluster: Any) -> float:
 
     try:
         asyncio.run(call_all())  # imports and connections
-        before = process.cpu_times()
+        before = cpu_s_of([process])
         asyncio.run(call_all())
-        after = process.cpu_times()
+        cpu_s = cpu_s_of([process]) - before
     finally:
         for name in ("nothing", *(f"callers-{number}" for number in range(len(callers)))):
             cluster.end_actor(name)
-    cpu_s = after.user + after.system - before.user - before.system
     return cpu_s / (len(callers) * num_callers * num_calls)
 
 

@@ -66,8 +66,12 @@ class Outcome:
 
     trajectories_per_s: float
     """Without the time in which the pipeline fills."""
-    cpu_s_per_trajectory: float
-    """Of the driver, the replay actor, the raylet and the GCS; the engines' own processes do not count."""
+    cpu_s: dict[str, float]
+    """CPU seconds per trajectory of the driver, the replay actor, and Ray's own processes; the engines' do not count."""
+
+    @property
+    def cpu_s_per_trajectory(self) -> float:
+        return sum(self.cpu_s.values())
 
 
 class Engines:
@@ -105,18 +109,11 @@ def _finished(work: Work, holder: Holder) -> SampleRef:
     return SampleRef(draw=draw, sample=0, location=location, num_tokens=1, oldest_version=version)
 
 
-class _Waits:
-    """Learner, publisher and milestones of a simulated run."""
+class NoPushes:
+    """Publisher and milestones of a run that has neither."""
 
-    def __init__(self, load: Load) -> None:
-        self._load = load
+    def __init__(self) -> None:
         self._version = 0
-        self._ended: list[float] = []
-        """When each update had ended."""
-
-    async def update(self, lease: Lease) -> dict[str, float]:
-        await asyncio.sleep(self._load.update_s)
-        return {}
 
     async def write(self, updates_done: int) -> WeightManifest:
         self._version += 1
@@ -125,13 +122,35 @@ class _Waits:
         )
 
     async def send(self, manifest: WeightManifest) -> None:
-        await asyncio.sleep(self._load.push_s)
+        pass
 
     async def before_training(self, updates_done: int, policy_version: int) -> None:
         pass
 
     def samples_after(self, updates_done: int) -> bool:
         return False
+
+    async def after_update(
+        self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]
+    ) -> None:
+        pass
+
+
+class _Waits(NoPushes):
+    """Learner, publisher and milestones of a simulated run."""
+
+    def __init__(self, load: Load) -> None:
+        super().__init__()
+        self._load = load
+        self._ended: list[float] = []
+        """When each update had ended."""
+
+    async def update(self, lease: Lease) -> dict[str, float]:
+        await asyncio.sleep(self._load.update_s)
+        return {}
+
+    async def send(self, manifest: WeightManifest) -> None:
+        await asyncio.sleep(self._load.push_s)
 
     async def after_update(
         self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]
@@ -165,18 +184,21 @@ def simulate(cluster: Any, load: Load) -> Outcome:
             names.append(name)
             numbers = list(range(number, count, processes))
             calls.append(actor.run.remote(replay, role, numbers, seconds))
-    control = [psutil.Process(), psutil.Process(cluster.actor_pid("replay"))]
-    control += [psutil.Process(pid) for pid in cluster.service_pids()]
+    control = {
+        "driver": [psutil.Process()],
+        "replay": [psutil.Process(cluster.actor_pid("replay"))],
+        "ray": [psutil.Process(pid) for pid in cluster.service_pids()],
+    }
     try:
-        before = _cpu_s(control)
+        before = {name: cpu_s_of(processes) for name, processes in control.items()}
         num_updates, seconds = asyncio.run(_train(load, replay, calls))
-        cpu_s = _cpu_s(control) - before
+        spent = {name: cpu_s_of(processes) - before[name] for name, processes in control.items()}
     finally:
         for name in names:
             cluster.end_actor(name)
     return Outcome(
         trajectories_per_s=load.prompts_per_update * num_updates / seconds,
-        cpu_s_per_trajectory=cpu_s / (load.prompts_per_update * load.num_updates),
+        cpu_s={name: cpu_s / (load.prompts_per_update * load.num_updates) for name, cpu_s in spent.items()},
     )
 
 
@@ -196,7 +218,8 @@ async def _train(load: Load, replay: Any, calls: Sequence[Any]) -> tuple[int, fl
     return waits.steady
 
 
-def _cpu_s(processes: Sequence[psutil.Process]) -> float:
+def cpu_s_of(processes: Sequence[psutil.Process]) -> float:
+    """CPU seconds of some processes so far."""
     total = 0.0
     for process in processes:
         times = process.cpu_times()
