@@ -74,7 +74,7 @@ def place_on_node(config: RunConfig, num_cores: int, node: Node, *, vllm_on_gpu:
     """
     cpus = min(math.floor(node.num_cpus), num_cores)
     shares = _in_turns(config, cpus) if config.replay.lock_step else _together(config, cpus)
-    gpus = _gpus(config, node, vllm_on_gpu=vllm_on_gpu)
+    gpus = _gpus(config, has_gpu=node.num_gpus >= 1, vllm_on_gpu=vllm_on_gpu)
     shares = {role: replace(share, num_gpus=gpus[role]) for role, share in shares.items()}
     for violation in _violations(shares, _replicas(config), node):
         raise violation
@@ -89,6 +89,16 @@ def with_threads(config: RunConfig, placement: Placement) -> RunConfig:
         rollout=replace(config.rollout, num_threads=placement["rollout"].num_threads),
         scoring=replace(config.scoring, num_threads=placement["teacher"].num_threads),
     )
+
+
+def threads_on_cores(
+    config: RunConfig, placement: Placement, *, has_gpu: bool, vllm_on_gpu: bool
+) -> dict[str, int]:
+    """The threads of one actor of each role that computes on the node's cores. ``has_gpu``: whether the node has one."""
+    gpus = _gpus(config, has_gpu=has_gpu, vllm_on_gpu=vllm_on_gpu)
+    return {
+        role: placement[role].num_threads for role, count in gpus.items() if not count and role in placement
+    }
 
 
 def described(placement: Placement) -> str:
@@ -159,10 +169,10 @@ def _rounded_down(cpus: float) -> float:
     return math.floor(cpus * 10_000) / 10_000
 
 
-def _gpus(config: RunConfig, node: Node, *, vllm_on_gpu: bool) -> dict[str, int]:
+def _gpus(config: RunConfig, *, has_gpu: bool, vllm_on_gpu: bool) -> dict[str, int]:
     """The number of GPUs of each role."""
-    has_gpu = config.learner.device == "auto" and node.num_gpus >= 1
-    gpus = {"learner": int(config.learner.device == "cuda" or has_gpu)}
+    device = config.learner.device
+    gpus = {"learner": int(device == "cuda" or (device == "auto" and has_gpu))}
     for role, engine in (
         ("rollout", config.rollout),
         ("teacher", config.scoring),

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from deploy.benchmarks.harness import Measurement, Say, alternate
-from deploy.benchmarks.simulated import Load, simulate
+from deploy.benchmarks.simulated import simulate_on_ray
+from deploy.plan.load import Load, Service
 from distill.config import ClusterConfig
 
 LOAD = Load(
@@ -19,8 +20,8 @@ LOAD = Load(
     prompts_per_update=64,
     num_updates=24,
     max_policy_age=3,
-    rollout_s=1.0,
-    teacher_s=0.25,
+    rollout=Service(1.0),
+    teacher=Service(0.25),
     update_s=1.0,
     push_s=0.1,
 )
@@ -32,10 +33,10 @@ def measure(num_pairs: int, say: Say) -> Measurement:
 
     with RayCluster(ClusterConfig(address="local"), "bbbbbbbb") as cluster:
         sides = {
-            "asynchronous": lambda: simulate(cluster, LOAD),
-            "lockstep": lambda: simulate(cluster, replace(LOAD, max_policy_age=0, num_updates=8)),
+            "asynchronous": lambda: simulate_on_ray(cluster, LOAD),
+            "lockstep": lambda: simulate_on_ray(cluster, replace(LOAD, max_policy_age=0, num_updates=8)),
         }
-        simulate(cluster, replace(LOAD, num_updates=2))  # imports and connections
+        simulate_on_ray(cluster, replace(LOAD, num_updates=2))  # imports and connections
         rounds = alternate(num_pairs, sides, say)
     slowest = min(LOAD.rates.values())
     rates = [{name: outcome.trajectories_per_s for name, outcome in found.items()} for found in rounds]

@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 
 from deploy.benchmarks.harness import Measurement, Say
-from deploy.benchmarks.simulated import Load, cpu_s_of, simulate
+from deploy.benchmarks.simulated import cpu_s_of, simulate_on_ray
+from deploy.plan.load import Load, Service
 from distill.config import ClusterConfig
 
 NUM_ENGINES = (1, 4, 16, 64, 256)
@@ -35,12 +36,12 @@ def measure(num_pairs: int, say: Say) -> Measurement:
     costs: list[dict[int, float]] = []
     parts: list[dict[str, float]] = []
     with RayCluster(ClusterConfig(address="local"), "bbbbbbbc") as cluster:
-        simulate(cluster, _load(4, num_updates=2))  # imports and connections
+        simulate_on_ray(cluster, _load(4, num_updates=2))  # imports and connections
         for number in range(num_pairs):
             found: dict[int, float] = {}
             for num_engines in NUM_ENGINES if number % 2 == 0 else NUM_ENGINES[::-1]:
                 say(f"round {number + 1} of {num_pairs}: {num_engines} engines")
-                outcome = simulate(cluster, _load(num_engines, num_updates=NUM_UPDATES))
+                outcome = simulate_on_ray(cluster, _load(num_engines, num_updates=NUM_UPDATES))
                 found[num_engines] = 1e3 * outcome.cpu_s_per_trajectory
                 parts.append({name: 1e3 * cpu_s for name, cpu_s in outcome.cpu_s.items()})
             costs.append(found)
@@ -117,8 +118,8 @@ def _load(num_engines: int, *, num_updates: int) -> Load:
         prompts_per_update=PROMPTS_PER_UPDATE,
         num_updates=num_updates,
         max_policy_age=max(2, 2 * num_engines // PROMPTS_PER_UPDATE),
-        rollout_s=num_engines / TRAJECTORIES_PER_S,
-        teacher_s=num_teachers / TRAJECTORIES_PER_S,
+        rollout=Service(num_engines / TRAJECTORIES_PER_S),
+        teacher=Service(num_teachers / TRAJECTORIES_PER_S),
         update_s=PROMPTS_PER_UPDATE / TRAJECTORIES_PER_S,
         push_s=0.0,
     )

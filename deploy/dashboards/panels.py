@@ -73,6 +73,13 @@ THROUGHPUT = DashboardSpec(
                 queries=(_gauge(names.LIMITS, "{{stage}}"),),
             ),
             Panel(
+                title="What would make it faster",
+                unit="none",
+                description="The change with the largest predicted gain, and how many times as fast the run would be: 1 "
+                "when no setting would help. It is computed from the busy shares, and `distill plan` tries others.",
+                queries=(Query(f'{names.ADVICE.in_prometheus}{{run_id="{RUN}"}} > 0', "{{advice}}"),),
+            ),
+            Panel(
                 title="Busy share of each stage",
                 unit="percentunit",
                 description="Part of the time in which an actor of the stage works, on average. In lock-step the "

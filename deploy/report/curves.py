@@ -15,7 +15,8 @@ import numpy as np
 
 from deploy.report.model import Chart, Lane, Series, Timeline
 from deploy.report.run_files import RunFiles, number_in
-from deploy.run.training.clocks import STAGES, Limit, limit_of
+from deploy.run.training.advice import mean_row
+from deploy.run.training.clocks import STAGES, limit_of
 from distill.run.alarms import WEAK
 
 MOST_POINTS = 400
@@ -204,20 +205,20 @@ def limit_timeline(run: RunFiles) -> Timeline | None:
     return Timeline("The limiting stage", "update", lanes, "The stage with the largest busy share.")
 
 
-def mean_limit(run: RunFiles) -> Limit | None:
-    """The limiting stage of the updates so far, each weighted with its seconds."""
-    metrics = run.metrics
-    weights = metrics.get("timing/update_s")
-    row: dict[str, float] = {}
-    for stage in STAGES:
-        shares = metrics.get(f"{stage}/busy_share")
-        if shares is None:
-            continue
-        own = np.ones(len(shares)) if weights is None else weights
-        seen = np.isfinite(shares) & np.isfinite(own) & (own > 0)
-        if seen.any():
-            row[f"{stage}/busy_share"] = float(np.average(shares[seen], weights=own[seen]))
-    return limit_of(row)
+def mean_row_of(run: RunFiles) -> dict[str, float]:
+    """The mean busy shares of the updates so far, and the newest numbers of actors."""
+    wanted = [
+        name
+        for stage, (_, actors) in STAGES.items()
+        for name in (f"{stage}/busy_share", actors, "timing/update_s")
+        if name in run.metrics
+    ]
+    columns = {name: run.metrics[name] for name in wanted if name is not None}
+    rows = [
+        {name: float(value) for name, value in zip(columns, values, strict=True) if math.isfinite(value)}
+        for values in zip(*columns.values(), strict=True)
+    ]
+    return mean_row([row for row in rows if row.get("timing/update_s", 1.0) > 0])
 
 
 def seconds_chart(run: RunFiles) -> Chart | None:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from deploy.run.training.advice import Setup
 from distill.errors import ConfigError, first_line
 from distill.evaluation import Estimate, Evaluation, load_evaluation, paired_difference
 from distill.run.folder import RunFolder
@@ -72,6 +73,12 @@ class RunFiles:
     best: dict[str, Any] | None = None
     failure: dict[str, Any] | None = None
     is_running: bool = False
+
+    @property
+    def setup(self) -> Setup | None:
+        """What an advice needs to know of the run, from its last start."""
+        starts = [event for event in self.events if event.get("event") == "training_started"]
+        return Setup.read(starts[-1].get("setup")) if starts else None
 
     @property
     def has_ended(self) -> bool:

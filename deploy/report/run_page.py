@@ -9,7 +9,7 @@ from deploy.report.curves import (
     busy_chart,
     evaluation_charts,
     limit_timeline,
-    mean_limit,
+    mean_row_of,
     seconds_chart,
     stage_timeline,
     update_charts,
@@ -32,7 +32,8 @@ from deploy.report.model import (
 from deploy.report.run_files import RunFiles, number_in, numbers_in
 from deploy.report.run_report import best_line, comparison_table, outcome, samples, shortest, talk_line
 from deploy.run.record import PAGE
-from deploy.run.training.clocks import REMEDIES, Limit, advice_of, held_back
+from deploy.run.training.advice import advise
+from deploy.run.training.clocks import held_back
 from distill.errors import ConfigError
 from distill.files import write_bytes
 
@@ -114,9 +115,8 @@ def _answers(run: RunFiles) -> list[PageBlock]:
 
 
 def _stages(run: RunFiles) -> Iterator[PageBlock]:
-    limit = _limit(run)
-    if limit is not None:
-        yield Paragraph((_sentence(advice_of(limit)),))
+    if (advice := _advice(run)) is not None:
+        yield Paragraph((_sentence(advice),))
     timing = numbers_in(run.summary or {}, "timing_s")
     overlaps = number_in(run.settings, "replay.max_policy_age")
     if overlaps and {"training", *_WAITED} <= timing.keys():
@@ -130,14 +130,13 @@ def _sentence(clause: str) -> str:
     return f"{clause[0].upper()}{clause[1:]}."
 
 
-def _limit(run: RunFiles) -> Limit | None:
-    """The limit that the summary names, or else that of the updates so far."""
-    named = (run.summary or {}).get("limit")
-    if isinstance(named, Mapping):
-        share, stage = number_in(named, "busy_share"), named.get("stage")
-        if share is not None and stage in REMEDIES:
-            return Limit(str(stage), share, REMEDIES[str(stage)])
-    return mean_limit(run)
+def _advice(run: RunFiles) -> str | None:
+    """What the summary says about the whole training, or else what the updates so far say."""
+    recorded = (run.summary or {}).get("advice")
+    if isinstance(recorded, Mapping) and isinstance(recorded.get("text"), str):
+        return str(recorded["text"])[:1000]
+    advice = advise(mean_row_of(run), run.setup)
+    return advice.text if advice is not None else None
 
 
 def _cost(run: RunFiles) -> Iterator[Table | Paragraph]:

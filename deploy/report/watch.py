@@ -20,7 +20,7 @@ from deploy.report.run_page import run_page
 from deploy.report.safe_text import strip_control
 from deploy.run.progress import Progress, training_line
 from deploy.run.rates import Rates
-from deploy.run.training.clocks import limit_of
+from deploy.run.training.advice import advise, mean_row
 from distill.errors import ConfigError, first_line
 from distill.run.folder import RunFolder
 
@@ -60,8 +60,8 @@ def live_line(run: RunFiles) -> str:
     for row in _last_rows(run.metrics, rates.window + 1):
         facts |= {"update": int(row["update"]), "row": row, "policy_age": int(row.get("policy/age_max", 0))}
         rates.observe(facts | {"num_updates": run.planned_updates or 0})
-    if limit := limit_of(facts.get("row", {})):
-        facts["limit"] = limit.stage
+    if advice := advise(mean_row(rates.rows), run.setup):
+        facts["limit"] = advice.short
     outlook = rates.outlook() if run.planned_updates else {}
     return training_line(facts | outlook, rates.tokens_per_s())
 

@@ -12,9 +12,11 @@ from deploy.cluster.backend import Backend
 from deploy.cluster.in_process import InProcess
 from deploy.cluster.memory import MemorySampler
 from deploy.cluster.ray_cluster import RayCluster
-from deploy.placement import Placement, place_locally, place_on_node, with_threads
+from deploy.placement import Placement, place_locally, place_on_node, threads_on_cores, with_threads
 from deploy.run.progress import Progress
 from deploy.run.record import RunRecord
+from deploy.run.training.advice import Setup
+from deploy.run.training.clocks import STAGES
 from deploy.run.vllm_build import vllm_computes_on_gpu
 from distill.config import ClusterConfig, RunConfig
 from distill.machine.hardware import usable_cores
@@ -41,6 +43,21 @@ class RunContext:
         self._placement = _place(config, backend)
         self.config = config = with_threads(config, self._placement)  # the actors read their threads there
         self.learner = self.start_actor("learner", LearnerActor, config)
+
+    def setup(self) -> Setup:
+        """What an advice needs to know of the run."""
+        from torch.cuda import is_available
+
+        node = self.backend.node()
+        has_gpu = node.num_gpus >= 1 if node is not None else is_available()
+        threads = threads_on_cores(
+            self.config, self._placement, has_gpu=has_gpu, vllm_on_gpu=vllm_computes_on_gpu()
+        )
+        return Setup(
+            max_policy_age=self.config.replay.max_policy_age,
+            num_cores=usable_cores() if node is None else min(usable_cores(), int(node.num_cpus)),
+            num_threads={role: count for role, count in threads.items() if role in STAGES},
+        )
 
     def memory(self) -> dict[str, int]:
         """Bytes of the processes of each role at the last sample."""

@@ -23,6 +23,11 @@ class Rates:
             return
         self._rows = [*self._rows, (update, row)][-self.window - 1 :]
 
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """The rows of the last updates."""
+        return self._recent()
+
     def tokens_per_s(self) -> dict[str, float]:
         """Tokens per second of the whole loop, so that the actors' numbers can be compared."""
         if not self._rows:

@@ -40,6 +40,7 @@ class RunRecord:
         self.peak_pss_bytes: dict[str, int] = {}
         """By role."""
         self.limit: dict[str, Any] | None = None
+        self.advice: dict[str, Any] | None = None
         self.actors: dict[str, dict[str, float]] = {}
         """The counters of every actor of the last stage, by its name."""
         self._events = EventLog(folder.path)
@@ -62,11 +63,13 @@ class RunRecord:
         policy_version: int,
         timing_s: Mapping[str, float],
         limit: object,
+        advice: Advice | None,
         actors: Mapping[str, Mapping[str, float]],
     ) -> None:
         """Record the last stage. ``actors``: the counters of every actor, which are added up by role. ``limit``: the stage
-        that limited it, a dataclass or None."""
+        that limited it, a dataclass or None. ``advice``: what would make it faster."""
         self.limit = vars(limit) if limit is not None else None
+        self.advice = advice.to_dict() if advice is not None else None
         self.updates, self.policy_version = updates, policy_version
         self.timing_s |= timing_s
         self.actors = {name: dict(counters) for name, counters in actors.items()}
@@ -91,6 +94,7 @@ class RunRecord:
             "proxy_training_s": self.proxy_training_s,
             "tokens": {name: int(count) for name, count in self.tokens.items()},
             "limit": self.limit,
+            "advice": self.advice,
             "actors": self.actors,
             "peak_pss_bytes": self.peak_pss_bytes,
             "wall_s": round(time.monotonic() - self._start, 2),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -15,7 +15,8 @@ class BusyClock:
     :meth:`stop`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         self._num_running = 0
         self._holds: bool | None = None
         """Whether the actor holds work; None before the first and after the last."""
@@ -63,7 +64,7 @@ class BusyClock:
 
     def _settle(self) -> None:
         """Count the time since the last call for the state that lasted until now."""
-        now = time.monotonic()
+        now = self._now()
         elapsed_s, self._since = now - self._since, now
         if self._num_running:
             self._spent["busy"] += elapsed_s

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from deploy.run.telemetry import names
 from deploy.run.telemetry.names import Exported
+from deploy.run.training.advice import advise
 from deploy.run.training.clocks import limit_of
 
 EXPORT_EVERY_S = 5.0
@@ -60,6 +61,7 @@ class Exporter:
         self._run_id = run_id
         self._counted: dict[tuple[str, ...], float] = {}
         self._row: Mapping[str, float] | None = None
+        self._advice: str | None = None
 
     def facts(self, facts: Mapping[str, Any]) -> None:
         """Export the newest facts of the driver's loop: the row of an update once, and the alarms."""
@@ -77,6 +79,11 @@ class Exporter:
                     float(value),
                     {"run_id": self._run_id},
                 )
+        if (advice := advise(row, facts.get("setup"))) is not None:
+            if self._advice not in (None, advice.label):
+                self._gauge(names.ADVICE, 0.0, advice=str(self._advice))
+            self._advice = advice.label
+            self._gauge(names.ADVICE, advice.gain, advice=advice.label)
         limit = limit_of(row)
         for stage in names.LIMIT_STAGES:
             self._gauge(names.LIMITS, float(limit is not None and limit.stage == stage), stage=stage)

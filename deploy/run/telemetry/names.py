@@ -43,6 +43,12 @@ ACTOR_TOKENS = Exported(
 LIMITS = Exported(
     "distill_limits", "gauge", ("stage",), "1 for the stage that limits the run, 0 for the others."
 )
+ADVICE = Exported(
+    "distill_advice",
+    "gauge",
+    ("advice",),
+    "How many times as fast the run is predicted to be after the change that the label names; 0 for what held before.",
+)
 UPDATE = Exported("distill_update", "gauge", (), "Updates done.")
 ALARMS = Exported("distill_alarms", "gauge", (), "Alarms that the run has raised.")
 MEMORY = Exported(
@@ -51,7 +57,7 @@ MEMORY = Exported(
 FREE = Exported(
     "distill_free_bytes", "gauge", ("medium",), "Free bytes on the run folder's disk and in shared memory."
 )
-EXPORTED = (ACTOR_SECONDS, ACTOR_TOKENS, LIMITS, UPDATE, ALARMS, MEMORY, FREE)
+EXPORTED = (ACTOR_SECONDS, ACTOR_TOKENS, LIMITS, ADVICE, UPDATE, ALARMS, MEMORY, FREE)
 
 ACTOR_STATES = {
     "timing/rollout_busy_s": "busy",

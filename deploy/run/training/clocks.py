@@ -8,7 +8,7 @@ they work at the same time, each can be busy all the time.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 STAGES = {
@@ -38,16 +38,17 @@ class Limit:
 class StageClocks:
     """Turns counters of busy seconds into parts of the time between two calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         self._last: dict[str, float] = {}
-        self._since = time.monotonic()
+        self._since = now()
 
     def shares(self, counters: Mapping[str, float]) -> dict[str, float]:
         """Return ``<stage>/busy_share`` since the last call, for each stage that has counters.
 
         A call that ends between two calls counts with its whole duration in the second, so a share can exceed one.
         """
-        now = time.monotonic()
+        now = self._now()
         elapsed_s, self._since = now - self._since, now
         shares: dict[str, float] = {}
         for stage, (busy, actors) in STAGES.items():
@@ -67,15 +68,6 @@ def limit_of(row: Mapping[str, float]) -> Limit | None:
         return None
     stage = max(shares, key=lambda each: shares[each])
     return Limit(stage, shares[stage], REMEDIES[stage])
-
-
-def advice_of(limit: Limit) -> str:
-    """What limited a training, and what moves that limit, for the user."""
-    share = f"{100 * min(1.0, limit.busy_share):.0f} %"
-    return (
-        f"the {limit.stage} was busy for {share} of the training, more than the others; to move that limit, "
-        f"{limit.remedy}"
-    )
 
 
 def held_back(timing_s: Mapping[str, float]) -> str:

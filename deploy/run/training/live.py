@@ -6,7 +6,7 @@ from typing import Any
 
 from deploy.run.progress import Progress, training_line
 from deploy.run.rates import Rates
-from deploy.run.training.clocks import limit_of
+from deploy.run.training.advice import advise, mean_row
 
 
 class LiveTraining:
@@ -35,6 +35,6 @@ class LiveTraining:
                 self._shown.add(alarm)
         self._rates.observe(self._facts)
         facts = self._facts | self._rates.outlook()
-        if limit := limit_of(self._facts.get("row", {})):
-            facts["limit"] = limit.stage
+        if advice := advise(mean_row(self._rates.rows), self._facts.get("setup")):
+            facts["limit"] = advice.short
         self._progress.show(training_line(facts, self._rates.tokens_per_s()))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from deploy.run.training.advice import Setup
 from distill.evaluation import Evaluation, load_evaluation
 from distill.interfaces import Lease
 from distill.run.alarms import Alarms
@@ -19,9 +20,10 @@ from distill.run.metrics import EventLog, MetricsWriter, ReportFacts, read_metri
 class Recorder:
     """Writes what happens in a run folder, and reports it to the live line."""
 
-    def __init__(self, folder: RunFolder, alarms: Alarms, report: ReportFacts) -> None:
+    def __init__(self, folder: RunFolder, alarms: Alarms, report: ReportFacts, setup: Setup) -> None:
         self.report = report
         self.alarms = alarms
+        self._setup = setup
         self._metrics = MetricsWriter(folder.path)
         self._events = EventLog(folder.path)
         self._since = time.monotonic()
@@ -29,7 +31,13 @@ class Recorder:
     def start(self, updates_done: int, policy_version: int) -> None:
         """Drop the rows of updates that are made again, and note where training starts."""
         self._metrics.truncate(updates_done)
-        self.event("training_started", updates_done=updates_done, policy_version=policy_version)
+        self.event(
+            "training_started",
+            updates_done=updates_done,
+            policy_version=policy_version,
+            setup=vars(self._setup),
+        )
+        self.report(setup=self._setup)
 
     def start_clock(self) -> None:
         """An update's seconds count from here: evaluations and checkpoints are not part of them."""

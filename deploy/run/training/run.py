@@ -17,7 +17,8 @@ from deploy.cluster.failures import root_cause
 from deploy.run.context import RunContext
 from deploy.run.telemetry.exporter import Exporter, RayMeter, export_repeatedly
 from deploy.run.training.adaptive_share import AdaptiveShare
-from deploy.run.training.clocks import Limit, StageClocks, advice_of, held_back, limit_of
+from deploy.run.training.advice import Advice, Setup, advise
+from deploy.run.training.clocks import Limit, StageClocks, held_back, limit_of
 from deploy.run.training.crew import Crew
 from deploy.run.training.evaluations import Evaluations
 from deploy.run.training.fleet import Fleet
@@ -48,6 +49,8 @@ class Trained:
     checkpoints beside them."""
     limit: Limit | None
     """The stage that limited the whole training."""
+    advice: Advice | None
+    """What would make it faster."""
     actors: dict[str, dict[str, float]]
     """The counters of every actor that makes rows, by its name, and of the learner."""
 
@@ -78,7 +81,7 @@ async def train_fleet(
                 group.create_task(answer_requests(config, folder, crew, run.progress.say)),
                 group.create_task(export(run, inputs, fleet, live)),
             ]
-            trained = await _train(config, inputs, fleet, publisher, state, live.report)
+            trained = await _train(config, inputs, fleet, publisher, state, live.report, run.setup())
             for task in beside:
                 task.cancel()
     except ExceptionGroup as errors:  # the first of them is the cause of the others
@@ -115,6 +118,7 @@ async def _train(
     publisher: FleetPublisher,
     state: dict[str, Any] | None,
     report: ReportFacts,
+    setup: Setup,
 ) -> Trained:
     folder = RunFolder(inputs.run_dir)
     clocks, whole = StageClocks(), StageClocks()
@@ -128,7 +132,7 @@ async def _train(
     share = AdaptiveShare(config.recipe, folder, state["adaptive_share"] if state else None)
     evaluations = Evaluations(fleet, publisher, folder, inputs, of_copy=not config.replay.lock_step)
     # A run that ends by an error keeps its last rows, which explain it.
-    with closing(Recorder(folder, alarms, report)) as recorder:
+    with closing(Recorder(folder, alarms, report, setup)) as recorder:
         await _check_teacher(config, evaluations, recorder)
         milestones = RunMilestones(config, folder, fleet, recorder, evaluations, share, stats)
         num_updates = config.learner.num_updates
@@ -152,8 +156,11 @@ async def _train(
     timing = _timing(time.monotonic() - start, milestones.seconds, lock_step=config.replay.lock_step)
     timing["push_waited_for_evaluations"] = publisher.waited_s
     timing["update_waited_for_milestones"] = milestones.held_s
+    counters = await fleet.stats()
+    row = counters | whole.shares(counters)
     return Trained(
-        limit=limit_of(whole.shares(await fleet.stats())),
+        limit=limit_of(row),
+        advice=advise(row, setup),
         updates=num_updates,
         policy_version=publisher.newest.policy_version if publisher.newest else 0,
         timing_s=timing,
@@ -182,7 +189,7 @@ async def _check_teacher(config: RunConfig, evaluations: Evaluations, recorder: 
 
 def training_summary(trained: Trained, config: RunConfig) -> str:
     """What limited a training, and what would change that, in one line."""
-    parts = [advice_of(trained.limit)] if trained.limit is not None else []
+    parts = [trained.advice.text] if trained.advice is not None else []
     if not config.replay.lock_step:
         parts.append(held_back(trained.timing_s))
     return "; ".join(parts)

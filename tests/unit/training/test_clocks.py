@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.run.training import clocks
-from deploy.run.training.clocks import REMEDIES, Limit, StageClocks, advice_of, held_back, limit_of
+from deploy.run.training.clocks import StageClocks, held_back, limit_of
 
 
-@pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    time = [100.0]
-    monkeypatch.setattr(clocks.time, "monotonic", lambda: time[0])
-    return time
-
-
-def test_shares_count_since_the_last_call_and_per_actor(now: list[float]) -> None:
-    stages = StageClocks()
+def test_shares_count_since_the_last_call_and_per_actor() -> None:
+    now = [100.0]
+    stages = StageClocks(lambda: now[0])
     counters = {"timing/rollout_busy_s": 6.0, "rollout/num_actors": 2.0, "timing/learner_total_busy_s": 4.0}
     now[0] += 10
     shares = stages.shares(counters)
@@ -30,14 +23,11 @@ def test_shares_count_since_the_last_call_and_per_actor(now: list[float]) -> Non
     assert limit is not None and limit.stage == "rollout" and "rollout.replicas" in limit.remedy
 
 
-def test_without_counters_there_is_no_limit(now: list[float]) -> None:
+def test_without_counters_there_is_no_limit() -> None:
     assert limit_of(StageClocks().shares({})) is None
 
 
-def test_the_advice_of_a_summary() -> None:
-    assert advice_of(Limit("teacher", 1.25, REMEDIES["teacher"])) == (
-        "the teacher was busy for 100 % of the training, more than the others; to move that limit, raise scoring.replicas"
-    )
+def test_what_evaluations_and_checkpoints_held_back() -> None:
     timing_s = {"training": 50.0, "push_waited_for_evaluations": 1.0, "update_waited_for_milestones": 0.5}
     assert (
         held_back(timing_s)

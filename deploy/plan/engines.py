@@ -1,0 +1,189 @@
+"""Engines, learner and pushes that only wait. The replay, the desks and the train loop around them are the real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from deploy.plan.load import Load, Outcome, Service
+from deploy.run.training.clocks import StageClocks
+from distill.algorithm import train_loop
+from distill.interfaces import Draw, Holder, Lease, Location, Replay, SampleRef, WeightManifest, Work
+from distill.machine.clock import BusyClock
+from distill.replay.desk import Desk
+
+_NEWEST = 1 << 60
+_RESOLUTION_S = 1e-8
+"""Ten times the shortest time that an event loop's timer can wait."""
+
+
+class WaitingEngine:
+    """Processes what it holds together: with n texts, a share of 1 / (fixed_s + each_s * n) of each per second."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._done = 0.0
+        """How many texts one that had been there from the start would have finished."""
+        self._since = 0.0
+        self._running: list[tuple[float, int, asyncio.Future[None]]] = []
+        """A heap: the value of ``_done`` at which each is finished."""
+        self._order = itertools.count()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def serve(self) -> None:
+        """Process one text."""
+        loop = asyncio.get_running_loop()
+        self._progress(loop.time())
+        finished: asyncio.Future[None] = loop.create_future()
+        heapq.heappush(self._running, (self._done + 1.0, next(self._order), finished))
+        self._set_timer(loop)
+        await finished
+
+    def _progress(self, now: float) -> None:
+        if self._running:
+            self._done += (now - self._since) / self._service.seconds(len(self._running))
+        self._since = now
+
+    def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if self._running:
+            self._timer = loop.call_later(max(0.0, self._left_s), self._finish)
+
+    @property
+    def _left_s(self) -> float:
+        """Seconds until the next text is finished, if no other comes."""
+        return (self._running[0][0] - self._done) * self._service.seconds(len(self._running))
+
+    def _finish(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._progress(loop.time())
+        while self._running and self._left_s <= _RESOLUTION_S:
+            _, _, finished = heapq.heappop(self._running)
+            if not finished.done():
+                finished.set_result(None)
+        self._set_timer(loop)
+
+
+class _NoStore:
+    def settle(self, samples: Sequence[SampleRef]) -> None:
+        pass
+
+
+async def run_engine(
+    replay: Replay, holder: Holder, service: Service, clock: BusyClock, *, capacity: int, together: bool
+) -> None:
+    """Work at a desk until the run is over. ``clock`` learns when the engine is busy."""
+    engine = WaitingEngine(service)
+    desk = Desk(replay, holder, _NoStore(), capacity=1 if together else capacity, clock=clock)
+
+    async def process(work: Sequence[Work]) -> None:
+        with clock.running():
+            await asyncio.gather(*(engine.serve() for _ in work))
+        desk.deliver([_finished(each, holder) for each in work])
+
+    async with asyncio.TaskGroup() as running:
+        async for work in desk:
+            for batch in [work] if together else [[each] for each in work]:
+                running.create_task(process(batch))
+
+
+def _finished(work: Work, holder: Holder) -> SampleRef:
+    # A version that the index does not know counts as the newest one.
+    draw, version = (work, _NEWEST) if isinstance(work, Draw) else (work.draw, work.oldest_version)
+    location = Location(
+        node="n", segment=f"{holder}-0.arrow", offset=0, num_bytes=1, trajectory_id=draw.draw_id
+    )
+    return SampleRef(draw=draw, sample=0, location=location, num_tokens=1, oldest_version=version)
+
+
+class NoPushes:
+    """Publisher and milestones of a run that has neither."""
+
+    def __init__(self) -> None:
+        self._version = 0
+
+    async def write(self, updates_done: int) -> WeightManifest:
+        self._version += 1
+        return WeightManifest(
+            policy_version=self._version, update=updates_done, path="", num_bytes=0, checksum=""
+        )
+
+    async def send(self, manifest: WeightManifest) -> None:
+        pass
+
+    async def before_training(self, updates_done: int, policy_version: int) -> None:
+        pass
+
+    def samples_after(self, updates_done: int) -> bool:
+        return False
+
+    async def after_update(
+        self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]
+    ) -> None:
+        pass
+
+
+Counters: TypeAlias = Callable[[], Awaitable[Mapping[str, float]]]
+
+
+class _Waits(NoPushes):
+    """Learner, publisher and milestones of a simulated run."""
+
+    def __init__(self, load: Load, engines: Counters) -> None:
+        super().__init__()
+        now = asyncio.get_running_loop().time
+        self._load = load
+        self._engines = engines
+        self._clock = BusyClock(now)
+        self._shares = StageClocks(now)
+        self._full = max(1, load.num_updates // 4)
+        """Updates in which the pipeline fills. They do not count."""
+        self._full_since = 0.0
+        self.outcome: Outcome | None = None
+
+    async def update(self, lease: Lease) -> dict[str, float]:
+        with self._clock.running():
+            await asyncio.sleep(self._load.update_s)
+        return {}
+
+    async def send(self, manifest: WeightManifest) -> None:
+        await asyncio.sleep(self._load.push_s)
+
+    async def after_update(
+        self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]
+    ) -> None:
+        now = asyncio.get_running_loop().time()
+        if updates_done == self._full:
+            self._full_since = now
+            self._shares.shares(await self._counters())
+        elif updates_done == self._load.num_updates:
+            num_trajectories = self._load.prompts_per_update * (updates_done - self._full)
+            counters = await self._counters()
+            self.outcome = Outcome(
+                trajectories_per_s=num_trajectories / (now - self._full_since),
+                row=counters | self._shares.shares(counters),
+            )
+
+    async def _counters(self) -> dict[str, float]:
+        return {**await self._engines(), "timing/learner_total_busy_s": self._clock.busy_s}
+
+
+async def train(replay: Replay, load: Load, engines: Counters) -> Outcome:
+    """Run the train loop to the last update. ``engines``: the counters of all engines, as an actor's stats name them."""
+    waits = _Waits(load, engines)
+    await train_loop(
+        replay,
+        waits,
+        waits,
+        waits,
+        updates_done=0,
+        num_updates=load.num_updates,
+        lock_step=load.lock_step,
+    )
+    assert waits.outcome is not None  # the last update is done
+    return waits.outcome
