@@ -23,8 +23,8 @@ import psutil
 from deploy.benchmarks.harness import BenchmarkFailed
 from deploy.benchmarks.replay_rows import expected_touch, read_rows, touch, warm_memory
 from deploy.benchmarks.simulated import cpu_s_of
-from deploy.plan.engines import NoPushes
 from deploy.benchmarks.workload import open_store
+from deploy.plan.engines import NoPushes
 from distill.algorithm import train_loop
 from distill.config import LearnerConfig, RecipeConfig, ReplayConfig, RunConfig, ScoringConfig
 from distill.interfaces import Holder, Lease, Tokens

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from distill.config import LearnerConfig, RecipeConfig, ReplayConfig, RolloutConfig, RunConfig, ScoringConfig
 
-
 _SHORTEST_S = 1e-9
 
 
