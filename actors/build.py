@@ -29,6 +29,7 @@ async def build_generator(
     on_push: Literal["recompute", "keep_kv"],
     lock_step: bool,
     seed: int,
+    metrics_name: str | None = None,
 ) -> Generator:
     """Start the engine that ``rollout.engine`` names."""
     if rollout.engine == "vllm":
@@ -43,6 +44,7 @@ async def build_generator(
             on_push=on_push,
             lock_step=lock_step,
             seed=seed,
+            metrics_name=metrics_name,
         )
     from actors.transformers_engine import TransformersGenerator
 
@@ -61,7 +63,12 @@ def engine_seed(run_seed: int, holder: Holder) -> int:
     return xxhash.xxh3_64_intdigest(f"{run_seed}/{holder}".encode()) & 0x7FFFFFFF
 
 
-async def build_teacher(config: RunConfig, model_dir: str) -> Teacher:
+def metrics_name(config: RunConfig, run_id: str, holder: Holder) -> str | None:
+    """The name under which an engine publishes vLLM's metrics through Ray; None without Ray."""
+    return f"{run_id}:{holder}" if config.cluster.backend == "ray" else None
+
+
+async def build_teacher(config: RunConfig, model_dir: str, metrics_name: str | None = None) -> Teacher:
     """Start the engine that ``scoring.engine`` names."""
     if config.scoring.engine == "vllm":
         from actors.vllm_engine.teacher import VllmTeacher
@@ -71,6 +78,7 @@ async def build_teacher(config: RunConfig, model_dir: str) -> Teacher:
             config.scoring,
             max_model_tokens=config.max_model_tokens,
             lock_step=config.replay.lock_step,
+            metrics_name=metrics_name,
         )
     from actors.transformers_engine import TransformersTeacher
 
@@ -90,6 +98,7 @@ async def build_rollout(config: RunConfig, inputs: RunInputs, holder: Holder) ->
         on_push=config.weights.on_push,
         lock_step=config.replay.lock_step,
         seed=engine_seed(config.seed, holder),
+        metrics_name=metrics_name(config, inputs.run_id, holder),
     )
     return RolloutWorker(
         prompts=PromptTable.read(
@@ -121,7 +130,7 @@ async def build_teacher_worker(
     return TeacherWorker(
         corpus=TextCorpus.read(inputs.teacher_text),
         heldout_corpus=TextCorpus.read(inputs.heldout_corpus),
-        teacher=await build_teacher(config, model_dir),
+        teacher=await build_teacher(config, model_dir, metrics_name(config, inputs.run_id, holder)),
         store=open_store(config.replay, inputs, str(holder)),
         holder=holder,
         capacity=config.scoring.max_num_seqs,

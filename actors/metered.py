@@ -41,16 +41,17 @@ class MeteredGenerator:
 
 
 class MeteredTeacher:
-    """A teacher that counts tokens and busy seconds."""
+    """A teacher that counts texts, tokens and busy seconds."""
 
     def __init__(self, inner: Teacher) -> None:
         self.inner = inner
-        self.num_tokens = 0
+        self.num_texts = self.num_tokens = 0
         self.clock = BusyClock()
 
     async def hidden_states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[np.ndarray]:
         with self.clock.running():
             states = await self.inner.hidden_states(prompts, responses)
+        self.num_texts += len(states)
         self.num_tokens += sum(map(len, prompts)) + sum(map(len, responses))
         return states
 

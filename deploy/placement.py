@@ -101,6 +101,20 @@ def threads_on_cores(
     }
 
 
+def require_room(share: Share, count: int, node: Node, setting: str) -> None:
+    """Check that a node has room for more actors. ``setting``: what asks for them, in errors.
+
+    Raises: ConfigError when other actors and jobs have left too little.
+    """
+    for unit, each, free in (
+        ("CPUs", share.num_cpus, node.free_cpus),
+        ("GPUs", float(share.num_gpus), node.free_gpus),
+    ):
+        if count * each > free:
+            must = f"fit the free {unit} of the Ray node {node.address}: {count} more actors take {count * each:g} of {free:g}"
+            raise ConfigError(setting, count, must, "add fewer, or wait until other jobs have ended")
+
+
 def described(placement: Placement) -> str:
     """What the actors take, for the user; actors that take nothing and other names of the same actor are left out."""
     shares = {name: share for name, share in placement.items() if name not in ("sampler", "corpus")}

@@ -14,7 +14,13 @@ import psutil
 
 from actors.step_loop import AFTER_DEATH
 from actors.vllm_engine.processes import end_processes, engine_processes, first_deaths
-from actors.vllm_engine.startup import STEP_TOKENS, current_device, engine_arguments, set_environment
+from actors.vllm_engine.startup import (
+    STEP_TOKENS,
+    current_device,
+    engine_arguments,
+    set_environment,
+    stat_loggers,
+)
 from distill.config import RolloutConfig
 from distill.errors import NO_VALUE, first_line
 from distill.interfaces import (
@@ -87,6 +93,7 @@ class VllmGenerator:
         seed: int = 0,
         lock_step: bool = False,
         backend: str = "shared_memory",
+        metrics_name: str | None = None,
     ) -> VllmGenerator:
         """Load a checkpoint; returns when the engine can sample.
 
@@ -94,7 +101,8 @@ class VllmGenerator:
         that pad theirs differently, and normalize log-probabilities over those. None: sample from all.
         ``lock_step``: admit all requests of a call while the engine is paused, so that timing does not
         decide which of them share a step. ``backend``: the backend of vLLM's weight transfer; a push by
-        manifest needs ``shared_memory``, and no run uses another one yet.
+        manifest needs ``shared_memory``, and no run uses another one yet. ``metrics_name``: publish vLLM's
+        metrics through Ray under this name.
 
         Raises: ConfigError when the machine has fewer cores than ranks.
         """
@@ -109,7 +117,7 @@ class VllmGenerator:
         vocab_size = json.loads((Path(model_dir) / "config.json").read_text())["vocab_size"]
         never_sampled = range(vocab_size if num_tokens is None else num_tokens, vocab_size)
         arguments = AsyncEngineArgs(
-            **engine_arguments(model_dir, settings, max_model_tokens, device),
+            **engine_arguments(model_dir, settings, max_model_tokens, device, metrics_name),
             max_num_seqs=settings.max_num_seqs,
             # On a CPU, a seeded request whose prompt is prefilled in chunks ends the engine: vLLM rewinds
             # the random generator, which a CPU generator does not support.
@@ -122,9 +130,8 @@ class VllmGenerator:
             # Processed log-probabilities include the bias that excludes ids.
             logprobs_mode="processed_logprobs" if never_sampled else "raw_logprobs",
             enable_log_requests=False,
-            disable_log_stats=True,
         )
-        engine = AsyncLLM.from_engine_args(arguments)
+        engine = AsyncLLM.from_engine_args(arguments, stat_loggers=stat_loggers(metrics_name))
         processes = [process for process in engine_processes() if process.pid not in before]
         return cls(
             engine,

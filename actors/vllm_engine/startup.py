@@ -61,13 +61,26 @@ def current_device() -> Literal["cpu", "cuda"]:
     return "cpu" if current_platform.is_cpu() else "cuda"
 
 
+def stat_loggers(metrics_name: str | None) -> list[Any] | None:
+    """What publishes vLLM's own metrics through Ray's; None without a name, and outside of Ray.
+
+    The publisher is vLLM's. Its metrics have the label ``model_name``, which is ``metrics_name``.
+    """
+    if metrics_name is None:
+        return None
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+    return [RayPrometheusStatLogger]
+
+
 def engine_arguments(
     model_dir: str,
     settings: RolloutConfig | ScoringConfig,
     max_model_tokens: int,
     device: Literal["cpu", "cuda"],
+    metrics_name: str | None = None,
 ) -> dict[str, Any]:
-    """Engine arguments common to generation and scoring."""
+    """Engine arguments common to generation and scoring. ``metrics_name``: see :func:`stat_loggers`."""
     on_cpu = device == "cpu"
     return {
         "model": model_dir,
@@ -85,4 +98,7 @@ def engine_arguments(
         "kv_cache_memory_bytes": int(settings.kv_cache_gib * (1 << 30)) if on_cpu else None,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "worker_extension_cls": WORKER_EXTENSION,
+        "served_model_name": metrics_name,
+        # The offline engine asks for this before it takes a publisher. At the level ERROR, nothing is logged.
+        "disable_log_stats": metrics_name is None,
     }

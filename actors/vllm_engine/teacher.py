@@ -12,7 +12,13 @@ import psutil
 from actors.step_loop import AFTER_DEATH, StepLoop
 from actors.stepped_teacher import SteppedTeacher, text_tokens
 from actors.vllm_engine.processes import end_processes, engine_processes, first_deaths
-from actors.vllm_engine.startup import STEP_TOKENS, current_device, engine_arguments, set_environment
+from actors.vllm_engine.startup import (
+    STEP_TOKENS,
+    current_device,
+    engine_arguments,
+    set_environment,
+    stat_loggers,
+)
 from distill.config import ScoringConfig
 from distill.errors import NO_VALUE, ConfigError
 from distill.interfaces import EngineDied, Tokens
@@ -39,17 +45,24 @@ class VllmTeacher(SteppedTeacher):
 
     @classmethod
     async def start(
-        cls, model_dir: str, settings: ScoringConfig, *, max_model_tokens: int, lock_step: bool = False
+        cls,
+        model_dir: str,
+        settings: ScoringConfig,
+        *,
+        max_model_tokens: int,
+        lock_step: bool = False,
+        metrics_name: str | None = None,
     ) -> VllmTeacher:
         """Load the teacher; returns when it can score.
 
         ``lock_step``: compute one call after the other, so that timing does not decide which texts share a step.
+        ``metrics_name``: publish vLLM's metrics through Ray under this name.
 
         Raises: ConfigError when the machine has fewer cores than ranks.
         """
         before = {process.pid for process in engine_processes()}
         loop = StepLoop(_NAME, lock_step=lock_step)
-        await loop.start(partial(_start_teacher, model_dir, settings, max_model_tokens))
+        await loop.start(partial(_start_teacher, model_dir, settings, max_model_tokens, metrics_name))
         return cls(loop, [process for process in engine_processes() if process.pid not in before])
 
     async def close(self) -> None:
@@ -103,7 +116,9 @@ class _Pooling:
         self._engine.engine_core.shutdown()
 
 
-def _start_teacher(model_dir: str, settings: ScoringConfig, max_model_tokens: int) -> _Pooling:
+def _start_teacher(
+    model_dir: str, settings: ScoringConfig, max_model_tokens: int, metrics_name: str | None
+) -> _Pooling:
     num_threads = settings.num_threads or usable_cores()
     set_environment(num_threads, settings.tensor_parallel_size)
     import torch
@@ -115,7 +130,7 @@ def _start_teacher(model_dir: str, settings: ScoringConfig, max_model_tokens: in
     # Call this before vLLM's CPU worker disables it. The count is per thread, hence set in the one that works.
     torch.set_num_threads(max(1, num_threads // settings.tensor_parallel_size))
     arguments = EngineArgs(
-        **engine_arguments(model_dir, settings, max_model_tokens, current_device()),
+        **engine_arguments(model_dir, settings, max_model_tokens, current_device(), metrics_name),
         runner="pooling",
         max_num_batched_tokens=max(STEP_TOKENS, max_model_tokens),
         pooler_config=PoolerConfig(task="token_embed", use_activation=False),
@@ -123,8 +138,7 @@ def _start_teacher(model_dir: str, settings: ScoringConfig, max_model_tokens: in
         hf_overrides={"head_dtype": "model"},
         # Cached positions return no states.
         enable_prefix_caching=False,
-        disable_log_stats=True,
     )
     # Not vllm.LLM, because its scoring interface, which is not used here, requires a tokenizer.
-    engine = LLMEngine.from_engine_args(arguments)
+    engine = LLMEngine.from_engine_args(arguments, stat_loggers=stat_loggers(metrics_name))
     return _Pooling(engine, PoolingParams(task="token_embed", use_activation=False))

@@ -15,18 +15,24 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from deploy.benchmarks.harness import BenchmarkFailed, Measurement, Say, alternate, rates
+from deploy.benchmarks.machine_limit import Model, Speeds, Update, limits_s
 from deploy.benchmarks.peer_environment import TRL_VERSION, trl_python
 from deploy.benchmarks.workload import model_dir, prompt_table
 from deploy.cluster.memory import MemorySampler
+from deploy.run.model_facts import ModelFacts
+from distill.config import LearnerConfig, RolloutConfig, ScoringConfig
 from distill.errors import NO_VALUE
+from distill.machine.hardware import resolve_dtype
 
 STUDENT_LAYERS = 10
 PROMPTS_PER_UPDATE, MAX_NEW_TOKENS = 16, 64
@@ -34,6 +40,7 @@ WARM_UP_UPDATES, NUM_UPDATES = 2, 8
 LEARNING_RATE = 1e-5
 _NUM_PROMPTS, _NUM_HELDOUT = PROMPTS_PER_UPDATE * NUM_UPDATES + 16, 8
 _TIMEOUT_S = 1800.0
+STAGES = ("rollout", "teacher", "learner", "push", "update")
 
 RECIPES = {
     "rkl": ["recipe=minillm", "recipe.long_weight=0"],  # its single-step part: reverse KL, whole vocabulary
@@ -61,6 +68,7 @@ def measure(num_pairs: int, say: Say) -> Measurement:
             for recipe in RECIPES
         } | {"trl": lambda: trl(*best, NUM_UPDATES)}
         rounds = alternate(num_pairs, sides, say)
+        limit_s = None if _has_gpu() else _limit(teacher, student, rounds[0]["rkl"])
     return Measurement(
         pairs={f"trl_{recipe}": rates(rounds, recipe, "trl") for recipe in RECIPES},
         notes={
@@ -69,6 +77,10 @@ def measure(num_pairs: int, say: Say) -> Measurement:
             "peak_pss_bytes": {
                 name: max(found[name]["peak_pss_bytes"] for found in rounds) for name in sides
             },
+            "rkl_update_s": {
+                stage: statistics.median(found["rkl"][f"{stage}_s"] for found in rounds) for stage in STAGES
+            },
+            "rkl_update_s_at_machine_speed": limit_s,
             "student_layers": STUDENT_LAYERS,
             "prompts_per_update": PROMPTS_PER_UPDATE,
             "max_new_tokens": MAX_NEW_TOKENS,
@@ -154,11 +166,55 @@ def _throughput(run_dir: Path) -> dict[str, float]:
     rows = read_metrics(run_dir).to_pylist()[WARM_UP_UPDATES:]
     summary = RunFolder(run_dir).read_summary()
     assert summary is not None  # the command has succeeded
+    first, last, updates = rows[0], rows[-1], len(rows) - 1
+
+    def each(name: str) -> float:
+        """What one update adds to a counter."""
+        return (last[name] - first[name]) / updates
+
     return {
         "num_tokens": sum(row["policy/student_text.num_tokens"] for row in rows),
         "seconds": sum(row["timing/update_s"] for row in rows),
         "peak_pss_bytes": summary["peak_pss_bytes"]["total"],
+        "tokens_of_update": each("learner/num_input_tokens"),
+        "response_tokens_of_update": sum(row["policy/student_text.num_tokens"] for row in rows) / len(rows),
+        "rollout_s": each("timing/rollout_busy_s"),
+        "teacher_s": each("timing/teacher_busy_s"),
+        "learner_s": statistics.mean(row["timing/learner_busy_s"] for row in rows),
+        "push_s": statistics.mean(row["timing/push_s"] for row in rows),
+        "update_s": statistics.mean(row["timing/update_s"] for row in rows),
     }
+
+
+def _limit(teacher: Path, student: Path, found: dict[str, float]) -> dict[str, float]:
+    """Seconds of each stage of a reverse-KL update if the machine did nothing else (:mod:`machine_limit`)."""
+    response = found["response_tokens_of_update"]
+    update = Update(
+        num_texts=PROMPTS_PER_UPDATE,
+        prompt_tokens=found["tokens_of_update"] - response,
+        response_tokens=response,
+        steps=MAX_NEW_TOKENS,
+    )
+    limits = limits_s(
+        update,
+        teacher=_sizes(teacher, ScoringConfig().dtype),
+        student=_sizes(student, RolloutConfig().dtype),
+        speeds=Speeds.measure(),
+        training_format=resolve_dtype(LearnerConfig().precision, "cpu"),
+    )
+    return {**limits, "update": sum(limits.values())}
+
+
+def _sizes(folder: Path, dtype: Any) -> Model:
+    facts = ModelFacts.read(folder, "model", "fetch it again")
+    number_format = resolve_dtype(dtype, "cpu")
+    head = facts.vocab_size * facts.hidden_size
+    return Model(
+        layer_parameters=facts.num_parameters - head,
+        head_parameters=head,
+        bytes_per_number=2 if number_format == "bfloat16" else 4,
+        number_format=number_format,
+    )
 
 
 def _trl(

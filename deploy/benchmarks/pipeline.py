@@ -7,24 +7,21 @@ the ratio can be three, and more by what the push takes.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from deploy.benchmarks.harness import Measurement, Say, alternate
 from deploy.benchmarks.simulated import simulate_on_ray
-from deploy.plan.load import Load, Service
+from deploy.plan.load import Load, Service, waiting_config
 from distill.config import ClusterConfig
 
 LOAD = Load(
-    num_rollouts=64,
-    num_teachers=16,
-    prompts_per_update=64,
-    num_updates=24,
-    max_policy_age=3,
+    config=waiting_config(
+        num_rollouts=64, num_teachers=16, prompts_per_update=64, num_updates=24, max_policy_age=3
+    ),
     rollout=Service(1.0),
     teacher=Service(0.25),
-    update_s=1.0,
+    update=Service(1.0 / 64),
     push_s=0.1,
 )
+LOCK_STEP = LOAD.changed({"replay.max_policy_age": 0, "learner.num_updates": 8})
 
 
 def measure(num_pairs: int, say: Say) -> Measurement:
@@ -34,12 +31,12 @@ def measure(num_pairs: int, say: Say) -> Measurement:
     with RayCluster(ClusterConfig(address="local"), "bbbbbbbb") as cluster:
         sides = {
             "asynchronous": lambda: simulate_on_ray(cluster, LOAD),
-            "lockstep": lambda: simulate_on_ray(cluster, replace(LOAD, max_policy_age=0, num_updates=8)),
+            "lockstep": lambda: simulate_on_ray(cluster, LOCK_STEP),
         }
-        simulate_on_ray(cluster, replace(LOAD, num_updates=2))  # imports and connections
+        simulate_on_ray(cluster, LOAD.changed({"learner.num_updates": 2}))  # imports and connections
         rounds = alternate(num_pairs, sides, say)
-    slowest = min(LOAD.rates.values())
-    rates = [{name: outcome.trajectories_per_s for name, outcome in found.items()} for found in rounds]
+    slowest = min(LOAD.rates.values()) * LOAD.config.learner.prompts_per_update
+    rates = [{name: outcome.samples_per_s for name, outcome in found.items()} for found in rounds]
     return Measurement(
         pairs={
             "slowest": [(found["asynchronous"], slowest) for found in rates],

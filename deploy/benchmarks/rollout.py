@@ -184,5 +184,4 @@ def _engine_arguments(model: str) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "logprobs_mode": "raw_logprobs",
         "enable_log_requests": False,
-        "disable_log_stats": True,
     }

@@ -18,7 +18,7 @@ import psutil
 
 from deploy.benchmarks.harness import Measurement, Say
 from deploy.benchmarks.simulated import cpu_s_of, simulate_on_ray
-from deploy.plan.load import Load, Service
+from deploy.plan.load import Load, Service, waiting_config
 from distill.config import ClusterConfig
 
 NUM_ENGINES = (1, 4, 16, 64, 256)
@@ -113,13 +113,15 @@ def _load(num_engines: int, *, num_updates: int) -> Load:
     """Rollout engines and a quarter as many teachers, at a fixed rate of the whole."""
     num_teachers = max(1, num_engines // 4)
     return Load(
-        num_rollouts=num_engines,
-        num_teachers=num_teachers,
-        prompts_per_update=PROMPTS_PER_UPDATE,
-        num_updates=num_updates,
-        max_policy_age=max(2, 2 * num_engines // PROMPTS_PER_UPDATE),
+        config=waiting_config(
+            num_rollouts=num_engines,
+            num_teachers=num_teachers,
+            prompts_per_update=PROMPTS_PER_UPDATE,
+            num_updates=num_updates,
+            max_policy_age=max(2, 2 * num_engines // PROMPTS_PER_UPDATE),
+        ),
         rollout=Service(num_engines / TRAJECTORIES_PER_S),
         teacher=Service(num_teachers / TRAJECTORIES_PER_S),
-        update_s=PROMPTS_PER_UPDATE / TRAJECTORIES_PER_S,
+        update=Service(1 / TRAJECTORIES_PER_S),
         push_s=0.0,
     )

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from deploy.plan.engines import run_engine, train
-from deploy.plan.load import Load, Outcome, Service
+from deploy.plan.load import Load, Outcome
 from deploy.plan.simulate import engine_counters
 from deploy.run.training.fleet import added
 from distill.interfaces import Holder, Role
@@ -46,15 +46,13 @@ class Engines:
     def pid(self) -> int:
         return os.getpid()
 
-    async def run(
-        self, replay: Any, role: Role, numbers: Sequence[int], service: Service, capacity: int, together: bool
-    ) -> None:
+    async def run(self, replay: Any, role: Role, numbers: Sequence[int], load: Load) -> None:
         """Work until the run is over."""
         remote: Any = Remote(replay)
         self._clocks[role] = [BusyClock() for _ in numbers]
         await asyncio.gather(
             *(
-                run_engine(remote, Holder(role, number), service, clock, capacity=capacity, together=together)
+                run_engine(remote, Holder(role, number), load, clock)
                 for number, clock in zip(numbers, self._clocks[role], strict=True)
             )
         )
@@ -72,11 +70,11 @@ def simulate_on_ray(cluster: Any, load: Load) -> RayOutcome:
     names = ["replay"]
     actors: list[Any] = []
     calls: list[Any] = []
-    pools: tuple[tuple[Role, int, Service, int], ...] = (
-        ("rollout", load.num_rollouts, load.rollout, load.rollout_capacity),
-        ("teacher", load.num_teachers, load.teacher, load.teacher_capacity),
+    pools: tuple[tuple[Role, int], ...] = (
+        ("rollout", config.rollout.replicas),
+        ("teacher", config.scoring.replicas),
     )
-    for role, count, service, capacity in pools:
+    for role, count in pools:
         processes = min(MAX_PROCESSES // 2, count)
         for number in range(processes):
             name = f"{role}-engines-{number}"
@@ -84,7 +82,7 @@ def simulate_on_ray(cluster: Any, load: Load) -> RayOutcome:
             names.append(name)
             numbers = list(range(number, count, processes))
             actors.append(actor)
-            calls.append(actor.run.remote(replay, role, numbers, service, capacity, load.lock_step))
+            calls.append(actor.run.remote(replay, role, numbers, load))
     control = {
         "driver": [psutil.Process()],
         "replay": [psutil.Process(cluster.actor_pid("replay"))],
@@ -97,9 +95,10 @@ def simulate_on_ray(cluster: Any, load: Load) -> RayOutcome:
     finally:
         for name in names:
             cluster.end_actor(name)
-    num_trajectories = load.prompts_per_update * load.num_updates
+    num_trajectories = config.learner.prompts_per_update * config.learner.num_updates
     return RayOutcome(
-        trajectories_per_s=outcome.trajectories_per_s,
+        updates_per_s=outcome.updates_per_s,
+        samples_per_s=outcome.samples_per_s,
         row=outcome.row,
         cpu_s={name: cpu_s / num_trajectories for name, cpu_s in spent.items()},
     )

@@ -170,6 +170,5 @@ def _engine(model: str) -> Any:
             max_num_batched_tokens=max(STEP_TOKENS, MAX_MODEL_TOKENS),
             pooler_config=PoolerConfig(task="token_embed", use_activation=False),
             enable_prefix_caching=False,
-            disable_log_stats=True,
         )
     )

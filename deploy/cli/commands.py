@@ -135,6 +135,31 @@ def recipes(options: argparse.Namespace) -> int:
     return DONE
 
 
+def plan(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from deploy.plan.command import make_plan, plan_report
+    from deploy.report.terminal import print_report
+    from deploy.run.progress import Progress
+
+    config = _load(options)
+    # What a probe says goes where it does not mix with the JSON.
+    console = Console(stderr=True, soft_wrap=True, highlight=False) if options.json else None
+    with Progress(console) as progress:
+        found = make_plan(
+            config,
+            measured_run=options.measured,
+            num_devices=options.devices,
+            device_gib=options.device_gib,
+            progress=progress,
+        )
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        print_report(plan_report(found))
+    return DONE
+
+
 def scale(options: argparse.Namespace) -> int:
     from deploy.run.training.scale import request_scale
     from distill.run.folder import RunFolder

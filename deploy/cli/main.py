@@ -55,6 +55,16 @@ def _share(text: str) -> float:
     return share
 
 
+def _gib(text: str) -> float:
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = 0.0
+    if not 0 < gib < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} must be a number of GiB > 0")
+    return gib
+
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -156,6 +166,28 @@ def _add_runs(sub: Commands) -> None:
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     doctor.set_defaults(run=commands.doctor)
+
+    plan = sub.add_parser("plan", help="predict a run's speed and memory, and the best split of devices")
+    plan.add_argument("config", help="YAML file")
+    plan.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that override the file"
+    )
+    plan.add_argument(
+        "--measured",
+        metavar="RUN",
+        help="a run of the same models and texts, for its times (default: measure them in a short run)",
+    )
+    plan.add_argument(
+        "--devices",
+        type=_positive,
+        metavar="N",
+        help="divide up to N devices like the measured ones, so that each actor has its own",
+    )
+    plan.add_argument(
+        "--device-gib", type=_gib, metavar="GIB", help="refuse a plan that needs more memory on a GPU"
+    )
+    plan.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    plan.set_defaults(run=commands.plan)
 
     scale = sub.add_parser("scale", help="change the number of actors of a run that is training")
     scale.add_argument("run_dir", metavar="RUN", help="the run's folder")

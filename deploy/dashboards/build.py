@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deploy.dashboards.config import RAY_TARGETS, prometheus_config
 from deploy.dashboards.panels import DASHBOARDS, DashboardSpec, Panel
 
 FOLDER = Path(__file__).parent.parent / "grafana"
+PROMETHEUS = FOLDER / "prometheus.yml"
 PAGE = Path(__file__).parents[2] / "docs" / "monitoring.md"
 _PANELS_PER_ROW = 3
 _INTRODUCTION = """# Monitoring
@@ -22,12 +24,17 @@ _INTRODUCTION = """# Monitoring
 terminal, or with `--web` the whole report in a browser, on loopback.
 
 A run exports its numbers through Ray's metrics while it trains: every column of `metrics.parquet`, the seconds and
-tokens of each actor, memory and free space, labelled with the run's id. On a cluster whose Prometheus collects Ray's
-metrics they are there already. On one machine, one command collects them, and shows them where Grafana is installed:
+tokens of each actor, memory and free space, and vLLM's own metrics of each engine, labelled with the run's id and the
+role, and where it is one actor's number, with the actor as `member`. On one machine, one command collects them, and
+shows them where Grafana is installed:
 
 ```sh
 .venv/bin/distill dashboards runs/demo              # Prometheus on http://127.0.0.1:9090
 ```
+
+On a cluster, `deploy/grafana/prometheus.yml` is the configuration of a Prometheus on the head node: it finds Ray's nodes
+in the list that Ray keeps there. vLLM names a run's engine in its label `model_name`; the configuration turns that into
+the labels of the run, so copy its `metric_relabel_configs` into a Prometheus that collects Ray's metrics already.
 
 Prometheus is a package of Debian (`apt-get install prometheus`). The dashboards are `deploy/grafana/*.json`, for import
 into Grafana; its own builders wrote them, and no test has imported them. They and this page are built from one definition, `deploy/dashboards/panels.py`, by
@@ -92,8 +99,14 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def cluster_config() -> str:
+    """The configuration of a Prometheus on the head node of a cluster, in JSON, which is YAML."""
+    return prometheus_config([RAY_TARGETS]) + "\n"
+
+
 def main() -> None:
     PAGE.write_text(page())
+    PROMETHEUS.write_text(cluster_config())
     for spec in DASHBOARDS:
         (FOLDER / f"{spec.uid}.json").write_text(dashboard_json(spec))
 

@@ -59,6 +59,20 @@ def _rate(metric: Exported, by: str, legend: str) -> Query:
     return Query(f'sum by ({by}) (rate({metric.in_prometheus}{{run_id="{RUN}"}}{_RATE}))', legend)
 
 
+def _rate_of_column(name: str, legend: str) -> Query:
+    """Of a column that only grows."""
+    return Query(f'rate(ray_{names.of_column(name)}{{run_id="{RUN}"}}{_RATE})', legend)
+
+
+def _of_engines(name: str, legend: str) -> Query:
+    """A gauge of vLLM's own. Prometheus derives the labels of the run from its ``model_name``."""
+    return Query(f'ray_vllm_{name}{{run_id="{RUN}"}}', legend)
+
+
+def _rate_of_engines(name: str, legend: str) -> Query:
+    return Query(f'sum by (member) (rate(ray_vllm_{name}_total{{run_id="{RUN}"}}{_RATE}))', legend)
+
+
 THROUGHPUT = DashboardSpec(
     "distill-throughput",
     "distill: throughput",
@@ -112,12 +126,59 @@ THROUGHPUT = DashboardSpec(
                 queries=(_rate(names.ACTOR_TOKENS, "member", "{{member}}"),),
             ),
             Panel(
+                title="Bytes per second by hop",
+                unit="Bps",
+                description="Rows that rollout actors and scoring actors write for the next stage. Hidden states are by "
+                "far the largest part: a narrower teacher or shorter responses make it smaller. It should stay far "
+                "below the speed of a memory copy.",
+                queries=(
+                    _rate_of_column("rollout/num_bytes", "rollout to scoring"),
+                    _rate_of_column("teacher/num_bytes", "scoring to learner"),
+                ),
+            ),
+            Panel(
+                title="Bytes of a push",
+                unit="bytes",
+                description="The file of the weights, in the number format of the rollout engines. Half of it is saved "
+                "by rollout.dtype=bfloat16 where the engine computes in that format.",
+                queries=(_column("weights/num_bytes", "learner to engines"),),
+            ),
+            Panel(
                 title="Seconds of an update",
                 unit="s",
                 description="update: one update with its rollouts and scoring, without evaluations and checkpoints. push: the weights' way to all "
                 "engines. A push that takes more than a tenth of an update is worth a look: fewer bytes "
                 "(rollout.dtype) or fewer engines on a node.",
                 queries=(_column("timing/update_s", "update"), _column("timing/push_s", "push")),
+            ),
+        ),
+        "vLLM engines": (
+            Panel(
+                title="Requests in each engine",
+                unit="short",
+                description="vLLM's own count of what it computes and what waits for room. Requests that wait all the "
+                "time: raise max_num_seqs or kv_cache_gib of the engine, or its replicas.",
+                queries=(
+                    _of_engines("num_requests_running", "{{member}} running"),
+                    _of_engines("num_requests_waiting", "{{member}} waiting"),
+                ),
+            ),
+            Panel(
+                title="KV cache in use",
+                unit="percentunit",
+                description="Part of each engine's key-value cache that holds a sequence. Near 1, vLLM preempts "
+                "sequences and computes them again: raise kv_cache_gib or gpu_memory_utilization.",
+                queries=(_of_engines("kv_cache_usage_perc", "{{member}}"),),
+            ),
+            Panel(
+                title="Tokens per second inside vLLM",
+                unit="short",
+                description="Tokens that each engine read and wrote. A rollout engine that reads far more than its prompts "
+                "computes prefixes again after pushes: weights.on_push=keep_kv avoids that.",
+                queries=(
+                    _rate_of_engines("prompt_tokens", "{{member}} read"),
+                    _rate_of_engines("generation_tokens", "{{member}} wrote"),
+                ),
             ),
         ),
         "Replay": (
@@ -265,11 +326,15 @@ HEALTH = DashboardSpec(
                 queries=(_gauge(names.ALARMS, "alarms"),),
             ),
             Panel(
-                title="Draws given back",
+                title="Draws given back and answers refused",
                 unit="short",
-                description="Groups that were drawn again because their text had become too old. It is 0 unless an "
-                "actor was slow or lost.",
-                queries=(_column("replay/num_expired", "expired"),),
+                description="Expired: groups that were drawn again because their text had become too old. Refused: "
+                "samples that came too late, because their work had been given to another actor. Both are 0 unless "
+                "an actor was slow or lost: look at the tokens of each actor.",
+                queries=(
+                    _column("replay/num_expired", "expired"),
+                    _column("replay/num_refused", "refused"),
+                ),
             ),
         ),
         "Machine": (

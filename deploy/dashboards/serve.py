@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from deploy.dashboards.build import FOLDER
+from deploy.dashboards.config import RAY_TARGETS, SCRAPE_EVERY_S, prometheus_config
 from distill.errors import NO_VALUE, ConfigError, first_line
 from distill.run.folder import RunFolder
 
@@ -23,29 +24,7 @@ PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
 READY_WITHIN_S, END_WITHIN_S = 30.0, 10.0
 GRAFANA_HOME = "/usr/share/grafana"
 """Where the packages of Debian and Fedora put it."""
-SCRAPE_EVERY_S = 5
-RAY_TARGETS = "/tmp/ray/prom_metrics_service_discovery.json"
-"""Ray's own list of nodes, where a cluster with a dashboard runs on this machine."""
 _GRAFANA = ("grafana", "grafana-server")
-
-
-def prometheus_config(targets: Sequence[str], scrape_every_s: int = SCRAPE_EVERY_S) -> str:
-    """The configuration of a Prometheus that looks for runs in these files. It is JSON, which YAML contains."""
-    discovery = {"files": list(targets), "refresh_interval": "5s"}
-    return json.dumps(
-        {
-            "global": {"scrape_interval": f"{scrape_every_s}s", "scrape_timeout": f"{scrape_every_s}s"},
-            # A target that two files name with different jobs would be counted twice.
-            "scrape_configs": [
-                {
-                    "job_name": "distill",
-                    "file_sd_configs": [discovery],
-                    "relabel_configs": [{"target_label": "job", "replacement": "distill"}],
-                }
-            ],
-        },
-        indent=1,
-    )
 
 
 @contextmanager

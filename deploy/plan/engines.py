@@ -11,7 +11,7 @@ from typing import TypeAlias
 from deploy.plan.load import Load, Outcome, Service
 from deploy.run.training.clocks import StageClocks
 from distill.algorithm import train_loop
-from distill.interfaces import Draw, Holder, Lease, Location, Replay, SampleRef, WeightManifest, Work
+from distill.interfaces import Holder, Lease, Location, Replay, SampleRef, WeightManifest, Work
 from distill.machine.clock import BusyClock
 from distill.replay.desk import Desk
 
@@ -74,31 +74,43 @@ class _NoStore:
         pass
 
 
-async def run_engine(
-    replay: Replay, holder: Holder, service: Service, clock: BusyClock, *, capacity: int, together: bool
-) -> None:
+async def run_engine(replay: Replay, holder: Holder, load: Load, clock: BusyClock) -> None:
     """Work at a desk until the run is over. ``clock`` learns when the engine is busy."""
-    engine = WaitingEngine(service)
-    desk = Desk(replay, holder, _NoStore(), capacity=1 if together else capacity, clock=clock)
+    config = load.config
+    together = config.replay.lock_step
+    samples_per_draw = config.rollout.samples_per_prompt if holder.kind == "rollout" else 1
+    sequences = (config.rollout if holder.kind == "rollout" else config.scoring).max_num_seqs
+    engine = WaitingEngine(load.rollout if holder.kind == "rollout" else load.teacher)
+    desk = Desk(
+        replay,
+        holder,
+        _NoStore(),
+        capacity=1 if together else max(1, sequences // samples_per_draw),
+        samples_per_draw=samples_per_draw,
+        clock=clock,
+    )
 
-    async def process(work: Sequence[Work]) -> None:
+    async def process(texts: Sequence[tuple[Work, int]]) -> None:
         with clock.running():
-            await asyncio.gather(*(engine.serve() for _ in work))
-        desk.deliver([_finished(each, holder) for each in work])
+            await asyncio.gather(*(engine.serve() for _ in texts))
+        desk.deliver([_finished(work, sample, holder) for work, sample in texts])
 
     async with asyncio.TaskGroup() as running:
-        async for work in desk:
-            for batch in [work] if together else [[each] for each in work]:
+        async for new in desk:
+            texts = [(work, sample) for work in new for sample in range(samples_per_draw)]
+            for batch in [texts] if together else [[text] for text in texts]:
                 running.create_task(process(batch))
 
 
-def _finished(work: Work, holder: Holder) -> SampleRef:
+def _finished(work: Work, sample: int, holder: Holder) -> SampleRef:
     # A version that the index does not know counts as the newest one.
-    draw, version = (work, _NEWEST) if isinstance(work, Draw) else (work.draw, work.oldest_version)
+    draw, version = work, _NEWEST
+    if isinstance(work, SampleRef):
+        draw, sample, version = work.draw, work.sample, work.oldest_version
     location = Location(
-        node="n", segment=f"{holder}-0.arrow", offset=0, num_bytes=1, trajectory_id=draw.draw_id
+        node="n", segment=f"{holder}-0.arrow", offset=0, num_bytes=1, trajectory_id=f"{draw.draw_id}-{sample}"
     )
-    return SampleRef(draw=draw, sample=0, location=location, num_tokens=1, oldest_version=version)
+    return SampleRef(draw=draw, sample=sample, location=location, num_tokens=1, oldest_version=version)
 
 
 class NoPushes:
@@ -136,41 +148,51 @@ class _Waits(NoPushes):
 
     def __init__(self, load: Load, engines: Counters) -> None:
         super().__init__()
-        now = asyncio.get_running_loop().time
+        self._now = now = asyncio.get_running_loop().time
+        self._push_s = 0.0
         self._load = load
         self._engines = engines
         self._clock = BusyClock(now)
         self._shares = StageClocks(now)
-        self._full = max(1, load.num_updates // 4)
+        self._num_updates = load.config.learner.num_updates
+        self._full = max(1, self._num_updates // 4)
         """Updates in which the pipeline fills. They do not count."""
         self._full_since = 0.0
+        self._num_samples = 0
         self.outcome: Outcome | None = None
 
     async def update(self, lease: Lease) -> dict[str, float]:
         with self._clock.running():
-            await asyncio.sleep(self._load.update_s)
+            await asyncio.sleep(self._load.update.seconds(sum(len(group.samples) for group in lease.groups)))
         return {}
 
     async def send(self, manifest: WeightManifest) -> None:
+        start = self._now()
         await asyncio.sleep(self._load.push_s)
+        self._push_s = self._now() - start
 
     async def after_update(
         self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]
     ) -> None:
-        now = asyncio.get_running_loop().time()
+        now = self._now()
+        if updates_done > self._full:
+            student = [group for group in lease.groups if group.draw.table == "student_text"]
+            self._num_samples += sum(len(group.samples) for group in student)
         if updates_done == self._full:
             self._full_since = now
             self._shares.shares(await self._counters())
-        elif updates_done == self._load.num_updates:
-            num_trajectories = self._load.prompts_per_update * (updates_done - self._full)
+        elif updates_done == self._num_updates:
             counters = await self._counters()
+            seconds = now - self._full_since
             self.outcome = Outcome(
-                trajectories_per_s=num_trajectories / (now - self._full_since),
+                updates_per_s=(updates_done - self._full) / seconds,
+                samples_per_s=self._num_samples / seconds,
                 row=counters | self._shares.shares(counters),
             )
 
     async def _counters(self) -> dict[str, float]:
-        return {**await self._engines(), "timing/learner_total_busy_s": self._clock.busy_s}
+        own = {"timing/learner_total_busy_s": self._clock.busy_s, "timing/push_s": self._push_s}
+        return {**await self._engines(), **own}
 
 
 async def train(replay: Replay, load: Load, engines: Counters) -> Outcome:
@@ -182,8 +204,8 @@ async def train(replay: Replay, load: Load, engines: Counters) -> Outcome:
         waits,
         waits,
         updates_done=0,
-        num_updates=load.num_updates,
-        lock_step=load.lock_step,
+        num_updates=load.config.learner.num_updates,
+        lock_step=load.config.replay.lock_step,
     )
     assert waits.outcome is not None  # the last update is done
     return waits.outcome

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from distill.config import LearnerConfig, RecipeConfig, ReplayConfig, RolloutConfig, RunConfig, ScoringConfig
+from distill.replay.draws import BatchPlan
 
 _SHORTEST_S = 1e-9
 
 
 @dataclass(frozen=True)
 class Service:
-    """The time that an engine needs for its work: ``fixed_s + each_s * n`` seconds for ``n`` trajectories together.
+    """The time that a device needs for its work: ``fixed_s + each_s * n`` seconds for ``n`` texts together.
 
     A decoding step has both parts. Reading the weights from memory costs the same for every number of texts, and the
     arithmetic grows with it.
@@ -27,56 +29,65 @@ class Service:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """How many engines there are, and how long each piece of work takes."""
+    """A configuration, and how long each of its devices needs."""
 
-    num_rollouts: int
-    num_teachers: int
-    prompts_per_update: int
-    num_updates: int
-    """At least two: the first quarter of them does not count."""
-    max_policy_age: int
+    config: RunConfig
     rollout: Service
-    """Of one rollout engine; without rollouts, of none."""
+    """Of one rollout engine, for samples."""
     teacher: Service
-    update_s: float
+    """Of one scoring engine, for texts."""
+    update: Service
+    """Of the learner, for the rows of an update."""
     push_s: float
-    rollout_capacity: int = 1
-    """Trajectories that an engine has at a time. In lock-step it has its whole share at once."""
-    teacher_capacity: int = 1
-
-    @property
-    def lock_step(self) -> bool:
-        return self.max_policy_age == 0
 
     @property
     def rates(self) -> dict[str, float]:
-        """Trajectories per second that each stage could do alone, with full engines."""
-        return {
-            "rollout": _rate(self.num_rollouts, self.rollout, self.rollout_capacity),
-            "teacher": _rate(self.num_teachers, self.teacher, self.teacher_capacity),
-            "learner": self.prompts_per_update / self.update_s if self.update_s else float("inf"),
-        }
+        """Updates per second that each stage could do alone, with full engines."""
+        config, plan = self.config, BatchPlan.of(self.config)
+        samples = plan.student_groups(0) * config.rollout.samples_per_prompt
+        texts = samples + plan.teacher_rows_per_update
+        rates = {"learner": 1 / self.update.seconds(texts)}
+        for stage, service, engine, work in (
+            ("rollout", self.rollout, config.rollout, samples),
+            ("teacher", self.teacher, config.scoring, texts),
+        ):
+            together = engine.max_num_seqs
+            rate = engine.replicas * together / service.seconds(together)
+            rates[stage] = rate / work if work else float("inf")
+        return rates
 
-    @property
-    def config(self) -> RunConfig:
-        return RunConfig(
-            recipe=RecipeConfig(student_text="every_update", teacher_text="none"),
-            learner=LearnerConfig(num_updates=self.num_updates, prompts_per_update=self.prompts_per_update),
-            replay=ReplayConfig(max_policy_age=self.max_policy_age),
-            rollout=RolloutConfig(samples_per_prompt=1, replicas=self.num_rollouts),
-            scoring=ScoringConfig(replicas=self.num_teachers),
-        )
+    def changed(self, changes: Mapping[str, Any]) -> Load:
+        """The load with other settings, by their dotted names of two parts. The services stay."""
+        return replace(self, config=with_settings(self.config, changes))
 
 
-def _rate(num_engines: int, service: Service, capacity: int) -> float:
-    return num_engines * capacity / service.seconds(capacity)
+def with_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A configuration with other settings, by their dotted names of two parts."""
+    for name, value in changes.items():
+        section, _, setting = name.partition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{setting: value})})
+    return config
+
+
+def waiting_config(
+    *, num_rollouts: int, num_teachers: int, prompts_per_update: int, num_updates: int, max_policy_age: int
+) -> RunConfig:
+    """A run whose engines have one text at a time, with the student's text alone and one sample for each prompt."""
+    return RunConfig(
+        recipe=RecipeConfig(student_text="every_update", teacher_text="none"),
+        learner=LearnerConfig(num_updates=num_updates, prompts_per_update=prompts_per_update),
+        replay=ReplayConfig(max_policy_age=max_policy_age),
+        rollout=RolloutConfig(samples_per_prompt=1, replicas=num_rollouts, max_num_seqs=1),
+        scoring=ScoringConfig(replicas=num_teachers, max_num_seqs=1),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a simulated run took."""
+    """What a simulated run took, without the time in which the pipeline fills."""
 
-    trajectories_per_s: float
-    """Without the time in which the pipeline fills."""
+    updates_per_s: float
+    samples_per_s: float
+    """Of the student, in the updates."""
     row: Mapping[str, float]
     """Busy shares and numbers of actors of the same time, by the names of ``metrics.parquet``."""

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 from actors.shells import ReplayActor
 from deploy.plan.engines import run_engine, train
-from deploy.plan.load import Load, Outcome, Service
+from deploy.plan.load import Load, Outcome
 from deploy.plan.virtual_time import run_in_virtual_time
 from distill.interfaces import Holder, Role
 from distill.machine.clock import BusyClock
 
-_NUM_PROMPTS = 100_000
+_NUM_ROWS = 100_000
+"""Prompts, and rows of teacher text: more than a simulation uses, so that none comes twice."""
 
 
 def simulate(load: Load) -> Outcome:
@@ -21,30 +22,22 @@ def simulate(load: Load) -> Outcome:
 
 
 async def _run(load: Load) -> Outcome:
-    replay = ReplayActor(load.config, _NUM_PROMPTS, 0)
+    config = load.config
+    has_teacher_text = config.recipe.teacher_text != "none"
+    replay = ReplayActor(config, _NUM_ROWS, _NUM_ROWS if has_teacher_text else 0)
     now = asyncio.get_running_loop().time
-    clocks: dict[Role, list[BusyClock]] = {"rollout": [], "teacher": []}
-    pools: tuple[tuple[Role, int, Service, int], ...] = (
-        ("rollout", load.num_rollouts, load.rollout, load.rollout_capacity),
-        ("teacher", load.num_teachers, load.teacher, load.teacher_capacity),
-    )
+    clocks: dict[Role, list[BusyClock]] = {
+        "rollout": [BusyClock(now) for _ in range(config.rollout.replicas)],
+        "teacher": [BusyClock(now) for _ in range(config.scoring.replicas)],
+    }
 
     async def counters() -> Mapping[str, float]:
         return engine_counters(clocks)
 
     async with asyncio.TaskGroup() as group:
-        for role, count, service, capacity in pools:
-            for number in range(count):
-                clocks[role].append(BusyClock(now))
-                engine = run_engine(
-                    replay,
-                    Holder(role, number),
-                    service,
-                    clocks[role][-1],
-                    capacity=capacity,
-                    together=load.lock_step,
-                )
-                group.create_task(engine)
+        for role, of_role in clocks.items():
+            for number, clock in enumerate(of_role):
+                group.create_task(run_engine(replay, Holder(role, number), load, clock))
         return await train(replay, load, counters)
 
 

@@ -5,6 +5,7 @@ Every series has at most :data:`MOST_POINTS` points, so that the page of a long 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -228,21 +229,33 @@ def seconds_chart(run: RunFiles) -> Chart | None:
 
 
 def stage_timeline(run: RunFiles) -> Timeline | None:
-    """The stages of the last incarnation on the clock, with the moments of its evaluations and checkpoints."""
-    begins = [place for place, event in enumerate(run.events) if event["event"] == "started"]
-    events = run.events[begins[-1] :] if begins else []
-    timed = [(_minutes(event), event) for event in events]
-    known = [(at, event) for at, event in timed if at is not None]
-    if len(known) < 2:
-        return None
-    start, end = known[0][0], max(at for at, _ in known)
+    """The stages of all starts on one clock, which stands still between two starts, and the ends of evaluations and
+    checkpoints."""
     lanes: dict[str, list[tuple[float, float]]] = {}
-    for name, begin, stop in _spans(known, end):
-        own = lanes.setdefault(name, [])
-        if len(own) < MOST_POINTS:
-            own.append((begin - start, stop - start))
+    offset = 0.0
+    starts = 0
+    for known in _by_start(run.events):
+        begin, end = known[0][0], max(at for at, _ in known)
+        starts += 1
+        spans = [*_spans(known, end), *([("resumed", begin, begin)] if starts > 1 else [])]
+        for name, since, until in spans:
+            own = lanes.setdefault(name, [])
+            if len(own) < MOST_POINTS:
+                own.append((since - begin + offset, until - begin + offset))
+        offset += end - begin
     shown = tuple(Lane(name, tuple(spans)) for name, spans in list(lanes.items())[:12])
-    return Timeline("The run's stages", "minutes since this start", shown) if shown else None
+    unit = "minutes since the start" if starts < 2 else "minutes, without the time between two starts"
+    return Timeline("The run's stages", unit, shown) if shown else None
+
+
+def _by_start(events: Sequence[Mapping[str, Any]]) -> Iterator[list[tuple[float, Mapping[str, Any]]]]:
+    """The events of each start with the minute of each; those without a time, and starts with one event, are left out."""
+    begins = [place for place, event in enumerate(events) if event["event"] == "started"]
+    for begin, end in itertools.pairwise([*begins, len(events)]):
+        timed = [(_minutes(event), event) for event in events[begin:end]]
+        known = [(at, event) for at, event in timed if at is not None]
+        if len(known) >= 2:
+            yield known
 
 
 def _spans(

@@ -12,7 +12,14 @@ from deploy.cluster.backend import Backend
 from deploy.cluster.in_process import InProcess
 from deploy.cluster.memory import MemorySampler
 from deploy.cluster.ray_cluster import RayCluster
-from deploy.placement import Placement, place_locally, place_on_node, threads_on_cores, with_threads
+from deploy.placement import (
+    Placement,
+    place_locally,
+    place_on_node,
+    require_room,
+    threads_on_cores,
+    with_threads,
+)
 from deploy.run.progress import Progress
 from deploy.run.record import RunRecord
 from deploy.run.training.advice import Setup
@@ -58,6 +65,12 @@ class RunContext:
             num_cores=usable_cores() if node is None else min(usable_cores(), int(node.num_cpus)),
             num_threads={role: count for role, count in threads.items() if role in STAGES},
         )
+
+    def require_room(self, role: str, count: int, setting: str) -> None:
+        """Check that ``count`` more actors of a role can start. Raises: ConfigError."""
+        node = self.backend.node()
+        if node is not None:
+            require_room(self._placement[role], count, node, setting)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the processes of each role at the last sample."""

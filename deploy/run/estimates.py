@@ -40,20 +40,47 @@ class Estimates:
 
     def memory(self) -> dict[str, int]:
         """Bytes per role on one CPU node, all actors at their peak."""
+        engines = num_engines(self.config)
+        numbers = {"teacher": engines["teacher"], sampler_name(self.config): engines["rollout"]}
+        numbers["proxy"] = engines.get("proxy", 0)
+        return {role: num_bytes * numbers.get(role, 1) for role, num_bytes in self.memory_of_actors().items()}
+
+    def memory_of_actors(self) -> dict[str, int]:
+        """Bytes of one actor of each role at its peak, if it computes on a CPU, and of Ray."""
         config = self.config
-        engines = num_engines(config)
         estimate = {
-            "teacher": self._scorer(self.teacher.num_parameters) * engines["teacher"],
+            "teacher": self._scorer(self.teacher.num_parameters),
             "learner": self._learner(),
             "ray": _RAY_BYTES,
-            sampler_name(config): self._sampler() * engines["rollout"],
+            sampler_name(config): self._sampler(),
         }
         if config.recipe.teacher_gives == "text":
             # The teacher stays for evaluations, and the learner has both unembeddings.
-            size = self.proxy.num_parameters if self.proxy is not None else self.student_parameters()
-            estimate["proxy"] = self._scorer(size) * engines["proxy"]
+            estimate["proxy"] = self._scorer(self._proxy_parameters())
             estimate["learner"] += 4 * self.scored.vocab_size * self.scored.hidden_size
         return estimate
+
+    def memory_of_devices(self) -> dict[str, int]:
+        """Bytes that one device of each role needs at least, if each actor has GPUs of its own.
+
+        An engine needs its part of the weights in 16 bits, within ``gpu_memory_utilization`` of its device. What is left
+        of that is its KV cache. The learner needs what it needs on a CPU, apart from its process.
+        """
+        config = self.config
+        sizes = {
+            "teacher": (self.teacher.num_parameters, config.scoring),
+            sampler_name(config): (self.student_parameters(), config.rollout),
+        }
+        if config.recipe.teacher_gives == "text":
+            sizes["proxy"] = (self._proxy_parameters(), config.scoring)
+        need = {
+            role: int(2 * parameters / engine.tensor_parallel_size / engine.gpu_memory_utilization)
+            for role, (parameters, engine) in sizes.items()
+        }
+        return {**need, "learner": self.memory_of_actors()["learner"] - _PROCESS_BYTES}
+
+    def _proxy_parameters(self) -> int:
+        return self.proxy.num_parameters if self.proxy is not None else self.student_parameters()
 
     def _learner(self) -> int:
         config = self.config

@@ -14,6 +14,9 @@ from typing import Protocol
 from distill.interfaces import Exchange, Holder, Replay, ReplayUnavailable, SampleRef, Work
 from distill.machine.clock import BusyClock
 
+GATHER_S = 0.005
+"""How long a finished sample may wait for others that finish just after it. A call of the replay costs more time than the
+wait, and the next stage takes much longer than either."""
 _REMEMBERED = 4096
 """Finished work whose ids are kept, to recognise an answer that crossed a delivery on its way."""
 
@@ -101,6 +104,8 @@ class Desk:
 
     async def _exchange(self) -> list[Work]:
         """Call the replay if there is something to tell or to ask; returns the new work of answers that arrived."""
+        if self._done and self._held:
+            await asyncio.sleep(GATHER_S)
         room = 0 if self._over or self._retiring else self._capacity - len(self._held)
         # A call without room ends the one that waits for work.
         must_tell = self._retiring and not self._has_told and not self._over

@@ -51,6 +51,8 @@ class ReplayIndex:
         self._samples_per_prompt = samples_per_prompt
         self._shares = pools if replay.lock_step else Shares()
         self.num_updates = num_updates
+        self.num_refused = 0
+        """Samples that were not taken, in this process's time."""
         self._holdings = Holdings()
         self._start(0, TrainedDraws(), VersionHistory())
 
@@ -132,6 +134,7 @@ class ReplayIndex:
         """
         accept = self._accept_rollout if holder.kind == "rollout" else self._accept_scored
         refused = [sample.work_id for sample in done if not accept(holder, sample)]
+        self.num_refused += len(refused)
         if done:
             self._cache.evict()
             self._admit()
@@ -379,6 +382,7 @@ class ReplayIndex:
             "replay/bytes": float(self._segments.live_bytes),
             "replay/samples_per_insert": self._num_sampled / inserted if inserted else 0.0,
             "replay/num_expired": float(self._student.num_expired),
+            "replay/num_refused": float(self.num_refused),
             "replay/num_cached_rows": float(len(self._cache)),
             "replay/num_cache_hits": float(self._cache.num_hits),
             "replay/num_evicted_rows": float(self._cache.num_evicted),

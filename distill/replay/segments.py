@@ -169,6 +169,8 @@ class SegmentStore:
         self._messages: _Messages | None = None
         """For the schema that was written last."""
         self._number = 0
+        self.num_appended_bytes = 0
+        """Of all rows so far."""
         self._in_memory: list[str] = []
         """Sealed segments in shared memory, oldest first."""
         self._has_new_sealed = False
@@ -195,6 +197,7 @@ class SegmentStore:
             if self._has_new_sealed:
                 self._spill()
             self._unsettled[segment.name] += 1
+            self.num_appended_bytes += num_bytes
         return SampleRef(
             draw=draw,
             sample=sample,

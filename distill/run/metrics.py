@@ -25,7 +25,7 @@ from distill.run.folder import RunFolder
 ReportFacts = Callable[..., None]
 """Takes keyword facts about what a process does, for the live line."""
 
-PARTS = ("rollout", "teacher", "replay", "learner", "critic", "policy", "timing")
+PARTS = ("rollout", "teacher", "replay", "learner", "critic", "policy", "weights", "timing")
 _NAME = re.compile(rf"(?:{'|'.join(PARTS)})/[a-z0-9_]+(?:[./][a-z0-9_]+)*")
 
 
@@ -39,7 +39,7 @@ def name_violations(names: Iterable[str]) -> list[str]:
 
 
 _AHEAD = re.compile(
-    r"replay/(teacher_text\.[a-z]+|bytes|num_cache_hits|num_cached_rows|num_evicted_rows)|teacher/num_tokens"
+    r"replay/(teacher_text\.[a-z]+|bytes|num_cache_hits|num_cached_rows|num_evicted_rows)|teacher/num_(bytes|texts|tokens)"
 )
 """These depend on how far ahead the teacher has scored at the moment a row is written."""
 

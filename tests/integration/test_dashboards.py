@@ -17,7 +17,7 @@ import pytest
 from deploy.dashboards.panels import DASHBOARDS, RUN
 from deploy.dashboards.serve import prometheus
 from tests.integration.test_pools import until
-from tests.integration.test_train import PLAIN, assert_nothing_shared, start, train_arguments, world
+from tests.integration.test_train import assert_nothing_shared, start, train_arguments, world
 
 __all__ = ["world"]  # the fixture
 
@@ -61,7 +61,7 @@ def without_numbers(port: int, run_id: str) -> list[str]:
 
 
 def test_every_query_of_every_panel_finds_numbers_of_a_run(world: Path, tmp_path: Path, port: int) -> None:
-    settings = [*PLAIN, "replay.max_policy_age=1", "learner.num_updates=100000", "evaluation.every=0",
+    settings = ["replay.max_policy_age=1", "learner.num_updates=100000", "evaluation.every=0",
                 "checkpoint.every=1000"]  # fmt: skip
     process = start(world, *train_arguments(world, "watched", *settings))
     run = world / "watched"

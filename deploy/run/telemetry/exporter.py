@@ -77,7 +77,7 @@ class Exporter:
                     names.of_column(column),
                     f"{column} of metrics.parquet.",
                     float(value),
-                    {"run_id": self._run_id},
+                    {"run_id": self._run_id, "role": names.role_of(column)},
                 )
         if (advice := advise(row, facts.get("setup"))) is not None:
             if self._advice not in (None, advice.label):

@@ -74,6 +74,15 @@ ACTOR_TOKEN_COUNTERS = ("rollout/num_tokens", "teacher/num_tokens", "learner/num
 LIMIT_STAGES = tuple(STAGES)
 
 
+_ROLES = {"critic": "learner", "policy": "learner", "weights": "learner", "timing": "driver"}
+
+
+def role_of(column: str) -> str:
+    """The role that a column of ``metrics.parquet`` is about."""
+    part = column.partition("/")[0]
+    return _ROLES.get(part, part)
+
+
 def of_column(column: str) -> str:
-    """The name that a column of ``metrics.parquet`` is exported under, as a gauge with the label ``run_id``."""
+    """The name that a column of ``metrics.parquet`` is exported under, as a gauge with the labels ``run_id`` and ``role``."""
     return _PREFIX + re.sub(r"[^a-z0-9]+", "_", column)

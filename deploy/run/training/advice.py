@@ -54,14 +54,12 @@ class Setup:
             return None
         return cls(max_policy_age=age, num_cores=cores, num_threads=dict(threads))
 
-    def gain_within_cores(self, stages: Sequence[_Stage]) -> float:
-        """How much faster the cores would let the run be, if every one of them was busy all the time."""
-        if self.num_cores is None:
-            return math.inf
+    def speed_within_cores(self, row: Mapping[str, float]) -> float:
+        """How many times as fast the run would be if every core was busy all the time; below 1 if that is slower."""
         busy_cores = sum(
-            stage.share * stage.num_actors * self.num_threads.get(stage.name, 0) for stage in stages
+            stage.share * stage.num_actors * self.num_threads.get(stage.name, 0) for stage in _stages(row)
         )
-        return max(1.0, self.num_cores / busy_cores) if busy_cores else math.inf
+        return self.num_cores / busy_cores if self.num_cores is not None and busy_cores else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +122,7 @@ def advise(row: Mapping[str, float], setup: Setup | None) -> Advice | None:
 
     Returns None for a row without shares.
     """
-    stages = [
-        _Stage(name, row[f"{name}/busy_share"], round(row.get(actors, 1.0)) if actors else 1)
-        for name, (_, actors) in STAGES.items()
-        if row.get(f"{name}/busy_share", 0.0) > 0
-    ]
+    stages = _stages(row)
     if not stages:
         return None
     limit = max(stages, key=lambda stage: stage.share)
@@ -138,7 +132,7 @@ def advise(row: Mapping[str, float], setup: Setup | None) -> Advice | None:
         return Advice(
             stage=limit.name, reason=reason, otherwise=f"to move that limit, {REMEDIES[limit.name]}"
         )
-    by_cores = setup.gain_within_cores(stages)
+    by_cores = setup.speed_within_cores(row)
     if by_cores < WORTH_IT:
         beyond = f"all {setup.num_cores} cores are in use, so only more cores or GPUs would make it faster"
         return Advice(stage=limit.name, reason=reason, otherwise=beyond)
@@ -153,6 +147,14 @@ def advise(row: Mapping[str, float], setup: Setup | None) -> Advice | None:
     if best is not None and min(best.gain, by_cores) >= WORTH_IT:
         return replace(best, gain=min(best.gain, by_cores))
     return Advice(stage=limit.name, reason=reason, otherwise=_beyond_settings(stages, limit))
+
+
+def _stages(row: Mapping[str, float]) -> list[_Stage]:
+    return [
+        _Stage(name, row[f"{name}/busy_share"], round(row.get(actors, 1.0)) if actors else 1)
+        for name, (_, actors) in STAGES.items()
+        if row.get(f"{name}/busy_share", 0.0) > 0
+    ]
 
 
 def _in_turns(stages: Sequence[_Stage], limit: _Stage, reason: str) -> Iterator[Advice]:

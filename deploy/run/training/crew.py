@@ -57,6 +57,12 @@ class Crew:
         """The members of a pool whose loops run."""
         return self._fleet.rollouts if role == "rollout" else self._fleet.scorers
 
+    async def require_room(self, role: Role, count: int, setting: str) -> None:
+        """Check that a pool can grow to ``count``. Raises: ConfigError when the node has too little left."""
+        more = count - len(self.pool(role))
+        if more > 0:
+            await asyncio.to_thread(self._run.require_room, role, more, setting)
+
     async def resize(self, role: Role, count: int) -> None:
         """Let actors join or leave a pool until it has ``count``."""
         pool = self.pool(role)

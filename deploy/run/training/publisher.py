@@ -83,4 +83,5 @@ class FleetPublisher:
 
     def stats(self) -> dict[str, float]:
         """Counters for the metrics of an update."""
-        return {"timing/push_s": self.push_s}
+        num_bytes = float(self.newest.num_bytes) if self.newest is not None else 0.0
+        return {"timing/push_s": self.push_s, "weights/num_bytes": num_bytes}

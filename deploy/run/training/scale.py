@@ -21,6 +21,7 @@ from deploy.run.vllm_build import vllm_computes_on_gpu
 from distill.config import RunConfig
 from distill.errors import NO_VALUE, ConfigError, DistillError
 from distill.files import write_json
+from distill.interfaces import Role
 from distill.machine.hardware import usable_cores
 from distill.run.folder import RunFolder
 
@@ -110,9 +111,12 @@ async def _scale(config: RunConfig, crew: Crew, wanted: Mapping[Section, int]) -
     on_cpu = () if vllm_computes_on_gpu() else pool_violations(config, usable_cores())
     for violation in [*config.rollout.violations(), *config.scoring.violations(), *on_cpu]:
         raise violation
+    roles: dict[Section, Role] = {"rollout": "rollout", "scoring": crew.payload_role}
+    for section, count in wanted.items():
+        await crew.require_room(roles[section], count, section)
     changes: list[str] = []
     for section, count in wanted.items():
-        role = "rollout" if section == "rollout" else crew.payload_role
+        role = roles[section]
         before = len(crew.pool(role))
         await crew.resize(role, count)
         changes.append(f"{section} {before} -> {len(crew.pool(role))}")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from deploy.dashboards import serve
-from deploy.dashboards.build import FOLDER, PAGE, dashboard_json, page
+from deploy.dashboards.build import FOLDER, PAGE, PROMETHEUS, cluster_config, dashboard_json, page
+from deploy.dashboards.config import prometheus_config
 from deploy.dashboards.panels import DASHBOARDS, DashboardSpec, Panel
-from deploy.dashboards.serve import prometheus_config
 from deploy.run.telemetry import names
 from distill.config import RunConfig
 from distill.errors import ConfigError
@@ -47,6 +47,7 @@ def test_descriptions_name_settings_that_exist() -> None:
 def test_the_page_is_built_from_the_definition() -> None:
     """Otherwise: python -m deploy.dashboards.build"""
     assert PAGE.read_text() == page()
+    assert PROMETHEUS.read_text() == cluster_config()
 
 
 def test_no_panel_covers_another() -> None:

@@ -14,6 +14,7 @@ import pytest
 from deploy.run.telemetry import exporter as module
 from deploy.run.telemetry import names
 from deploy.run.telemetry.exporter import Exporter, export_repeatedly
+from deploy.run.training.advice import Setup
 from deploy.run.training.run import export
 
 
@@ -40,11 +41,13 @@ def test_a_row_is_exported_once_with_its_limiting_stage() -> None:
     meter = Kept()
     exporter = Exporter(meter, "run")
     row = {"critic/teacher_text.d_mm": 0.5, "teacher/busy_share": 0.9, "learner/busy_share": 0.4}
-    exporter.facts({"update": 3, "row": row, "alarms": ["weak"]})
+    setup = Setup(max_policy_age=3)
+    exporter.facts({"update": 3, "row": row, "alarms": ["weak"], "setup": setup})
     assert meter.gauges == {
-        ("distill_critic_teacher_text_d_mm",): 0.5,
-        ("distill_teacher_busy_share",): 0.9,
-        ("distill_learner_busy_share",): 0.4,
+        ("distill_critic_teacher_text_d_mm", "learner"): 0.5,
+        ("distill_teacher_busy_share", "teacher"): 0.9,
+        ("distill_learner_busy_share", "learner"): 0.4,
+        ("distill_advice", "the teacher limits the run; scoring.replicas=2"): 2.0,
         ("distill_update",): 3,
         ("distill_alarms",): 1,
         ("distill_limits", "rollout"): 0,
@@ -54,6 +57,9 @@ def test_a_row_is_exported_once_with_its_limiting_stage() -> None:
     before = meter.num_calls
     exporter.facts({"update": 3, "row": row, "alarms": ["weak"]})
     assert meter.num_calls == before + 1  # the alarms
+    exporter.facts({"update": 4, "row": {"learner/busy_share": 1.0}, "setup": setup})
+    assert meter.gauges["distill_advice", "the teacher limits the run; scoring.replicas=2"] == 0
+    assert meter.gauges["distill_advice", "the learner limits the run; no setting would help"] == 1
 
 
 def test_counters_of_actors_rise_by_what_was_added() -> None:

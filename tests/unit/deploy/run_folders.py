@@ -68,11 +68,14 @@ EVENTS: list[dict[str, Any]] = [
     {"at": 0.5, "event": "sft_update", "update": 1, "sft/loss": 3.0},
     {"at": 1, "event": "sft_update", "update": 2, "sft/loss": 2.0},
     {"at": 1.5, "event": "stage_finished", "stage": "warm_start", "seconds": 90.0},
-    {"at": 1.5, "event": "training_started", "updates_done": 0},
+    {
+        "at": 1.5, "event": "training_started", "updates_done": 0,
+        "setup": {"max_policy_age": 2, "num_cores": None, "num_threads": {}},
+    },
     {"at": 2, "event": "evaluated", "label": "before"},
     {"at": 6, "event": "alarm", "update": 30, "message": "critic/teacher_text.tightness is 0.40"},
     {"at": 8, "event": "finished", "updates": 60},
-]
+]  # fmt: skip
 
 
 def run_folder(path: Path, num_updates: int = 60, text: str = "Paris.") -> RunFolder:

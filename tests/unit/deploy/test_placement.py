@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from deploy import PRESETS
-from deploy.placement import Node, Placement, described, place_locally, place_on_node, with_threads
+from deploy.placement import (
+    Node,
+    Placement,
+    Share,
+    described,
+    place_locally,
+    place_on_node,
+    require_room,
+    threads_on_cores,
+    with_threads,
+)
 from distill.config import RunConfig
 from distill.config.load import load_config
 from distill.errors import ConfigError
@@ -137,3 +147,28 @@ def test_the_description_names_what_is_taken():
         "learner 1.3333 CPUs and 1 GPU, rollout 1.3333 CPUs, teacher 1.3333 CPUs"
     )
     assert described(place_locally(config(), 4)) == "no reserved CPUs"
+
+
+def test_a_pool_does_not_grow_beyond_what_the_node_has_left():
+    share = Share(num_threads=2, num_cpus=2.0)
+    require_room(share, 2, node(8, free=4), "rollout")
+    with pytest.raises(ConfigError, match=r"free CPUs of the Ray node 10.0.0.1: 3 more actors take 6 of 4"):
+        require_room(share, 3, node(8, free=4), "rollout")
+    with pytest.raises(ConfigError, match=r"free GPUs .*: 1 more actors take 1 of 0"):
+        require_room(Share(num_threads=1, num_gpus=1), 1, node(8), "scoring")
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "vllm_on_gpu", "roles"),
+    [
+        (False, False, {"learner", "rollout", "teacher"}),
+        (True, False, {"rollout", "teacher"}),
+        (True, True, set()),
+    ],
+    ids=str,
+)
+def test_roles_on_the_cores(has_gpu: bool, vllm_on_gpu: bool, roles: set[str]):
+    placement = place_locally(config("scoring.num_threads=3"), 8)
+    threads = threads_on_cores(config(), placement, has_gpu=has_gpu, vllm_on_gpu=vllm_on_gpu)
+    assert threads.keys() == roles
+    assert all(threads[role] == placement[role].num_threads for role in roles)

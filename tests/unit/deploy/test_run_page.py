@@ -15,7 +15,7 @@ import pytest
 
 from deploy.report import html as html_module
 from deploy.report.charts import description, svg
-from deploy.report.curves import MOST_POINTS, limit_timeline, update_charts
+from deploy.report.curves import MOST_POINTS, limit_timeline, stage_timeline, update_charts
 from deploy.report.html import html
 from deploy.report.model import Chart, Page, Series, Timeline
 from deploy.report.run_files import read_run
@@ -23,7 +23,7 @@ from deploy.report.run_page import run_page, write_page
 from deploy.report.run_report import run_report
 from distill.errors import ConfigError
 from distill.run.folder import RunFolder
-from tests.unit.deploy.run_folders import HOSTILE, run_folder
+from tests.unit.deploy.run_folders import EVENTS, HOSTILE, run_folder, write_events
 
 _EMPTY = {"meta", "img", "line", "path", "use", "br", "input", "link", "rect"}
 
@@ -186,6 +186,23 @@ def test_the_limiting_stage_is_that_of_the_largest_share(finished: RunFolder):
     both = sorted([*spans["rollout"], *spans["learner"]])
     assert both[0][0] == 0 and both[-1][1] == 60
     assert all(left[1] == right[0] for left, right in pairwise(both))
+
+
+def test_the_stages_of_all_starts_are_on_one_clock(tmp_path: Path):
+    folder = run_folder(tmp_path / "run")
+    first = [dict(event) for event in EVENTS[:-1]]
+    again = [
+        {"at": 20, "event": "started", "incarnation": 2},
+        {"at": 21, "event": "training_started", "updates_done": 30},
+        {"at": 24, "event": "finished", "updates": 60},
+    ]
+    write_events(folder, [*first, *again])
+    timeline = stage_timeline(read_run(folder.path))
+    assert timeline is not None
+    spans = {lane.label: lane.spans for lane in timeline.lanes}
+    # The first start was cut off after six minutes, and the second one lasted four.
+    assert spans["distillation"] == (pytest.approx((1.5, 6.0)), pytest.approx((7.0, 10.0)))
+    assert spans["resumed"] == (pytest.approx((6.0, 6.0)),)
 
 
 @pytest.mark.parametrize(

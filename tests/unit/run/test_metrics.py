@@ -137,6 +137,8 @@ def test_reproducible_columns_exclude_timings_and_prefetch() -> None:
         "replay/teacher_text.scored",
         "replay/bytes",
         "teacher/num_tokens",
+        "teacher/num_texts",
+        "teacher/num_bytes",
     ]
     table = pa.table({name: [1.0] for name in (*numbers, *speed)})
     assert reproducible(table).column_names == numbers

@@ -6,32 +6,31 @@ from dataclasses import replace
 
 import pytest
 
-from deploy.plan.load import Load, Service
+from deploy.plan.load import Load, Service, waiting_config
 from deploy.plan.simulate import simulate
 from deploy.run.training.advice import Advice, Setup, advise, mean_row
 
 BASE = Load(
-    num_rollouts=8,
-    num_teachers=4,
-    prompts_per_update=16,
-    num_updates=24,
-    max_policy_age=3,
+    config=waiting_config(
+        num_rollouts=8, num_teachers=4, prompts_per_update=16, num_updates=24, max_policy_age=3
+    ),
     rollout=Service(1.0),
     teacher=Service(0.25),
-    update_s=1.0,
+    update=Service(1 / 16),
     push_s=0.1,
 )
-PARTS = {
-    "rollout.replicas": "num_rollouts",
-    "scoring.replicas": "num_teachers",
-    "replay.max_policy_age": "max_policy_age",
-}
-IN_TURNS = replace(BASE, max_policy_age=0)
-FEW_AHEAD = replace(BASE, max_policy_age=1, num_rollouts=32, update_s=0.6, teacher=Service(0.1))
+IN_TURNS = BASE.changed({"replay.max_policy_age": 0})
+SMALL = BASE.changed({"rollout.replicas": 2, "scoring.replicas": 1})
+AMPLE = BASE.changed({"rollout.replicas": 32, "scoring.replicas": 8})
+FEW_AHEAD = replace(
+    BASE.changed({"rollout.replicas": 32, "replay.max_policy_age": 1}),
+    teacher=Service(0.1),
+    update=Service(0.6 / 16),
+)
 
 
 def advice_of(load: Load) -> Advice:
-    advice = advise(simulate(load).row, Setup(max_policy_age=load.max_policy_age))
+    advice = advise(simulate(load).row, Setup(max_policy_age=load.config.replay.max_policy_age))
     assert advice is not None
     return advice
 
@@ -40,14 +39,11 @@ def advice_of(load: Load) -> Advice:
     ("load", "changes"),
     [
         (BASE, {"rollout.replicas": 16}),
-        (replace(BASE, num_teachers=1), {"scoring.replicas": 2}),
-        (
-            replace(BASE, num_rollouts=2, num_teachers=1, update_s=0.1),
-            {"rollout.replicas": 4, "scoring.replicas": 2},
-        ),
+        (BASE.changed({"scoring.replicas": 1}), {"scoring.replicas": 2}),
+        (replace(SMALL, update=Service(0.1 / 16)), {"rollout.replicas": 4, "scoring.replicas": 2}),
         (IN_TURNS, {"replay.max_policy_age": 2}),
         (
-            replace(IN_TURNS, rollout=Service(0.1), teacher=Service(0.5), update_s=0.3),
+            replace(IN_TURNS, rollout=Service(0.1), teacher=Service(0.5), update=Service(0.3 / 16)),
             {"scoring.replicas": 8},
         ),
         (replace(IN_TURNS, rollout=Service(4.0)), {"rollout.replicas": 16}),
@@ -58,19 +54,18 @@ def advice_of(load: Load) -> Advice:
 def test_an_advice_that_is_followed_brings_what_it_predicts(load: Load, changes: dict[str, int]):
     advice = advice_of(load)
     assert advice.changes == changes and advice.gain >= 1.1
-    followed = replace(load, **{PARTS[name]: value for name, value in advice.changes.items()})
-    gain = simulate(followed).trajectories_per_s / simulate(load).trajectories_per_s
+    gain = simulate(load.changed(advice.changes)).samples_per_s / simulate(load).samples_per_s
     assert gain == pytest.approx(advice.gain, rel=1 / 3)
     assert f"about {advice.gain:.1f} times as fast" in advice.text
 
 
 def test_a_faster_learner_is_the_advice_where_no_setting_helps():
-    load = replace(BASE, num_rollouts=32, num_teachers=8)
-    advice = advice_of(load)
+    advice = advice_of(AMPLE)
     assert not advice.changes and advice.stage == "learner"
     bound = float(advice.text.partition("up to ")[2].partition(" ")[0])
-    gain = simulate(replace(load, update_s=load.update_s / bound)).trajectories_per_s
-    assert gain / simulate(load).trajectories_per_s == pytest.approx(bound, rel=1 / 3)
+    faster = replace(AMPLE, update=Service(AMPLE.update.each_s / bound))
+    gain = simulate(faster).samples_per_s / simulate(AMPLE).samples_per_s
+    assert gain == pytest.approx(bound, rel=1 / 3)
 
 
 ROW = {

@@ -1,0 +1,78 @@
+"""Predictions and advice come true in runs of waiting engines on a real Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from deploy.benchmarks.simulated import RayOutcome, simulate_on_ray
+from deploy.cluster.ray_cluster import RayCluster
+from deploy.plan.load import Load, Service, waiting_config
+from deploy.plan.simulate import simulate
+from deploy.run.training.advice import Setup, advise
+from distill.config import ClusterConfig
+
+WITHIN = 0.15
+LOAD = Load(
+    config=waiting_config(
+        num_rollouts=4, num_teachers=4, prompts_per_update=16, num_updates=16, max_policy_age=3
+    ),
+    rollout=Service(1.0),
+    teacher=Service(0.5),
+    update=Service(0.8 / 16),
+    push_s=0.1,
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    with RayCluster(ClusterConfig(address="local"), "bbbbbbbd") as cluster:
+        simulate_on_ray(cluster, LOAD.changed({"learner.num_updates": 2}))  # imports and connections
+        yield cluster
+
+
+def as_measured(load: Load, outcome: RayOutcome) -> Load:
+    """The load with the services that a run's own clocks tell, as `distill plan --measured` reads them."""
+    row, config = outcome.row, load.config
+
+    def busy_s(stage: str, replicas: int) -> float:
+        """Of one engine, for one text."""
+        return row[f"{stage}/busy_share"] * replicas / outcome.samples_per_s
+
+    return Load(
+        config=config,
+        rollout=Service(busy_s("rollout", config.rollout.replicas)),
+        teacher=Service(busy_s("teacher", config.scoring.replicas)),
+        update=Service(busy_s("learner", 1)),
+        push_s=row["timing/push_s"],
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rollout.replicas": 16}, {"rollout.replicas": 16, "scoring.replicas": 16, "replay.max_policy_age": 4}],
+    ids=str,
+)
+def test_four_measured_engines_predict_sixteen(cluster: RayCluster, changes: dict[str, int]):
+    four = as_measured(LOAD, simulate_on_ray(cluster, LOAD))
+    predicted = simulate(four.changed(changes)).samples_per_s
+    real = simulate_on_ray(cluster, LOAD.changed(changes)).samples_per_s
+    assert predicted == pytest.approx(real, rel=WITHIN)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        LOAD,
+        LOAD.changed({"rollout.replicas": 16, "scoring.replicas": 2}),
+        LOAD.changed({"replay.max_policy_age": 0}),
+    ],
+    ids=["rollout", "teacher", "in turns"],
+)
+def test_an_advice_brings_what_it_predicts(cluster: RayCluster, load: Load):
+    before = simulate_on_ray(cluster, load)
+    advice = advise(before.row, Setup(max_policy_age=load.config.replay.max_policy_age))
+    assert advice is not None and advice.changes
+    after = simulate_on_ray(cluster, load.changed(advice.changes))
+    assert after.samples_per_s / before.samples_per_s == pytest.approx(advice.gain, rel=1 / 3)
