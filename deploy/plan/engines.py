@@ -104,9 +104,10 @@ async def run_engine(replay: Replay, holder: Holder, load: Load, clock: BusyCloc
 
 def _finished(work: Work, sample: int, holder: Holder) -> SampleRef:
     # A version that the index does not know counts as the newest one.
-    draw, version = work, _NEWEST
     if isinstance(work, SampleRef):
         draw, sample, version = work.draw, work.sample, work.oldest_version
+    else:
+        draw, version = work, _NEWEST
     location = Location(
         node="n", segment=f"{holder}-0.arrow", offset=0, num_bytes=1, trajectory_id=f"{draw.draw_id}-{sample}"
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from deploy.run.training.advice import Advice
 from deploy.version import recorded_versions
 from distill.config import RunConfig
 from distill.evaluation import load_evaluation

@@ -44,13 +44,10 @@ class Setup:
         """The setup that an event of a run folder has, from ``vars`` of one; None if it has another form."""
         if not isinstance(recorded, Mapping) or not isinstance(recorded.get("num_threads"), Mapping):
             return None
-        age, cores, threads = (
-            recorded.get("max_policy_age"),
-            recorded.get("num_cores"),
-            recorded["num_threads"],
-        )
-        numbers = [age, *([] if cores is None else [cores]), *threads.values()]
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        age, cores = recorded.get("max_policy_age"), recorded.get("num_cores")
+        threads = recorded["num_threads"]
+        numbers = [*([] if cores is None else [cores]), *threads.values()]
+        if not isinstance(age, int) or not all(isinstance(number, int) and number >= 0 for number in numbers):
             return None
         return cls(max_policy_age=age, num_cores=cores, num_threads=dict(threads))
 
