@@ -167,10 +167,17 @@ def _add_runs(sub: Commands) -> None:
 
 def _add_views(sub: Commands) -> None:
     report = sub.add_parser(
-        "report", help="show the results of a run, and write them as a page for a browser"
+        "report", help="show the results of a run, or of several side by side, and write them as a page for a browser"
     )
     report.add_argument("run_dir", metavar="RUN", help="the run's folder")
-    report.add_argument("--html", metavar="FILE", help="write the page there (default: RUN/report.html)")
+    report.add_argument(
+        "--compare", nargs="+", default=[], metavar="RUN", help="show these runs beside the first one"
+    )
+    report.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write the page there (default: RUN/report.html; RUN/comparison.html with --compare)",
+    )
     report.set_defaults(run=commands.report)
 
     watch = sub.add_parser("watch", help="follow a run that trains, from its folder")
