@@ -25,7 +25,7 @@ A run exports its numbers through Ray's metrics while it trains: every column of
 tokens of each actor, memory and free space, labelled with the run's id. On a cluster whose Prometheus collects Ray's
 metrics they are there already. On one machine, one command collects them, and shows them where Grafana is installed:
 
-```sh
+```sh parse
 .venv/bin/distill dashboards runs/demo              # Prometheus on http://127.0.0.1:9090
 ```
 
