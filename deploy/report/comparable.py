@@ -73,9 +73,8 @@ def _heldout_prompts(run: RunFiles) -> dict[int, list[int]]:
     try:
         path = run.folder.data / HELDOUT_PROMPTS
         table = pq.read_table(path, columns=["prompt_index", "prompt_tokens"])
-        return dict(
-            zip(table["prompt_index"].to_pylist(), table["prompt_tokens"].to_pylist(), strict=True)
-        )
+        pairs = zip(table["prompt_index"].to_pylist(), table["prompt_tokens"].to_pylist(), strict=True)
+        return {number: tokens for number, tokens in pairs if isinstance(number, int)}
     except READ_ERRORS:
         return {}
 

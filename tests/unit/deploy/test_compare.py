@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
@@ -222,7 +223,7 @@ def test_text_of_models_and_names_of_folders_are_harmless(tmp_path: Path):
     elements = PageElements(text)
     assert not elements.of("script") and not elements.of("img") and len(elements.of("main")) == 1
     assert not set(text) & {"\x1b", "\u202e", "\x9b"}
-    console = Console(record=True, width=120, file=open(tmp_path / "out", "w"))  # noqa: SIM115
+    console = Console(record=True, width=120, file=io.StringIO())
     print_report(comparison_report(page), console)
     assert not set(console.export_text(styles=False)) & {"\x1b", "\u202e", "\x9b"}
 
