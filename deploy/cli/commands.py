@@ -15,6 +15,8 @@ from distill.errors import NO_VALUE, ConfigError, first_line
 NEW_FILE = "run.yaml"
 """The file that `distill init` writes unless another is named."""
 WATCH_PORT = 8501
+SHELLS = ("bash", "zsh", "fish")
+"""The shells for which `distill completion` has a script."""
 _SCALE_TIMEOUT_S = 600.0
 """Seconds that `distill scale` waits. An actor that joins loads its model first."""
 
@@ -268,6 +270,14 @@ def chat(options: argparse.Namespace) -> int:
     from deploy.cli.chat import run_chat
 
     return run_chat(options.model, options.prompt, options.max_new_tokens)
+
+
+def completion(options: argparse.Namespace) -> int:
+    from deploy.cli.completion import completion_script
+    from deploy.cli.main import parser
+
+    print(completion_script(parser(), options.shell))
+    return DONE
 
 
 def fetch_model(options: argparse.Namespace) -> int:

@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     _add_study(sub)
     _add_bench(sub)
     _add_models_and_data(sub)
+    _add_completion(sub)
     return root
 
 
@@ -265,6 +266,12 @@ def _add_models_and_data(sub: Commands) -> None:
         fetch = actions.add_parser("fetch", help="download it into the cache, unless it is there")
         fetch.add_argument("name", help="an unknown name prints the known ones")
         fetch.set_defaults(run=verb)
+
+
+def _add_completion(sub: Commands) -> None:
+    completion = sub.add_parser("completion", help="print the script with which a shell completes commands")
+    completion.add_argument("shell", choices=commands.SHELLS, help="the shell that reads the script")
+    completion.set_defaults(run=commands.completion)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

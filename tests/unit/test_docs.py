@@ -28,7 +28,7 @@ def test_configuration_page_is_up_to_date() -> None:
 
 def commands(page: Path) -> list[list[str]]:
     """The `distill` lines of a page's code blocks, as arguments."""
-    lines = re.findall(r"^(?: {4})?(?:\.venv/bin/)?distill ([^#\n]+)", page.read_text(), re.MULTILINE)
+    lines = re.findall(r"^(?: {4})?(?:\.venv/bin/)?distill ([^#>\n]+)", page.read_text(), re.MULTILINE)
     return [shlex.split(line) for line in lines]
 
 
