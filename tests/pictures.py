@@ -72,7 +72,9 @@ def example_run(path: Path) -> RunFolder:
     for label, share in evaluations.items():
         save_evaluation(folder.evaluations, evaluation(label, share))
     for label in ("before", "after"):
-        rows = [{**{name: row[name] for name in ("prompt", "teacher")}, "student": row[label]} for row in ANSWERS]
+        rows = [
+            {**{name: row[name] for name in ("prompt", "teacher")}, "student": row[label]} for row in ANSWERS
+        ]
         (folder.evaluations / f"{label}-answers.json").write_text(json.dumps(rows))
     write_json(folder.path / "best.json", {"metric": "teacher_text.tv", "update": 40, "value": 0.4845})
     write_json(folder.summary, summary_of(NUM_UPDATES, evaluation("before", 0.0), evaluation("after", 1.0)))

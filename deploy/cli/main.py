@@ -168,7 +168,8 @@ def _add_runs(sub: Commands) -> None:
 
 def _add_views(sub: Commands) -> None:
     report = sub.add_parser(
-        "report", help="show the results of a run, or of several side by side, and write them as a page for a browser"
+        "report",
+        help="show the results of a run, or of several side by side, and write them as a page for a browser",
     )
     report.add_argument("run_dir", metavar="RUN", help="the run's folder")
     report.add_argument(

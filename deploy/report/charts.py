@@ -68,9 +68,7 @@ def legend(chart: Chart) -> list[LegendEntry]:
 def _looks(chart: Chart) -> list[tuple[int, int]]:
     """Colour and dashes of each series, by number. The first nine looks differ."""
     numbers = [place if series.look is None else series.look for place, series in enumerate(chart.series)]
-    return [
-        (number % NUM_COLOURS, (number + number // NUM_COLOURS) % len(DASHES)) for number in numbers
-    ]
+    return [(number % NUM_COLOURS, (number + number // NUM_COLOURS) % len(DASHES)) for number in numbers]
 
 
 def description(drawn: Chart | Timeline) -> str:

@@ -114,7 +114,9 @@ def _versions(run: RunFiles) -> dict[str, str]:
     found = starts[-1] if starts else None
     if not isinstance(found, Mapping):
         return {}
-    return {_cut(str(name), LONGEST_VALUE): _cut(str(version), LONGEST_VALUE) for name, version in found.items()}
+    return {
+        _cut(str(name), LONGEST_VALUE): _cut(str(version), LONGEST_VALUE) for name, version in found.items()
+    }
 
 
 def _differing(runs: Sequence[Compared]) -> list[str]:

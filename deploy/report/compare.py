@@ -52,16 +52,16 @@ def read_runs(run_dirs: Sequence[str | Path]) -> list[Compared]:
     """
     if len(run_dirs) > MOST_RUNS:
         must = f"name at most {MOST_RUNS - 1} runs"
-        raise ConfigError("--compare", f"{len(run_dirs) - 1} runs", must, "compare recipes with `distill study`")
+        raise ConfigError(
+            "--compare", f"{len(run_dirs) - 1} runs", must, "compare recipes with `distill study`"
+        )
     seen: set[Path] = set()
     for run_dir in run_dirs:
         folder = Path(run_dir).resolve()
         if folder in seen:
             raise ConfigError("--compare", run_dir, "name each run once", "leave it out")
         seen.add(folder)
-    return [
-        Compared(letter, read_run(run_dir)) for letter, run_dir in zip("ABCDEF", run_dirs, strict=False)
-    ]
+    return [Compared(letter, read_run(run_dir)) for letter, run_dir in zip("ABCDEF", run_dirs, strict=False)]
 
 
 def write_comparison(runs: Sequence[Compared], page: Page, path: Path | None = None) -> Path:
@@ -231,7 +231,12 @@ def _differences(runs: Sequence[Compared]) -> Iterator[PageBlock]:
             rows.append(((LABELS[metric],), (label,), _interval(estimate), verdict(metric, *estimate)))
     if rows:
         yield Table(
-            (Column("metric"), Column("run"), Column(f"difference from {first.letter}", numeric=True), Column("")),
+            (
+                Column("metric"),
+                Column("run"),
+                Column(f"difference from {first.letter}", numeric=True),
+                Column(""),
+            ),
             tuple(rows),
             f"After training, compared with {first.label}",
             "Differences are paired by prompt, with intervals as above. They cover the choice of prompts and not that of "

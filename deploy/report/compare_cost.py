@@ -29,9 +29,14 @@ def stage_lines(runs: Sequence[Compared]) -> Iterator[Line]:
         yield (Toned(f"Which stage limits {listed(unknown)} is not known.", Tone.FAINT),)
     cores = {each.letter: each.run.setup.num_cores for each in runs if each.run.setup is not None}
     if len(set(cores.values())) > 1:
-        counts = listed([f"{letter} {count if count is not None else 'none'}" for letter, count in cores.items()])
+        counts = listed(
+            [f"{letter} {count if count is not None else 'none'}" for letter, count in cores.items()]
+        )
         yield (
-            Toned(f"The seconds are of machines of different sizes. Shared cores of each run: {counts}.", Tone.BAD),
+            Toned(
+                f"The seconds are of machines of different sizes. Shared cores of each run: {counts}.",
+                Tone.BAD,
+            ),
         )
 
 

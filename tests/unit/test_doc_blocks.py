@@ -31,7 +31,9 @@ from distill.config.tree import flat_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TAGS = {"text": ("show", "message")} | dict.fromkeys(("sh", "python", "yaml", "json"), ("run", "parse", "gpu"))
+TAGS = {"text": ("show", "message")} | dict.fromkeys(
+    ("sh", "python", "yaml", "json"), ("run", "parse", "gpu")
+)
 TAKES_AT_MOST_S = 120
 """Much more than a block that is run here may take on a quiet machine."""
 _OTHER_PROGRAMS = ("export", "ray")
@@ -209,4 +211,8 @@ def test_python_blocks_print_what_they_say(block: CodeBlock, checkout: tuple[Pat
 
 
 def test_some_blocks_of_the_main_pages_are_run():
-    assert {block.page for block in of("sh", "run")} >= {"README.md", "docs/recipes.md", "docs/performance.md"}
+    assert {block.page for block in of("sh", "run")} >= {
+        "README.md",
+        "docs/recipes.md",
+        "docs/performance.md",
+    }

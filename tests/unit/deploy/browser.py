@@ -82,22 +82,22 @@ class Browser:
         """Load a file with its content security policy switched off, so that a test can run its own script there."""
         self.call("Page.setBypassCSP", enabled=True)
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setFocusEmulationEnabled", enabled=True)
         self.call("Page.navigate", url=page.as_uri())
-        while (
-            self.value("document.readyState") != "complete" or self.value("location.href") != page.as_uri()
-        ):
+        while self.value("document.readyState") != "complete" or self.value("location.href") != page.as_uri():
             time.sleep(0.05)
 
     def value(self, expression: str) -> Any:
         """The value of a JavaScript expression, or of its promise."""
-        answer = self.call(
-            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
-        )
+        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 

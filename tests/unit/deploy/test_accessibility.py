@@ -80,11 +80,20 @@ def test_axe_would_find_what_is_wrong(pages: dict[str, Path], browser: Browser, 
         '<div role="region" tabindex="0" aria-labelledby="nowhere"></div><div role="frobnicator">x</div>'
         '<table><tr><th scope="wrong"></th><td>1</td></tr></table>'
     )
-    text = pages["run"].read_text().replace('<html lang="en">', "<html>").replace("</main>", f"{wrong}</main>")
+    text = (
+        pages["run"].read_text().replace('<html lang="en">', "<html>").replace("</main>", f"{wrong}</main>")
+    )
     (tmp_path / "page.html").write_text(text)
     browser.open(tmp_path / "page.html", width=1200)
     rules = {finding[0] for finding in findings(browser) if isinstance(finding, list)}
-    assert {"color-contrast", "heading-order", "html-has-lang", "image-alt", "aria-roles", "scope-attr-valid"} <= rules
+    assert {
+        "color-contrast",
+        "heading-order",
+        "html-has-lang",
+        "image-alt",
+        "aria-roles",
+        "scope-attr-valid",
+    } <= rules
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -104,7 +104,7 @@ def test_what_the_page_of_two_runs_shows(both: tuple[RunFolder, RunFolder]):
     between = found["After training, compared with A one"]
     assert between[0][:2] == ["TV, teacher's text", "B two"]
     assert between[0][2].startswith("-0.0501* [-0.0") and between[0][3] == "↓ better"
-    cost = dict((row[0], row[1:]) for row in found["Cost"])
+    cost = {row[0]: row[1:] for row in found["Cost"]}
     assert cost["minutes in all"] == ["8.0", "8.0"] and cost["tokens: learner"] == ["234,567"] * 2
     assert cost["limiting stage"][0] in ("rollout", "learner")
     assert found["Alarms"][0] == ["A one", "30", "critic/teacher_text.tightness is 0.40"]
@@ -119,7 +119,15 @@ def test_the_page_is_one_file_that_loads_nothing_and_can_be_read_without_seeing_
 ):
     text = html(page_of(*both))
     elements = PageElements(text)
-    assert not {tag for tag, _ in elements.found} & {"script", "link", "iframe", "object", "embed", "img", "form"}
+    assert not {tag for tag, _ in elements.found} & {
+        "script",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "img",
+        "form",
+    }
     assert not any(name.startswith("on") or name == "src" for _, found in elements.found for name in found)
     ids = [found["id"] for _, found in elements.found if "id" in found]
     assert len(ids) == len(set(ids))
@@ -175,8 +183,14 @@ def test_answers_to_the_same_prompts_are_side_by_side(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"data__path": "/data/b.jsonl"}, "The data differ: data.path is /data/a.jsonl in A and /data/b.jsonl in B."),
-        ({"teacher__model": "other"}, "The teachers differ: teacher.model is smollm2-135m in A and other in B."),
+        (
+            {"data__path": "/data/b.jsonl"},
+            "The data differ: data.path is /data/a.jsonl in A and /data/b.jsonl in B.",
+        ),
+        (
+            {"teacher__model": "other"},
+            "The teachers differ: teacher.model is smollm2-135m in A and other in B.",
+        ),
         (
             {"corpus__max_new_tokens": 8},
             "texts that are measured differ: corpus.max_new_tokens is not recorded in A and 8 in B.",
@@ -199,7 +213,9 @@ def test_runs_that_are_not_comparable_are_shown_with_a_warning(
 def test_an_edited_data_file_is_noticed(tmp_path: Path, undrawn: None):
     one, two = run(tmp_path / "one"), run(tmp_path / "two")
     write_prompts(two, [[1, 2], [3], [9], [6]])
-    assert "1 of the 4 held-out prompts that A and B share by number have other tokens" in text_of(page_of(one, two))
+    assert "1 of the 4 held-out prompts that A and B share by number have other tokens" in text_of(
+        page_of(one, two)
+    )
 
 
 def test_another_number_of_cores_is_noticed(tmp_path: Path, undrawn: None):
