@@ -40,7 +40,7 @@ from distill.evaluation import METRICS, Estimate, Evaluation, paired_difference
 PAGE = "comparison.html"
 """The page in the folder of the first run, unless another place is named."""
 MOST_RUNS = 6
-"""More columns do not fit beside each other, and more lines in one chart cannot be told apart."""
+"""More columns do not fit beside each other, and more lines in one chart cannot be distinguished."""
 MOST_ALARMS = 40
 _NOT_SHOWN, _FAINT = "What is not shown", Tone.FAINT
 
@@ -245,7 +245,7 @@ def _differences(runs: Sequence[Compared]) -> Iterator[PageBlock]:
 
 
 def _between(first: RunFiles, other: RunFiles) -> dict[str, Estimate] | str:
-    """Metric -> difference of the newest evaluations; or why there is none, as a clause."""
+    """Metric -> difference of the newest evaluations; or why they are missing, as a clause."""
     if first.newest is None or other.newest is None:
         return "one of them has not been evaluated since training began"
     try:

@@ -115,6 +115,8 @@ def test_shell_blocks_are_right(block: CodeBlock):
 
 def check_distill(arguments: list[str]) -> None:
     """The arguments parse, and the settings, recipes, studies and benchmarks that they name exist."""
+    if arguments == ["--version"]:  # it prints and exits while it is parsed
+        return
     options = parser().parse_args(arguments)
     settings = [text for text in getattr(options, "overrides", []) if "=" in text]
     if arguments[0] == "init":

@@ -49,6 +49,8 @@ def test_every_command_in_the_docs_parses(page: str, at_least: int) -> None:
     found = commands(ROOT / page)
     assert len(found) >= at_least
     for arguments in found:
+        if arguments == ["--version"]:  # it prints and exits while it is parsed
+            continue
         options = parser().parse_args(arguments)
         if arguments[0] in ("init", "recipes"):
             assert (getattr(options, "recipe", None) or options.name or "ammd") in read_recipes()
