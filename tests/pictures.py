@@ -76,7 +76,8 @@ def example_run(path: Path) -> RunFolder:
             {**{name: row[name] for name in ("prompt", "teacher")}, "student": row[label]} for row in ANSWERS
         ]
         (folder.evaluations / f"{label}-answers.json").write_text(json.dumps(rows))
-    write_json(folder.path / "best.json", {"metric": "teacher_text.tv", "update": 40, "value": 0.4845})
+    folder.student.rmdir()  # lines with paths of this machine would be shown
+    (folder.path / "best.json").unlink()
     write_json(folder.summary, summary_of(NUM_UPDATES, evaluation("before", 0.0), evaluation("after", 1.0)))
     return folder
 
