@@ -182,9 +182,8 @@ def checkout(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A folder in which the commands of a checkout work and write nothing into this one, and their environment."""
     for name in ("docs", "deploy", "benchmarks", "distill", "actors", "learner", ".git"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
     programs = tmp_path / ".venv" / "bin"
-    programs.symlink_to(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     return tmp_path, {**environment, "DISTILL_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
 
