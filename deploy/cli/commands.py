@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from distill.errors import NO_VALUE, ConfigError, first_line
 NEW_FILE = "run.yaml"
 """The file that `distill init` writes unless another is named."""
 WATCH_PORT = 8501
+SHELLS = ("bash", "zsh", "fish")
+"""The shells for which `distill completion` has a script."""
 _SCALE_TIMEOUT_S = 600.0
 """Seconds that `distill scale` waits. An actor that joins loads its model first."""
 
@@ -169,7 +172,11 @@ def scale(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    _show_run(options.run_dir, Path(options.html) if options.html else None)
+    html = Path(options.html) if options.html else None
+    if options.compare:
+        _show_comparison([options.run_dir, *options.compare], html)
+    else:
+        _show_run(options.run_dir, html)
     return DONE
 
 
@@ -212,6 +219,25 @@ def _show_run(run_dir: str | Path, html: Path | None = None) -> None:
     for problem in run.problems:
         complain(strip_control(problem))
     print(f"\nthe whole report, for a browser: {shortest(write_page(run, html).absolute())}", flush=True)
+
+
+def _show_comparison(run_dirs: Sequence[str], html: Path | None) -> None:
+    """Print runs side by side, write the page of it, and name what neither of them can show.
+
+    Raises: ConfigError when a folder is not a run's, and when the page cannot be written.
+    """
+    from deploy.report.compare import comparison, comparison_report, problems, read_runs, write_comparison
+    from deploy.report.run_report import shortest
+    from deploy.report.safe_text import strip_control
+    from deploy.report.terminal import print_report
+
+    runs = read_runs(run_dirs)
+    page = comparison(runs)
+    print_report(comparison_report(page))
+    for problem in problems(runs):
+        complain(strip_control(problem))
+    written = write_comparison(runs, page, html)
+    print(f"\nthe whole comparison, for a browser: {shortest(written.absolute())}", flush=True)
 
 
 def study(options: argparse.Namespace) -> int:
@@ -269,6 +295,14 @@ def chat(options: argparse.Namespace) -> int:
     from deploy.cli.chat import run_chat
 
     return run_chat(options.model, options.prompt, options.max_new_tokens)
+
+
+def completion(options: argparse.Namespace) -> int:
+    from deploy.cli.completion import completion_script
+    from deploy.cli.main import parser
+
+    print(completion_script(parser(), options.shell))
+    return DONE
 
 
 def fetch_model(options: argparse.Namespace) -> int:

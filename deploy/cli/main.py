@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     _add_study(sub)
     _add_bench(sub)
     _add_models_and_data(sub)
+    _add_completion(sub)
     return root
 
 
@@ -199,10 +200,18 @@ def _add_runs(sub: Commands) -> None:
 
 def _add_views(sub: Commands) -> None:
     report = sub.add_parser(
-        "report", help="show the results of a run, and write them as a page for a browser"
+        "report",
+        help="show the results of a run, or of several side by side, and write them as a page for a browser",
     )
     report.add_argument("run_dir", metavar="RUN", help="the run's folder")
-    report.add_argument("--html", metavar="FILE", help="write the page there (default: RUN/report.html)")
+    report.add_argument(
+        "--compare", nargs="+", default=[], metavar="RUN", help="show these runs beside the first one"
+    )
+    report.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write the page there (default: RUN/report.html; RUN/comparison.html with --compare)",
+    )
     report.set_defaults(run=commands.report)
 
     watch = sub.add_parser("watch", help="follow a run that trains, from its folder")
@@ -290,6 +299,12 @@ def _add_models_and_data(sub: Commands) -> None:
         fetch = actions.add_parser("fetch", help="download it into the cache, unless it is there")
         fetch.add_argument("name", help="an unknown name prints the known ones")
         fetch.set_defaults(run=verb)
+
+
+def _add_completion(sub: Commands) -> None:
+    completion = sub.add_parser("completion", help="print the script with which a shell completes commands")
+    completion.add_argument("shell", choices=commands.SHELLS, help="the shell that reads the script")
+    completion.set_defaults(run=commands.completion)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ tokens of each actor, memory and free space, and vLLM's own metrics of each engi
 role, and where it is one actor's number, with the actor as `member`. On one machine, one command collects them, and
 shows them where Grafana is installed:
 
-```sh
+```sh parse
 .venv/bin/distill dashboards runs/demo              # Prometheus on http://127.0.0.1:9090
 ```
 

@@ -60,9 +60,15 @@ class LegendEntry:
 def legend(chart: Chart) -> list[LegendEntry]:
     """The lines of a chart in their order."""
     return [
-        LegendEntry(series.label, number % NUM_COLOURS + 1, DASHES[number % NUM_COLOURS])
-        for number, series in enumerate(chart.series)
+        LegendEntry(series.label, colour + 1, DASHES[dashes])
+        for series, (colour, dashes) in zip(chart.series, _looks(chart), strict=True)
     ]
+
+
+def _looks(chart: Chart) -> list[tuple[int, int]]:
+    """Colour and dashes of each series, by number. The first nine looks differ."""
+    numbers = [place if series.look is None else series.look for place, series in enumerate(chart.series)]
+    return [(number % NUM_COLOURS, (number + number // NUM_COLOURS) % len(DASHES)) for number in numbers]
 
 
 def description(drawn: Chart | Timeline) -> str:
@@ -124,8 +130,8 @@ def _figure(height: float) -> tuple[Any, Any]:
 def _draw_lines(axes: Any, chart: Chart) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for number, series in enumerate(chart.series):
-        colour, dashes = _COLOURS[number % NUM_COLOURS], DASHES[number % NUM_COLOURS]
+    for series, (colour_number, dashes_number) in zip(chart.series, _looks(chart), strict=True):
+        colour, dashes = _COLOURS[colour_number], DASHES[dashes_number]
         style = (0, tuple(map(float, dashes.split()))) if dashes else "solid"
         few = len(series.x) <= 30
         axes.plot(

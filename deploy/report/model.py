@@ -73,6 +73,8 @@ class Paragraph:
 class Column:
     heading: str
     numeric: bool = False
+    wraps: bool = False
+    """Whether a narrow terminal may break its cells into lines. The first column always wraps."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class Series:
     y: tuple[float, ...]
     stderr: tuple[float, ...] | None = None
     """Half the length of each point's error bar, or NaN without one."""
+    look: int | None = None
+    """Number of its colour and dashes, from 0. None: its place in the chart."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from distill.run.folder import RunFolder
 from distill.run.metrics import read_metrics
 
 Read = TypeVar("Read")
-_ERRORS = (
+READ_ERRORS = (
     OSError,
     ValueError,
     KeyError,
@@ -159,7 +159,7 @@ def _attempt(
                 found.problems.append(f"{name} is not there: {absent}; {lost}")
             return None
         return read()
-    except _ERRORS as error:
+    except READ_ERRORS as error:
         reason = type(error).__name__ if isinstance(error, KeyError) else first_line(error)
         found.problems.append(f"{name} cannot be read ({reason[:300]}); {lost}")
         return None
@@ -242,7 +242,7 @@ def _read_metrics(found: RunFiles) -> None:
     for name in table.column_names if table is not None else ():
         try:
             columns[name] = table[name].cast(pa.float64()).to_numpy()  # type: ignore[index]
-        except _ERRORS:
+        except READ_ERRORS:
             found.problems.append(f"metrics.parquet has no numbers in column {name[:80]!r}; it is not shown")
     updates = columns.get("update")
     if updates is None or not len(updates) or not np.isfinite(updates).all():

@@ -48,12 +48,19 @@ def write_page(run: RunFiles, path: Path | None = None) -> Path:
 
     Raises: ConfigError when the file cannot be written there.
     """
-    place = run.folder.path / PAGE if path is None else path
+    return write_html(run_page(run), run.folder.path / PAGE if path is None else path)
+
+
+def write_html(page: Page, place: Path) -> Path:
+    """Write a page into the file that --html names, or its default; returns where it is.
+
+    Raises: ConfigError when the file cannot be written there.
+    """
     remedy = "choose another file with --html"
     if place.suffix != ".html":
         raise ConfigError("--html", place, "end with .html, so that it replaces no other file", remedy)
     try:
-        write_bytes(place, html(run_page(run)).encode())
+        write_bytes(place, html(page).encode())
     except OSError as error:
         must = f"be a file that can be written ({error.strerror or error})"
         raise ConfigError("--html", place, must, remedy) from error
@@ -115,26 +122,27 @@ def _answers(run: RunFiles) -> list[PageBlock]:
 
 
 def _stages(run: RunFiles) -> Iterator[PageBlock]:
-    if (advice := _advice(run)) is not None:
-        yield Paragraph((_sentence(advice),))
+    if (advice := advice_of(run)) is not None:
+        yield Paragraph((sentence(advice),))
     timing = numbers_in(run.summary or {}, "timing_s")
     overlaps = number_in(run.settings, "replay.max_policy_age")
     if overlaps and {"training", *_WAITED} <= timing.keys():
-        yield Paragraph((_sentence(held_back(timing)),))
+        yield Paragraph((sentence(held_back(timing)),))
     for block in (busy_chart(run), limit_timeline(run), seconds_chart(run), stage_timeline(run)):
         if block is not None:
             yield block
 
 
-def _sentence(clause: str) -> str:
+def sentence(clause: str) -> str:
+    """Return a clause, which has at least one character, as a sentence."""
     return f"{clause[0].upper()}{clause[1:]}."
 
 
-def _advice(run: RunFiles) -> str | None:
+def advice_of(run: RunFiles) -> str | None:
     """What the summary says about the whole training, or else what the updates so far say."""
     recorded = (run.summary or {}).get("advice")
-    if isinstance(recorded, Mapping) and isinstance(recorded.get("text"), str):
-        return str(recorded["text"])[:1000]
+    if isinstance(recorded, Mapping) and isinstance(text := recorded.get("text"), str) and text.strip():
+        return text.strip()[:1000]
     advice = advise(mean_row_of(run), run.setup)
     return advice.text if advice is not None else None
 

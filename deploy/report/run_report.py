@@ -121,10 +121,10 @@ def before_after_table(
         rows.append(
             (
                 (LABELS[metric],),
-                _estimate(metric, _value(before, metric), before["stderr"].get(metric)),
-                _estimate(metric, _value(after, metric), after["stderr"].get(metric)),
-                _estimate(metric, difference, stderr, signed=True),
-                _verdict(metric, difference, stderr),
+                estimated(metric, _value(before, metric), before["stderr"].get(metric)),
+                estimated(metric, _value(after, metric), after["stderr"].get(metric)),
+                estimated(metric, difference, stderr, signed=True),
+                verdict(metric, difference, stderr),
             )
         )
     numbers = [Column(name, numeric=True) for name in ("before", "after", "difference")]
@@ -201,13 +201,15 @@ def _value(evaluation: Mapping[str, Any], metric: str) -> float | None:
     return value
 
 
-def _estimate(metric: str, value: float | None, stderr: float | None, *, signed: bool = False) -> Line:
+def estimated(metric: str, value: float | None, stderr: float | None, *, signed: bool = False) -> Line:
+    """Return a value with its standard error as a cell."""
     if value is None or math.isnan(value):
         return (Toned("not measured", Tone.FAINT),)
     return (Number(value, digits=2 if metric == "length" else 4, signed=signed, stderr=stderr),)
 
 
-def _verdict(metric: str, difference: float | None, stderr: float | None) -> Line:
+def verdict(metric: str, difference: float | None, stderr: float | None) -> Line:
+    """Say whether a metric has become better or worse, by more than :data:`SIGNIFICANT` standard errors."""
     if difference is None or stderr is None or math.isnan(difference) or math.isnan(stderr):
         return ()
     arrow = "↑" if difference > 0 else "↓"

@@ -52,7 +52,7 @@ def _text(line: Line) -> Text:
 
 
 def _table(table: Table) -> rich.table.Table:
-    """Only the first column, which names the rows, is wrapped where the terminal is narrow."""
+    """The first column, which names the rows, and columns of long text are wrapped where the terminal is narrow."""
     shown = rich.table.Table(
         title=Text(table.title, style="table.title") if table.title else None,
         title_justify="left",
@@ -61,7 +61,10 @@ def _table(table: Table) -> rich.table.Table:
     )
     for number, column in enumerate(table.columns):
         shown.add_column(
-            Text(column.heading), justify="right" if column.numeric else "left", no_wrap=number > 0
+            Text(column.heading),
+            justify="right" if column.numeric else "left",
+            no_wrap=number > 0 and not column.wraps,
+            overflow="fold" if column.wraps else "ellipsis",
         )
     for row in table.rows:
         shown.add_row(*map(_text, row))

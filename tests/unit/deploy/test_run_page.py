@@ -119,7 +119,7 @@ def test_the_page_can_be_read_without_seeing_it(page: str):
     assert len(elements.of("caption")) == len(elements.of("table"))
     ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
     assert len(ids) == len(set(ids))
-    regions = [each for each in elements.of("div") if each.get("role") == "region"]
+    regions = [each for each in elements.of("div") if each.get("role") == "group"]
     assert regions
     assert all(each["tabindex"] == "0" and each["aria-labelledby"] in ids for each in regions)
     refers = [

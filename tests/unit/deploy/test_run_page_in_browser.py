@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from deploy.report.run_files import read_run
 from deploy.report.run_page import write_page
+from tests import pictures
 from tests.unit.deploy.run_folders import HOSTILE, run_folder
 
 CHROMIUM = shutil.which("chromium")
@@ -47,3 +49,15 @@ def test_a_blocked_script_would_be_seen_on_the_console(tmp_path: Path):
     page = write_page(read_run(run_folder(tmp_path / "run").path), tmp_path / "page.html")
     page.write_text(page.read_text().replace("<main>", "<main><script>1</script>"))
     assert "Content Security Policy" in opened(page, tmp_path, "--window-size=390,844")[1]
+
+
+def test_the_picture_of_the_readme_is_small_and_can_be_drawn_again(tmp_path: Path):
+    """By `python -m tests.pictures`. What it shows changes with the page; its size and form do not."""
+    pictures.draw(tmp_path / "report.png")
+    for picture in (pictures.PICTURE, tmp_path / "report.png"):
+        assert picture.stat().st_size < pictures.LARGEST_BYTES
+        with Image.open(picture) as image:
+            assert image.size == (pictures.WIDTH, pictures.HEIGHT)
+            assert np.asarray(image.convert("L"), dtype=float).std() > 10
+    alternative = re.search(r"!\[([^\]]+)\]\(docs/pictures/report\.png\)", (pictures.PICTURE.parents[2] / "README.md").read_text())  # fmt: skip
+    assert alternative is not None and len(alternative[1].split()) > 10
