@@ -43,7 +43,7 @@ def require_installed(config: RunConfig) -> None:
     for name in config.tracking.to:
         package = KINDS[name].package
         spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:  # a folder of that name, such as W&B's own, is no package
+        if spec is None or spec.origin is None:  # a folder of that name, such as W&B's own, is not a package
             remedy = f"run `pip install {package}`, or take {name} out of the list"
             raise ConfigError("tracking.to", name, f"be installed (there is no package {package})", remedy)
 

@@ -21,7 +21,7 @@ class _End:
 class TrackerThread:
     """Opens a tracker and makes its calls, in order. Only :meth:`join` waits for it.
 
-    The thread touches nothing of the run. It keeps the error that ends it in :attr:`error`, and whoever offers calls
+    The thread touches nothing of the run. It keeps the error that ends it in :attr:`error`, and its owner
     reports it. It is a daemon, so a tracker that waits for a network forever does not keep the process alive.
     """
 

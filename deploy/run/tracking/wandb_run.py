@@ -20,6 +20,8 @@ class WandbRun:
     def __init__(self, run: TrackedRun) -> None:
         wandb: Any = import_module("wandb")
         self._warn_level = wandb.AlertLevel.WARN
+        settings = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True)
+        wandb.setup(settings=settings)  # silent before it looks for a key, so that it never prompts
         self._run: Any = wandb.init(
             project=run.project,
             id=run.run_id,
@@ -28,7 +30,7 @@ class WandbRun:
             dir=os.environ.get("WANDB_DIR", str(run.folder)),
             config=dict(run.settings),
             allow_val_change=True,  # a resumed run can have other settings
-            settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
+            settings=settings,
         )
         self._run.define_metric("update")
         self._run.define_metric("*", step_metric="update")
