@@ -30,7 +30,8 @@ class MlflowRun:
             return
         self._id = self._client.create_run(experiment, tags={TAG: run.run_id}, run_name=run.name).info.run_id
         parameters = [
-            self._entities.Param(name, str(value)[:_LONGEST_PARAMETER]) for name, value in run.settings.items()
+            self._entities.Param(name, str(value)[:_LONGEST_PARAMETER])
+            for name, value in run.settings.items()
         ]
         for part in _parts(parameters, _PARAMETERS_PER_CALL):
             self._client.log_batch(self._id, params=part)

@@ -33,7 +33,9 @@ class TensorBoardFiles:
         # Version 2 turns off a reader's guess that a run began again wherever the update falls.
         self._write(0, file_version="brain.Event:2")
         if continues:
-            first = run.updates_done + 1 if run.updates_done else 0  # a new run also evaluates before update 1
+            first = (
+                run.updates_done + 1 if run.updates_done else 0
+            )  # a new run also evaluates before update 1
             started = self._events.SessionLog(status=self._events.SessionLog.START)
             self._write(first, session_log=started)
         self.log_text(run.updates_done, "settings", _as_table(run.settings))

@@ -47,7 +47,9 @@ class TrackedRun:
     """The configuration, by dotted name."""
 
 
-_SECRET = re.compile(r"(WANDB|MLFLOW|TRACKIO|HF|HUGGING_FACE|DATABRICKS|AWS).*(KEY|TOKEN|PASSWORD|SECRET|USERNAME)", re.I)
+_SECRET = re.compile(
+    r"(WANDB|MLFLOW|TRACKIO|HF|HUGGING_FACE|DATABRICKS|AWS).*(KEY|TOKEN|PASSWORD|SECRET|USERNAME)", re.I
+)
 """Environment variables in which trackers find credentials."""
 _USER_OF_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 

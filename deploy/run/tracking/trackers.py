@@ -71,7 +71,9 @@ class Trackers:
                 self._leave_at_once()
                 reason = redacted(first_line(thread.error))[:_LONGEST_REASON]
                 self._events.write("tracker_failed", tracker=thread.name, reason=reason)
-                self._warn(f"tracker {thread.name} has failed and gets no more numbers of this run ({reason})")
+                self._warn(
+                    f"tracker {thread.name} has failed and gets no more numbers of this run ({reason})"
+                )
             if thread.num_dropped and thread.name not in self._slow:
                 self._slow.add(thread.name)
                 self._warn(f"tracker {thread.name} does not keep up; it lacks rows that metrics.parquet has")
@@ -84,7 +86,9 @@ class Trackers:
     ) -> None:
         interrupted = kind is not None and not issubclass(kind, Exception)
         try:
-            self._end(kind is not None, min(self._close_s, INTERRUPTED_CLOSE_S) if interrupted else self._close_s)
+            self._end(
+                kind is not None, min(self._close_s, INTERRUPTED_CLOSE_S) if interrupted else self._close_s
+            )
         finally:
             if any(not thread.join(0) for thread in self._threads):
                 self._leave_at_once()
@@ -99,7 +103,10 @@ class Trackers:
         for thread in self._threads:
             left = thread.num_waiting if thread.error is None and not ended[thread.name] else 0
             self._events.write(
-                "tracker_closed", tracker=thread.name, ended=ended[thread.name], num_dropped=thread.num_dropped
+                "tracker_closed",
+                tracker=thread.name,
+                ended=ended[thread.name],
+                num_dropped=thread.num_dropped,
             )
             if not ended[thread.name]:
                 what = f"did not finish within {timeout_s:.0f} s and may lack the last numbers ({left} calls wait)"

@@ -66,7 +66,9 @@ def test_round_trip_of_text_that_looks_like_an_interpolation(load):
 
 def test_fingerprint_covers_every_setting_that_determines_the_numbers(load):
     config = load(STUDENT)
-    same = load(STUDENT, ["run_dir=elsewhere", "cluster.address=auto", "cluster.start_timeout_s=5", "tracking.to=[]"])
+    same = load(
+        STUDENT, ["run_dir=elsewhere", "cluster.address=auto", "cluster.start_timeout_s=5", "tracking.to=[]"]
+    )
     assert fingerprint(same) == fingerprint(config)
     assert len(fingerprint(config)) == 16
     for path, hint in leaf_paths(RunConfig):

@@ -151,9 +151,7 @@ def new_run(path: Path) -> RunFolder:
     return folder
 
 
-def interrupted_and_resumed(
-    path: Path, config: RunConfig, say: Callable[[str], None] = print
-) -> RunFolder:
+def interrupted_and_resumed(path: Path, config: RunConfig, say: Callable[[str], None] = print) -> RunFolder:
     """A run that was interrupted after update 5 and resumed after update 3, with other numbers from there on."""
     folder = new_run(path)
     with recording(folder, config, 0, say) as (recorder, trackers):
