@@ -34,8 +34,8 @@ null is null if it is `null`, `~` or left empty; the text `null` itself can only
 the command line as in a file. The names of models and data that can be fetched are never paths; other text is a path if
 something exists there, or if it begins with `~`, `/`, `./` or `../`.
 
-**A resumed run** (`distill train --resume RUN section.name=value`) keeps its settings, except for those of `cluster`
-and these: {may_change}. Its folder may be moved before.
+**A resumed run** (`distill train --resume RUN section.name=value`) keeps its settings, except for those of
+`cluster` and `tracking` and these: {may_change}. Its folder may be moved before.
 """
 
 
@@ -69,12 +69,19 @@ def _rows(part: Any, prefix: str, docs: dict[tuple[str, str], str]) -> list[str]
             continue
         name = WRITTEN_NAMES.get((type(part), field.name), field.name)
         meaning = _markdown(docs[type(part).__name__, field.name]).replace("|", "\\|")
-        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        shown = _shown(value)
         choices = _choices(typing.get_type_hints(type(part))[field.name])
         if any(f"`{choice}`" not in meaning for choice in choices):
             meaning += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
         rows.append(f"| `{prefix}{name}` | `{shown}` | {meaning} |")
     return rows
+
+
+def _shown(value: object) -> str:
+    """A default as YAML has it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _markdown(docstring: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,6 +20,26 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return error.exit_code if isinstance(error, DistillError) else DistillError.exit_code
+
+
+_AT_ONCE = threading.Event()
+
+
+def leave_at_once() -> None:
+    """Have :func:`leave` end the process without the threads and exit functions of libraries.
+
+    A library that has lost its server can wait there for minutes.
+    """
+    _AT_ONCE.set()
+
+
+def leave(code: int) -> int:
+    """Return the exit code of the process, or end it now if :func:`leave_at_once` was called."""
+    if _AT_ONCE.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def guarded(run: Callable[[Arguments], int], arguments: Arguments) -> int:

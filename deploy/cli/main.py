@@ -11,7 +11,7 @@ from typing import TypeAlias
 from deploy.benchmarks.harness import FEWEST_PAIRS, MOST_PAIRS, TOLERATED_FALL
 from deploy.cli import commands
 from deploy.dashboards.serve import PROMETHEUS_PORT
-from deploy.exits import guarded
+from deploy.exits import guarded, leave
 
 _EPILOG = """A configuration is a YAML file. Arguments after it override its settings:
   distill train deploy/configs/demo.yaml recipe=kd learner.num_updates=40 run_dir=runs/kd
@@ -313,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    return guarded(_run, arguments)
+    return leave(guarded(_run, arguments))
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from deploy.run.cache import keep_proxy, proxy_folder, proxy_training_s
 from deploy.run.context import RunContext
+from deploy.run.tracking.kinds import start_trackers
 from deploy.run.training.live import LiveTraining
 from deploy.run.training.run import train_fleet, training_summary
 from deploy.run.training.start import start_fleet
@@ -124,7 +125,11 @@ def distil(run: RunContext, inputs: RunInputs) -> RunInputs:
         fleet, state = start_fleet(run, inputs)
     if state is not None:
         run.progress.say(f"resumed from the checkpoint after update {state['updates_done']}")
-    trained = asyncio.run(train_fleet(run, inputs, fleet, state, LiveTraining(run.progress)))
+    updates_done = state["updates_done"] if state is not None else 0
+    folder = RunFolder(inputs.run_dir)
+    with start_trackers(run.config, folder, updates_done, run.progress.say) as trackers:
+        training = train_fleet(run, inputs, fleet, state, LiveTraining(run.progress), trackers)
+        trained = asyncio.run(training)
     run.record.training(**vars(trained))
     run.progress.say(training_summary(trained, run.config))
     return inputs

@@ -25,6 +25,7 @@ from distill.config.runtime import (
     ReplayConfig,
     RolloutConfig,
     ScoringConfig,
+    TrackingConfig,
     WeightsConfig,
 )
 
@@ -50,5 +51,6 @@ __all__ = [
     "StudentConfig",
     "StudentInitConfig",
     "TeacherConfig",
+    "TrackingConfig",
     "WeightsConfig",
 ]

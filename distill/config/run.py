@@ -15,6 +15,7 @@ from distill.config.runtime import (
     ReplayConfig,
     RolloutConfig,
     ScoringConfig,
+    TrackingConfig,
     WeightsConfig,
 )
 from distill.errors import ConfigError
@@ -87,6 +88,8 @@ class RunConfig:
     """Evaluations on held-out prompts."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Processes of the actors."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Copies of the run's numbers."""
 
     @property
     def method(self) -> MethodConfig:

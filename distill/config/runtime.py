@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from distill.config.retired import RETIRED
 from distill.config.rules import bounded
 from distill.config.written import NULL
-from distill.errors import ConfigError
+from distill.errors import ConfigError, did_you_mean
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,3 +228,28 @@ def head_address_violations(name: str, address: str) -> Iterator[ConfigError]:
         host, _, port = address.rpartition(":")
         if not host or not (port.isdecimal() and 0 < int(port) < 1 << 16):
             yield ConfigError(name, address, must, "give the address that `ray start --head` prints")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """The trackers that receive a copy of a run's numbers while it trains. They change nothing in the run: one that
+    is slow or down loses rows, and ``metrics.parquet`` has them all."""
+
+    to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """List of trackers: ``tensorboard`` (event files in the run folder), ``wandb`` (Weights & Biases), ``mlflow`` and
+    ``trackio``. []: none. Addresses and credentials are those of each tracker's own environment variables."""
+    project: str = "distill"
+    """Project in which Weights & Biases and Trackio show the run; MLflow calls it an experiment."""
+
+    def violations(self) -> Iterator[ConfigError]:
+        for name in self.to:
+            if name not in TRACKERS:
+                must = f"contain only {', '.join(TRACKERS)}"
+                yield ConfigError("tracking.to", name, must, did_you_mean(name, TRACKERS))
+        if len(set(self.to)) < len(self.to):
+            shown = f"[{', '.join(self.to)}]"
+            yield ConfigError("tracking.to", shown, "name each tracker once", "remove the repeated name")
+        printable = self.project.isprintable() and self.project == self.project.strip()
+        if not printable or not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
+            must = "be 1 to 128 printable characters without / \\ # ? % : and spaces around them"
+            yield ConfigError("tracking.project", self.project, must, "choose a plain name, such as distill")

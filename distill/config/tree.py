@@ -34,8 +34,8 @@ Tree = dict[str, Any]
 WRITTEN_NAMES: Mapping[tuple[type, str], str] = {(StudentInitConfig, "source"): "from"}
 """Fields whose name in YAML and overrides is a Python keyword."""
 
-NOT_FINGERPRINTED = ("run_dir", "cluster")
-"""The settings that cannot change a run's numbers: where its folder is and where its actors run."""
+NOT_FINGERPRINTED = ("run_dir", "cluster", "tracking")
+"""The settings that cannot change a run's numbers: where its folder is, where its actors run and who shows it."""
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -46,7 +46,7 @@ def to_yaml(config: RunConfig) -> str:
 def fingerprint(config: RunConfig) -> str:
     """xxh3-64, hexadecimal, over every setting that determines the numbers of the run.
 
-    These are all settings except ``run_dir`` and ``cluster``: where its folder is and where its actors run.
+    These are all settings except those of :data:`NOT_FINGERPRINTED`.
     """
     tree = {name: value for name, value in _written(config).items() if name not in NOT_FINGERPRINTED}
     return xxhash.xxh3_64_hexdigest(json.dumps(tree, sort_keys=True).encode())
@@ -343,6 +343,8 @@ def _example(section: str) -> str:
 def _shown(value: object) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
     return _one_line(str(value))
 
 

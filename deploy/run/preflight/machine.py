@@ -17,6 +17,7 @@ from deploy.fetch import cache_dir
 from deploy.placement import described, place_on_node, pool_violations
 from deploy.run.estimates import Estimates
 from deploy.run.preflight.outcome import Check
+from deploy.run.tracking.kinds import require_installed
 from deploy.run.vllm_build import vllm_computes_on_gpu
 from distill.config import RunConfig
 from distill.errors import ConfigError
@@ -55,6 +56,15 @@ def engines(config: RunConfig) -> Iterator[Check]:
         "pass",
         f"rollout by {config.rollout.engine}, scoring by {config.scoring.engine}",
     )
+
+
+def trackers(config: RunConfig) -> Iterator[Check]:
+    """Check that the packages of the trackers are installed.
+
+    Raises: ConfigError.
+    """
+    require_installed(config)
+    yield Check("trackers", "pass", ", ".join(config.tracking.to) or "none")
 
 
 def cache() -> Iterator[Check]:

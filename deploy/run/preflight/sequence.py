@@ -58,6 +58,7 @@ class Preflight:
         checks: list[tuple[str, Callable[[], Iterator[Check]]]] = [
             ("configuration", self._configuration),
             ("engines", lambda: machine.engines(self.config)),
+            ("trackers", lambda: machine.trackers(self.config)),
             ("cluster", lambda: machine.cluster(self.config)),
             ("cache", machine.cache),
             ("teacher", self._teacher),

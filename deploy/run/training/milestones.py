@@ -53,7 +53,7 @@ class RunMilestones:
     async def before_training(self, updates_done: int, policy_version: int) -> None:
         self._recorder.start(updates_done, policy_version)
         if updates_done == 0:
-            await self._evaluate("before", self._config.evaluation.num_prompts, keep_answers=True)
+            await self._evaluate(0, "before", self._config.evaluation.num_prompts, keep_answers=True)
         self._recorder.start_clock()
 
     def samples_after(self, updates_done: int) -> bool:
@@ -108,10 +108,16 @@ class RunMilestones:
         """An evaluation, and what follows from it."""
         settings = self._config.evaluation
         if self._is_last(updates_done):
-            await self._evaluate("after", settings.num_prompts, keep_answers=True, on_copied=copied.set)
+            await self._evaluate(
+                updates_done, "after", settings.num_prompts, keep_answers=True, on_copied=copied.set
+            )
             return
         found = await self._evaluate(
-            f"step-{updates_done}", settings.num_prompts_during, keep_answers=False, on_copied=copied.set
+            updates_done,
+            f"step-{updates_done}",
+            settings.num_prompts_during,
+            keep_answers=False,
+            on_copied=copied.set,
         )
         self._recorder.evaluated(updates_done, found)
         await self._keep_best(updates_done, found)
@@ -122,6 +128,7 @@ class RunMilestones:
 
     async def _evaluate(
         self,
+        updates_done: int,
         label: str,
         num_prompts: int,
         *,
@@ -132,7 +139,7 @@ class RunMilestones:
             evaluation = await self._evaluations.evaluate(
                 label, num_prompts, keep_answers=keep_answers, on_copied=on_copied
             )
-        self._recorder.event("evaluated", label=label, **evaluation.to_dict())
+        self._recorder.measured(updates_done, evaluation)
         return evaluation
 
     async def _keep_best(self, updates_done: int, evaluation: Evaluation) -> None:

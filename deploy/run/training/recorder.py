@@ -1,4 +1,4 @@
-"""The records of a run: a row of metrics for every update, events, alarms, and the live line's facts.
+"""The records of a run: a row of metrics for every update, events, alarms, and what live line and trackers get.
 
 Called by :mod:`deploy.run.training.milestones`. Nothing here computes with tensors.
 """
@@ -9,7 +9,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from deploy.run.tracking.trackers import Trackers
 from deploy.run.training.advice import Setup
+from distill.config.tree import flatten
 from distill.evaluation import Evaluation, load_evaluation
 from distill.interfaces import Lease
 from distill.run.alarms import Alarms
@@ -18,12 +20,15 @@ from distill.run.metrics import EventLog, MetricsWriter, ReportFacts, read_metri
 
 
 class Recorder:
-    """Writes what happens in a run folder, and reports it to the live line."""
+    """Writes what happens in a run folder, and reports it to the live line and the trackers."""
 
-    def __init__(self, folder: RunFolder, alarms: Alarms, report: ReportFacts, setup: Setup) -> None:
+    def __init__(
+        self, folder: RunFolder, alarms: Alarms, report: ReportFacts, setup: Setup, trackers: Trackers
+    ) -> None:
         self.report = report
         self.alarms = alarms
         self._setup = setup
+        self._trackers = trackers
         self._metrics = MetricsWriter(folder.path)
         self._events = EventLog(folder.path)
         self._since = time.monotonic()
@@ -52,9 +57,18 @@ class Recorder:
         row["policy/version"] = float(policy_version)
         row["timing/update_s"] = time.monotonic() - self._since
         self._metrics.write(updates_done, row)
+        self._trackers.log_numbers(updates_done, row)
         self._raise(updates_done, self.alarms.after_update(row))
         self.report(
             update=updates_done, policy_version=policy_version, policy_age=max(ages, default=0), row=row
+        )
+
+    def measured(self, updates_done: int, evaluation: Evaluation) -> None:
+        """Record the numbers of an evaluation."""
+        summary = evaluation.to_dict()
+        self.event("evaluated", label=evaluation.label, **summary)
+        self._trackers.log_numbers(
+            updates_done, {f"evaluation/{name}": value for name, value in flatten(summary).items()}
         )
 
     def evaluated(self, updates_done: int, evaluation: Evaluation) -> None:
@@ -75,6 +89,7 @@ class Recorder:
     def _raise(self, update: int, messages: Sequence[str]) -> None:
         for message in messages:
             self.event("alarm", update=update, message=message)
+            self._trackers.log_text(update, "alarm", message)
         self.report(alarms=list(self.alarms.raised.values()))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from deploy.cluster.failures import root_cause
 from deploy.run.context import RunContext
 from deploy.run.telemetry.exporter import Exporter, RayMeter, export_repeatedly
+from deploy.run.tracking.trackers import Trackers
 from deploy.run.training.adaptive_share import AdaptiveShare
 from deploy.run.training.advice import Advice, Setup, advise
 from deploy.run.training.clocks import Limit, StageClocks, held_back, limit_of
@@ -33,7 +34,6 @@ from distill.errors import first_line
 from distill.run.alarms import Alarms
 from distill.run.folder import PolicyVersionCounter, RunFolder
 from distill.run.inputs import RunInputs, shared_memory_root
-from distill.run.metrics import ReportFacts
 
 SHOW_EVERY_S = 1.0
 
@@ -56,7 +56,12 @@ class Trained:
 
 
 async def train_fleet(
-    run: RunContext, inputs: RunInputs, fleet: Fleet, state: dict[str, Any] | None, live: LiveTraining
+    run: RunContext,
+    inputs: RunInputs,
+    fleet: Fleet,
+    state: dict[str, Any] | None,
+    live: LiveTraining,
+    trackers: Trackers,
 ) -> Trained:
     """Train from the learner's loaded state to the last update.
 
@@ -78,10 +83,14 @@ async def train_fleet(
             crew.start()
             beside = [
                 group.create_task(_repeat(live.show)),
+                group.create_task(_repeat(trackers.report)),
                 group.create_task(answer_requests(config, folder, crew, run.progress.say)),
                 group.create_task(export(run, inputs, fleet, live)),
             ]
-            trained = await _train(config, inputs, fleet, publisher, state, live.report, run.setup())
+            alarms = resumed_alarms(folder, state) if state else Alarms()
+            # A run that ends by an error keeps its last rows, which explain it.
+            with closing(Recorder(folder, alarms, live.report, run.setup(), trackers)) as recorder:
+                trained = await _train(config, inputs, fleet, publisher, state, recorder, run.setup())
             for task in beside:
                 task.cancel()
     except ExceptionGroup as errors:  # the first of them is the cause of the others
@@ -117,7 +126,7 @@ async def _train(
     fleet: Fleet,
     publisher: FleetPublisher,
     state: dict[str, Any] | None,
-    report: ReportFacts,
+    recorder: Recorder,
     setup: Setup,
 ) -> Trained:
     folder = RunFolder(inputs.run_dir)
@@ -128,30 +137,27 @@ async def _train(
         return counters | clocks.shares(counters)
 
     updates_done = state["updates_done"] if state else 0
-    alarms = resumed_alarms(folder, state) if state else Alarms()
     share = AdaptiveShare(config.recipe, folder, state["adaptive_share"] if state else None)
     evaluations = Evaluations(fleet, publisher, folder, inputs, of_copy=not config.replay.lock_step)
-    # A run that ends by an error keeps its last rows, which explain it.
-    with closing(Recorder(folder, alarms, report, setup)) as recorder:
-        await _check_teacher(config, evaluations, recorder)
-        milestones = RunMilestones(config, folder, fleet, recorder, evaluations, share, stats)
-        num_updates = config.learner.num_updates
-        report(activity="training", num_updates=num_updates)
-        start = time.monotonic()
-        replay: Any = fleet.replay
-        learner: Any = fleet.learner
-        try:
-            await train_loop(
-                replay,
-                learner,
-                publisher,
-                milestones,
-                updates_done=updates_done,
-                num_updates=num_updates,
-                lock_step=config.replay.lock_step,
-            )
-        finally:
-            milestones.close()
+    await _check_teacher(config, evaluations, recorder)
+    milestones = RunMilestones(config, folder, fleet, recorder, evaluations, share, stats)
+    num_updates = config.learner.num_updates
+    recorder.report(activity="training", num_updates=num_updates)
+    start = time.monotonic()
+    replay: Any = fleet.replay
+    learner: Any = fleet.learner
+    try:
+        await train_loop(
+            replay,
+            learner,
+            publisher,
+            milestones,
+            updates_done=updates_done,
+            num_updates=num_updates,
+            lock_step=config.replay.lock_step,
+        )
+    finally:
+        milestones.close()
     await fleet.learner.write_student("student", False)
     timing = _timing(time.monotonic() - start, milestones.seconds, lock_step=config.replay.lock_step)
     timing["push_waited_for_evaluations"] = publisher.waited_s

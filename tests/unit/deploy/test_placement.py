@@ -165,7 +165,7 @@ def test_a_pool_does_not_grow_beyond_what_the_node_has_left():
         (True, False, {"rollout", "teacher"}),
         (True, True, set()),
     ],
-    ids=str,
+    ids=["no GPU", "learner on a GPU", "all on GPUs"],
 )
 def test_roles_on_the_cores(has_gpu: bool, vllm_on_gpu: bool, roles: set[str]):
     placement = place_locally(config("scoring.num_threads=3"), 8)

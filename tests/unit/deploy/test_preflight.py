@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -48,3 +49,14 @@ def test_cache_below_an_unwritable_home(doctor: Doctor, monkeypatch: pytest.Monk
 def test_unwritable_run_folder(doctor: Doctor) -> None:
     error = fault(doctor(None, "run_dir=/proc/run"))
     assert error.name == "run_dir" and "be writable (/proc: " in error.must
+
+
+def test_tracker_that_is_not_installed(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    assert passes(doctor())
+    preflight = doctor(None, "tracking.to=[tensorboard,wandb]")
+    error = fault(preflight)
+    assert (error.name, error.value) == ("tracking.to", "wandb")
+    assert "`pip install wandb`" in error.remedy
+    assert "teacher" not in [check.name for check in preflight.checks]  # it is found before a model is read

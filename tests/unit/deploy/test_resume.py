@@ -303,3 +303,11 @@ def test_resuming_without_a_run(train: Train, home: Path) -> None:
     assert f"run_dir={home}/none must be the folder of a run (it has no run.json)" in line
     with pytest.raises(ConfigError, match=r"^--resume=~nosuchuser/x must begin with the home folder"):
         config_to_resume("~nosuchuser/x")
+
+
+def test_trackers_may_change(begun: RunFolder, train: Train) -> None:
+    before = resume_fingerprint(config_to_resume(str(begun.path)))
+    assert stored(begun)["tracking.to"] == ["tensorboard"]
+    train("--resume", str(begun.path), "tracking.to=[]", "tracking.project=other")
+    assert (stored(begun)["tracking.to"], stored(begun)["tracking.project"]) == ([], "other")
+    assert resume_fingerprint(config_to_resume(str(begun.path))) == before == begun.fingerprint
