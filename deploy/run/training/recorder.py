@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deploy.run.training.advice import Setup
+from deploy.run.training.tracing import RunTrace
 from distill.evaluation import Evaluation, load_evaluation
 from distill.interfaces import Lease
 from distill.run.alarms import Alarms
@@ -20,9 +21,13 @@ from distill.run.metrics import EventLog, MetricsWriter, ReportFacts, read_metri
 class Recorder:
     """Writes what happens in a run folder, and reports it to the live line."""
 
-    def __init__(self, folder: RunFolder, alarms: Alarms, report: ReportFacts, setup: Setup) -> None:
+    def __init__(
+        self, folder: RunFolder, alarms: Alarms, report: ReportFacts, setup: Setup, trace: RunTrace
+    ) -> None:
+        """``trace``: its owner closes it."""
         self.report = report
         self.alarms = alarms
+        self.trace = trace
         self._setup = setup
         self._metrics = MetricsWriter(folder.path)
         self._events = EventLog(folder.path)
@@ -52,6 +57,7 @@ class Recorder:
         row["policy/version"] = float(policy_version)
         row["timing/update_s"] = time.monotonic() - self._since
         self._metrics.write(updates_done, row)
+        self.trace.counters(updates_done, row)
         self._raise(updates_done, self.alarms.after_update(row))
         self.report(
             update=updates_done, policy_version=policy_version, policy_age=max(ages, default=0), row=row
