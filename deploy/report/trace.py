@@ -127,7 +127,8 @@ def _add_problems(written: Written, folder: RunFolder, reader: SpanReader) -> No
         found = strip_control(reader.foreign)
         written.problems.append(f"a part of {name} has format {found}, of another version; it is not shown")
     if written.num_dropped:
-        written.problems.append(f"{written.num_dropped} spans were dropped, because there was no room for them")
+        spans = "one span was" if written.num_dropped == 1 else f"{written.num_dropped} spans were"
+        written.problems.append(f"{spans} dropped, because there was no room for them")
     try:
         is_running = folder.is_running
     except OSError:  # a file system without locks, or a lock of another user

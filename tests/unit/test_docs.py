@@ -42,6 +42,7 @@ def commands(page: Path) -> list[list[str]]:
         ("docs/studies.md", 1),
         ("docs/performance.md", 4),
         ("docs/monitoring.md", 1),
+        ("docs/trace.md", 2),
     ],
 )
 def test_every_command_in_the_docs_parses(page: str, at_least: int) -> None:
@@ -56,7 +57,9 @@ def test_every_command_in_the_docs_parses(page: str, at_least: int) -> None:
 
 
 def test_no_other_page_has_commands_that_are_not_tested() -> None:
-    tested = {"cluster.md", "monitoring.md", "performance.md", "recipes.md", "results.md", "studies.md"}
+    tested = {
+        "cluster.md", "monitoring.md", "performance.md", "recipes.md", "results.md", "studies.md", "trace.md",
+    }  # fmt: skip
     assert [
         page.name for page in (ROOT / "docs").glob("*.md") if commands(page) and page.name not in tested
     ] == []
