@@ -59,7 +59,7 @@ class ChromeTrace:
         """Return the number of a process. Viewers show processes by ascending ``order``."""
         if name not in self._processes:
             number = self._processes[name] = len(self._processes) + 1
-            self._name("process", number, 0, name, order)
+            self._name("process", number, number, name, order)
         return self._processes[name]
 
     def place(self, process: int, title: str, order: int, start_us: int, end_us: int) -> Slice:
@@ -95,11 +95,11 @@ class ChromeTrace:
         self._event(phase, where.process, where.thread, at_us, name=name, cat="flow", id=arrow, **binding)
 
     def counters(self, process: int, at_us: int, name: str, values: Mapping[str, float]) -> None:
-        self._event("C", process, 0, at_us, name=name, args=values)
+        self._event("C", process, process, at_us, name=name, args=values)
 
     def mark(self, process: int, at_us: int, name: str) -> None:
         """Draw a line over the whole trace."""
-        self._event("i", process, 0, at_us, s="g", name=name)
+        self._event("i", process, process, at_us, s="g", name=name)
 
     def close(self, facts: Mapping[str, Any]) -> None:
         """End the trace with some facts about it."""
