@@ -18,7 +18,7 @@ from deploy.report.chrome_trace import ChromeTrace, Slice
 from deploy.report.safe_text import strip_control
 from distill.errors import ConfigError
 from distill.files import replacing_file
-from distill.replay.spans import NONE, Outcome, SpanKind
+from distill.replay.spans import NONE, SpanOutcome, SpanKind
 from distill.run.folder import RunFolder
 from distill.run.span_file import FORMAT, Counters, Dropped, Span, SpanReader, Started
 
@@ -50,7 +50,7 @@ _LANES_OF_KIND = 100_000
 
 
 @dataclass
-class Written:
+class WrittenTrace:
     """What a trace contains."""
 
     path: Path
@@ -61,7 +61,7 @@ class Written:
     """One line per thing that the trace lacks."""
 
 
-def write_trace(run_dir: str | Path, out: Path | None = None) -> Written:
+def write_trace(run_dir: str | Path, out: Path | None = None) -> WrittenTrace:
     """Write the trace of a run, into its folder unless another place is named.
 
     Raises: ConfigError when the folder is not a run's or has no spans that can be shown, and when the file cannot be
@@ -70,7 +70,7 @@ def write_trace(run_dir: str | Path, out: Path | None = None) -> Written:
     folder = RunFolder(run_dir)
     folder.require()
     _require_spans(folder)
-    written = Written(_place(folder, out))
+    written = WrittenTrace(_place(folder, out))
     try:
         reader = SpanReader(folder.spans)
         with replacing_file(written.path, durable=False) as temporary, _opened(temporary, written.path) as file:
@@ -118,7 +118,7 @@ def _nothing_to_show(folder: RunFolder, reader: SpanReader) -> ConfigError:
     return ConfigError("spans", folder.spans, must, "try again after the next update")
 
 
-def _add_problems(written: Written, folder: RunFolder, reader: SpanReader) -> None:
+def _add_problems(written: WrittenTrace, folder: RunFolder, reader: SpanReader) -> None:
     name = folder.spans.name
     if reader.num_broken:
         lines = "one line" if reader.num_broken == 1 else f"{reader.num_broken} lines"
@@ -160,7 +160,7 @@ class _Drawn:
 class _Exporter:
     """Turns spans into events."""
 
-    def __init__(self, trace: ChromeTrace, written: Written) -> None:
+    def __init__(self, trace: ChromeTrace, written: WrittenTrace) -> None:
         self._trace = trace
         self._written = written
         self._incarnation = 0
@@ -218,7 +218,7 @@ class _Exporter:
         process = self._process(span.lane)
         order = span.kind * _LANES_OF_KIND
         where = self._trace.place(process, TITLES[span.kind], order, span.start_us, span.end_us)
-        if span.kind in (SpanKind.ROLLOUT, SpanKind.SCORING) and span.outcome is Outcome.DONE:
+        if span.kind in (SpanKind.ROLLOUT, SpanKind.SCORING) and span.outcome is SpanOutcome.DONE:
             self._keep(where, span)
             return
         self._write(where, span, span.update)
@@ -281,7 +281,7 @@ class _Exporter:
         arguments |= {name: value for name, value in numbers.items() if value != NONE}
         if span.issue > 0:
             arguments["issue"] = span.issue
-        if span.outcome is not Outcome.DONE:
+        if span.outcome is not SpanOutcome.DONE:
             arguments["outcome"] = span.outcome.name.lower()
         if _MEMBER.fullmatch(span.lane):
             arguments["actor"] = span.lane

@@ -59,7 +59,7 @@ class SpanKind(IntEnum):
     CHECKPOINT = 10
 
 
-class Outcome(IntEnum):
+class SpanOutcome(IntEnum):
     """How a span ended."""
 
     DONE = 0
@@ -175,9 +175,9 @@ class WorkSpans:
             since = held.since_ns.pop(piece, None)
             if since is None:  # it was sent before
                 continue
-            outcome = Outcome.REFUSED if refused and sample.work_id in refused else Outcome.DONE
+            outcome = SpanOutcome.REFUSED if refused and sample.work_id in refused else SpanOutcome.DONE
             self._end(kind, held.lane, piece, since, now, sample.num_tokens, sample.oldest_version, outcome)
-            if kind is SpanKind.SCORING and outcome is Outcome.DONE:
+            if kind is SpanKind.SCORING and outcome is SpanOutcome.DONE:
                 self._ready[piece[:2]] = now
 
     def forgotten(self, holder: Holder) -> None:
@@ -186,13 +186,13 @@ class WorkSpans:
         now = self._clock()
         kind = SpanKind.ROLLOUT if holder.kind == "rollout" else SpanKind.SCORING
         for piece, since in held.since_ns.items() if held is not None else ():
-            self._end(kind, held.lane, piece, since, now, NONE, None, Outcome.LOST)
+            self._end(kind, held.lane, piece, since, now, NONE, None, SpanOutcome.LOST)
 
     def leased(self, lease: Lease) -> None:
         """The learner got the groups of an update, perhaps in an answer that it missed and asked for again."""
         now = self._clock()
         for update in [update for update in self._leases if update > lease.update]:
-            self._end_lease(update, now, Outcome.LOST)  # the learner went back to a checkpoint
+            self._end_lease(update, now, SpanOutcome.LOST)  # the learner went back to a checkpoint
         if lease.update in self._leases:
             return
         num_tokens = 0
@@ -208,7 +208,7 @@ class WorkSpans:
                 now,
                 tokens,
                 min(versions, default=None),
-                Outcome.DONE,
+                SpanOutcome.DONE,
                 lease.update + 1,
             )
             num_tokens += tokens
@@ -217,7 +217,7 @@ class WorkSpans:
     def acknowledged(self, update: int) -> None:
         """An update was applied, or its acknowledgement was sent again."""
         if update in self._leases:
-            self._end_lease(update, self._clock(), Outcome.DONE)
+            self._end_lease(update, self._clock(), SpanOutcome.DONE)
 
     def restarted(self) -> None:
         """The index continues from a checkpoint and has forgotten who holds what."""
@@ -225,10 +225,10 @@ class WorkSpans:
             self.forgotten(holder)
         now = self._clock()
         for update in list(self._leases):
-            self._end_lease(update, now, Outcome.LOST)
+            self._end_lease(update, now, SpanOutcome.LOST)
         self._ready.clear()
 
-    def _end_lease(self, update: int, now: int, outcome: Outcome) -> None:
+    def _end_lease(self, update: int, now: int, outcome: SpanOutcome) -> None:
         lease = self._leases.pop(update)
         piece: _Piece = ("student_text", NONE, NONE, lease.num_groups)
         kind = SpanKind.LEASE
@@ -243,7 +243,7 @@ class WorkSpans:
         end_ns: int,
         tokens: int,
         version: int | None,
-        outcome: Outcome,
+        outcome: SpanOutcome,
         update: int = NONE,
     ) -> None:
         table, draw, issue, sample = piece

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.files import LineFile
-from distill.replay.spans import FIELDS, TABLES, Outcome, SpanKind
+from distill.replay.spans import FIELDS, TABLES, SpanOutcome, SpanKind
 
 FORMAT = 1
 MOST_BYTES = 1 << 28
@@ -118,7 +118,7 @@ class Span:
     tokens: int
     version: int
     update: int
-    outcome: Outcome
+    outcome: SpanOutcome
 
 
 @dataclass
@@ -188,7 +188,7 @@ def _spans(line: Mapping[str, Any]) -> Iterator[Span]:
             tokens=tokens,
             version=version,
             update=update,
-            outcome=Outcome(outcome),
+            outcome=SpanOutcome(outcome),
         )
 
 

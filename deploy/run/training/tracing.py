@@ -14,7 +14,7 @@ from typing import Any
 from deploy.run.training.fleet import Member
 from distill.interfaces import Learner, Lease, Publisher, WeightManifest
 from distill.machine.clock import epoch_ns
-from distill.replay.spans import NONE, Outcome, SpanBuffer, SpanKind
+from distill.replay.spans import NONE, SpanOutcome, SpanBuffer, SpanKind
 from distill.run.folder import RunFolder
 from distill.run.span_file import SpanFile
 
@@ -43,10 +43,10 @@ class RunTrace:
     def span(self, kind: SpanKind, lane: str, update: int, version: int = NONE) -> Iterator[OpenSpan]:
         """Record a ``with`` block, which is lost if it ends by an error. ``lane``: the actor that works."""
         open_span = OpenSpan(version)
-        start, outcome = self._clock(), Outcome.LOST
+        start, outcome = self._clock(), SpanOutcome.LOST
         try:
             yield open_span
-            outcome = Outcome.DONE
+            outcome = SpanOutcome.DONE
         finally:
             number, end = self._buffer.lane(lane), self._clock()
             version = open_span.version

@@ -16,7 +16,7 @@ from deploy.cli.main import main
 from deploy.report.chrome_trace import Lanes
 from deploy.report.trace import write_trace
 from distill.errors import ConfigError
-from distill.replay.spans import NONE, Outcome, SpanBuffer, SpanKind
+from distill.replay.spans import NONE, SpanOutcome, SpanBuffer, SpanKind
 from distill.run.folder import RunFolder
 from distill.run.span_file import SpanFile
 from tests.unit.deploy.run_folders import run_folder
@@ -244,9 +244,9 @@ def long_run(path: Path, num_updates: int, per_update: int = 16) -> RunFolder:
         for place in range(per_update):
             draw, then = update * per_update + place, now + place * 10**6
             scored, done = then + 3 * 10**8, then + 4 * 10**8
-            buffer.add((SpanKind.ROLLOUT, rollout, 0, draw, 0, 0, then, scored, 9, 1, NONE, Outcome.DONE))
-            buffer.add((SpanKind.SCORING, teacher, 0, draw, 0, 0, scored, done, 9, 1, NONE, Outcome.DONE))
-            buffer.add((SpanKind.READY, replay, 0, draw, 0, 1, done, end, 9, 1, update + 1, Outcome.DONE))
+            buffer.add((SpanKind.ROLLOUT, rollout, 0, draw, 0, 0, then, scored, 9, 1, NONE, SpanOutcome.DONE))
+            buffer.add((SpanKind.SCORING, teacher, 0, draw, 0, 0, scored, done, 9, 1, NONE, SpanOutcome.DONE))
+            buffer.add((SpanKind.READY, replay, 0, draw, 0, 1, done, end, 9, 1, update + 1, SpanOutcome.DONE))
         buffer.add((SpanKind.LEASE, replay, 0, NONE, NONE, per_update, end, end + 10, 9, NONE, update + 1, 0))
         learner = buffer.lane("learner")
         buffer.add((SpanKind.UPDATE, learner, 0, NONE, NONE, NONE, end, end + 10, NONE, NONE, update + 1, 0))

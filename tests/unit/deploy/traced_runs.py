@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.replay.service import ReplayService
-from distill.replay.spans import NONE, Outcome, SpanBuffer, SpanKind, WorkSpans
+from distill.replay.spans import NONE, SpanOutcome, SpanBuffer, SpanKind, WorkSpans
 from distill.run.folder import RunFolder
 from distill.run.span_file import SpanFile
 from tests.unit.deploy.run_folders import run_folder
@@ -71,7 +71,7 @@ def driver_spans(of_replay: list[dict[str, Any]]) -> dict[str, Any]:
             (SpanKind.LOAD, "rollout-0.1000", update + 1, end + 2000, end + 900_000),
             (SpanKind.PUSH, "driver", update + 1, end + 2000, end + 1_000_000),
         ):
-            lost = lease["outcome"] if kind is SpanKind.UPDATE else Outcome.DONE
+            lost = lease["outcome"] if kind is SpanKind.UPDATE else SpanOutcome.DONE
             buffer.add(
                 (kind, buffer.lane(lane), 0, NONE, NONE, NONE, began, ended, NONE, version, update, lost)
             )

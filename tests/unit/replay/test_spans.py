@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from distill.interfaces import Exchange, Holder, SampleRef
 from distill.replay.service import ReplayService
-from distill.replay.spans import FIELDS, NONE, TABLES, Outcome, SpanBuffer, SpanKind, WorkSpans
+from distill.replay.spans import FIELDS, NONE, TABLES, SpanOutcome, SpanBuffer, SpanKind, WorkSpans
 from tests.unit.replay.builders import ROLLOUT, TEACHER, Settings, fill, sample, scored
 from tests.unit.replay.test_races import Run, Wire, check, settings_of
 
@@ -29,7 +29,7 @@ def rows(drained: dict[str, Any]) -> list[dict[str, Any]]:
     for place in range(0, len(values), len(FIELDS)):
         row: dict[str, Any] = dict(zip(FIELDS, values[place : place + len(FIELDS)], strict=True))
         row |= {"lane": drained["lanes"][row["lane"]], "table": TABLES[row["table"]]}
-        found.append(row | {"kind": SpanKind(row["kind"]), "outcome": Outcome(row["outcome"])})
+        found.append(row | {"kind": SpanKind(row["kind"]), "outcome": SpanOutcome(row["outcome"])})
     return found
 
 
@@ -73,7 +73,7 @@ async def test_a_draw_has_a_span_at_each_actor_and_ends_in_its_lease() -> None:
     ]
     assert {(row["draw"], row["table"]) for row in found[:3]} == {(draw.number, "student_text")}
     assert [row["update"] for row in found] == [NONE, NONE, 1, 1]
-    assert {(row["tokens"], row["outcome"]) for row in found} == {(9, Outcome.DONE)}
+    assert {(row["tokens"], row["outcome"]) for row in found} == {(9, SpanOutcome.DONE)}
     assert [row["version"] for row in found] == [1, 1, 1, NONE]
     assert await spans_of(replay) == [], "the spans are returned once"
 
@@ -100,7 +100,7 @@ async def test_work_that_is_given_again_after_a_lost_answer_has_one_span() -> No
     assert (await replay.exchange(ROLLOUT, [], [], 1)).work == (draw,), "the first answer was lost"
     await replay.exchange(ROLLOUT, [sample(draw, 1)], [], 0)
     [row] = await spans_of(replay)
-    assert (row["start_ns"], row["outcome"]) == (1_000_000, Outcome.DONE), "from the time of the first answer"
+    assert (row["start_ns"], row["outcome"]) == (1_000_000, SpanOutcome.DONE), "from the time of the first answer"
 
 
 async def test_the_spans_of_a_dead_actor_are_lost_and_its_work_has_new_ones() -> None:
@@ -159,7 +159,7 @@ async def test_an_index_that_is_loaded_again_forgets_who_holds_what() -> None:
     await replay.load_state(state)
     found = await spans_of(replay)
     assert [row["draw"] for row in found] == [draw.number for draw in work]
-    assert {row["outcome"] for row in found} == {Outcome.LOST}
+    assert {row["outcome"] for row in found} == {SpanOutcome.LOST}
 
 
 async def test_spans_beyond_the_capacity_are_counted_and_dropped() -> None:
@@ -232,14 +232,14 @@ def test_every_delivered_piece_has_one_span_in_every_interleaving(seed: int, fau
     done = {
         piece(row, lambda table, number: number // rows_in_table[table])
         for row in work
-        if row["outcome"] is Outcome.DONE
+        if row["outcome"] is SpanOutcome.DONE
     }
     assert witness.accepted <= done <= witness.delivered
     assert all(row["start_ns"] <= row["end_ns"] for row in found)
     ends = [row["end_ns"] for row in found]
     assert ends == sorted(ends)
     acknowledged = {
-        row["update"] - 1 for row in found if (row["kind"], row["outcome"]) == (SpanKind.LEASE, Outcome.DONE)
+        row["update"] - 1 for row in found if (row["kind"], row["outcome"]) == (SpanKind.LEASE, SpanOutcome.DONE)
     }
     assert acknowledged == {lease.update for lease in run.leases}
     ready = {(row["update"] - 1, row["table"], row["draw"]) for row in found if row["kind"] is SpanKind.READY}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distill.replay.spans import NONE, Outcome, Row, SpanBuffer, SpanKind
+from distill.replay.spans import NONE, SpanOutcome, Row, SpanBuffer, SpanKind
 from distill.run.span_file import Counters, Dropped, Span, SpanFile, SpanReader, Started
 
 START_NS = 1_790_000_000_123_456_789
@@ -16,7 +16,7 @@ START_NS = 1_790_000_000_123_456_789
 
 def row(buffer: SpanBuffer, number: int, *, lane: str = "rollout-0.1000", kind: int = SpanKind.ROLLOUT) -> Row:
     start = START_NS + number * 5_000_000
-    return (kind, buffer.lane(lane), 0, number, 0, 1, start, start + 7_000_999, 120, 3, NONE, Outcome.DONE)
+    return (kind, buffer.lane(lane), 0, number, 0, 1, start, start + 7_000_999, 120, 3, NONE, SpanOutcome.DONE)
 
 
 def drained(*numbers: int) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         tokens=120,
         version=3,
         update=NONE,
-        outcome=Outcome.DONE,
+        outcome=SpanOutcome.DONE,
     )
     assert [each.draw for each in found if isinstance(each, Span)] == [0, 1, 2]
     assert found[3] == Counters(START_NS // 1000, 1, {"policy/age_max": 2.0})

@@ -12,7 +12,7 @@ from deploy.run.training.fleet import Member
 from deploy.run.training.tracing import RunTrace, TracedLearner, TracedPublisher, TracedReceiver, TracedReplay
 from distill.files import write_json
 from distill.interfaces import Holder, Lease, WeightManifest, WeightPushError
-from distill.replay.spans import Outcome, SpanBuffer, SpanKind
+from distill.replay.spans import SpanOutcome, SpanBuffer, SpanKind
 from distill.run.folder import RunFolder
 from distill.run.span_file import Counters, Span, SpanReader, Started
 
@@ -108,4 +108,4 @@ async def test_what_fails_has_a_span_that_says_so(folder: RunFolder) -> None:
         await TracedPublisher(broken, trace).send(MANIFEST)
     trace.close()
     [span] = found(folder, Span)
-    assert (span.kind, span.outcome) == (SpanKind.PUSH, Outcome.LOST)
+    assert (span.kind, span.outcome) == (SpanKind.PUSH, SpanOutcome.LOST)
