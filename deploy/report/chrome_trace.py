@@ -75,7 +75,14 @@ class ChromeTrace:
     def slice(self, where: Slice, name: str, category: str, arguments: Mapping[str, Any]) -> None:
         duration = where.end_us - where.start_us
         self._event(
-            "X", where.process, where.thread, where.start_us, dur=duration, name=name, cat=category, args=arguments
+            "X",
+            where.process,
+            where.thread,
+            where.start_us,
+            dur=duration,
+            name=name,
+            cat=category,
+            args=arguments,
         )
 
     def arrow(self) -> int:

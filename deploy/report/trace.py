@@ -18,7 +18,7 @@ from deploy.report.chrome_trace import ChromeTrace, Slice
 from deploy.report.safe_text import strip_control
 from distill.errors import ConfigError
 from distill.files import replacing_file
-from distill.replay.spans import NONE, SpanOutcome, SpanKind
+from distill.replay.spans import NONE, SpanKind, SpanOutcome
 from distill.run.folder import RunFolder
 from distill.run.span_file import FORMAT, Counters, Dropped, Span, SpanReader, Started
 
@@ -73,7 +73,10 @@ def write_trace(run_dir: str | Path, out: Path | None = None) -> WrittenTrace:
     written = WrittenTrace(_place(folder, out))
     try:
         reader = SpanReader(folder.spans)
-        with replacing_file(written.path, durable=False) as temporary, _opened(temporary, written.path) as file:
+        with (
+            replacing_file(written.path, durable=False) as temporary,
+            _opened(temporary, written.path) as file,
+        ):
             exporter = _Exporter(ChromeTrace(file), written)
             exporter.read(reader)
             _add_problems(written, folder, reader)
@@ -122,7 +125,9 @@ def _add_problems(written: WrittenTrace, folder: RunFolder, reader: SpanReader) 
     name = folder.spans.name
     if reader.num_broken:
         lines = "one line" if reader.num_broken == 1 else f"{reader.num_broken} lines"
-        written.problems.append(f"{name} has {lines} that a crash or a running write cut; the others are shown")
+        written.problems.append(
+            f"{name} has {lines} that a crash or a running write cut; the others are shown"
+        )
     if reader.foreign is not None:
         found = strip_control(reader.foreign)
         written.problems.append(f"a part of {name} has format {found}, of another version; it is not shown")

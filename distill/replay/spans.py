@@ -8,13 +8,13 @@ writes both in the run folder (:mod:`distill.run.span_file`).
 
 from __future__ import annotations
 
-from array import array
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, TypeAlias
 
-from distill.interfaces import Draw, Holder, Lease, SampleRef, Table, Work
+from distill.interfaces import Holder, Lease, SampleRef, Table, Work
 from distill.machine.clock import epoch_ns
 
 CAPACITY = 1 << 17
@@ -30,6 +30,8 @@ FIELDS = (
 ``version``: the oldest policy version in the text, or the version of a push. ``update``: the updates done when this
 update is, so the first one has 1, as in metrics.parquet."""
 TABLES: tuple[Table, ...] = ("student_text", "teacher_text")
+
+_PACKED = struct.Struct(f"{len(FIELDS)}q")
 
 Row: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int, int]
 """One span: the values of :data:`FIELDS`. Times are nanoseconds since 1970."""
@@ -69,12 +71,16 @@ class SpanOutcome(IntEnum):
     """The actor died, or the run went back to a checkpoint."""
 
 
+_DONE, _REFUSED, _READY = int(SpanOutcome.DONE), int(SpanOutcome.REFUSED), int(SpanKind.READY)
+_TABLE = {table: number for number, table in enumerate(TABLES)}
+
+
 class SpanBuffer:
     """Finished spans until somebody fetches them: a bounded number, the oldest first."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
-        self._values = array("q")
-        self._limit = capacity * len(FIELDS)
+        self._values = bytearray()
+        self._limit = capacity * _PACKED.size
         self._lanes: dict[str, int] = {}
         self._num_dropped = 0
 
@@ -84,7 +90,7 @@ class SpanBuffer:
 
     def add(self, row: Row) -> None:
         if len(self._values) < self._limit:
-            self._values.extend(row)
+            self._values += _PACKED.pack(*row)
         else:
             self._num_dropped += 1
 
@@ -94,9 +100,9 @@ class SpanBuffer:
         ``values``: the rows as int64 in the machine's byte order. ``lanes``: the names of all actors so far.
         ``num_dropped``: spans that the buffer had no room for since the last call.
         """
-        values, self._values = self._values, array("q")
+        values, self._values = self._values, bytearray()
         num_dropped, self._num_dropped = self._num_dropped, 0
-        return {"values": values.tobytes(), "lanes": list(self._lanes), "num_dropped": num_dropped}
+        return {"values": bytes(values), "lanes": list(self._lanes), "num_dropped": num_dropped}
 
 
 _Piece: TypeAlias = tuple[Table, int, int, int]
@@ -156,37 +162,48 @@ class WorkSpans:
         if held is None:
             held = self._held[holder] = _Held(self._buffer.lane(str(holder)))
         now = self._clock()
+        since = held.since_ns
         for each in work:
             if isinstance(each, SampleRef):
-                held.since_ns[_piece(each.draw, each.sample)] = now
+                draw = each.draw
+                since[draw.table, draw.number, draw.issue, each.sample] = now
             else:
                 for sample in range(self._samples_per_draw if each.table == "student_text" else 1):
-                    held.since_ns[_piece(each, sample)] = now
+                    since[each.table, each.number, each.issue, sample] = now
 
     def delivered(self, holder: Holder, done: Sequence[SampleRef], refused: Sequence[str]) -> None:
         """An actor delivered samples. ``refused``: ``work_id`` of those that the index refused."""
         held = self._held.get(holder)
         if held is None or not done:
             return
-        now = self._clock()
-        kind = SpanKind.ROLLOUT if holder.kind == "rollout" else SpanKind.SCORING
+        now, add, lane = self._clock(), self._buffer.add, held.lane
+        scores = holder.kind == "scoring"
+        kind = SpanKind.SCORING if scores else SpanKind.ROLLOUT
         for sample in done:
-            piece = _piece(sample.draw, sample.sample)
-            since = held.since_ns.pop(piece, None)
+            draw, number = sample.draw, sample.sample
+            since = held.since_ns.pop((draw.table, draw.number, draw.issue, number), None)
             if since is None:  # it was sent before
                 continue
-            outcome = SpanOutcome.REFUSED if refused and sample.work_id in refused else SpanOutcome.DONE
-            self._end(kind, held.lane, piece, since, now, sample.num_tokens, sample.oldest_version, outcome)
-            if kind is SpanKind.SCORING and outcome is SpanOutcome.DONE:
-                self._ready[piece[:2]] = now
+            is_refused = bool(refused) and sample.work_id in refused
+            table, version = _TABLE[draw.table], sample.oldest_version
+            add((
+                kind, lane, table, draw.number, draw.issue, number, since, now, sample.num_tokens,
+                NONE if version is None else version, NONE, _REFUSED if is_refused else _DONE,
+            ))  # fmt: skip
+            if scores and not is_refused:
+                self._ready[draw.table, draw.number] = now
 
     def forgotten(self, holder: Holder) -> None:
         """An actor was declared dead; others get its work."""
         held = self._held.pop(holder, None)
+        if held is None:
+            return
         now = self._clock()
         kind = SpanKind.ROLLOUT if holder.kind == "rollout" else SpanKind.SCORING
-        for piece, since in held.since_ns.items() if held is not None else ():
-            self._end(kind, held.lane, piece, since, now, NONE, None, SpanOutcome.LOST)
+        for (table, draw, issue, sample), since in held.since_ns.items():
+            self._buffer.add((
+                kind, held.lane, _TABLE[table], draw, issue, sample, since, now, NONE, NONE, NONE, SpanOutcome.LOST,
+            ))  # fmt: skip
 
     def leased(self, lease: Lease) -> None:
         """The learner got the groups of an update, perhaps in an answer that it missed and asked for again."""
@@ -197,20 +214,17 @@ class WorkSpans:
             return
         num_tokens = 0
         for group in lease.groups:
-            tokens = sum([sample.num_tokens for sample in group.samples])
-            versions = [each.oldest_version for each in group.samples if each.oldest_version is not None]
-            draw = group.draw
-            self._end(
-                SpanKind.READY,
-                self._lane,
-                (draw.table, draw.number, draw.issue, len(group.samples)),
-                self._ready.pop((draw.table, draw.number), now),
-                now,
-                tokens,
-                min(versions, default=None),
-                SpanOutcome.DONE,
-                lease.update + 1,
-            )
+            draw, samples = group.draw, group.samples
+            tokens, version = 0, None
+            for sample in samples:
+                tokens += sample.num_tokens
+                other = sample.oldest_version
+                version = other if version is None or other is None else min(version, other)
+            since = self._ready.pop((draw.table, draw.number), now)
+            self._buffer.add((
+                _READY, self._lane, _TABLE[draw.table], draw.number, draw.issue, len(samples), since, now, tokens,
+                NONE if version is None else version, lease.update + 1, _DONE,
+            ))  # fmt: skip
             num_tokens += tokens
         self._leases[lease.update] = _Leased(now, len(lease.groups), num_tokens)
 
@@ -230,29 +244,7 @@ class WorkSpans:
 
     def _end_lease(self, update: int, now: int, outcome: SpanOutcome) -> None:
         lease = self._leases.pop(update)
-        piece: _Piece = ("student_text", NONE, NONE, lease.num_groups)
-        kind = SpanKind.LEASE
-        self._end(kind, self._lane, piece, lease.since_ns, now, lease.num_tokens, None, outcome, update + 1)
-
-    def _end(
-        self,
-        kind: SpanKind,
-        lane: int,
-        piece: _Piece,
-        start_ns: int,
-        end_ns: int,
-        tokens: int,
-        version: int | None,
-        outcome: SpanOutcome,
-        update: int = NONE,
-    ) -> None:
-        table, draw, issue, sample = piece
-        version = NONE if version is None else version
-        number = 0 if table == "student_text" else 1
-        self._buffer.add(
-            (kind, lane, number, draw, issue, sample, start_ns, end_ns, tokens, version, update, outcome)
-        )
-
-
-def _piece(draw: Draw, sample: int) -> _Piece:
-    return draw.table, draw.number, draw.issue, sample
+        self._buffer.add((
+            SpanKind.LEASE, self._lane, 0, NONE, NONE, lease.num_groups, lease.since_ns, now, lease.num_tokens, NONE,
+            update + 1, outcome,
+        ))  # fmt: skip

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.files import LineFile
-from distill.replay.spans import FIELDS, TABLES, SpanOutcome, SpanKind
+from distill.replay.spans import FIELDS, TABLES, SpanKind, SpanOutcome
 
 FORMAT = 1
 MOST_BYTES = 1 << 28

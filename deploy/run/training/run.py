@@ -142,11 +142,10 @@ async def _train(
         milestones = RunMilestones(config, folder, fleet, recorder, evaluations, share, stats)
         num_updates = config.learner.num_updates
         report(activity="training", num_updates=num_updates)
-        replay: Any = TracedReplay(fleet.replay, trace)
         start = time.monotonic()
         try:
             await train_loop(
-                replay,
+                TracedReplay(fleet.replay, trace),
                 TracedLearner(fleet.learner, trace),
                 TracedPublisher(publisher, trace),
                 milestones,

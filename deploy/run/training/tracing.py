@@ -6,15 +6,15 @@ The replay records where each piece of work is (:mod:`distill.replay.spans`). Th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from deploy.run.training.fleet import Member
-from distill.interfaces import Learner, Lease, Publisher, WeightManifest
+from distill.interfaces import Exchange, Holder, Learner, Lease, Publisher, Replay, SampleRef, WeightManifest
 from distill.machine.clock import epoch_ns
-from distill.replay.spans import NONE, SpanOutcome, SpanBuffer, SpanKind
+from distill.replay.spans import NONE, SpanBuffer, SpanKind, SpanOutcome
 from distill.run.folder import RunFolder
 from distill.run.span_file import SpanFile
 
@@ -50,9 +50,7 @@ class RunTrace:
         finally:
             number, end = self._buffer.lane(lane), self._clock()
             version = open_span.version
-            self._buffer.add(
-                (kind, number, 0, NONE, NONE, NONE, start, end, NONE, version, update, outcome)
-            )
+            self._buffer.add((kind, number, 0, NONE, NONE, NONE, start, end, NONE, version, update, outcome))
 
     def write(self, of_replay: Mapping[str, Any]) -> None:
         """Write spans that the replay recorded, and the driver's so far."""
@@ -69,7 +67,7 @@ class RunTrace:
         self._file.close()
 
 
-class TracedReplay:
+class TracedReplay(Replay):
     """The replay of the train loop: its waits for groups are recorded."""
 
     def __init__(self, replay: Any, trace: RunTrace) -> None:
@@ -80,8 +78,19 @@ class TracedReplay:
         with self._trace.span(SpanKind.LEASE_WAIT, "learner", update + 1):
             return await self._replay.lease(update)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._replay, name)
+    async def exchange(
+        self, holder: Holder, done: Sequence[SampleRef], holding: Sequence[str], room: int
+    ) -> Exchange:
+        return await self._replay.exchange(holder, done, holding, room)
+
+    async def live_segments(self, names: Sequence[str]) -> list[str]:
+        return await self._replay.live_segments(names)
+
+    async def acknowledge(self, update: int) -> None:
+        await self._replay.acknowledge(update)
+
+    async def advance(self, updates_done: int, policy_version: int) -> None:
+        await self._replay.advance(updates_done, policy_version)
 
 
 class TracedLearner(Learner):

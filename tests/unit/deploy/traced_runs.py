@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 from collections import defaultdict
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.replay.service import ReplayService
-from distill.replay.spans import NONE, SpanOutcome, SpanBuffer, SpanKind, WorkSpans
+from distill.replay.spans import NONE, SpanBuffer, SpanKind, SpanOutcome, WorkSpans
 from distill.run.folder import RunFolder
 from distill.run.span_file import SpanFile
 from tests.unit.deploy.run_folders import run_folder
@@ -41,17 +42,25 @@ def traced_run(path: Path, *, num_starts: int = 1, deaths: int = 2) -> RunFolder
         spans = asyncio.run(spans_of_a_run(incarnation, deaths))
         file.write(spans)
         file.write(driver_spans(rows(spans)))
-        counters = {"replay/student_text.drawn": 3.0, "replay/student_text.scored": 2.0, "policy/age_max": 1.0}
+        counters = {
+            "replay/student_text.drawn": 3.0,
+            "replay/student_text.scored": 2.0,
+            "policy/age_max": 1.0,
+        }
         file.counters(START_NS + incarnation * 10**12, 1, counters)
         file.close()
     return folder
 
 
 async def spans_of_a_run(seed: int, deaths: int) -> dict[str, Any]:
-    chosen = Settings(num_updates=5, prompts_per_update=3, samples_per_prompt=2, num_rollouts=2, num_scorers=2)
+    chosen = Settings(
+        num_updates=5, prompts_per_update=3, samples_per_prompt=2, num_rollouts=2, num_scorers=2
+    )
     run = Run(chosen, seed, faults=0.1, deaths=deaths)
     clock = UnevenClock(seed, START_NS + seed * 10**12)
-    run.service = run.wire.service = ReplayService(run.service.index, WorkSpans(chosen.samples_per_prompt, clock))
+    run.service = run.wire.service = ReplayService(
+        run.service.index, WorkSpans(chosen.samples_per_prompt, clock)
+    )
     try:
         await run.main()
     finally:
@@ -94,7 +103,7 @@ def assert_valid(trace: dict[str, Any]) -> None:
         lanes[each["pid"], each["tid"]].append((each["ts"], each["ts"] + each["dur"]))
     for spans in lanes.values():
         spans.sort()
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     named = [event for event in trace["traceEvents"] if event["ph"] == "M"]
     threads = {(event["pid"], event["tid"]) for event in named if event["name"] == "thread_name"}
     processes = {event["pid"]: event["args"]["name"] for event in named if event["name"] == "process_name"}

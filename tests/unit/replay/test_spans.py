@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from distill.interfaces import Exchange, Holder, SampleRef
 from distill.replay.service import ReplayService
-from distill.replay.spans import FIELDS, NONE, TABLES, SpanOutcome, SpanBuffer, SpanKind, WorkSpans
+from distill.replay.spans import FIELDS, NONE, TABLES, SpanBuffer, SpanKind, SpanOutcome, WorkSpans
 from tests.unit.replay.builders import ROLLOUT, TEACHER, Settings, fill, sample, scored
 from tests.unit.replay.test_races import Run, Wire, check, settings_of
 
@@ -64,7 +64,8 @@ async def test_a_draw_has_a_span_at_each_actor_and_ends_in_its_lease() -> None:
     await replay.acknowledge(0)  # at 6 ms
     found = await spans_of(replay)
     assert [
-        (row["kind"].name, row["lane"], row["start_ns"] // 1_000_000, row["end_ns"] // 1_000_000) for row in found
+        (row["kind"].name, row["lane"], row["start_ns"] // 1_000_000, row["end_ns"] // 1_000_000)
+        for row in found
     ] == [
         ("ROLLOUT", "rollout-0.0", 1, 2),
         ("SCORING", "teacher-0.0", 3, 4),
@@ -100,7 +101,9 @@ async def test_work_that_is_given_again_after_a_lost_answer_has_one_span() -> No
     assert (await replay.exchange(ROLLOUT, [], [], 1)).work == (draw,), "the first answer was lost"
     await replay.exchange(ROLLOUT, [sample(draw, 1)], [], 0)
     [row] = await spans_of(replay)
-    assert (row["start_ns"], row["outcome"]) == (1_000_000, SpanOutcome.DONE), "from the time of the first answer"
+    assert (row["start_ns"], row["outcome"]) == (1_000_000, SpanOutcome.DONE), (
+        "from the time of the first answer"
+    )
 
 
 async def test_the_spans_of_a_dead_actor_are_lost_and_its_work_has_new_ones() -> None:
@@ -204,12 +207,16 @@ class Witness(Wire):
 def piece(row: dict[str, Any], epoch: Callable[[str, int], int]) -> tuple[str, str]:
     """The actor of a span, and the ``work_id`` of what it delivered."""
     number = row["draw"]
-    return row["lane"], f"{row['table']}-{epoch(row['table'], number)}-{number}.{row['issue']}/{row['sample']}"
+    return row[
+        "lane"
+    ], f"{row['table']}-{epoch(row['table'], number)}-{number}.{row['issue']}/{row['sample']}"
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 0.2]), st.integers(0, 3))
-def test_every_delivered_piece_has_one_span_in_every_interleaving(seed: int, faults: float, deaths: int) -> None:
+def test_every_delivered_piece_has_one_span_in_every_interleaving(
+    seed: int, faults: float, deaths: int
+) -> None:
     chosen = settings_of(random.Random(seed))
 
     async def whole() -> tuple[Run, Witness, list[dict[str, Any]]]:
@@ -239,7 +246,9 @@ def test_every_delivered_piece_has_one_span_in_every_interleaving(seed: int, fau
     ends = [row["end_ns"] for row in found]
     assert ends == sorted(ends)
     acknowledged = {
-        row["update"] - 1 for row in found if (row["kind"], row["outcome"]) == (SpanKind.LEASE, SpanOutcome.DONE)
+        row["update"] - 1
+        for row in found
+        if (row["kind"], row["outcome"]) == (SpanKind.LEASE, SpanOutcome.DONE)
     }
     assert acknowledged == {lease.update for lease in run.leases}
     ready = {(row["update"] - 1, row["table"], row["draw"]) for row in found if row["kind"] is SpanKind.READY}

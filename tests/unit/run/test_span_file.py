@@ -8,15 +8,30 @@ from typing import Any
 
 import pytest
 
-from distill.replay.spans import NONE, SpanOutcome, Row, SpanBuffer, SpanKind
+from distill.replay.spans import NONE, Row, SpanBuffer, SpanKind, SpanOutcome
 from distill.run.span_file import Counters, Dropped, Span, SpanFile, SpanReader, Started
 
 START_NS = 1_790_000_000_123_456_789
 
 
-def row(buffer: SpanBuffer, number: int, *, lane: str = "rollout-0.1000", kind: int = SpanKind.ROLLOUT) -> Row:
+def row(
+    buffer: SpanBuffer, number: int, *, lane: str = "rollout-0.1000", kind: int = SpanKind.ROLLOUT
+) -> Row:
     start = START_NS + number * 5_000_000
-    return (kind, buffer.lane(lane), 0, number, 0, 1, start, start + 7_000_999, 120, 3, NONE, SpanOutcome.DONE)
+    return (
+        kind,
+        buffer.lane(lane),
+        0,
+        number,
+        0,
+        1,
+        start,
+        start + 7_000_999,
+        120,
+        3,
+        NONE,
+        SpanOutcome.DONE,
+    )
 
 
 def drained(*numbers: int) -> dict[str, Any]:
@@ -107,7 +122,9 @@ def test_spans_that_a_buffer_dropped_are_in_the_file(tmp_path: Path) -> None:
 
 def test_a_part_of_another_version_is_skipped_and_named(tmp_path: Path) -> None:
     path = written(tmp_path / "spans.jsonl")
-    newer = path.read_text().replace('{"spans_format":1,"incarnation":1}', '{"spans_format":2,"incarnation":1}')
+    newer = path.read_text().replace(
+        '{"spans_format":1,"incarnation":1}', '{"spans_format":2,"incarnation":1}'
+    )
     path.write_text(newer)
     reader = SpanReader(path)
     assert [type(each) for each in reader] == [Started, Span]

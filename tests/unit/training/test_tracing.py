@@ -12,7 +12,7 @@ from deploy.run.training.fleet import Member
 from deploy.run.training.tracing import RunTrace, TracedLearner, TracedPublisher, TracedReceiver, TracedReplay
 from distill.files import write_json
 from distill.interfaces import Holder, Lease, WeightManifest, WeightPushError
-from distill.replay.spans import SpanOutcome, SpanBuffer, SpanKind
+from distill.replay.spans import SpanBuffer, SpanKind, SpanOutcome
 from distill.run.folder import RunFolder
 from distill.run.span_file import Counters, Span, SpanReader, Started
 
@@ -40,13 +40,17 @@ class Parts:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
+        self.passed: list[Any] = []
 
     async def lease(self, update: int) -> Lease:
         await asyncio.sleep(0)
         return Lease(update=update, groups=(), policy_ages=())
 
-    async def advance(self, updates_done: int, policy_version: int) -> tuple[int, int]:
-        return updates_done, policy_version
+    async def advance(self, updates_done: int, policy_version: int) -> None:
+        self.passed.append((updates_done, policy_version))
+
+    async def acknowledge(self, update: int) -> None:
+        self.passed.append(update)
 
     async def update(self, lease: Lease) -> dict[str, float]:
         await asyncio.sleep(0)
@@ -75,7 +79,9 @@ async def test_what_the_loop_waits_for_is_in_the_run_folder(folder: RunFolder) -
     lease = await replay.lease(3)
     assert lease is not None
     assert await TracedLearner(parts, trace).update(lease) == {"policy/loss": 3.0}
-    assert await replay.advance(4, 7) == (4, 7), "other calls pass through"
+    await replay.acknowledge(3)
+    await replay.advance(4, 7)
+    assert parts.passed == [3, (4, 7)], "other calls pass through"
     publisher: Any = parts
     manifest = await TracedPublisher(publisher, trace).write(4)
     await TracedPublisher(publisher, trace).send(manifest)
