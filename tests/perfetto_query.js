@@ -9,16 +9,23 @@ const [folder, trace, ...queries] = process.argv.slice(2);
 
 // The engine is a worker of a browser: it fetches its module, and talks through a port.
 const port = { postMessage: (data) => onReply(data) };
+const file = (name) => fs.readFileSync(path.join(folder, path.basename(String(name))));
+class XMLHttpRequest {
+  status = 200;
+  open(_, name) { this.name = name; }
+  send() { this.response = new Uint8Array(file(this.name)).buffer; this.onload?.(); }
+}
 const context = vm.createContext({
   console: { log: () => {}, error: console.error, warn: () => {} },
-  fetch: async (name) => new Response(fs.readFileSync(path.join(folder, path.basename(String(name)))), {
+  fetch: async (name) => new Response(file(name), {
     headers: { "Content-Type": "application/wasm" },
   }),
-  WebAssembly, TextDecoder, TextEncoder, performance, setTimeout, clearTimeout, URL, Uint8Array,
+  XMLHttpRequest, TextDecoder, TextEncoder, performance, setTimeout, clearTimeout, URL,
   importScripts: () => {}, location: { href: "file:///engine_bundle.js" },
 });
 context.self = context;
 context.WorkerGlobalScope = function WorkerGlobalScope() {};
+process.on("uncaughtException", (error) => { console.error(String(error.message).slice(0, 400)); process.exit(1); });
 vm.runInContext(fs.readFileSync(path.join(folder, "engine_bundle.js"), "utf8"), context);
 context.onmessage({ data: port });
 
