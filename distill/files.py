@@ -4,6 +4,9 @@ A file or folder is written under a temporary name next to its destination and t
 neither a reader nor a crash can see half of it. The data reaches the disk before the rename, and the
 rename before the call returns. A process that dies while it writes leaves a name for which
 :func:`is_temporary` is true; :func:`remove_temporaries` deletes such files and folders.
+
+:class:`LineFile` is for files that grow while others read them: a crash can cut their last line, which readers
+skip.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,6 +123,32 @@ def remove_temporaries(folder: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+class LineFile:
+    """A file of lines that only grows. Opening it ends a line that a crash cut. Safe to use from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._guard = threading.Lock()
+        size = self.num_bytes
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            os.write(self._file, b"\n")
+
+    @property
+    def num_bytes(self) -> int:
+        return os.fstat(self._file).st_size
+
+    def append(self, line: str) -> None:
+        """Append one line, which every reader sees once this returns."""
+        data = memoryview(f"{line}\n".encode())
+        with self._guard:
+            while data:
+                data = data[os.write(self._file, data) :]
+
+    def close(self) -> None:
+        os.close(self._file)
 
 
 def plain(value: Any) -> Any:

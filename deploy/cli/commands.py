@@ -195,6 +195,24 @@ def watch(options: argparse.Namespace) -> int:
     return DONE
 
 
+def trace(options: argparse.Namespace) -> int:
+    from deploy.report.run_report import shortest
+    from deploy.report.safe_text import strip_control
+    from deploy.report.trace import write_trace
+
+    written = write_trace(options.run_dir, Path(options.out) if options.out else None)
+    for problem in written.problems:
+        complain(strip_control(problem))
+    starts = len(written.incarnations)
+    print(f"{written.num_spans} spans of {starts} {'start' if starts == 1 else 'starts'} of the run")
+    print(
+        f"the trace: {shortest(written.path.absolute())}; open it at https://ui.perfetto.dev, which keeps it in the "
+        "browser, or in chrome://tracing",
+        flush=True,
+    )
+    return DONE
+
+
 def dashboards(options: argparse.Namespace) -> int:
     from deploy.dashboards.serve import serve
 

@@ -226,6 +226,15 @@ def _add_views(sub: Commands) -> None:
     )
     watch.set_defaults(run=commands.watch)
 
+    trace = sub.add_parser("trace", help="write what each actor did when, as a trace for Perfetto")
+    trace.add_argument("run_dir", metavar="RUN", help="the run's folder")
+    trace.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write it there; a name that ends with .json.gz is compressed (default: RUN/trace.json)",
+    )
+    trace.set_defaults(run=commands.trace)
+
     dashboards = sub.add_parser("dashboards", help="collect the numbers of runs, and show them in Grafana")
     dashboards.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs on this machine")
     dashboards.add_argument(

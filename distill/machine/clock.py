@@ -1,10 +1,19 @@
-"""How an actor spends its time: busy, storing, or waiting."""
+"""How an actor spends its time: busy, storing, or waiting; and one axis of time for all processes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+_EPOCH_NS = time.time_ns() - time.monotonic_ns()
+"""Nanoseconds since 1970 when the monotonic clock was zero. It is determined once per process, so that a wall clock
+that is set later moves nothing."""
+
+
+def epoch_ns() -> int:
+    """Return nanoseconds since 1970, by a clock that never goes back. Processes on any node share its axis."""
+    return time.monotonic_ns() + _EPOCH_NS
 
 
 class BusyClock:

@@ -48,7 +48,7 @@ class ReplayIndex:
         self._limiter = RateLimiter(replay, plan, num_updates)
         self._student_order = student_order
         self._teacher_order = teacher_order
-        self._samples_per_prompt = samples_per_prompt
+        self.samples_per_prompt = samples_per_prompt
         self._shares = pools if replay.lock_step else Shares()
         self.num_updates = num_updates
         self.num_refused = 0
@@ -73,7 +73,7 @@ class ReplayIndex:
             self._student_order,
             self._segments,
             self._shares,
-            self._samples_per_prompt,
+            self.samples_per_prompt,
             trained,
             versions,
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 from distill.interfaces import Exchange, Holder, Kind, Lease, SampleRef, Work
 from distill.replay.index import ReplayIndex
+from distill.replay.spans import WorkSpans
 
 KINDS: tuple[Kind, ...] = ("rollout", "scoring")
 _SPARE = 64
@@ -35,8 +36,10 @@ class _Poll:
 class ReplayService:
     """Implements :class:`distill.interfaces.Replay`."""
 
-    def __init__(self, index: ReplayIndex) -> None:
+    def __init__(self, index: ReplayIndex, spans: WorkSpans | None = None) -> None:
+        """``spans``: where the transitions of work are recorded, for tests."""
         self.index = index
+        self._spans = spans or WorkSpans(index.samples_per_prompt)
         self._stopped = False
         self._polls: dict[Holder, _Poll] = {}
         self._queues: dict[Kind, list[tuple[int, int, _Poll]]] = {kind: [] for kind in KINDS}
@@ -63,6 +66,7 @@ class ReplayService:
         if done or not self.index.num_held(holder):
             self._moved[holder] = time.monotonic()
         refused = tuple(self.index.deliver(holder, done))
+        self._spans.delivered(holder, done, refused)
         lost = self.index.missing(holder, holding)
         poll = _Poll(
             holder,
@@ -88,6 +92,7 @@ class ReplayService:
         Returns how many pieces of work it held.
         """
         num_held = self.index.forget(holder)
+        self._spans.forgotten(holder)
         self._answer(self._polls.pop(holder, None), over=True)
         self._settle()
         return num_held
@@ -101,7 +106,7 @@ class ReplayService:
         """See :meth:`distill.interfaces.Replay.lease`. Raises: ReplayError for an update out of order."""
         if update >= self.index.num_updates or self._stopped:
             return None
-        lease = self.index.lease(update)
+        lease = self._lease(update)
         if lease is not None:
             self._settle()
             return lease
@@ -118,6 +123,7 @@ class ReplayService:
 
     async def acknowledge(self, update: int) -> None:
         self.index.acknowledge(update)
+        self._spans.acknowledged(update)
         self._settle()
 
     async def advance(self, updates_done: int, policy_version: int) -> None:
@@ -140,6 +146,7 @@ class ReplayService:
 
     async def load_state(self, state: dict[str, Any]) -> None:
         self.index.load_state(state)
+        self._spans.restarted()
         self._settle()
 
     async def stats(self) -> dict[str, float]:
@@ -147,6 +154,10 @@ class ReplayService:
         now = time.monotonic()
         waited_s = self._learner_waited_s + sum(now - since for _, since in self._leases.values())
         return self.index.stats() | {"timing/learner_starved_s": waited_s}
+
+    async def spans(self) -> dict[str, Any]:
+        """Return the spans that ended since the last call; see :meth:`distill.replay.spans.SpanBuffer.drain`."""
+        return self._spans.drain()
 
     async def stalled(self, timeout_s: float) -> dict[Holder, float]:
         """Return the actors that have held work for so long without delivering any, with the seconds."""
@@ -176,9 +187,15 @@ class ReplayService:
             if self.index.has_work(kind):
                 self._dispatch(kind)
 
+    def _lease(self, update: int) -> Lease | None:
+        lease = self.index.lease(update)
+        if lease is not None:
+            self._spans.leased(lease)
+        return lease
+
     def _try_lease(self, wait: asyncio.Future[Lease | None], update: int) -> None:
         try:
-            lease = None if self._stopped else self.index.lease(update)
+            lease = None if self._stopped else self._lease(update)
         except Exception as error:
             self._end_lease(wait)
             wait.set_exception(error)
@@ -203,6 +220,7 @@ class ReplayService:
             if not work:
                 left.append(entry)  # in lock-step, what waits is another actor's share
                 continue
+            self._spans.given(poll.holder, work)
             if not poll.work:
                 served.append(poll)
             poll.work += work

@@ -81,6 +81,7 @@ class RunFolder:
         self.settings = self.path / "settings.json"
         self.metrics = self.path / "metrics.parquet"
         self.events = self.path / "events.jsonl"
+        self.spans = self.path / "spans.jsonl"
         self.summary = self.path / "summary.json"
         self.failure = self.path / "failure.json"
         self.traceback = self.path / "failure.txt"

@@ -7,9 +7,7 @@ with a part of :data:`PARTS`; names of seconds, and of rates per second, end in 
 from __future__ import annotations
 
 import json
-import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -19,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.files import plain, write_bytes
+from distill.files import LineFile, plain, write_bytes
 from distill.run.folder import RunFolder
 
 ReportFacts = Callable[..., None]
@@ -156,27 +154,17 @@ class EventLog:
 
     def __init__(self, run_dir: str | Path):
         self.path = RunFolder(run_dir).events
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        self._guard = threading.Lock()
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")
+        self._lines = LineFile(self.path)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event, which every reader sees once this returns."""
         if reserved := {"time", "event"} & fields.keys():
             raise ValueError(f"field {min(reserved)} is reserved for the log; choose another name")
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = memoryview(
-            (json.dumps(plain({"time": stamp, "event": event, **fields}), allow_nan=False) + "\n").encode()
-        )
-        with self._guard:
-            while line:
-                line = line[os.write(self._file, line) :]
+        self._lines.append(json.dumps(plain({"time": stamp, "event": event, **fields}), allow_nan=False))
 
     def close(self) -> None:
-        os.close(self._file)
+        self._lines.close()
 
 
 def read_events(run_dir: str | Path) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from deploy.cluster.actor import Actor
 from distill.interfaces import Holder
@@ -78,6 +79,10 @@ class Fleet:
                 self.learner.within(STATS_DEADLINE_S, "stats"),
             )
         return {**replay, **learner, **added([*pools.values(), *self.departed.values()])}
+
+    async def spans(self) -> dict[str, Any]:
+        """The spans that the replay has recorded since the last call. Raises: ActorFailed if it does not answer."""
+        return await self.replay.within(STATS_DEADLINE_S, "spans")
 
 
 def added(counters: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from deploy.run.training.recorder import Recorder
 from distill.config import RunConfig
 from distill.evaluation import Evaluation, is_better
 from distill.interfaces import Lease
+from distill.replay.spans import SpanKind
 from distill.run.folder import RunFolder
 
 
@@ -53,7 +54,7 @@ class RunMilestones:
     async def before_training(self, updates_done: int, policy_version: int) -> None:
         self._recorder.start(updates_done, policy_version)
         if updates_done == 0:
-            await self._evaluate(0, "before", self._config.evaluation.num_prompts, keep_answers=True)
+            await self._evaluate("before", 0, self._config.evaluation.num_prompts, keep_answers=True)
         self._recorder.start_clock()
 
     def samples_after(self, updates_done: int) -> bool:
@@ -109,12 +110,12 @@ class RunMilestones:
         settings = self._config.evaluation
         if self._is_last(updates_done):
             await self._evaluate(
-                updates_done, "after", settings.num_prompts, keep_answers=True, on_copied=copied.set
+                "after", updates_done, settings.num_prompts, keep_answers=True, on_copied=copied.set
             )
             return
         found = await self._evaluate(
-            updates_done,
             f"step-{updates_done}",
+            updates_done,
             settings.num_prompts_during,
             keep_answers=False,
             on_copied=copied.set,
@@ -128,14 +129,14 @@ class RunMilestones:
 
     async def _evaluate(
         self,
-        updates_done: int,
         label: str,
+        updates_done: int,
         num_prompts: int,
         *,
         keep_answers: bool,
         on_copied: Callable[[], None] = lambda: None,
     ) -> Evaluation:
-        with self._activity("evaluation", f"evaluation {label}"):
+        with self._activity(SpanKind.EVALUATION, f"evaluation {label}", updates_done):
             evaluation = await self._evaluations.evaluate(
                 label, num_prompts, keep_answers=keep_answers, on_copied=on_copied
             )
@@ -171,7 +172,7 @@ class RunMilestones:
         return asyncio.create_task(self._commit(saved, updates_done))
 
     async def _commit(self, saved: Awaitable[float], updates_done: int) -> None:
-        with self._activity("checkpoint", "checkpoint"):
+        with self._activity(SpanKind.CHECKPOINT, "checkpoint", updates_done):
             copy_s = await saved
         if not self._in_turns and not self._is_last(updates_done):
             self.held_s += copy_s
@@ -179,12 +180,13 @@ class RunMilestones:
         self._recorder.event("checkpoint", updates_done=updates_done)
 
     @contextmanager
-    def _activity(self, kind: str, shown: str) -> Iterator[Any]:
-        """Count the seconds of an activity, and show it in the live line."""
+    def _activity(self, kind: SpanKind, shown: str, updates_done: int) -> Iterator[Any]:
+        """Count the seconds of an activity, and show it in the trace and the live line."""
         start = time.monotonic()
         self._recorder.report(activity=shown)
-        yield
-        self.seconds[kind] += time.monotonic() - start
+        with self._recorder.trace.span(kind, "driver", updates_done):
+            yield
+        self.seconds[kind.name.lower()] += time.monotonic() - start
         self._recorder.report(activity="training")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from deploy.run.tracking.trackers import Trackers
 from deploy.run.training.advice import Setup
+from deploy.run.training.tracing import RunTrace
 from distill.config.tree import flatten
 from distill.evaluation import Evaluation, load_evaluation
 from distill.interfaces import Lease
@@ -23,10 +24,18 @@ class Recorder:
     """Writes what happens in a run folder, and reports it to the live line and the trackers."""
 
     def __init__(
-        self, folder: RunFolder, alarms: Alarms, report: ReportFacts, setup: Setup, trackers: Trackers
+        self,
+        folder: RunFolder,
+        alarms: Alarms,
+        report: ReportFacts,
+        setup: Setup,
+        trackers: Trackers,
+        trace: RunTrace,
     ) -> None:
+        """``trackers`` and ``trace``: their owner closes them."""
         self.report = report
         self.alarms = alarms
+        self.trace = trace
         self._setup = setup
         self._trackers = trackers
         self._metrics = MetricsWriter(folder.path)
@@ -58,6 +67,7 @@ class Recorder:
         row["timing/update_s"] = time.monotonic() - self._since
         self._metrics.write(updates_done, row)
         self._trackers.log_numbers(updates_done, row)
+        self.trace.counters(updates_done, row)
         self._raise(updates_done, self.alarms.after_update(row))
         self.report(
             update=updates_done, policy_version=policy_version, policy_age=max(ages, default=0), row=row

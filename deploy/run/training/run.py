@@ -18,7 +18,7 @@ from deploy.run.context import RunContext
 from deploy.run.telemetry.exporter import Exporter, RayMeter, export_repeatedly
 from deploy.run.tracking.trackers import Trackers
 from deploy.run.training.adaptive_share import AdaptiveShare
-from deploy.run.training.advice import Advice, Setup, advise
+from deploy.run.training.advice import Advice, advise
 from deploy.run.training.clocks import Limit, StageClocks, held_back, limit_of
 from deploy.run.training.crew import Crew
 from deploy.run.training.evaluations import Evaluations
@@ -28,6 +28,7 @@ from deploy.run.training.milestones import RunMilestones
 from deploy.run.training.publisher import FleetPublisher
 from deploy.run.training.recorder import Recorder, resumed_alarms
 from deploy.run.training.scale import answer_requests
+from deploy.run.training.tracing import RunTrace, TracedLearner, TracedPublisher, TracedReceiver, TracedReplay
 from distill.algorithm import train_loop
 from distill.config import RunConfig
 from distill.errors import first_line
@@ -70,31 +71,33 @@ async def train_fleet(
     Raises: the first error of an actor or of the loop, with the actor's name.
     """
     folder, config = RunFolder(inputs.run_dir), run.config
-    publisher = FleetPublisher(
-        fleet.learner,
-        lambda: [member.actor for member in fleet.rollouts],
-        PolicyVersionCounter(folder.path).next,
-        folder=inputs.weights,
-        deadline_s=config.weights.deadline_s,
-    )
-    try:
-        async with asyncio.TaskGroup() as group:
-            crew = Crew(run, inputs, fleet, publisher, group)
-            crew.start()
-            beside = [
-                group.create_task(_repeat(live.show)),
-                group.create_task(_repeat(trackers.report)),
-                group.create_task(answer_requests(config, folder, crew, run.progress.say)),
-                group.create_task(export(run, inputs, fleet, live)),
-            ]
-            alarms = resumed_alarms(folder, state) if state else Alarms()
-            # A run that ends by an error keeps its last rows, which explain it.
-            with closing(Recorder(folder, alarms, live.report, run.setup(), trackers)) as recorder:
-                trained = await _train(config, inputs, fleet, publisher, state, recorder, run.setup())
-            for task in beside:
-                task.cancel()
-    except ExceptionGroup as errors:  # the first of them is the cause of the others
-        raise root_cause(errors) from errors
+    # A run that ends by an error keeps its last spans, which explain it.
+    with closing(RunTrace(folder)) as trace:
+        publisher = FleetPublisher(
+            fleet.learner,
+            lambda: [TracedReceiver(member, trace) for member in fleet.rollouts],
+            PolicyVersionCounter(folder.path).next,
+            folder=inputs.weights,
+            deadline_s=config.weights.deadline_s,
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                crew = Crew(run, inputs, fleet, publisher, group)
+                crew.start()
+                beside = [
+                    group.create_task(_repeat(live.show)),
+                    group.create_task(_repeat(trackers.report)),
+                    group.create_task(answer_requests(config, folder, crew, run.progress.say)),
+                    group.create_task(export(run, inputs, fleet, live)),
+                ]
+                alarms = resumed_alarms(folder, state) if state else Alarms()
+                # A run that ends by an error keeps its last rows, which explain it.
+                with closing(Recorder(folder, alarms, live.report, run.setup(), trackers, trace)) as recorder:
+                    trained = await _train(run, inputs, fleet, publisher, state, recorder)
+                for task in beside:
+                    task.cancel()
+        except ExceptionGroup as errors:  # the first of them is the cause of the others
+            raise root_cause(errors) from errors
     return trained
 
 
@@ -121,19 +124,20 @@ async def _repeat(show: Callable[[], None]) -> None:
 
 
 async def _train(
-    config: RunConfig,
+    run: RunContext,
     inputs: RunInputs,
     fleet: Fleet,
     publisher: FleetPublisher,
     state: dict[str, Any] | None,
     recorder: Recorder,
-    setup: Setup,
 ) -> Trained:
-    folder = RunFolder(inputs.run_dir)
+    config, trace, folder = run.config, recorder.trace, RunFolder(inputs.run_dir)
     clocks, whole = StageClocks(), StageClocks()
 
     async def stats() -> dict[str, float]:
-        counters = await fleet.stats() | publisher.stats()
+        counters, spans = await asyncio.gather(fleet.stats(), fleet.spans())
+        trace.write(spans)
+        counters |= publisher.stats()
         return counters | clocks.shares(counters)
 
     updates_done = state["updates_done"] if state else 0
@@ -144,13 +148,11 @@ async def _train(
     num_updates = config.learner.num_updates
     recorder.report(activity="training", num_updates=num_updates)
     start = time.monotonic()
-    replay: Any = fleet.replay
-    learner: Any = fleet.learner
     try:
         await train_loop(
-            replay,
-            learner,
-            publisher,
+            TracedReplay(fleet.replay, trace),
+            TracedLearner(fleet.learner, trace),
+            TracedPublisher(publisher, trace),
             milestones,
             updates_done=updates_done,
             num_updates=num_updates,
@@ -162,11 +164,12 @@ async def _train(
     timing = _timing(time.monotonic() - start, milestones.seconds, lock_step=config.replay.lock_step)
     timing["push_waited_for_evaluations"] = publisher.waited_s
     timing["update_waited_for_milestones"] = milestones.held_s
+    trace.write(await fleet.spans())
     counters = await fleet.stats()
     row = counters | whole.shares(counters)
     return Trained(
         limit=limit_of(row),
-        advice=advise(row, setup),
+        advice=advise(row, run.setup()),
         updates=num_updates,
         policy_version=publisher.newest.policy_version if publisher.newest else 0,
         timing_s=timing,
