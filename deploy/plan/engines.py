@@ -156,8 +156,9 @@ class _Waits(NoPushes):
         self._clock = BusyClock(now)
         self._shares = StageClocks(now)
         self._num_updates = load.config.learner.num_updates
-        self._full = max(1, self._num_updates // 4)
-        """Updates in which the pipeline fills. They do not count."""
+        quarter = self._num_updates // 4
+        self._full, self._last = max(1, quarter), self._num_updates - quarter
+        """The updates between which the pipeline is full: it fills before and runs empty after them."""
         self._full_since = 0.0
         self._num_samples = 0
         self.outcome: Outcome | None = None
@@ -176,13 +177,13 @@ class _Waits(NoPushes):
         self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]
     ) -> None:
         now = self._now()
-        if updates_done > self._full:
+        if self._full < updates_done <= self._last:
             student = [group for group in lease.groups if group.draw.table == "student_text"]
             self._num_samples += sum(len(group.samples) for group in student)
         if updates_done == self._full:
             self._full_since = now
             self._shares.shares(await self._counters())
-        elif updates_done == self._num_updates:
+        elif updates_done == self._last:
             counters = await self._counters()
             seconds = now - self._full_since
             self.outcome = Outcome(

@@ -84,7 +84,7 @@ def waiting_config(
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a simulated run took, without the time in which the pipeline fills."""
+    """What a simulated run took while its pipeline was full: in the middle half of its updates."""
 
     updates_per_s: float
     samples_per_s: float

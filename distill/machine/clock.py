@@ -24,8 +24,9 @@ class BusyClock:
     :meth:`stop`.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
+    def __init__(self, now: Callable[[], float] | None = None) -> None:
+        """``now``: the clock, in seconds; None for the machine's."""
+        self._now = now or time.monotonic
         self._num_running = 0
         self._holds: bool | None = None
         """Whether the actor holds work; None before the first and after the last."""

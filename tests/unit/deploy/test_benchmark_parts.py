@@ -75,8 +75,16 @@ def test_the_speed_of_a_run_is_read_from_its_records(tmp_path: Path) -> None:
     metrics = MetricsWriter(tmp_path)
     for update in range(1, peer.NUM_UPDATES + 1):
         slow = update <= peer.WARM_UP_UPDATES
+        counters = {"learner/num_input_tokens": 30.0, "timing/rollout_busy_s": 0.5, "timing/teacher_busy_s": 0.25}
         metrics.write(
-            update, {"policy/student_text.num_tokens": 10.0, "timing/update_s": 100.0 if slow else 2.0}
+            update,
+            {
+                "policy/student_text.num_tokens": 10.0,
+                "timing/update_s": 100.0 if slow else 2.0,
+                "timing/learner_busy_s": 50.0 if slow else 1.0,
+                "timing/push_s": 0.125,
+                **{name: update * value for name, value in counters.items()},
+            },
         )
     metrics.close()
     folder = RunFolder(tmp_path)
@@ -90,6 +98,13 @@ def test_the_speed_of_a_run_is_read_from_its_records(tmp_path: Path) -> None:
         "num_tokens": 10.0 * num_updates,
         "seconds": 2.0 * num_updates,
         "peak_pss_bytes": 7,
+        "tokens_of_update": 30.0,
+        "response_tokens_of_update": 10.0,
+        "rollout_s": 0.5,
+        "teacher_s": 0.25,
+        "learner_s": 1.0,
+        "push_s": 0.125,
+        "update_s": 2.0,
     }
 
 

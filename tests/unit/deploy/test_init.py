@@ -282,6 +282,7 @@ def test_the_readme_goes_from_the_file_to_its_run(init: Written, tmp_path: Path)
     assert re.findall(r"distill (?:train --resume|report|chat) (\S+)", readme) == [
         run_dir,
         run_dir,
+        run_dir,
         f"{run_dir}/student",
     ]
     assert re.findall(r"distill (?:doctor|train) (\w\S+)", readme) == ["my.yaml", "my.yaml"]

@@ -18,6 +18,7 @@ from deploy.run.tracking.kinds import start_trackers
 from deploy.run.tracking.trackers import Trackers
 from deploy.run.training.advice import Setup
 from deploy.run.training.recorder import Recorder
+from deploy.run.training.tracing import RunTrace
 from distill.config import RunConfig
 from distill.config.tree import flatten
 from distill.evaluation import EXTRA_METRICS, METRICS, Evaluation
@@ -125,12 +126,14 @@ def recording(
     """One start of a run in ``folder``, with its recorder and trackers."""
     setup = Setup(max_policy_age=0, num_cores=2, num_threads={})
     with folder, start_trackers(config, folder, updates_done, say) as trackers:
-        recorder = Recorder(folder, Alarms(), lambda **_: None, setup, trackers)
+        trace = RunTrace(folder)
+        recorder = Recorder(folder, Alarms(), lambda **_: None, setup, trackers, trace)
         try:
             recorder.start(updates_done, policy_version=updates_done)
             yield recorder, trackers
         finally:
             recorder.close()
+            trace.close()
 
 
 def record_updates(recorder: Recorder, updates: range, salt: float = 0.0) -> None:

@@ -40,7 +40,10 @@ def advice_of(load: Load) -> Advice:
     [
         (BASE, {"rollout.replicas": 16}),
         (BASE.changed({"scoring.replicas": 1}), {"scoring.replicas": 2}),
-        (replace(SMALL, update=Service(0.1 / 16)), {"rollout.replicas": 4, "scoring.replicas": 2}),
+        (
+            replace(SMALL, teacher=Service(0.4), update=Service(0.1 / 16)),
+            {"rollout.replicas": 4, "scoring.replicas": 2},
+        ),
         (IN_TURNS, {"replay.max_policy_age": 2}),
         (
             replace(IN_TURNS, rollout=Service(0.1), teacher=Service(0.5), update=Service(0.3 / 16)),
