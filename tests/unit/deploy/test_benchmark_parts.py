@@ -75,7 +75,11 @@ def test_the_speed_of_a_run_is_read_from_its_records(tmp_path: Path) -> None:
     metrics = MetricsWriter(tmp_path)
     for update in range(1, peer.NUM_UPDATES + 1):
         slow = update <= peer.WARM_UP_UPDATES
-        counters = {"learner/num_input_tokens": 30.0, "timing/rollout_busy_s": 0.5, "timing/teacher_busy_s": 0.25}
+        counters = {
+            "learner/num_input_tokens": 30.0,
+            "timing/rollout_busy_s": 0.5,
+            "timing/teacher_busy_s": 0.25,
+        }
         metrics.write(
             update,
             {

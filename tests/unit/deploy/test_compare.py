@@ -110,7 +110,7 @@ def test_what_the_page_of_two_runs_shows(both: tuple[RunFolder, RunFolder]):
     assert found["Alarms"][0] == ["A one", "30", "critic/teacher_text.tightness is 0.40"]
     text = text_of(page)
     assert "B two is 20 % nearer to the teacher" in text
-    assert "A one: The learner limits the run (busy for" in text
+    assert "A one: No stage is busy all the time (the learner most, 56 %)" in text
     assert "Not comparable" not in text
 
 

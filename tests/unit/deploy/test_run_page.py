@@ -85,7 +85,7 @@ def test_what_the_page_of_a_finished_run_shows(page: str):
         "↓ better",
         "student before",
         "Critics&#39; moment gap d_MM".replace("&#39;", "'"),
-        "The learner limits the run (busy for 90 % of the time); a GPU or more cores for the learner could",
+        "No stage is busy all the time (the learner most, 56 %): they wait for weights; replay.max_policy_age=5 would",
         "Evaluations and checkpoints held new rollouts back for at most 2.0 % of the training.",
         "60 updates of recipe ammd in 8.0 minutes.",
         "234,567",
