@@ -62,15 +62,16 @@ def current_device() -> Literal["cpu", "cuda"]:
 
 
 def stat_loggers(metrics_name: str | None) -> list[Any] | None:
-    """What publishes vLLM's own metrics through Ray's; None without a name, and outside of Ray.
+    """What publishes vLLM's own metrics through Ray's; None without a name, and where Ray's part for it is missing.
 
     The publisher is vLLM's. Its metrics have the label ``model_name``, which is ``metrics_name``.
     """
     if metrics_name is None:
         return None
-    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+    from vllm.v1.metrics import ray_wrappers
 
-    return [RayPrometheusStatLogger]
+    # vLLM sets this to None where ray.serve, which it imports for one name, lacks a package.
+    return [ray_wrappers.RayPrometheusStatLogger] if ray_wrappers.ray_metrics is not None else None
 
 
 def engine_arguments(
@@ -100,5 +101,5 @@ def engine_arguments(
         "worker_extension_cls": WORKER_EXTENSION,
         "served_model_name": metrics_name,
         # The offline engine asks for this before it takes a publisher. At the level ERROR, nothing is logged.
-        "disable_log_stats": metrics_name is None,
+        "disable_log_stats": stat_loggers(metrics_name) is None,
     }
