@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 
 SCRAPE_EVERY_S = 5
+ENGINE_NAME = "(.+):((.+)-[0-9.]+)"
+"""What an engine publishes vLLM's metrics under: the run's id, and the actor's name, which begins with its role."""
 RAY_TARGETS = "/tmp/ray/prom_metrics_service_discovery.json"
 """Ray's own list of nodes, where a cluster with a dashboard runs on this machine."""
 
@@ -35,7 +37,7 @@ def _labels_of_engines() -> list[dict[str, object]]:
     return [
         {
             "source_labels": ["model_name"],
-            "regex": "(.+):((.+)-[0-9]+)",
+            "regex": ENGINE_NAME,
             "target_label": label,
             "replacement": f"${group}",
         }

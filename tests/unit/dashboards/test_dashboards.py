@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from actors.build import metrics_name
 from deploy.dashboards import serve
 from deploy.dashboards.build import FOLDER, PAGE, PROMETHEUS, cluster_config, dashboard_json, page
-from deploy.dashboards.config import prometheus_config
+from deploy.dashboards.config import ENGINE_NAME, prometheus_config
 from deploy.dashboards.panels import DASHBOARDS, DashboardSpec, Panel
 from deploy.run.telemetry import names
 from distill.config import RunConfig
 from distill.errors import ConfigError
+from distill.interfaces import Holder
 
 PANELS = [(board, panel) for board in DASHBOARDS for panel in board.panels]
 
@@ -74,6 +76,13 @@ def test_prometheus_looks_into_the_files_of_the_runs() -> None:
     (job,) = config["scrape_configs"]
     assert job["file_sd_configs"][0]["files"] == ["/runs/a b/prometheus-target.json"]
     assert config["global"]["scrape_interval"] == "1s"
+
+
+def test_the_name_of_an_engine_becomes_the_labels_of_its_run() -> None:
+    name = metrics_name(RunConfig(), "0a1b2c3d", Holder("teacher", 1, 1000))
+    assert name is not None
+    found = re.fullmatch(ENGINE_NAME, name)
+    assert found is not None and found.groups() == ("0a1b2c3d", str(Holder("teacher", 1, 1000)), "teacher")
 
 
 def test_a_missing_prometheus_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
