@@ -14,9 +14,6 @@ from typing import Protocol
 from distill.interfaces import Exchange, Holder, Replay, ReplayUnavailable, SampleRef, Work
 from distill.machine.clock import BusyClock
 
-GATHER_S = 0.005
-"""How long a finished sample may wait for others that finish just after it. A call of the replay costs more time than the
-wait, and the next stage takes much longer than either."""
 _REMEMBERED = 4096
 """Finished work whose ids are kept, to recognise an answer that crossed a delivery on its way."""
 
@@ -44,18 +41,16 @@ class Desk:
         samples_per_draw: int = 1,
         clock: BusyClock | None = None,
         retry_s: float = 0.5,
-        gather_s: float = GATHER_S,
     ) -> None:
         """``capacity``: pieces of work at a time. ``samples_per_draw``: after how many samples a draw is finished.
         ``clock``: it learns when the holder has work. ``retry_s``: pause before a call that was not answered is
-        repeated. ``gather_s``: see :data:`GATHER_S`."""
+        repeated."""
         self._replay = replay
         self._holder = holder
         self._store = store
         self._capacity = capacity
         self._samples_per_draw = samples_per_draw
         self._retry_s = retry_s
-        self._gather_s = gather_s
         self._held: dict[str, int] = {}
         """``work_id`` -> samples to deliver."""
         self._finished: OrderedDict[str, None] = OrderedDict()
@@ -106,8 +101,6 @@ class Desk:
 
     async def _exchange(self) -> list[Work]:
         """Call the replay if there is something to tell or to ask; returns the new work of answers that arrived."""
-        if self._done and self._held:
-            await asyncio.sleep(self._gather_s)
         room = 0 if self._over or self._retiring else self._capacity - len(self._held)
         # A call without room ends the one that waits for work.
         must_tell = self._retiring and not self._has_told and not self._over

@@ -141,7 +141,6 @@ class Run:
             capacity=1 if lock_step else self.luck.randint(1, 4),
             samples_per_draw=self.settings.samples_per_prompt if holder.kind == "rollout" else 1,
             retry_s=0,
-            gather_s=0,
         )
         async with asyncio.TaskGroup() as tasks:
             async for work in desk:
