@@ -15,7 +15,7 @@ from deploy.fetch import DATA, MODELS
 from deploy.recipes import read_recipes
 
 _FILES = ("baseline", "config", "data", "earlier", "file", "html", "json", "study")
-_FOLDERS = ("compare", "model", "out", "resume", "run_dir", "runs")
+_FOLDERS = ("compare", "measured", "model", "out", "resume", "run_dir", "runs")
 """Arguments that are paths, by the names under which the parser keeps them."""
 
 

@@ -14,7 +14,7 @@ from deploy.plan.probe import probe
 from deploy.report.model import Column, Line, Paragraph, Report, Table
 from deploy.report.run_files import read_run
 from deploy.run.estimates import Estimates
-from deploy.run.preflight import Preflight
+from deploy.run.preflight import OF_THE_MACHINE, Preflight
 from deploy.run.progress import Progress
 from deploy.run.settings import config_to_resume
 from deploy.run.training.advice import Setup
@@ -77,14 +77,15 @@ def make_plan(
     Raises: ConfigError, which says what is lacking; what a training raises, where a probe fails.
     """
     if num_devices is not None and num_devices < fewest_devices(config):
-        must = f"be >= {fewest_devices(config)}: one engine of each pool, and the learner"
+        must = f"be >= {fewest_devices(config)}, for one engine of each kind and the learner"
         remedy = "give it more, or lower rollout.tensor_parallel_size and scoring.tensor_parallel_size"
         raise ConfigError("--devices", num_devices, must, remedy)
     preflight = Preflight(config)
-    preflight.run()
+    # A run that was measured may be planned on another machine than the one that will do it.
+    preflight.run(leave_out=() if measured_run is None else OF_THE_MACHINE)
     preflight.require()
     if device_gib is not None:
-        for lack in _lacking(preflight.estimates, device_gib):
+        for lack in _lacking(preflight.estimates, config, device_gib):
             raise lack
     if measured_run is not None:
         theirs = config_to_resume(measured_run)
@@ -115,10 +116,11 @@ def _setup(config: RunConfig) -> Setup:
         max_policy_age=config.replay.max_policy_age,
         num_cores=usable_cores(),
         num_threads={role: count for role, count in threads.items() if role in STAGES},
+        uses_student_text=config.recipe.uses_student_text,
     )
 
 
-def _lacking(estimates: Estimates, device_gib: float) -> Iterator[ConfigError]:
+def _lacking(estimates: Estimates, config: RunConfig, device_gib: float) -> Iterator[ConfigError]:
     """The roles that need more memory than a device has, in one error."""
     need = {role: num_bytes / _GIB for role, num_bytes in estimates.memory_of_devices().items()}
     lacking = {role: gib for role, gib in need.items() if gib > device_gib}
@@ -126,7 +128,7 @@ def _lacking(estimates: Estimates, device_gib: float) -> Iterator[ConfigError]:
         parts = ", ".join(f"the {role} lacks {gib - device_gib:.1f} GiB" for role, gib in lacking.items())
         remedy = "use larger devices"
         if lacking.keys() - {"learner"}:
-            engines = _sizes_that_fit(lacking, device_gib)
+            engines = _sizes_that_fit(lacking, config, device_gib)
             remedy += f", or divide an engine's weights: {engines}"
         if "learner" in lacking:
             remedy += "; for the learner, lower learner.micro_batch_tokens or learner.vocabulary_chunk"
@@ -135,15 +137,15 @@ def _lacking(estimates: Estimates, device_gib: float) -> Iterator[ConfigError]:
         )
 
 
-def _sizes_that_fit(lacking: Mapping[str, float], device_gib: float) -> str:
-    """The smallest powers of two of tensor_parallel_size with which the engines would fit."""
+def _sizes_that_fit(lacking: Mapping[str, float], config: RunConfig, device_gib: float) -> str:
+    """The settings with which the engines would fit: tensor_parallel_size doubled as often as needed."""
     settings: dict[str, int] = {}
     for role, gib in lacking.items():
         if role == "learner":
             continue
         section = "rollout" if role in ("rollout", "sampler") else "scoring"
-        size = 1
-        while gib / size > device_gib:
+        size = present = getattr(config, section).tensor_parallel_size
+        while gib * present / size > device_gib:
             size *= 2
         settings[section] = max(size, settings.get(section, 1))
     return " ".join(f"{section}.tensor_parallel_size={size}" for section, size in settings.items())

@@ -176,6 +176,8 @@ class _Waits(NoPushes):
     async def after_update(
         self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]
     ) -> None:
+        if self._load.config.replay.lock_step and self._load.between_s:
+            await asyncio.sleep(self._load.between_s)
         now = self._now()
         if self._full < updates_done <= self._last:
             student = [group for group in lease.groups if group.draw.table == "student_text"]

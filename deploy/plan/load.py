@@ -23,7 +23,7 @@ class Service:
     each_s: float
     fixed_s: float = 0.0
 
-    def seconds(self, num_together: int) -> float:
+    def seconds(self, num_together: float) -> float:
         return max(_SHORTEST_S, self.fixed_s + self.each_s * num_together)
 
 
@@ -39,13 +39,16 @@ class Load:
     update: Service
     """Of the learner, for the rows of an update."""
     push_s: float
+    between_s: float = 0.0
+    """In lock-step: the part of an update in which no stage works."""
 
     @property
     def rates(self) -> dict[str, float]:
         """Updates per second that each stage could do alone, with full engines."""
         config, plan = self.config, BatchPlan.of(self.config)
-        samples = plan.student_groups(0) * config.rollout.samples_per_prompt
-        texts = samples + plan.teacher_rows_per_update
+        updates = config.learner.num_updates
+        samples = plan.student_through(updates) / updates * config.rollout.samples_per_prompt
+        texts = samples + plan.teacher_through(updates) / updates
         rates = {"learner": 1 / self.update.seconds(texts)}
         for stage, service, engine, work in (
             ("rollout", self.rollout, config.rollout, samples),

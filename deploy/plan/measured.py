@@ -17,7 +17,15 @@ from distill.replay.draws import BatchPlan
 
 FIRST = 1
 """The first updates are slower, because kernels are chosen and pages are touched. They do not count."""
-_DECIDE = ("teacher.model", "student.model", "student.init", "recipe.name", "rollout.engine", "scoring.engine",
+_COUNTERS = (
+    "rollout/num_samples",
+    "rollout/num_tokens",
+    "teacher/num_texts",
+    "timing/rollout_busy_s",
+    "timing/teacher_busy_s",
+)
+_DECIDE = ("rollout.dtype", "rollout.tensor_parallel_size", "scoring.dtype", "scoring.tensor_parallel_size",
+    "learner.device", "learner.precision", "critic.", "teacher.model", "student.model", "student.init", "recipe.name", "rollout.engine", "scoring.engine",
     "rollout.max_new_tokens", "corpus.max_new_tokens", "data.max_prompt_tokens", "data.path")  # fmt: skip
 """Settings (or the beginnings of their names) that decide how much work a text is."""
 
@@ -62,8 +70,9 @@ class Measured:
             config=config,
             rollout=Service(self.sample_s * slower("rollout")),
             teacher=Service(self.text_s * slower("teacher")),
-            update=Service(self.row_s * slower("learner"), fixed_s=self.between_s),
+            update=Service(self.row_s * slower("learner")),
             push_s=self.push_s,
+            between_s=self.between_s,
         )
 
     def _require_same_work(self, config: RunConfig) -> None:
@@ -84,16 +93,14 @@ def measured(run: RunFiles, config: RunConfig) -> Measured:
     Raises: ConfigError when it has too few updates, or was written before its numbers were recorded.
     """
     counts = _Differences(run)
-    plan = BatchPlan.of(config)
-    samples = plan.student_groups(0) * config.rollout.samples_per_prompt if plan.both_texts else None
-    if config.replay.lock_step and samples is not None:
-        # An evaluation between two updates has work of its own.
-        counts.keep(counts.of("rollout/num_samples") <= samples)
+    for name in _COUNTERS:  # those of actors begin again when the run is resumed
+        counts.keep(counts.of(name) >= 0)
+    if config.replay.lock_step:  # an evaluation between two updates has work of its own
+        counts.keep(~np.isin(counts.updates, _updates_after_evaluations(run)))
     counts.require()
     num_samples, num_texts = counts.total("rollout/num_samples"), counts.total("teacher/num_texts")
     rollout_s, teacher_s = counts.total("timing/rollout_busy_s"), counts.total("timing/teacher_busy_s")
     learner_s = counts.mean_of_update("timing/learner_busy_s")
-    rows = num_texts / counts.num_updates if num_texts else _rows(config)
     between_s = 0.0
     if config.replay.lock_step:
         parts_s = rollout_s / config.rollout.replicas + teacher_s / config.scoring.replicas
@@ -106,12 +113,19 @@ def measured(run: RunFiles, config: RunConfig) -> Measured:
         setup=run.setup,
         sample_s=rollout_s / num_samples if num_samples else 0.0,
         text_s=teacher_s / num_texts if num_texts else 0.0,
-        row_s=learner_s / rows,
+        row_s=learner_s / _rows(config),
         push_s=counts.mean_of_update("timing/push_s"),
         between_s=max(0.0, between_s),
         tokens_per_sample=counts.total("rollout/num_tokens") / num_samples if num_samples else 0.0,
         num_updates=counts.num_updates,
     )
+
+
+def _updates_after_evaluations(run: RunFiles) -> list[int]:
+    """The updates that an evaluation during training precedes; its label is step-N."""
+    labels = [str(event.get("label")) for event in run.events if event.get("event") == "evaluated"]
+    steps = [label.removeprefix("step-") for label in labels if label.startswith("step-")]
+    return [int(step) + 1 for step in steps if step.isdecimal()]
 
 
 def _rows(config: RunConfig) -> float:
@@ -131,6 +145,11 @@ class _Differences:
     def keep(self, which: np.ndarray) -> None:
         """Count only these updates from now on."""
         self._kept &= which
+
+    @property
+    def updates(self) -> np.ndarray:
+        """The numbers of the updates after the first ones."""
+        return self._run.metrics.get("update", np.zeros(0))[FIRST + 1 :]
 
     @property
     def num_updates(self) -> int:

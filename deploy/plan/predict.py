@@ -88,7 +88,9 @@ def _num_updates(config: RunConfig) -> int:
 
 def best_splits(measured: Measured, config: RunConfig, sizes: Sequence[int]) -> Iterator[Split]:
     """The fastest split of each number of devices. Each actor has devices of its own, as fast as the measured ones."""
-    setup = Setup(max_policy_age=config.replay.max_policy_age)
+    setup = Setup(
+        max_policy_age=config.replay.max_policy_age, uses_student_text=config.recipe.uses_student_text
+    )
     for num_devices in sizes:
         candidates = [measured.load(each, {}) for each in _splits(config, num_devices)]
         best = heapq.nlargest(SIMULATED_SPLITS, candidates, key=_speed_of_stages)
@@ -101,20 +103,20 @@ def best_splits(measured: Measured, config: RunConfig, sizes: Sequence[int]) -> 
 
 def fewest_devices(config: RunConfig) -> int:
     """One engine of each kind, and the learner."""
-    return _of_an_engine(config, "rollout") + _of_an_engine(config, "scoring") + 1
+    return config.rollout.tensor_parallel_size + config.scoring.tensor_parallel_size + _fixed_devices(config)
 
 
-def _of_an_engine(config: RunConfig, section: str) -> int:
-    """Devices of one engine; none of a rollout engine in a recipe without student text."""
-    if section == "rollout" and not config.recipe.uses_student_text:
-        return 0
-    return getattr(config, section).tensor_parallel_size
+def _fixed_devices(config: RunConfig) -> int:
+    """Of the learner, and of the one teacher that evaluations have beside the scorers of a proxy."""
+    return 1 + (config.scoring.tensor_parallel_size if config.recipe.teacher_gives == "text" else 0)
 
 
 def _splits(config: RunConfig, num_devices: int) -> Iterator[RunConfig]:
-    rollout, teacher = _of_an_engine(config, "rollout"), _of_an_engine(config, "scoring")
-    engines = num_devices - 1
-    for rollouts in range(1, engines // rollout + 1) if rollout else (1,):
+    rollout, teacher = config.rollout.tensor_parallel_size, config.scoring.tensor_parallel_size
+    engines = num_devices - _fixed_devices(config)
+    # Without student text, one engine samples for the evaluations.
+    most = engines // rollout if config.recipe.uses_student_text else 1
+    for rollouts in range(1, most + 1):
         teachers = (engines - rollout * rollouts) // teacher
         if teachers >= 1:
             yield with_settings(config, {"rollout.replicas": rollouts, "scoring.replicas": teachers})

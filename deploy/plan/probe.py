@@ -10,7 +10,7 @@ from deploy.plan.load import with_settings
 from deploy.plan.measured import Measured, measured
 from deploy.report.run_files import read_run
 from deploy.run.progress import Progress
-from deploy.run.train import train
+from deploy.run.train import RunFailed, train
 from distill.config import RunConfig
 
 NUM_UPDATES = 6
@@ -24,7 +24,10 @@ def probe(config: RunConfig, progress: Progress) -> Measured:
     with tempfile.TemporaryDirectory(prefix="distill-plan-") as folder:
         short = probe_config(config, f"{folder}/run")
         progress.say(f"measuring {NUM_UPDATES} updates with one engine of each kind")
-        train(short, progress)
+        try:
+            train(short, progress)
+        except RunFailed as failure:  # it names a folder that is deleted now
+            raise failure.error from failure
         return measured(read_run(short.run_dir), short)
 
 
@@ -34,6 +37,13 @@ def probe_config(config: RunConfig, run_dir: str) -> RunConfig:
     changes: dict[str, Any] = {
         "learner.num_updates": NUM_UPDATES,
         "replay.max_policy_age": 0,
+        "replay.samples_per_insert": 1.0,
+        "replay.max_times_sampled": 1,
+        "replay.min_size_to_sample": 0,
+        "critic.warmup_updates": 0,
+        "recipe.fraction_step": 0.0,
+        "proxy.num_updates": 0,
+        "tracking.to": [],
         "rollout.replicas": 1,
         "scoring.replicas": 1,
         "evaluation.every": 0,

@@ -64,6 +64,7 @@ class RunContext:
             max_policy_age=self.config.replay.max_policy_age,
             num_cores=usable_cores() if node is None else min(usable_cores(), int(node.num_cpus)),
             num_threads={role: count for role, count in threads.items() if role in STAGES},
+            uses_student_text=self.config.recipe.uses_student_text,
         )
 
     def require_room(self, role: str, count: int, setting: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 
@@ -77,19 +78,20 @@ class Estimates:
             role: int(2 * parameters / engine.tensor_parallel_size / engine.gpu_memory_utilization)
             for role, (parameters, engine) in sizes.items()
         }
-        return {**need, "learner": self.memory_of_actors()["learner"] - _PROCESS_BYTES}
+        on_cpu = self.memory_of_actors()["learner"] - self._learner()
+        return {**need, "learner": on_cpu + self._learner("cuda") - _PROCESS_BYTES}
 
     def _proxy_parameters(self) -> int:
         return self.proxy.num_parameters if self.proxy is not None else self.student_parameters()
 
-    def _learner(self) -> int:
+    def _learner(self, device: Literal["cpu", "cuda"] = "cpu") -> int:
         config = self.config
         vocabulary_rows = config.learner.vocabulary_chunk * self.teacher.vocab_size * 4
         # Weights, gradient and two moments in float32; about twelve full-vocabulary tensors of a
         # chunk; activations of a micro-batch at about forty numbers of width D per layer. Between two updates,
         # a checkpoint is written from a copy of weights and moments.
         layers = config.student.init.num_kept or self.student.config.get("num_hidden_layers", 0)
-        tokens = resolve_micro_batch_tokens(config.learner.micro_batch_tokens, "cpu")
+        tokens = resolve_micro_batch_tokens(config.learner.micro_batch_tokens, device)
         if config.learner.keep_activations:
             tokens = max(tokens, self._update_tokens())
         activations = tokens * self.student.hidden_size * 40 * layers * 4

@@ -9,6 +9,6 @@ the checks themselves, as functions of a configuration and of what is loaded.
 """
 
 from deploy.run.preflight.outcome import Check, failed
-from deploy.run.preflight.sequence import Preflight
+from deploy.run.preflight.sequence import OF_THE_MACHINE, Preflight
 
-__all__ = ["Check", "Preflight", "failed"]
+__all__ = ["OF_THE_MACHINE", "Check", "Preflight", "failed"]

@@ -38,6 +38,8 @@ class Setup:
     """Cores that the actors share; None when each has devices of its own."""
     num_threads: Mapping[str, int] = field(default_factory=dict)
     """Threads of one actor of each stage that computes on the cores."""
+    uses_student_text: bool = True
+    """Whether the rollout actors do more than to sample for evaluations."""
 
     @classmethod
     def read(cls, recorded: object) -> Setup | None:
@@ -49,7 +51,21 @@ class Setup:
         numbers = [*([] if cores is None else [cores]), *threads.values()]
         if not isinstance(age, int) or not all(isinstance(number, int) and number >= 0 for number in numbers):
             return None
-        return cls(max_policy_age=age, num_cores=cores, num_threads=dict(threads))
+        student = recorded.get("uses_student_text") is not False
+        return cls(max_policy_age=age, num_cores=cores, num_threads=dict(threads), uses_student_text=student)
+
+    def room(self, stage: _Stage, stages: Sequence[_Stage]) -> float:
+        """How many more actors of a stage the cores have threads for; infinite for one with devices of its own.
+
+        Stages that take turns may each use every core. Otherwise the engines divide the cores among them.
+        """
+        threads = self.num_threads.get(stage.name)
+        if self.num_cores is None or not threads:
+            return math.inf
+        engines = [each for each in stages if each.setting is not None]
+        beside = [stage] if self.max_policy_age == 0 else engines
+        taken = sum(each.num_actors * self.num_threads.get(each.name, 0) for each in beside)
+        return max(0, (self.num_cores - taken) // threads)
 
     def speed_within_cores(self, row: Mapping[str, float]) -> float:
         """How many times as fast the run would be if every core was busy all the time; below 1 if that is slower."""
@@ -119,7 +135,9 @@ def advise(row: Mapping[str, float], setup: Setup | None) -> Advice | None:
 
     Returns None for a row without shares.
     """
-    stages = _stages(row)
+    stages = [
+        stage for stage in _stages(row) if setup is None or setup.uses_student_text or stage.name != "rollout"
+    ]
     if not stages:
         return None
     limit = max(stages, key=lambda stage: stage.share)
@@ -133,13 +151,14 @@ def advise(row: Mapping[str, float], setup: Setup | None) -> Advice | None:
     if by_cores < WORTH_IT:
         beyond = f"all {setup.num_cores} cores are in use, so only more cores or GPUs would make it faster"
         return Advice(stage=limit.name, reason=reason, otherwise=beyond)
+    room = {stage.name: setup.room(stage, stages) for stage in stages}
     if setup.max_policy_age == 0:
-        candidates = _in_turns(stages, limit, reason)
-    elif limit.share < SATURATED:
+        candidates = _in_turns(stages, limit, reason, room, overlaps=setup.uses_student_text)
+    elif limit.share < SATURATED and setup.uses_student_text:
         waits = f"no stage is busy all the time (the {limit.name} most, {100 * limit.share:.0f} %): they wait for weights"
         candidates = _waiting(setup.max_policy_age, limit, waits)
     else:
-        candidates = _larger_pools(stages, limit, reason)
+        candidates = _larger_pools(stages, limit, reason, room)
     best = max(candidates, key=lambda each: each.gain, default=None)
     if best is not None and min(best.gain, by_cores) >= WORTH_IT:
         return replace(best, gain=min(best.gain, by_cores))
@@ -154,14 +173,18 @@ def _stages(row: Mapping[str, float]) -> list[_Stage]:
     ]
 
 
-def _in_turns(stages: Sequence[_Stage], limit: _Stage, reason: str) -> Iterator[Advice]:
-    """Twice the actors of one stage, or overlap."""
+def _in_turns(
+    stages: Sequence[_Stage], limit: _Stage, reason: str, room: Mapping[str, float], *, overlaps: bool
+) -> Iterator[Advice]:
+    """Twice the actors of one stage, or overlap. ``room``: more actors that each stage can have."""
     for stage in stages:
-        if stage.setting is not None:
+        if stage.setting is not None and stage.num_actors <= room[stage.name]:
             gain = 1 / (1 - min(stage.share, 1.0) / 2)
             yield Advice(
                 stage=limit.name, reason=reason, changes={stage.setting: 2 * stage.num_actors}, gain=gain
             )
+    if not overlaps:
+        return
     overlap = 1 / min(limit.share, 1.0)
     age = max(1, math.ceil(overlap) - 1)
     yield Advice(
@@ -180,8 +203,10 @@ def _waiting(max_policy_age: int, limit: _Stage, reason: str) -> Iterator[Advice
     yield Advice(stage=limit.name, reason=reason, changes={"replay.max_policy_age": wanted - 1}, gain=gain)
 
 
-def _larger_pools(stages: Sequence[_Stage], limit: _Stage, reason: str) -> Iterator[Advice]:
-    """The smallest pools that are as fast as the learner, or twice as fast as they are now."""
+def _larger_pools(
+    stages: Sequence[_Stage], limit: _Stage, reason: str, room: Mapping[str, float]
+) -> Iterator[Advice]:
+    """The smallest pools that are as fast as the learner, or twice as fast as they are now, within their room."""
     fixed = [stage.share for stage in stages if stage.setting is None]
     faster = min([2.0, *(limit.share / share for share in fixed)])
     changes: dict[str, int] = {}
@@ -189,7 +214,7 @@ def _larger_pools(stages: Sequence[_Stage], limit: _Stage, reason: str) -> Itera
     for stage in stages:
         if stage.setting is not None:
             needed = math.ceil(stage.num_actors * faster * stage.share / limit.share - 1e-6)
-            needed = max(needed, stage.num_actors)
+            needed = int(min(max(needed, stage.num_actors), stage.num_actors + room[stage.name]))
             if needed > stage.num_actors:
                 changes[stage.setting] = needed
             shares = [*shares, stage.share * stage.num_actors / needed]

@@ -37,7 +37,9 @@ class RunTrace:
         """``clock``: nanoseconds since 1970 that never go back."""
         self._clock = clock
         self._buffer = SpanBuffer()
-        self._file = SpanFile(folder.spans, folder.incarnation)
+        self._file: SpanFile | None = None
+        with self._guarded():
+            self._file = SpanFile(folder.spans, folder.incarnation)
 
     @contextmanager
     def span(self, kind: SpanKind, lane: str, update: int, version: int = NONE) -> Iterator[OpenSpan]:
@@ -54,17 +56,32 @@ class RunTrace:
 
     def write(self, of_replay: Mapping[str, Any]) -> None:
         """Write spans that the replay recorded, and the driver's so far."""
-        self._file.write(of_replay)
-        self._file.write(self._buffer.drain())
+        drained = self._buffer.drain()
+        with self._guarded():
+            if self._file is not None:
+                self._file.write(of_replay)
+                self._file.write(drained)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """A medium that is full ends the trace, and not the run."""
+        try:
+            yield
+        except OSError:
+            self._file = None
 
     def counters(self, update: int, row: Mapping[str, float]) -> None:
         """Write those metrics of an update that a trace shows."""
         shown = {name: value for name, value in row.items() if name.startswith(COUNTERS)}
-        self._file.counters(self._clock(), update, shown)
+        with self._guarded():
+            if self._file is not None:
+                self._file.counters(self._clock(), update, shown)
 
     def close(self) -> None:
-        self._file.write(self._buffer.drain())
-        self._file.close()
+        with self._guarded():
+            if self._file is not None:
+                self._file.write(self._buffer.drain())
+                self._file.close()
 
 
 class TracedReplay(Replay):

@@ -95,6 +95,21 @@ def test_cores_bound_what_a_change_can_bring():
     assert within is not None and within.gain == pytest.approx(1.5)
 
 
+def test_actors_that_would_divide_the_cores_anew_are_not_advised():
+    """With all threads given out, a second rollout actor would only halve those of the first."""
+    full = {"rollout": 4, "teacher": 4, "learner": 8}
+    row = ROW | {"rollout/busy_share": 0.95, "learner/busy_share": 0.2}
+    advice = advise(row, Setup(max_policy_age=2, num_cores=8, num_threads=full))
+    assert advice is not None and "rollout.replicas" not in advice.changes
+    free = advise(row, Setup(max_policy_age=2, num_cores=8, num_threads={**full, "rollout": 2, "teacher": 2}))
+    assert free is not None and free.changes == {"rollout.replicas": 2}
+
+
+def test_without_student_text_the_sampler_is_not_a_stage_to_enlarge():
+    advice = advise(ROW, Setup(max_policy_age=0, uses_student_text=False))
+    assert advice is not None and advice.stage == "learner" and not advice.changes
+
+
 def test_without_a_setup_nothing_is_predicted():
     advice = advise(ROW, None)
     assert advice is not None and not advice.changes
