@@ -49,7 +49,6 @@ def probe_config(config: RunConfig, run_dir: str) -> RunConfig:
         "evaluation.every": 0,
         "evaluation.num_prompts": 2,
         "evaluation.num_prompts_during": 2,
-        "evaluation.shown_prompts": [],
         "checkpoint.every": NUM_UPDATES,
         "scoring.check": 0,
         "sft.enabled": False,
