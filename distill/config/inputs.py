@@ -241,6 +241,13 @@ class EvaluationConfig:
                 f"be <= evaluation.num_prompts ({self.num_prompts})",
                 "lower it or raise evaluation.num_prompts",
             )
+        if self.shown_prompts == []:
+            yield ConfigError(
+                "evaluation.shown_prompts",
+                "[]",
+                "have at least one prompt",
+                "leave it out to show the first held-out prompts",
+            )
         if self.best_metric not in EVALUATION_METRICS:
             yield ConfigError(
                 "evaluation.best_metric",

@@ -18,10 +18,10 @@ LOAD = Load(
     config=waiting_config(
         num_rollouts=4, num_teachers=4, prompts_per_update=16, num_updates=12, max_policy_age=3
     ),
-    rollout=Service(0.4),
-    teacher=Service(0.2),
-    update=Service(0.32 / 16),
-    push_s=0.04,
+    rollout=Service(0.8),
+    teacher=Service(0.4),
+    update=Service(0.64 / 16),
+    push_s=0.08,
 )
 
 

@@ -36,7 +36,7 @@ BROKEN = [
     "critic.warmup_updates=-1", "learner.num_updates=0", "learner.learning_rate=0",
     "learner.warmup_fraction=1", "weights.deadline_s=0", "checkpoint.every=0", "checkpoint.keep=0",
     "evaluation.every=-1", "evaluation.num_prompts=1 evaluation.num_prompts_during=1",
-    "evaluation.num_prompts_during=129", "evaluation.best_metric=bleu", "cluster.object_store_bytes=1",
+    "evaluation.num_prompts_during=129", "evaluation.shown_prompts=[]", "evaluation.best_metric=bleu", "cluster.object_store_bytes=1",
     "cluster.address=null", "cluster.address=http://10.0.0.1:8265", "cluster.address=somewhere",
     "replay.min_size_to_sample=17", "recipe.long_weight=1 rollout.samples_per_prompt=1",
     "data.num_heldout=100", "recipe.student_text=mixed",
@@ -168,3 +168,8 @@ def test_settings_that_starve_the_learner_are_rejected(settings, message):
 def test_a_replay_without_student_text_can_insert_more_than_it_uses():
     config = Settings(student_text="none", samples_per_insert=0.5).config
     assert "replay.samples_per_insert" not in [error.name for error in config.violations()]
+
+
+def test_a_list_of_prompts_to_show_is_not_empty():
+    (error,) = inputs.EvaluationConfig(shown_prompts=[]).violations()
+    assert str(error).startswith("evaluation.shown_prompts=[] must have at least one prompt; leave it out")
