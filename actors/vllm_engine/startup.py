@@ -71,7 +71,8 @@ def stat_loggers(metrics_name: str | None) -> list[Any] | None:
     from vllm.v1.metrics import ray_wrappers
 
     # vLLM sets this to None where ray.serve, which it imports for one name, lacks a package.
-    return [ray_wrappers.RayPrometheusStatLogger] if ray_wrappers.ray_metrics is not None else None
+    can_publish = getattr(ray_wrappers, "ray_metrics", None) is not None
+    return [ray_wrappers.RayPrometheusStatLogger] if can_publish else None
 
 
 def engine_arguments(
