@@ -66,15 +66,9 @@ def test_four_measured_engines_predict_sixteen(cluster: RayCluster, four: Load, 
     assert predicted == pytest.approx(real, rel=WITHIN)
 
 
-@pytest.mark.parametrize(
-    "load",
-    [
-        LOAD.changed({"rollout.replicas": 16, "scoring.replicas": 2}),
-        LOAD.changed({"replay.max_policy_age": 0}),
-    ],
-    ids=["teacher", "in turns"],
-)
-def test_an_advice_brings_what_it_predicts(cluster: RayCluster, load: Load):
+def test_an_advice_brings_what_it_predicts(cluster: RayCluster):
+    """The other kinds are followed in simulated time, in tests/unit/training/test_advice.py."""
+    load = LOAD.changed({"rollout.replicas": 16, "scoring.replicas": 2})
     before = simulate_on_ray(cluster, load)
     advice = advise(before.row, Setup(max_policy_age=load.config.replay.max_policy_age))
     assert advice is not None and advice.changes
