@@ -63,7 +63,7 @@ def engine_seed(run_seed: int, holder: Holder) -> int:
     return xxhash.xxh3_64_intdigest(f"{run_seed}/{holder}".encode()) & 0x7FFFFFFF
 
 
-def metrics_name(config: RunConfig, run_id: str, holder: Holder) -> str | None:
+def engine_name(config: RunConfig, run_id: str, holder: Holder) -> str | None:
     """The name under which an engine publishes vLLM's metrics through Ray; None without Ray."""
     return f"{run_id}:{holder}" if config.cluster.backend == "ray" else None
 
@@ -98,7 +98,7 @@ async def build_rollout(config: RunConfig, inputs: RunInputs, holder: Holder) ->
         on_push=config.weights.on_push,
         lock_step=config.replay.lock_step,
         seed=engine_seed(config.seed, holder),
-        metrics_name=metrics_name(config, inputs.run_id, holder),
+        metrics_name=engine_name(config, inputs.run_id, holder),
     )
     return RolloutWorker(
         prompts=PromptTable.read(
@@ -130,7 +130,7 @@ async def build_teacher_worker(
     return TeacherWorker(
         corpus=TextCorpus.read(inputs.teacher_text),
         heldout_corpus=TextCorpus.read(inputs.heldout_corpus),
-        teacher=await build_teacher(config, model_dir, metrics_name(config, inputs.run_id, holder)),
+        teacher=await build_teacher(config, model_dir, engine_name(config, inputs.run_id, holder)),
         store=open_store(config.replay, inputs, str(holder)),
         holder=holder,
         capacity=config.scoring.max_num_seqs,

@@ -77,7 +77,6 @@ class Model:
 class Update:
     """The texts of an update of reverse KL on the student's text."""
 
-    num_texts: int
     prompt_tokens: float
     """Of all texts together."""
     response_tokens: float

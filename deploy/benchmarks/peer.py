@@ -190,7 +190,6 @@ def _limit(teacher: Path, student: Path, found: dict[str, float]) -> dict[str, f
     """Seconds of each stage of a reverse-KL update if the machine did nothing else (:mod:`machine_limit`)."""
     response = found["response_tokens_of_update"]
     update = Update(
-        num_texts=PROMPTS_PER_UPDATE,
         prompt_tokens=found["tokens_of_update"] - response,
         response_tokens=response,
         steps=MAX_NEW_TOKENS,

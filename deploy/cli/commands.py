@@ -200,7 +200,7 @@ def trace(options: argparse.Namespace) -> int:
     from deploy.report.safe_text import strip_control
     from deploy.report.trace import write_trace
 
-    written = write_trace(options.run_dir, Path(options.out) if options.out else None)
+    written = write_trace(options.run_dir, Path(options.file) if options.file else None)
     for problem in written.problems:
         complain(strip_control(problem))
     starts = len(written.incarnations)

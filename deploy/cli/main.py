@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from deploy.benchmarks.harness import FEWEST_PAIRS, MOST_PAIRS, TOLERATED_FALL
 from deploy.cli import commands
@@ -137,22 +137,24 @@ def _add_preparation(sub: Commands) -> None:
     recipes.set_defaults(run=commands.recipes)
 
 
-def _add_runs(sub: Commands) -> None:
-    train = sub.add_parser("train", help="run a distillation, or resume one")
-    train.add_argument("config", nargs="?", help="YAML file")
-    train.add_argument(
+def _takes_configuration(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """Give a command a YAML file and settings that override it. ``options``: of the argument for the file."""
+    parser.add_argument("config", help="YAML file", **options)
+    parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings that override the file"
     )
+
+
+def _add_runs(sub: Commands) -> None:
+    train = sub.add_parser("train", help="run a distillation, or resume one")
+    _takes_configuration(train, nargs="?")
     train.add_argument("--resume", metavar="RUN", help="resume the run in this folder")
     train.set_defaults(run=commands.train)
 
     submit = sub.add_parser(
         "submit", help="run a distillation as a job of a Ray cluster, or resume one there"
     )
-    submit.add_argument("config", nargs="?", help="YAML file")
-    submit.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings that override the file"
-    )
+    _takes_configuration(submit, nargs="?")
     submit.add_argument("--resume", metavar="RUN", help="resume the run in this folder of the cluster")
     submit.add_argument(
         "--address", required=True, metavar="URL", help="dashboard of the cluster, such as http://HEAD:8265"
@@ -161,18 +163,12 @@ def _add_runs(sub: Commands) -> None:
     submit.set_defaults(run=commands.submit)
 
     doctor = sub.add_parser("doctor", help="check a configuration without starting anything")
-    doctor.add_argument("config", help="YAML file")
-    doctor.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings that override the file"
-    )
+    _takes_configuration(doctor)
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     doctor.set_defaults(run=commands.doctor)
 
     plan = sub.add_parser("plan", help="predict a run's speed and memory, and the best split of devices")
-    plan.add_argument("config", help="YAML file")
-    plan.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings that override the file"
-    )
+    _takes_configuration(plan)
     plan.add_argument(
         "--measured",
         metavar="RUN",
@@ -230,6 +226,7 @@ def _add_views(sub: Commands) -> None:
     trace.add_argument("run_dir", metavar="RUN", help="the run's folder")
     trace.add_argument(
         "--out",
+        dest="file",
         metavar="FILE",
         help="write it there; a name that ends with .json.gz is compressed (default: RUN/trace.json)",
     )

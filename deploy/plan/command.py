@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy.paths import absolute_path
-from deploy.placement import place_locally, threads_on_cores
+from deploy.placement import place_locally
 from deploy.plan.measured import Measured, measured
 from deploy.plan.predict import Prediction, Split, best_splits, curve_sizes, fewest_devices, predict
 from deploy.plan.probe import probe
 from deploy.report.model import Column, Line, Paragraph, Report, Table
 from deploy.report.run_files import read_run
+from deploy.run.context import setup_of
 from deploy.run.estimates import Estimates
 from deploy.run.preflight import OF_THE_MACHINE, Preflight
 from deploy.run.progress import Progress
 from deploy.run.settings import config_to_resume
-from deploy.run.training.advice import Setup
 from deploy.run.training.clocks import STAGES
-from deploy.run.vllm_build import vllm_computes_on_gpu
 from distill.config import RunConfig
 from distill.errors import ConfigError
 from distill.machine.hardware import usable_cores
@@ -96,27 +95,14 @@ def make_plan(
     else:
         found, source = probe(config, progress), "a probe"
     progress.say("predicting")
+    here = setup_of(config, place_locally(config, usable_cores()), None)
     sizes = curve_sizes(fewest_devices(config), num_devices) if num_devices is not None else []
     return Plan(
         measured=found,
         source=source,
-        prediction=predict(found, config, _setup(config)),
+        prediction=predict(found, config, here),
         memory=preflight.estimates.memory_of_actors(),
         splits=list(best_splits(found, config, sizes)),
-    )
-
-
-def _setup(config: RunConfig) -> Setup:
-    """The cores of this machine, and the threads that its actors would have."""
-    from torch.cuda import is_available
-
-    placement = place_locally(config, usable_cores())
-    threads = threads_on_cores(config, placement, has_gpu=is_available(), vllm_on_gpu=vllm_computes_on_gpu())
-    return Setup(
-        max_policy_age=config.replay.max_policy_age,
-        num_cores=usable_cores(),
-        num_threads={role: count for role, count in threads.items() if role in STAGES},
-        uses_student_text=config.recipe.uses_student_text,
     )
 
 

@@ -200,7 +200,12 @@ class _Waits(NoPushes):
 
 
 async def train(replay: Replay, load: Load, engines: Counters) -> Outcome:
-    """Run the train loop to the last update. ``engines``: the counters of all engines, as an actor's stats name them."""
+    """Run the train loop to the last update. ``engines``: the counters of all engines, as an actor's stats name them.
+
+    Raises: ValueError for a run of one update, which has no middle to measure.
+    """
+    if load.config.learner.num_updates < 2:
+        raise ValueError("a simulated run has at least two updates")
     waits = _Waits(load, engines)
     await train_loop(
         replay,

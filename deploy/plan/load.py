@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill.config import LearnerConfig, RecipeConfig, ReplayConfig, RolloutConfig, RunConfig, ScoringConfig
+from distill.config.tree import with_settings
 from distill.replay.draws import BatchPlan
 
 _SHORTEST_S = 1e-9
@@ -62,14 +63,6 @@ class Load:
     def changed(self, changes: Mapping[str, Any]) -> Load:
         """The load with other settings, by their dotted names of two parts. The services stay."""
         return replace(self, config=with_settings(self.config, changes))
-
-
-def with_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """A configuration with other settings, by their dotted names of two parts."""
-    for name, value in changes.items():
-        section, _, setting = name.partition(".")
-        config = replace(config, **{section: replace(getattr(config, section), **{setting: value})})
-    return config
 
 
 def waiting_config(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +17,6 @@ from distill.replay.draws import BatchPlan
 
 FIRST = 1
 """The first updates are slower, because kernels are chosen and pages are touched. They do not count."""
-_COUNTERS = (
-    "rollout/num_samples",
-    "rollout/num_tokens",
-    "teacher/num_texts",
-    "timing/rollout_busy_s",
-    "timing/teacher_busy_s",
-)
 _DECIDE = ("rollout.dtype", "rollout.tensor_parallel_size", "scoring.dtype", "scoring.tensor_parallel_size",
     "learner.device", "learner.precision", "critic.", "teacher.model", "student.model", "student.init", "recipe.name", "rollout.engine", "scoring.engine",
     "rollout.max_new_tokens", "corpus.max_new_tokens", "data.max_prompt_tokens", "data.path")  # fmt: skip
@@ -93,10 +86,9 @@ def measured(run: RunFiles, config: RunConfig) -> Measured:
     Raises: ConfigError when it has too few updates, or was written before its numbers were recorded.
     """
     counts = _Differences(run)
-    for name in _COUNTERS:  # those of actors begin again when the run is resumed
-        counts.keep(counts.of(name) >= 0)
+    counts.leave_out(_first_updates(run))
     if config.replay.lock_step:  # an evaluation between two updates has work of its own
-        counts.keep(~np.isin(counts.updates, _updates_after_evaluations(run)))
+        counts.leave_out(_updates_after_evaluations(run))
     counts.require()
     num_samples, num_texts = counts.total("rollout/num_samples"), counts.total("teacher/num_texts")
     rollout_s, teacher_s = counts.total("timing/rollout_busy_s"), counts.total("timing/teacher_busy_s")
@@ -121,6 +113,12 @@ def measured(run: RunFiles, config: RunConfig) -> Measured:
     )
 
 
+def _first_updates(run: RunFiles) -> list[int]:
+    """The first update of each start, in which the actors' counters begin again."""
+    starts = [event.get("updates_done") for event in run.events if event.get("event") == "training_started"]
+    return [done + 1 for done in starts if isinstance(done, int)]
+
+
 def _updates_after_evaluations(run: RunFiles) -> list[int]:
     """The updates that an evaluation during training precedes; its label is step-N."""
     labels = [str(event.get("label")) for event in run.events if event.get("event") == "evaluated"]
@@ -140,16 +138,12 @@ class _Differences:
 
     def __init__(self, run: RunFiles) -> None:
         self._run = run
-        self._kept = np.ones(max(0, len(run.metrics.get("update", ())) - 1 - FIRST), dtype=bool)
+        self._updates = run.metrics.get("update", np.zeros(0))[FIRST + 1 :]
+        self._kept = np.ones(len(self._updates), dtype=bool)
 
-    def keep(self, which: np.ndarray) -> None:
-        """Count only these updates from now on."""
-        self._kept &= which
-
-    @property
-    def updates(self) -> np.ndarray:
-        """The numbers of the updates after the first ones."""
-        return self._run.metrics.get("update", np.zeros(0))[FIRST + 1 :]
+    def leave_out(self, updates: Sequence[int]) -> None:
+        """Do not count these updates."""
+        self._kept &= ~np.isin(self._updates, updates)
 
     @property
     def num_updates(self) -> int:

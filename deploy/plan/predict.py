@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.plan.load import Load, Outcome, with_settings
+from deploy.plan.load import Load, Outcome
 from deploy.plan.measured import Measured
 from deploy.plan.simulate import simulate
 from deploy.run.training.advice import Advice, Setup, advise
 from distill.config import RunConfig
+from distill.config.tree import with_settings
 
 SIMULATED_UPDATES = 24
 MOST_SAMPLES = 8192

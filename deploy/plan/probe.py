@@ -6,12 +6,12 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
-from deploy.plan.load import with_settings
 from deploy.plan.measured import Measured, measured
 from deploy.report.run_files import read_run
 from deploy.run.progress import Progress
 from deploy.run.train import RunFailed, train
 from distill.config import RunConfig
+from distill.config.tree import with_settings
 
 NUM_UPDATES = 6
 

@@ -17,7 +17,7 @@ import numpy as np
 from deploy.report.model import Chart, Lane, Series, Timeline
 from deploy.report.run_files import RunFiles, number_in
 from deploy.run.training.advice import mean_row
-from deploy.run.training.clocks import STAGES, limit_of
+from deploy.run.training.clocks import COUNTED_S, STAGES, limit_of
 from distill.run.alarms import WEAK
 
 MOST_POINTS = 400
@@ -211,7 +211,7 @@ def mean_row_of(run: RunFiles) -> dict[str, float]:
     wanted = [
         name
         for stage, (_, actors) in STAGES.items()
-        for name in (f"{stage}/busy_share", actors, "timing/update_s")
+        for name in (f"{stage}/busy_share", actors, COUNTED_S)
         if name in run.metrics
     ]
     columns = {name: run.metrics[name] for name in wanted if name is not None}
@@ -219,7 +219,7 @@ def mean_row_of(run: RunFiles) -> dict[str, float]:
         {name: float(value) for name, value in zip(columns, values, strict=True) if math.isfinite(value)}
         for values in zip(*columns.values(), strict=True)
     ]
-    return mean_row([row for row in rows if row.get("timing/update_s", 1.0) > 0])
+    return mean_row([row for row in rows if row.get(COUNTED_S, 1.0) > 0])
 
 
 def seconds_chart(run: RunFiles) -> Chart | None:

@@ -13,6 +13,7 @@ from deploy.cluster.in_process import InProcess
 from deploy.cluster.memory import MemorySampler
 from deploy.cluster.ray_cluster import RayCluster
 from deploy.placement import (
+    Node,
     Placement,
     place_locally,
     place_on_node,
@@ -53,19 +54,7 @@ class RunContext:
 
     def setup(self) -> Setup:
         """What an advice needs to know of the run."""
-        from torch.cuda import is_available
-
-        node = self.backend.node()
-        has_gpu = node.num_gpus >= 1 if node is not None else is_available()
-        threads = threads_on_cores(
-            self.config, self._placement, has_gpu=has_gpu, vllm_on_gpu=vllm_computes_on_gpu()
-        )
-        return Setup(
-            max_policy_age=self.config.replay.max_policy_age,
-            num_cores=usable_cores() if node is None else min(usable_cores(), int(node.num_cpus)),
-            num_threads={role: count for role, count in threads.items() if role in STAGES},
-            uses_student_text=self.config.recipe.uses_student_text,
-        )
+        return setup_of(self.config, self._placement, self.backend.node())
 
     def require_room(self, role: str, count: int, setting: str) -> None:
         """Check that ``count`` more actors of a role can start. Raises: ConfigError."""
@@ -114,6 +103,20 @@ def run_context(config: RunConfig, record: RunRecord, progress: Progress) -> Ite
             memory.add("ray", pid)
         yield RunContext(config, record, progress, backend, memory)
         record.peak_pss_bytes = memory.stop()
+
+
+def setup_of(config: RunConfig, placement: Placement, node: Node | None) -> Setup:
+    """What an advice needs to know of a placed run. ``node``: that of a cluster; None for this machine."""
+    from torch.cuda import is_available
+
+    has_gpu = node.num_gpus >= 1 if node is not None else is_available()
+    threads = threads_on_cores(config, placement, has_gpu=has_gpu, vllm_on_gpu=vllm_computes_on_gpu())
+    return Setup(
+        max_policy_age=config.replay.max_policy_age,
+        num_cores=usable_cores() if node is None else min(usable_cores(), int(node.num_cpus)),
+        num_threads={role: count for role, count in threads.items() if role in STAGES},
+        uses_student_text=config.recipe.uses_student_text,
+    )
 
 
 def _place(config: RunConfig, backend: Backend) -> Placement:

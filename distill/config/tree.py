@@ -15,7 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -99,6 +99,14 @@ def resume_fingerprint(config: RunConfig) -> str:
 def flat_settings(config: RunConfig) -> dict[str, Any]:
     """Every setting by the dotted name that it has in YAML."""
     return flatten(_written(config))
+
+
+def with_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A configuration with other settings, by their dotted names of two parts."""
+    for name, value in changes.items():
+        section, _, setting = name.partition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{setting: value})})
+    return config
 
 
 def setting_names() -> list[str]:

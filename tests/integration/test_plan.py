@@ -39,7 +39,7 @@ def four(cluster: RayCluster) -> Load:
 
 
 def as_measured(load: Load, outcome: RayOutcome) -> Load:
-    """The load with the services that a run's own clocks tell, as `distill plan --measured` reads them."""
+    """The load with the services that the run's own clocks tell."""
     row, config = outcome.row, load.config
 
     def busy_s(stage: str, replicas: int) -> float:

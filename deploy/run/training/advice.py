@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deploy.run.training.clocks import REMEDIES, STAGES
+from deploy.run.training.clocks import COUNTED_S, REMEDIES, STAGES
 
 WORTH_IT = 1.1
 """Smallest predicted gain that is worth an advice."""
@@ -232,11 +232,11 @@ def _beyond_settings(stages: Sequence[_Stage], limit: _Stage) -> str:
 
 
 def mean_row(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean busy shares of some rows, weighted with their seconds, and the newest numbers of actors."""
+    """The mean busy shares of some rows, weighted with the seconds that they count, and the newest numbers of actors."""
     mean: dict[str, float] = {}
     for name, (_, actors) in STAGES.items():
         column = f"{name}/busy_share"
-        weighed = [(row[column], row.get("timing/update_s", 1.0)) for row in rows if column in row]
+        weighed = [(row[column], row.get(COUNTED_S, 1.0)) for row in rows if column in row]
         if total := sum(seconds for _, seconds in weighed):
             mean[column] = sum(share * seconds for share, seconds in weighed) / total
         if actors is not None and (counts := [row[actors] for row in rows if actors in row]):

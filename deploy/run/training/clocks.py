@@ -17,6 +17,9 @@ STAGES = {
     "learner": ("timing/learner_total_busy_s", None),
 }
 """Per stage: the counter of its busy seconds, and that of its actors."""
+COUNTED_S = "timing/counted_s"
+"""The seconds to which the shares of a row refer. In lock-step they contain evaluations and checkpoints, which those of the
+update do not."""
 REMEDIES = {
     "rollout": "raise rollout.replicas or rollout.max_num_seqs",
     "teacher": "raise scoring.replicas",
@@ -32,7 +35,6 @@ class Limit:
     stage: str
     busy_share: float
     """Part of the time in which one of its actors was busy, on average."""
-    remedy: str
 
 
 class StageClocks:
@@ -44,13 +46,13 @@ class StageClocks:
         self._since = now()
 
     def shares(self, counters: Mapping[str, float]) -> dict[str, float]:
-        """Return ``<stage>/busy_share`` since the last call, for each stage that has counters.
+        """Return ``<stage>/busy_share`` since the last call, for each stage that has counters, and :data:`COUNTED_S`.
 
         A call that ends between two calls counts with its whole duration in the second, so a share can exceed one.
         """
         now = self._now()
         elapsed_s, self._since = now - self._since, now
-        shares: dict[str, float] = {}
+        shares: dict[str, float] = {COUNTED_S: elapsed_s}
         for stage, (busy, actors) in STAGES.items():
             if busy not in counters:
                 continue
@@ -67,7 +69,7 @@ def limit_of(row: Mapping[str, float]) -> Limit | None:
     if not shares:
         return None
     stage = max(shares, key=lambda each: shares[each])
-    return Limit(stage, shares[stage], REMEDIES[stage])
+    return Limit(stage, shares[stage])
 
 
 def held_back(timing_s: Mapping[str, float]) -> str:

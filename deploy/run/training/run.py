@@ -72,7 +72,7 @@ async def train_fleet(
     """
     folder, config = RunFolder(inputs.run_dir), run.config
     # A run that ends by an error keeps its last spans, which explain it.
-    with closing(RunTrace(folder)) as trace:
+    with closing(RunTrace(folder, run.progress.say)) as trace:
         publisher = FleetPublisher(
             fleet.learner,
             lambda: [TracedReceiver(member, trace) for member in fleet.rollouts],

@@ -11,7 +11,6 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from deploy.placement import pool_violations
 from deploy.run.training.crew import Crew
 from deploy.run.vllm_build import vllm_computes_on_gpu
 from distill.config import RunConfig
+from distill.config.tree import with_settings
 from distill.errors import NO_VALUE, ConfigError, DistillError
 from distill.files import write_json
 from distill.interfaces import Role
@@ -98,8 +98,7 @@ async def answer_requests(
 async def _scale(config: RunConfig, crew: Crew, wanted: Mapping[Section, int]) -> str:
     """Resize the pools; returns what changed, in words. Raises: ConfigError, before anything changes."""
     for section, count in wanted.items():
-        pool = replace(getattr(config, section), replicas=count)
-        config = replace(config, **{section: pool})
+        config = with_settings(config, {f"{section}.replicas": count})
     if config.replay.lock_step:
         raise ConfigError(
             "replay.max_policy_age", 0, "be >= 1 to scale a run: in lock-step, the number of actors decides which "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy.run.training.fleet import Member
+from distill.errors import first_line
 from distill.interfaces import Exchange, Holder, Learner, Lease, Publisher, Replay, SampleRef, WeightManifest
 from distill.machine.clock import epoch_ns
 from distill.replay.spans import NONE, SpanBuffer, SpanKind, SpanOutcome
@@ -33,8 +34,11 @@ class OpenSpan:
 class RunTrace:
     """Records the driver's spans, and writes those of all processes."""
 
-    def __init__(self, folder: RunFolder, clock: Callable[[], int] = epoch_ns) -> None:
-        """``clock``: nanoseconds since 1970 that never go back."""
+    def __init__(
+        self, folder: RunFolder, say: Callable[[str], None], clock: Callable[[], int] = epoch_ns
+    ) -> None:
+        """``say``: prints a line that stays. ``clock``: nanoseconds since 1970 that never go back."""
+        self._say = say
         self._clock = clock
         self._buffer = SpanBuffer()
         self._file: SpanFile | None = None
@@ -67,8 +71,9 @@ class RunTrace:
         """A medium that is full ends the trace, and not the run."""
         try:
             yield
-        except OSError:
+        except OSError as error:
             self._file = None
+            self._say(f"warning: the run records no trace any more ({first_line(error)})")
 
     def counters(self, update: int, row: Mapping[str, float]) -> None:
         """Write those metrics of an update that a trace shows."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.build import metrics_name
+from actors.build import engine_name
 from deploy.dashboards import serve
 from deploy.dashboards.build import FOLDER, PAGE, PROMETHEUS, cluster_config, dashboard_json, page
 from deploy.dashboards.config import ENGINE_NAME, prometheus_config
@@ -79,7 +79,7 @@ def test_prometheus_looks_into_the_files_of_the_runs() -> None:
 
 
 def test_the_name_of_an_engine_becomes_the_labels_of_its_run() -> None:
-    name = metrics_name(RunConfig(), "0a1b2c3d", Holder("teacher", 1, 1000))
+    name = engine_name(RunConfig(), "0a1b2c3d", Holder("teacher", 1, 1000))
     assert name is not None
     found = re.fullmatch(ENGINE_NAME, name)
     assert found is not None and found.groups() == ("0a1b2c3d", str(Holder("teacher", 1, 1000)), "teacher")

@@ -121,7 +121,7 @@ def summary_of(num_updates: int, before: Evaluation, after: Evaluation) -> dict[
             "update_waited_for_milestones": 3.0, "rollout_busy": 200.0,
         },
         "tokens": {"rollout": 123456, "learner": 234567},
-        "limit": {"stage": "learner", "busy_share": 0.9, "remedy": "x"},
+        "limit": {"stage": "learner", "busy_share": 0.9},
         "peak_pss_bytes": {"total": 3 * 2**30, "learner": 2**30},
         "wall_s": 480.0,
         "incarnations": 1,

@@ -11,6 +11,7 @@ import pytest
 
 from deploy.benchmarks import peer, peer_environment, push, replay, replay_rows, teacher
 from deploy.benchmarks.harness import BenchmarkFailed
+from deploy.benchmarks.machine_limit import Model, Speeds, Update, limits_s
 from deploy.benchmarks.registry import BENCHMARKS
 from deploy.benchmarks.replay_ours import ReadyTeacher
 from deploy.benchmarks.replay_peers import fastest_batch
@@ -176,3 +177,20 @@ def test_the_replays_pairs_are_rates_of_all_its_labels() -> None:
     assert pairs["torchrl"] == [(10.0, 5.0)]
     ((ours, theirs),) = pairs["transferqueue_own"]
     assert ours == theirs  # as many bytes on both sides
+
+
+def test_the_machine_limit_is_arithmetic_at_its_speeds() -> None:
+    speeds = Speeds(flops_per_s={"float32": 100.0, "bfloat16": 200.0}, bytes_per_s=10.0)
+    teacher = Model(layer_parameters=30, head_parameters=20)
+    student = Model(layer_parameters=10, head_parameters=20)
+    update = Update(prompt_tokens=6, response_tokens=4, steps=2)
+    found = limits_s(update, teacher=teacher, student=student, speeds=speeds, training_format="float32")
+    forward = 2 * 10 * 10 + 2 * 20 * 4  # two for each parameter and token; the head at the response tokens
+    assert found == pytest.approx(
+        {
+            "rollout": forward / 200 + 3 * 2 * 30 / 10,  # the prompts and two steps read every weight
+            "teacher": 2 * 30 * 10 / 200 + 2 * 50 / 10,
+            "learner": (3 * forward + 2 * 20 * 4) / 100,
+            "push": 2 * 30 / 10,
+        }
+    )

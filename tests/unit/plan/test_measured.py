@@ -11,7 +11,6 @@ import pytest
 
 from deploy import PRESETS
 from deploy.plan.command import _lacking
-from deploy.plan.load import with_settings
 from deploy.plan.measured import Measured, measured
 from deploy.plan.predict import best_splits, curve_sizes, fewest_devices, predict
 from deploy.plan.probe import probe_config
@@ -20,6 +19,7 @@ from deploy.report.run_files import RunFiles
 from deploy.run.training.advice import Setup
 from distill.config import LearnerConfig, RecipeConfig, ReplayConfig, RolloutConfig, RunConfig, ScoringConfig
 from distill.config.load import load_config
+from distill.config.tree import with_settings
 from distill.errors import ConfigError
 from distill.run.folder import RunFolder
 
@@ -133,6 +133,7 @@ def test_a_resumed_run_whose_counters_begin_again_tells_the_same():
         values = run.metrics[name].copy()
         values[8:] -= values[7]
         run.metrics[name] = values
+    run.events.append({"event": "training_started", "updates_done": 8})
     again = measured(run, CONFIG)
     assert (again.sample_s, again.text_s, again.row_s) == pytest.approx((0.5, 0.25, 0.25))
     assert again.num_updates == 8

@@ -126,7 +126,7 @@ def recording(
     """One start of a run in ``folder``, with its recorder and trackers."""
     setup = Setup(max_policy_age=0, num_cores=2, num_threads={})
     with folder, start_trackers(config, folder, updates_done, say) as trackers:
-        trace = RunTrace(folder)
+        trace = RunTrace(folder, say)
         recorder = Recorder(folder, Alarms(), lambda **_: None, setup, trackers, trace)
         try:
             recorder.start(updates_done, policy_version=updates_done)

@@ -133,7 +133,7 @@ def test_a_setup_comes_back_from_its_event():
 
 def test_the_mean_of_rows_weighs_them_with_their_seconds():
     rows = [
-        {"rollout/busy_share": 0.2, "rollout/num_actors": 1.0, "timing/update_s": 3.0},
-        {"rollout/busy_share": 1.0, "rollout/num_actors": 2.0, "timing/update_s": 1.0},
+        {"rollout/busy_share": 0.2, "rollout/num_actors": 1.0, "timing/counted_s": 3.0},
+        {"rollout/busy_share": 1.0, "rollout/num_actors": 2.0, "timing/counted_s": 1.0},
     ]
     assert mean_row(rows) == pytest.approx({"rollout/busy_share": 0.4, "rollout/num_actors": 2.0})

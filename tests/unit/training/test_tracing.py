@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from deploy.run.training.fleet import Member
 from deploy.run.training.tracing import RunTrace, TracedLearner, TracedPublisher, TracedReceiver, TracedReplay
-from distill.files import write_json
+from distill.files import LineFile, write_json
 from distill.interfaces import Holder, Lease, WeightManifest, WeightPushError
 from distill.replay.spans import SpanBuffer, SpanKind, SpanOutcome
 from distill.run.folder import RunFolder
@@ -73,7 +74,7 @@ def found(folder: RunFolder, kind: type) -> list[Any]:
 
 
 async def test_what_the_loop_waits_for_is_in_the_run_folder(folder: RunFolder) -> None:
-    trace, parts = RunTrace(folder, Ticks()), Parts()
+    trace, parts = RunTrace(folder, print, Ticks()), Parts()
     engine: Any = parts
     replay = TracedReplay(parts, trace)
     lease = await replay.lease(3)
@@ -108,10 +109,27 @@ async def test_what_the_loop_waits_for_is_in_the_run_folder(folder: RunFolder) -
 
 
 async def test_what_fails_has_a_span_that_says_so(folder: RunFolder) -> None:
-    trace = RunTrace(folder, Ticks())
+    trace = RunTrace(folder, print, Ticks())
     broken: Any = Parts(WeightPushError("push", 7, "arrive"))
     with pytest.raises(WeightPushError):
         await TracedPublisher(broken, trace).send(MANIFEST)
     trace.close()
     [span] = found(folder, Span)
     assert (span.kind, span.outcome) == (SpanKind.PUSH, SpanOutcome.LOST)
+
+
+def test_a_full_medium_ends_the_trace_with_one_warning(folder: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    trace = RunTrace(folder, said.append, Ticks())
+
+    def full(self: object, line: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LineFile, "append", full)
+    for update in (1, 2):
+        with trace.span(SpanKind.UPDATE, "learner", update):
+            pass
+        trace.counters(update, {"policy/age_max": 1.0})
+        trace.write(SpanBuffer().drain())
+    trace.close()
+    assert len(said) == 1 and "records no trace any more" in said[0] and "No space left" in said[0]
