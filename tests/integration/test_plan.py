@@ -1,8 +1,10 @@
-"""Predictions and advice come true in runs of waiting engines on a real Ray."""
+"""Predictions and advice come true: in runs of waiting engines on a real Ray, and for a run of a real model."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,12 @@ from deploy.plan.load import Load, Service, waiting_config
 from deploy.plan.simulate import simulate
 from deploy.run.training.advice import Setup, advise
 from distill.config import ClusterConfig
+from distill.run.metrics import read_metrics
+from tests.integration.test_train import PLAIN, start, train, train_arguments, world
+
+__all__ = ["world"]  # the fixture
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 WITHIN = 0.15
 LOAD = Load(
@@ -74,3 +82,24 @@ def test_an_advice_brings_what_it_predicts(cluster: RayCluster):
     assert advice is not None and advice.changes
     after = simulate_on_ray(cluster, load.changed(advice.changes))
     assert after.samples_per_s / before.samples_per_s == pytest.approx(advice.gain, rel=1 / 3)
+
+
+def test_a_lock_step_run_is_predicted_from_its_parts(world: Path):
+    """Of a real model, by the command; and it says what is wrong with another teacher."""
+    settings = [*PLAIN, "learner.num_updates=12", "evaluation.every=0", "checkpoint.every=12"]
+    run = train(world, "measured", *settings)
+    _, *plan = train_arguments(world, "planned", *settings)
+    process = start(world, "plan", *plan, "--measured", str(run), "--devices", "4", "--json")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+    found = json.loads(output[output.index("{\n") :])
+    seconds = read_metrics(run)["timing/update_s"].to_pylist()[2:]
+    predicted_s = 1 / found["as_configured"]["updates_per_s"]
+    assert predicted_s == pytest.approx(sum(seconds) / len(seconds), rel=WITHIN)
+    assert [split["num_devices"] for split in found["splits"]] == [3, 4]
+    assert found["memory_bytes"]["learner"] > 0
+
+    other = start(world, "plan", *plan, "rollout.max_new_tokens=3", "--measured", str(run))
+    output, _ = other.communicate(timeout=300)
+    assert other.returncode == 2
+    assert "rollout.max_new_tokens=3 must be as in the run that was measured" in output
