@@ -40,7 +40,7 @@ def test_the_shell_accepts_the_script(shell: str, tmp_path: Path, capsys: pytest
     path = script(shell, tmp_path, capsys)
     assert all(name in path.read_text() for name in ("train", "resume", "ammd"))
     if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed")
+        pytest.skip(f"{shell} is not installed: apt-get install -y {shell}")
     subprocess.run([shell, "-n", str(path)], check=True, timeout=60)
 
 
