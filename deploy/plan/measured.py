@@ -17,9 +17,12 @@ from distill.replay.draws import BatchPlan
 
 FIRST = 1
 """The first updates are slower, because kernels are chosen and pages are touched. They do not count."""
-_DECIDE = ("rollout.dtype", "rollout.tensor_parallel_size", "scoring.dtype", "scoring.tensor_parallel_size",
-    "learner.device", "learner.precision", "critic.", "teacher.model", "student.model", "student.init", "recipe.name", "rollout.engine", "scoring.engine",
-    "rollout.max_new_tokens", "corpus.max_new_tokens", "data.max_prompt_tokens", "data.path")  # fmt: skip
+_DECIDE = (
+    "teacher.model", "student.model", "student.init", "recipe.name", "critic.", "data.path",
+    "data.max_prompt_tokens", "corpus.max_new_tokens", "rollout.max_new_tokens", "rollout.engine", "rollout.dtype",
+    "rollout.tensor_parallel_size", "scoring.engine", "scoring.dtype", "scoring.tensor_parallel_size",
+    "learner.device", "learner.precision",
+)  # fmt: skip
 """Settings (or the beginnings of their names) that decide how much work a text is."""
 
 
