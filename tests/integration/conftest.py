@@ -1,4 +1,4 @@
-"""Fixtures of the engine contract: two students, and engines that all of its tests share."""
+"""Fixtures of the engine contract: two students, and engines that all of its tests share. And of Rays in this process."""
 
 from __future__ import annotations
 
@@ -56,3 +56,12 @@ def teacher(request: pytest.FixtureRequest, student: Student) -> Iterator[Engine
     host = EngineHost(class_path, str(student.folder), settings, max_model_tokens=MAX_MODEL_TOKENS)
     yield host
     host.close()
+
+
+@pytest.fixture(scope="module")
+def no_tokens() -> Iterator[None]:
+    """For every module that connects its own process to a Ray: Ray reads once per process whether it uses tokens, and
+    a local Ray would turn them on, so that the Rays of later modules would not hear this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        yield

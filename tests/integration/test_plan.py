@@ -34,7 +34,7 @@ LOAD = Load(
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
+def cluster(no_tokens: None) -> Iterator[RayCluster]:
     with RayCluster(ClusterConfig(address="local"), "bbbbbbbd") as cluster:
         simulate_on_ray(cluster, LOAD.changed({"learner.num_updates": 2}))  # imports and connections
         yield cluster

@@ -18,16 +18,7 @@ from distill.config import ClusterConfig
 from tests.backend_contract import BackendContract, Worker, check_leaving
 from tests.integration.ray_head import RayHead
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_tokens() -> Iterator[None]:
-    """One process connects to several Rays here. A local Ray turns tokens on for its process, whose later heads would
-    need the same token."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("no_tokens")]
 
 
 class TestRayCluster(BackendContract):

@@ -270,6 +270,7 @@ def assert_same_numbers(resumed: Path, whole: Path) -> None:
         "policy/version",
         "rollout/num_tokens",
         "rollout/num_samples",
+        "rollout/num_bytes",
         "learner/num_input_tokens",
     )
     different = different_metrics(resumed, whole)
