@@ -52,8 +52,8 @@ def test_a_blocked_script_would_be_seen_on_the_console(tmp_path: Path):
 
 
 def test_the_picture_of_the_readme_is_small_and_can_be_drawn_again(tmp_path: Path):
-    """By `python -m tests.pictures`. What it shows changes with the page; its size and form do not."""
-    pictures.draw(tmp_path / "report.png")
+    """By `python -m tests.pictures runs/demo`. What it shows changes with the run; its size and form do not."""
+    pictures.draw(run_folder(tmp_path / "run").path, tmp_path / "report.png")
     for picture in (pictures.PICTURE, tmp_path / "report.png"):
         assert picture.stat().st_size < pictures.LARGEST_BYTES
         with Image.open(picture) as image:
