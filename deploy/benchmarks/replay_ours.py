@@ -29,6 +29,7 @@ from distill.algorithm import train_loop
 from distill.config import LearnerConfig, RecipeConfig, ReplayConfig, RunConfig, ScoringConfig
 from distill.interfaces import Holder, Lease, Tokens
 from distill.machine.remote import Remote
+from distill.replay.past import IndexPast
 
 MAX_POLICY_AGE = 3
 """How far the draws are ahead of the updates, as in the benchmark ``pipeline``."""
@@ -158,6 +159,7 @@ class OurTransfer:
             replay=ReplayConfig(max_policy_age=MAX_POLICY_AGE),
         )
         replay = self._cluster.start_actor("replay", ReplayActor, config, 1, num_rows, num_threads=1)
+        self._cluster.wait({"replay": replay.take_over.remote(IndexPast(state=None))})
         folder = self._folder / "ours"
         warm_memory(self._folder, num_rows)
         producer = [psutil.Process(self._cluster.actor_pid("producer"))]

@@ -21,6 +21,7 @@ from deploy.run.training.fleet import added
 from distill.interfaces import Holder, Role
 from distill.machine.clock import BusyClock
 from distill.machine.remote import Remote
+from distill.replay.past import IndexPast
 
 MAX_PROCESSES = 8
 
@@ -67,6 +68,7 @@ def simulate_on_ray(cluster: Any, load: Load) -> RayOutcome:
 
     config = load.config
     replay = cluster.start_actor("replay", ReplayActor, config, 100_000, 0, num_threads=1)
+    cluster.wait({"replay": replay.take_over.remote(IndexPast(state=None))})
     names = ["replay"]
     actors: list[Any] = []
     calls: list[Any] = []

@@ -11,6 +11,7 @@ from deploy.plan.load import Load, Outcome
 from deploy.plan.virtual_time import run_in_virtual_time
 from distill.interfaces import Holder, Role
 from distill.machine.clock import BusyClock
+from distill.replay.past import IndexPast
 
 _NUM_ROWS = 100_000
 """Prompts, and rows of teacher text: more than a simulation uses, so that none comes twice."""
@@ -25,6 +26,7 @@ async def _run(load: Load) -> Outcome:
     config = load.config
     has_teacher_text = config.recipe.teacher_text != "none"
     replay = ReplayActor(config, _NUM_ROWS, _NUM_ROWS if has_teacher_text else 0)
+    await replay.take_over(IndexPast(state=None))
     now = asyncio.get_running_loop().time
     clocks: dict[Role, list[BusyClock]] = {
         "rollout": [BusyClock(now) for _ in range(config.rollout.replicas)],

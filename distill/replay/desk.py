@@ -58,6 +58,8 @@ class Desk:
         self._calls: dict[asyncio.Future[Exchange], list[SampleRef]] = {}
         """Calls that are not answered, oldest first, with what they deliver. All but the newest are about to be."""
         self._delivered = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._over = False
         self._retiring = self._has_told = False
         self._clock = clock or BusyClock()
@@ -78,9 +80,20 @@ class Desk:
                 self._finished[work_id] = None
         while len(self._finished) > _REMEMBERED:
             self._finished.popitem(last=False)
-        self._clock.hold(bool(self._held))
+        self._note_held()
         self._done += samples
         self._delivered.set()
+
+    async def idle(self) -> None:
+        """Wait until nothing is held."""
+        await self._idle.wait()
+
+    def _note_held(self) -> None:
+        self._clock.hold(bool(self._held))
+        if self._held:
+            self._idle.clear()
+        else:
+            self._idle.set()
 
     async def __aiter__(self) -> AsyncIterator[list[Work]]:
         try:
@@ -132,5 +145,5 @@ class Desk:
         new = [work for work in answer.work if not any(work.work_id in ids for ids in known)]
         for work in new:
             self._held[work.work_id] = 1 if isinstance(work, SampleRef) else self._samples_per_draw
-        self._clock.hold(bool(self._held))
+        self._note_held()
         return new

@@ -42,12 +42,15 @@ class DrawOrder:
         self.table: Table = table
         self.num_rows = num_rows
         self.seed = seed
+        self.first_issue = 0
+        """The issue of a draw that is issued for the first time."""
         self._permutations: dict[int, np.ndarray] = {}
 
     def draw(self, number: int) -> Draw:
         """Return draw ``number`` of the table, counted from 0."""
         epoch, place = divmod(number, self.num_rows)
-        return Draw(table=self.table, number=number, epoch=epoch, index=int(self._permutation(epoch)[place]))
+        index = int(self._permutation(epoch)[place])
+        return Draw(table=self.table, number=number, epoch=epoch, index=index, issue=self.first_issue)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:

@@ -32,8 +32,9 @@ class Holdings:
         """Record that the holder no longer has this work."""
         self._held.get(holder, {}).pop(work_id, None)
 
-    def of(self, holder: Holder) -> Collection[Work]:
-        return self._held.get(holder, {}).values()
+    def num_held(self, holder: Holder) -> int:
+        """Return how many pieces of work an actor holds."""
+        return len(self._held.get(holder, {}))
 
     def holders(self) -> list[Holder]:
         """Return those who hold something."""

@@ -8,18 +8,24 @@ acknowledgements, commits, versions, and the state for a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from distill.config import ReplayConfig
 from distill.interfaces import Holder, Kind, Lease, SampleRef, Work
 from distill.replay.draws import BatchPlan, DrawOrder
+from distill.replay.handout import Handout
 from distill.replay.holdings import Holdings
 from distill.replay.ledger import DrawState, ReplayError, Shares, TrainedDraws, VersionHistory
 from distill.replay.limiter import RateLimiter
+from distill.replay.past import IndexPast
 from distill.replay.payload_cache import PayloadCache, SegmentUse
 from distill.replay.student_table import StudentTable
 from distill.replay.teacher_table import TeacherTable
+
+_ISSUES_PER_LINEAGE = 1000
+"""More than a draw is ever issued again between two returns to a checkpoint. What is issued after a return has other ids
+than what was issued before it, and may still come in."""
 
 
 class ReplayIndex:
@@ -53,19 +59,31 @@ class ReplayIndex:
         self.num_updates = num_updates
         self.num_refused = 0
         """Samples that were not taken, in this process's time."""
-        self._holdings = Holdings()
+        self.holdings = Holdings()
+        """Who works on what."""
+        self._lineage = 0
         self._start(0, TrainedDraws(), VersionHistory())
 
-    def _start(self, updates_done: int, trained: TrainedDraws, versions: VersionHistory) -> None:
+    def _start(
+        self,
+        updates_done: int,
+        trained: TrainedDraws,
+        versions: VersionHistory,
+        payloads: Iterable[SampleRef] = (),
+    ) -> None:
+        """``payloads``: scored rows of teacher text that are known."""
+        for order in (self._student_order, self._teacher_order):
+            if order is not None:
+                order.first_issue = self._lineage * _ISSUES_PER_LINEAGE
         self.updates_done = updates_done
         self.updates_committed = updates_done
         self.updates_acknowledged = updates_done
         self._leases: dict[int, Lease] = {}
         self._num_sampled = 0
         self._open = False
-        self._holdings.clear()
+        self.holdings.clear()
         self._segments = SegmentUse()
-        self._cache = PayloadCache(self._segments, self._replay.max_bytes)
+        self._cache = PayloadCache(self._segments, self._replay.max_bytes, payloads)
         self._student = StudentTable(
             self._replay,
             self._plan,
@@ -85,6 +103,9 @@ class ReplayIndex:
             self._replay.lock_step,
             updates_done,
         )
+        self._handout = Handout(
+            self._student, self._teacher, self.holdings, self._shares, lock_step=self._replay.lock_step
+        )
         self._teacher.admit_through(self._limiter.teacher_updates(updates_done))
 
     @property
@@ -100,98 +121,31 @@ class ReplayIndex:
 
     def has_work(self, kind: Kind) -> bool:
         """Whether :meth:`take` may return something to an actor of this kind."""
-        if kind == "rollout":
-            return self._student.has_work
-        return self._student.has_samples or self._teacher.has_work
+        return self._handout.has_work(kind)
 
     def take(self, holder: Holder, room: int) -> list[Work]:
-        """Return new work for an actor, at most ``room`` pieces of it.
-
-        A rollout actor gets draws. A teacher actor gets samples first, because they age, then rows of teacher
-        text. In lock-step an actor gets its whole share of an update regardless of its room, and a teacher
-        actor work of one kind, so that timing does not decide what is computed together.
-        """
-        work: list[Work] = []
-        if holder.kind == "rollout":
-            work += self._student.take(holder.number % self._shares.rollout, room)
-        else:
-            share = holder.number % self._shares.scoring
-            work += self._student.take_samples(share, room)
-            if not (work and self._replay.lock_step):
-                work += self._teacher.take(share, room - len(work))
-        for each in work:
-            self._holdings.give(holder, each)
-        return work
+        """Return new work for an actor; see :meth:`distill.replay.handout.Handout.take`."""
+        return self._handout.take(holder, room)
 
     def deliver(self, holder: Holder, done: Sequence[SampleRef]) -> list[str]:
         """Add finished samples; returns the ``work_id`` of those that no draw waits for.
 
-        A sample is refused if its sender does not hold its work: it is late, because the work was given
-        to another actor, or a second version of one that is there. The same sample sent again is accepted
-        again, and changes nothing.
-
         Raises: ReplayError for a student's sample without policy version.
         """
-        accept = self._accept_rollout if holder.kind == "rollout" else self._accept_scored
-        refused = [sample.work_id for sample in done if not accept(holder, sample)]
+        accepted = [self._handout.accept(holder, sample, self.next_update) for sample in done]
+        refused = [sample.work_id for sample, is_in in zip(done, accepted, strict=True) if not is_in]
         self.num_refused += len(refused)
         if done:
             self._cache.evict()
             self._admit()
         return refused
 
-    def _accept_rollout(self, holder: Holder, sample: SampleRef) -> bool:
-        work_id = sample.draw.work_id
-        if not (self._holdings.holds(holder, work_id) and self._student.is_missing(sample)):
-            return self._student.is_delivered(sample)
-        if self._student.deliver(sample, self.next_update):
-            self._holdings.finish(holder, work_id)
-        return True
-
-    def _accept_scored(self, holder: Holder, sample: SampleRef) -> bool:
-        is_teacher_text = sample.draw.table == "teacher_text"
-        work_id = sample.draw.work_id if is_teacher_text else sample.work_id
-        held = self._holdings.holds(holder, work_id)
-        self._holdings.finish(holder, work_id)
-        if is_teacher_text:
-            if held and self._teacher.is_dispatched(sample.draw):
-                self._teacher.deliver(sample)
-                return True
-            return self._teacher.is_repeated(sample)
-        if held and self._student.is_in_scoring(sample):
-            self._student.deliver_scored(sample, self.next_update)
-            return True
-        return self._student.is_scored(sample)
-
-    def missing(self, holder: Holder, holding: Collection[str]) -> list[Work]:
-        """Return what an actor was given and does not know of, because an answer was lost."""
-        return self._holdings.missing(holder, holding)
-
-    def holders(self) -> list[Holder]:
-        """Return the actors that hold work."""
-        return self._holdings.holders()
-
-    def num_held(self, holder: Holder) -> int:
-        """Return how many pieces of work an actor holds."""
-        return len(self._holdings.of(holder))
-
-    def is_dead(self, holder: Holder) -> bool:
-        return self._holdings.is_dead(holder)
-
     def forget(self, holder: Holder) -> int:
         """Declare an actor dead: refuse what it may still send, and give its work to others.
 
         Returns how many pieces of work it held.
         """
-        held = self._holdings.forget(holder)
-        for work in held:
-            if isinstance(work, SampleRef):
-                self._student.give_back_sample(work)
-            elif work.table == "teacher_text":
-                self._teacher.give_back(work)
-            else:
-                self._student.give_back(work)
-        return len(held)
+        return self._handout.forget(holder)
 
     def _admit(self) -> None:
         """Admit what the limiter allows; before the first ``advance`` the engines' weights are unknown."""
@@ -256,10 +210,7 @@ class ReplayIndex:
         self._mark_leased_items()
 
     def advance(self, updates_done: int, policy_version: int) -> None:
-        """Record that every engine has ``policy_version``, the weights after ``updates_done`` updates.
-
-        If ``updates_done`` falls, the learner went back to its checkpoint.
-        """
+        """Record that every engine has ``policy_version``. ``updates_done`` falls if the learner went back."""
         if not self.updates_committed <= updates_done <= self.next_update:
             raise ReplayError(
                 "updates_done",
@@ -276,14 +227,15 @@ class ReplayIndex:
         self._teacher.admit_through(self._limiter.teacher_updates(updates_done))
         self._admit()
 
-    def set_student_share(self, share: float) -> None:
-        """Change the share from the first update on that has no admitted draw.
+    def set_student_share(self, share: float) -> list[tuple[int, float]]:
+        """Change the share from the first update on that has no admitted draw; returns all shares.
 
         Teacher draws are admitted furthest ahead (see RateLimiter). The share is absolute, so a
         learner that went back to its checkpoint can set it again.
         """
         self._plan.set_share(self._teacher.updates_admitted, share)
         self._admit()
+        return list(self._plan.shares)
 
     def _rewind(self, update: int) -> None:
         """Void the acknowledgements from ``update`` on, because those updates are repeated."""
@@ -342,16 +294,26 @@ class ReplayIndex:
             "student_shares": [list(entry) for entry in self._plan.shares],
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint. Every draw that is not trained in it is issued again, in order.
+    def load_state(
+        self,
+        state: dict[str, Any] | None,
+        payloads: Iterable[SampleRef] = (),
+        shares: list[tuple[int, float]] | None = None,
+    ) -> None:
+        """Continue from a checkpoint; None: from the start. Every draw that is not trained in it is issued again, in order.
 
-        The index forgets all locations, so stores that are open must be opened anew.
+        ``shares``: of student text, if they have changed since the checkpoint.
 
         Raises: ReplayError when the state belongs to a different plan.
         """
+        if state is None:
+            self._plan.load_shares(shares or self._plan.shares[:1])
+            self._start(0, TrainedDraws(), VersionHistory(), payloads)
+            return
         updates_done = int(state["updates_done"])
         trained = TrainedDraws.from_json(state["student_trained"])
-        self._plan.load_shares([(int(first), float(share)) for first, share in state["student_shares"]])
+        saved = [(int(first), float(share)) for first, share in state["student_shares"]]
+        self._plan.load_shares(shares or saved)
         planned = self._plan.student_through(updates_done)
         if self._student.in_order and (trained.extra or trained.prefix != planned):
             raise ReplayError(
@@ -361,7 +323,54 @@ class ReplayIndex:
                 "resume with its config",
             )
         versions = VersionHistory((int(version), int(updates)) for version, updates in state["versions"])
-        self._start(updates_done, trained, versions)
+        self._start(updates_done, trained, versions, payloads)
+
+    def go_back(self, state: dict[str, Any] | None) -> bool:
+        """Go back with the learner to the checkpoint that has this state; None: to the start of the run.
+
+        Returns whether everything in flight was forgotten.
+
+        In lock-step everything since then is drawn again, by the weights that draw it in a run without a failure.
+        Otherwise rows stay, also those by weights that are lost: their tokens have the log-probabilities under
+        the weights that sampled them, and their age is bounded as ever.
+        """
+        updates_done = int(state["updates_done"]) if state else 0
+        if not self._replay.lock_step and updates_done >= self.updates_committed:
+            self.commit(updates_done)
+            return False
+        self._lineage += 1
+        self.load_state(state)
+        return True
+
+    def take_over(self, past: IndexPast) -> None:
+        """Continue the work of an index that has died, with what the driver knows of it.
+
+        Leases stay as they were, because the learner has used their rows or is using them. Everything else in flight
+        is issued again, and what the actors still send of it is refused.
+        """
+        self._lineage = past.lineage
+        self.load_state(past.state, past.payloads, past.student_shares)
+        for holder in past.dead:
+            self.holdings.forget(holder)
+        for lease in past.leases:
+            self._teacher.admit_through(lease.update + 1)
+            for group in lease.groups:
+                if group.draw.table == "student_text":
+                    self._student.restore(group, lease.update)
+                else:
+                    self._teacher.items.lease(self._teacher.items[group.draw.number], lease.update)
+            self._leases[lease.update] = lease
+        self.updates_acknowledged = max(self.updates_acknowledged, past.updates_acknowledged)
+        self._mark_leased_items()
+        for version, updates in past.versions:
+            if version > self._student.versions.newest:
+                self._student.versions.record(version, updates)
+        if past.versions:
+            # A checkpoint can be durable before the engines have its weights.
+            _, self.updates_done = past.versions[-1]
+            self._open = True
+            self._teacher.admit_through(self._limiter.teacher_updates(self.updates_done))
+            self._admit()
 
     # Observation
 

@@ -45,7 +45,8 @@ class PayloadCache:
     A row that an admitted draw waits for or uses is pinned and never evicted.
     """
 
-    def __init__(self, segments: SegmentUse, max_bytes: int) -> None:
+    def __init__(self, segments: SegmentUse, max_bytes: int, rows: Iterable[SampleRef] = ()) -> None:
+        """``rows``: scored rows that are known already; of several of one index, the first counts."""
         self._segments = segments
         self._max_bytes = max_bytes
         self._rows: dict[int, SampleRef] = {}
@@ -54,6 +55,9 @@ class PayloadCache:
         """Cached rows that may be evicted, the least recently used first."""
         self.num_hits = 0
         self.num_evicted = 0
+        for row in rows:
+            if row.draw.index not in self._rows:
+                self.put(row.draw.index, row)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from distill.interfaces import Exchange, Holder, Kind, Lease, SampleRef, Work
+from distill.errors import NO_VALUE
+from distill.interfaces import Exchange, Holder, Kind, Lease, ReplayUnavailable, SampleRef, Work
 from distill.replay.index import ReplayIndex
+from distill.replay.past import IndexPast
 from distill.replay.spans import WorkSpans
 
 KINDS: tuple[Kind, ...] = ("rollout", "scoring")
@@ -36,9 +38,11 @@ class _Poll:
 class ReplayService:
     """Implements :class:`distill.interfaces.Replay`."""
 
-    def __init__(self, index: ReplayIndex, spans: WorkSpans | None = None) -> None:
-        """``spans``: where the transitions of work are recorded, for tests."""
+    def __init__(self, index: ReplayIndex, spans: WorkSpans | None = None, *, is_open: bool = True) -> None:
+        """``spans``: where the transitions of work are recorded, for tests. ``is_open``: False until :meth:`take_over`
+        is called; actors have to repeat their calls meanwhile."""
         self.index = index
+        self._is_open = is_open
         self._spans = spans or WorkSpans(index.samples_per_prompt)
         self._stopped = False
         self._polls: dict[Holder, _Poll] = {}
@@ -59,15 +63,18 @@ class ReplayService:
         """See :meth:`distill.interfaces.Replay.exchange`.
 
         An answer that an actor missed is given again, because its work is missing from ``holding``.
+
+        Raises: ReplayUnavailable before :meth:`take_over`.
         """
-        if self.index.is_dead(holder):
+        self._require_open()
+        if self.index.holdings.is_dead(holder):
             return Exchange(refused=tuple(sample.work_id for sample in done), over=True)
         self._answer(self._polls.pop(holder, None))
-        if done or not self.index.num_held(holder):
+        if done or not self.index.holdings.num_held(holder):
             self._moved[holder] = time.monotonic()
         refused = tuple(self.index.deliver(holder, done))
         self._spans.delivered(holder, done, refused)
-        lost = self.index.missing(holder, holding)
+        lost = self.index.holdings.missing(holder, holding)
         poll = _Poll(
             holder,
             max(0, room - len(lost)),
@@ -91,6 +98,7 @@ class ReplayService:
 
         Returns how many pieces of work it held.
         """
+        self._require_open()
         num_held = self.index.forget(holder)
         self._spans.forgotten(holder)
         self._answer(self._polls.pop(holder, None), over=True)
@@ -98,12 +106,14 @@ class ReplayService:
         return num_held
 
     async def live_segments(self, names: Sequence[str]) -> list[str]:
+        self._require_open()  # an index that knows no rows yet would have them deleted
         return self.index.live_segments(names)
 
     # Learner
 
     async def lease(self, update: int) -> Lease | None:
         """See :meth:`distill.interfaces.Replay.lease`. Raises: ReplayError for an update out of order."""
+        self._require_open()
         if update >= self.index.num_updates or self._stopped:
             return None
         lease = self._lease(update)
@@ -122,53 +132,76 @@ class ReplayService:
                 self._end_lease(wait)
 
     async def acknowledge(self, update: int) -> None:
+        self._require_open()
         self.index.acknowledge(update)
         self._spans.acknowledged(update)
         self._settle()
 
     async def advance(self, updates_done: int, policy_version: int) -> None:
+        self._require_open()
         self.index.advance(updates_done, policy_version)
         self._settle()
 
-    async def set_student_share(self, share: float) -> None:
-        self.index.set_student_share(share)
+    async def set_student_share(self, share: float) -> list[tuple[int, float]]:
+        """See :meth:`distill.replay.index.ReplayIndex.set_student_share`."""
+        self._require_open()
+        shares = self.index.set_student_share(share)
         self._settle()
+        return shares
 
     async def commit(self, updates_done: int) -> None:
         """Record that the checkpoint with these updates is durable."""
+        self._require_open()
         self.index.commit(updates_done)
         self._settle()
 
     # Driver
 
     async def state(self) -> dict[str, Any]:
+        self._require_open()
         return self.index.state()
 
-    async def load_state(self, state: dict[str, Any]) -> None:
-        self.index.load_state(state)
-        self._spans.restarted()
+    async def take_over(self, past: IndexPast) -> None:
+        """Continue what the run has done; see :meth:`distill.replay.index.ReplayIndex.take_over`."""
+        self.index.take_over(past)
+        self._is_open = True
         self._settle()
+
+    async def go_back(self, state: dict[str, Any] | None) -> bool:
+        """Go back with the learner; see :meth:`distill.replay.index.ReplayIndex.go_back`."""
+        self._require_open()
+        if forgotten := self.index.go_back(state):
+            self._spans.restarted()
+        self._settle()
+        return forgotten
 
     async def stats(self) -> dict[str, float]:
         """Return the index's numbers, and the seconds that the learner has waited, the present ones included."""
+        self._require_open()
         now = time.monotonic()
         waited_s = self._learner_waited_s + sum(now - since for _, since in self._leases.values())
         return self.index.stats() | {"timing/learner_starved_s": waited_s}
 
     async def spans(self) -> dict[str, Any]:
         """Return the spans that ended since the last call; see :meth:`distill.replay.spans.SpanBuffer.drain`."""
+        self._require_open()
         return self._spans.drain()
 
     async def stalled(self, timeout_s: float) -> dict[Holder, float]:
         """Return the actors that have held work for so long without delivering any, with the seconds."""
+        self._require_open()
         now = time.monotonic()
-        silent = {holder: now - self._moved[holder] for holder in self.index.holders()}
+        silent = {holder: now - self._moved[holder] for holder in self.index.holdings.holders()}
         return {holder: seconds for holder, seconds in silent.items() if seconds > timeout_s}
 
     async def stop(self) -> None:
         """End every present and later wait with an empty result."""
         self._stopped = True
         self._settle()
+
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise ReplayUnavailable("replay", NO_VALUE, "know what the run has done so far", "call again")
 
     # Waits
 
@@ -214,7 +247,7 @@ class ReplayService:
             poll = entry[-1]
             if poll.answer.done() or self._polls.get(poll.holder) is not poll:
                 continue  # answered, cancelled, or replaced by a newer call
-            if not self.index.num_held(poll.holder):
+            if not self.index.holdings.num_held(poll.holder):
                 self._moved[poll.holder] = time.monotonic()
             work = self.index.take(poll.holder, 1)
             if not work:

@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Iterable
 
 from distill.config import ReplayConfig
-from distill.interfaces import Draw, SampleRef
+from distill.interfaces import Draw, GroupRef, SampleRef
 from distill.replay.draws import BatchPlan, DrawOrder, Purpose, seeded_generator
 from distill.replay.ledger import (
     DrawState,
@@ -110,7 +110,7 @@ class StudentTable:
         return unscored - len(self._expired)
 
     def _next_number(self) -> int:
-        while self._cursor in self.trained:
+        while self._cursor in self.trained or self.items.get(self._cursor) is not None:
             self._cursor += 1
         self._cursor += 1
         return self._cursor - 1
@@ -260,6 +260,7 @@ class StudentTable:
 
     def _next_in_order(self, update: int, updates_done: int) -> list[Item] | None:
         start, end = self._plan.student_through(update), self._plan.student_through(update + 1)
+        self._scored_through = max(self._scored_through, start)
         while (item := self.items.get(self._scored_through)) and item.state >= DrawState.SCORED:
             self._scored_through += 1
         ready = self.items.num(DrawState.SCORED)
@@ -327,6 +328,26 @@ class StudentTable:
             self._segments.remove(sample)
         self.items.issue_again(item)
         self._scored_through = min(self._scored_through, item.draw.number)
+
+    def restore(self, group: GroupRef, update: int) -> None:
+        """Add a group that an earlier index leased to ``update``."""
+        item = self.items.get(group.draw.number)
+        if item is None:
+            samples = {sample.sample: sample for sample in group.samples}
+            item = Item(
+                draw=group.draw,
+                state=DrawState.SCORED,
+                num_samples=len(samples),
+                stored=samples,
+                scored=set(samples),
+            )
+            self.items.add(item)
+            self._admitted += 1
+            for sample in group.samples:
+                self._segments.add(sample)
+        self.items.lease(item, update)
+        if group.draw.number in self.trained:  # by how many durable updates is not known any more
+            item.times_sampled = self._replay.max_times_sampled
 
     def rewind(self) -> None:
         """Record that the learner went back: groups in flight can be older than planned."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from distill.interfaces import Replay
+from distill.interfaces import Replay, ReplayUnavailable
 
 INTERVAL_S = 5.0
 
@@ -55,4 +55,5 @@ async def delete_segments_of(replay: Replay, writers: Collection[str], folders: 
 async def _repeat(replay: Replay, store: SegmentOwner) -> None:
     while True:
         await asyncio.sleep(INTERVAL_S)
-        await delete_dead_segments(replay, store)
+        with suppress(ReplayUnavailable):
+            await delete_dead_segments(replay, store)

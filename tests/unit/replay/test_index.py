@@ -125,7 +125,7 @@ def test_the_work_of_a_dead_teacher_is_given_to_another():
     held = index.take(TEACHER, 64)
     assert not index.take(TEACHER, 64)
     assert index.forget(TEACHER) == len(held)
-    assert index.is_dead(TEACHER)
+    assert index.holdings.is_dead(TEACHER)
     late = scored(held[0])
     assert index.deliver(TEACHER, [late]) == [late.work_id]
     again = index.take(Holder("teacher", 0, 1), 64)
@@ -137,11 +137,11 @@ def test_the_work_of_a_dead_teacher_is_given_to_another():
 def test_work_that_an_actor_does_not_know_of_is_told_again():
     index = open_index()
     draws = admitted(index, 3)
-    assert index.missing(ROLLOUT, [draw.work_id for draw in draws]) == []
-    assert index.missing(ROLLOUT, [draws[1].work_id]) == [draws[0], draws[2]]
+    assert index.holdings.missing(ROLLOUT, [draw.work_id for draw in draws]) == []
+    assert index.holdings.missing(ROLLOUT, [draws[1].work_id]) == [draws[0], draws[2]]
     insert(index, draws[:1])
-    assert index.missing(ROLLOUT, []) == draws[1:]
-    assert index.missing(OTHER, []) == []
+    assert index.holdings.missing(ROLLOUT, []) == draws[1:]
+    assert index.holdings.missing(OTHER, []) == []
 
 
 def test_state_contains_acknowledged_updates_and_loads_from_json():
@@ -225,3 +225,51 @@ def test_a_learner_that_went_back_gets_its_leases_again_and_old_rollouts_are_rep
         index.advance(update + 1, version)
     assert index.lease(5) is None, "its rollouts contain tokens of update 1"
     assert [draw.number for draw in admitted(index, 2)] == [10, 11]
+
+
+def test_in_lock_step_everything_after_the_learners_checkpoint_is_drawn_again():
+    index = open_index(max_policy_age=0, num_updates=6)
+    fill(index)
+    train(index, 0)
+    state = json.loads(json.dumps(index.state()))
+    index.commit(1)
+    fill(index, version=2)
+    train(index, 1)
+    late = admitted(index)
+    assert [draw.number for draw in late] == [4, 5]
+    assert index.go_back(state)
+    assert admitted(index) == [], "the engines do not have the checkpoint's weights yet"
+    index.advance(1, 9)
+    again = admitted(index)
+    assert [draw.number for draw in again] == [2, 3]
+    insert(index, again, version=9)
+    score_everything(index)
+    assert numbers(index, 1) == [2, 3]
+    index.acknowledge(1)
+    index.advance(2, 10)
+    assert [draw.number for draw in admitted(index)] == [4, 5]
+    # What was under way arrives late. It was sampled by weights that are lost.
+    assert len(index.deliver(ROLLOUT, [sample(draw, 3) for draw in late])) == len(late)
+
+
+def test_in_lock_step_a_learner_without_checkpoint_starts_anew():
+    index = open_index(max_policy_age=0, num_updates=6)
+    fill(index)
+    train(index, 0)
+    assert index.go_back(None)
+    index.advance(0, 9)
+    assert [draw.number for draw in admitted(index)] == [0, 1]
+
+
+def test_otherwise_the_rows_stay_and_the_learner_gets_its_leases_again():
+    index = open_index(max_policy_age=2, num_updates=9)
+    fill(index)
+    train(index, 0)
+    state = json.loads(json.dumps(index.state()))
+    fill(index, version=2)
+    train(index, 1)
+    leases = [index.lease(1), index.lease(2)]
+    assert not index.go_back(state)  # the checkpoint is durable, although no call has committed it
+    assert index.updates_committed == 1
+    index.advance(1, 9)
+    assert [index.lease(1), index.lease(2)] == leases

@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from distill.interfaces import Exchange, Holder, Replay
+from distill.interfaces import Exchange, Holder, Replay, ReplayUnavailable
 from distill.replay.ledger import ReplayError
+from distill.replay.past import IndexPast
 from distill.replay.service import ReplayService
 from tests.unit.replay.builders import ROLLOUT, TEACHER, Settings, fill, sample, scored
 
@@ -253,8 +254,21 @@ async def test_a_checkpoint_is_restored():
     await replay.advance(0, 1)
     draws = (await replay.exchange(ROLLOUT, [], [], 1)).work
     resumed = make(max_policy_age=0, teacher_text="none")
-    await resumed.load_state(await replay.state())
+    await resumed.take_over(IndexPast(state=await replay.state()))
     await resumed.advance(0, 2)
     assert (await resumed.exchange(ROLLOUT, [], [], 1)).work == draws
     await resumed.commit(0)
     assert await resumed.live_segments(["rollout-0.0-0.arrow"]) == []
+
+
+async def test_a_successor_answers_nobody_until_it_knows_what_the_run_has_done():
+    replay = ReplayService(Settings().index(), is_open=False)
+    with pytest.raises(
+        ReplayUnavailable, match=r"^replay must know what the run has done so far; call again$"
+    ):
+        await replay.exchange(ROLLOUT, [], [], 8)
+    with pytest.raises(ReplayUnavailable):
+        await replay.live_segments(["rollout-0.0-0.arrow"])
+    await replay.take_over(IndexPast(state=None))
+    await replay.advance(0, 1)
+    assert (await replay.exchange(ROLLOUT, [], [], 8)).work

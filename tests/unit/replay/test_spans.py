@@ -155,11 +155,11 @@ async def test_a_lease_that_a_learner_never_acknowledged_is_lost() -> None:
 
 
 async def test_an_index_that_is_loaded_again_forgets_who_holds_what() -> None:
-    replay = make(num_updates=1)
+    replay = make(num_updates=1, max_policy_age=0)
     state = await replay.state()
     await replay.advance(0, 1)
     work = (await replay.exchange(ROLLOUT, [], [], 8)).work
-    await replay.load_state(state)
+    assert await replay.go_back(state)
     found = await spans_of(replay)
     assert [row["draw"] for row in found] == [draw.number for draw in work]
     assert {row["outcome"] for row in found} == {SpanOutcome.LOST}

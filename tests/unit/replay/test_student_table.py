@@ -150,7 +150,7 @@ def test_a_group_is_complete_with_its_last_sample_and_each_is_scored_as_it_comes
     work = index.take(TEACHER, 8)
     assert [(each.draw.number, each.sample) for each in work] == [(0, 2), (1, 0)]
     assert index.deliver(TEACHER, [scored(each) for each in work]) == []
-    assert index.missing(ROLLOUT, [])
+    assert index.holdings.missing(ROLLOUT, [])
     index.deliver(ROLLOUT, [sample(first, 2, number=0), sample(first, 2, number=1)])
     assert index.stats()["replay/student_text.generated"] == 1
     score_everything(index)
@@ -171,7 +171,7 @@ def test_what_a_dead_actor_left_of_a_group_is_dropped_also_where_a_teacher_has_i
     index.forget(ROLLOUT)
     assert index.stats()["replay/bytes"] == 0
     assert index.deliver(TEACHER, [scored(held)]) == [held.work_id]
-    assert not index.missing(TEACHER, [])
+    assert not index.holdings.missing(TEACHER, [])
     heir = Holder("rollout", 0, 1)
     [again] = admitted(index, 1, heir)
     index.deliver(heir, [sample(again), sample(again, number=1)])

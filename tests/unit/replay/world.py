@@ -12,6 +12,7 @@ import random
 from collections import Counter, defaultdict
 
 from distill.interfaces import Draw, Holder, Lease, SampleRef, Work
+from distill.replay.past import IndexPast
 from tests.unit.replay.builders import Settings, draw_numbers, sample
 
 ROWS_PER_SEGMENT = 3
@@ -33,6 +34,9 @@ class World:
         self.durable = (0, self.index.state())
         self.committed = 0
         self.pending: list[tuple[int, dict]] = []
+        self.announced_versions: list[tuple[int, int]] = []
+        self.dead: list[Holder] = []
+        self.lineage = 0
         self.shares: dict[tuple[int, int], list[int]] = defaultdict(list)
         self.jobs: list[tuple[int, tuple[tuple[str, int, int], ...]]] = []
         self.start_actors()
@@ -172,7 +176,7 @@ class World:
         """An actor whose answer was lost gets the same work again."""
         holder = self.random.choice(list(self.work))
         known = self.random.sample(self.work[holder], self.random.randint(0, len(self.work[holder])))
-        missing = self.index.missing(holder, [work.work_id for work, _ in known])
+        missing = self.index.holdings.missing(holder, [work.work_id for work, _ in known])
         held = {work.work_id for work, _ in self.work[holder]} - {work.work_id for work, _ in known}
         assert {work.work_id for work in missing} == held
         return False
@@ -227,6 +231,7 @@ class World:
         if self.random.random() < 0.3:
             self.roll_out()
         self.index.advance(self.updates, version)
+        self.announced_versions.append((version, self.updates))
         self.live_updates = self.updates
         self.most_live_updates = max(self.most_live_updates, self.updates)
         return True
@@ -264,6 +269,7 @@ class World:
         lost = [work for work, _ in self.work.pop(holder)]
         self.void |= {work.work_id for work in lost if isinstance(work, Draw)}
         assert self.index.forget(holder) == len(lost)
+        self.dead.append(holder)
         for work in lost:
             draw, number = (work.draw, work.sample) if isinstance(work, SampleRef) else (work, 0)
             late = self.store(draw, number, holder, self.live_version)
@@ -274,14 +280,52 @@ class World:
     def restart_learner(self) -> bool:
         """Restart the learner from its durable checkpoint; actors and index continue."""
         self.back_to_checkpoint()
+        if self.index.go_back(self.durable[1] if self.durable[0] else None):
+            self.lineage += 1
+            self.void_all_work()
+            self.leased = {}
+            self.most_live_updates = 0
         self.lease = None
         self.push()
         return False
+
+    def restart_index(self) -> bool:
+        """The index dies; another takes over. The actors still have work of the old one, which is refused."""
+        leases = {update: lease for update, lease in self.leased.items() if update >= self.committed}
+        self.lineage += 1
+        self.index = self.settings.index()
+        self.index.take_over(
+            IndexPast(
+                state=self.durable[1] if self.durable[0] else None,
+                leases=tuple(leases[update] for update in sorted(leases)),
+                updates_acknowledged=self.updates,
+                versions=tuple(self.announced_versions),
+                dead=tuple(self.dead),
+                lineage=self.lineage,
+            )
+        )
+        self.void_all_work()
+        return False
+
+    def void_all_work(self) -> None:
+        """All that the actors hold was forgotten: what they deliver of it is refused."""
+        for holder, work in self.work.items():
+            for each, _ in work:
+                draw, number = (each.draw, each.sample) if isinstance(each, SampleRef) else (each, 0)
+                late = self.store(draw, number, holder, self.live_version)
+                assert self.index.deliver(holder, [late]) == [late.work_id]
+                self.announced[late.location.segment] += 1
+            work.clear()
+        self.left.clear()
+        self.last_delivery.clear()
+        trained = {n for use in self.uses.values() for n in students(use)}
+        self.admitted &= {n for lease in self.leased.values() for n in students(lease)} | trained
 
     def crash(self) -> bool:
         """Kill everything; only the durable checkpoint survives."""
         self.back_to_checkpoint()
         self.start_actors()
+        self.lineage = 0
         self.index = self.settings.index()
         self.index.load_state(self.durable[1])
         self.push()
@@ -308,7 +352,7 @@ class World:
         "repeat",
         "lose_answer",
     )
-    DEATHS = ("kill_actor", "restart_learner", "crash")
+    DEATHS = ("kill_actor", "restart_learner", "restart_index", "crash")
 
     def step(self, deaths: tuple[str, ...] = DEATHS) -> None:
         dies = deaths and self.random.random() < 0.06
