@@ -7,21 +7,57 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
 OWNER_VARIABLE = "DISTILL_ENGINE_OWNER"
-"""Environment variable with the owner's process id; :mod:`actors.vllm_engine.startup` sets it, and the
+"""Environment variable with the :func:`identity` of the owner; :mod:`actors.vllm_engine.startup` sets it, and the
 processes of the engine inherit it."""
 
 _CLOSE_AFTER_S = 10.0
 """How long a process may take to end by itself before it is killed."""
 
 _WATCH_EVERY_S = 0.5
+_START_TIME = 19
+"""Place of the time of creation in ``/proc/PID/stat`` after the name, which can contain spaces (proc(5), field 22)."""
+
+
+def identity(process: psutil.Process) -> str:
+    """The process id and the time of creation, because the system uses ids again.
+
+    The time is in ticks since the boot, because one since 1970 changes when the machine's clock is set.
+
+    Raises: psutil.NoSuchProcess.
+    """
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        raise psutil.NoSuchProcess(process.pid) from None
+    return f"{process.pid} {fields[_START_TIME]}"
+
+
+def family(owner: psutil.Process, mark: str) -> list[psutil.Process]:
+    """Return a process, its descendants, and the processes of engines that it started, also when it has ended itself.
+
+    ``mark``: its :func:`identity`. An engine core that is stopped outlives its owner, and has another parent then.
+    """
+    found: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        if identity(owner) == mark:
+            found = [owner, *owner.children(recursive=True)]
+    return found + [each for each in psutil.process_iter() if each not in found and _owner(each) == mark]
+
+
+def _owner(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(OWNER_VARIABLE)
+    except (psutil.Error, OSError):
+        return None
 
 
 def engine_processes() -> list[psutil.Process]:
@@ -65,22 +101,22 @@ def end_processes(processes: Sequence[psutil.Process]) -> None:
 
 def start_watchdog() -> None:
     """Watch the owner from a thread of this process. Does nothing in the owner and without an owner."""
-    owner_id = int(os.environ.get(OWNER_VARIABLE, "0"))
-    if owner_id and owner_id != os.getpid():
-        threading.Thread(target=_watch, args=(owner_id,), name="distill-watchdog", daemon=True).start()
+    mark = os.environ.get(OWNER_VARIABLE)
+    if mark is not None and mark != identity(psutil.Process()):
+        threading.Thread(target=_watch, args=(mark,), name="distill-watchdog", daemon=True).start()
 
 
-def _watch(owner_id: int) -> None:
+def _watch(mark: str) -> None:
     """End this process, and the engine core above it, when the owner or the parent has ended."""
     parent_id = os.getppid()
-    try:
-        owner = psutil.Process(owner_id)
-        while is_alive(owner) and os.getppid() == parent_id:
+    with suppress(psutil.NoSuchProcess):
+        owner = psutil.Process(int(mark.split()[0]))
+        while identity(owner) == mark and is_alive(owner) and os.getppid() == parent_id:
             time.sleep(_WATCH_EVERY_S)
-    except psutil.NoSuchProcess:
-        pass
     # With several ranks the engine core is between the owner and its workers. It does not start a watchdog,
-    # so a worker kills it. It belongs to the engine while it is still the worker's parent.
-    if parent_id not in (1, owner_id) and os.getppid() == parent_id:
-        os.kill(parent_id, signal.SIGKILL)
+    # so a worker kills it. A process that adopted this one after its parent's death has no such mark.
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(parent_id)
+        if _owner(parent) == mark and os.getppid() == parent_id:
+            parent.kill()
     os._exit(1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
-from actors.vllm_engine.processes import OWNER_VARIABLE
+import psutil
+
+from actors.vllm_engine.processes import OWNER_VARIABLE, identity
 from distill.config import RolloutConfig, ScoringConfig
 from distill.errors import ConfigError
 from distill.machine.hardware import resolve_dtype
@@ -26,7 +28,7 @@ def set_environment(num_threads: int, tensor_parallel_size: int) -> None:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        OWNER_VARIABLE: str(os.getpid()),
+        OWNER_VARIABLE: identity(psutil.Process()),
         # With one rank, the model runs in the engine core itself (or, for an offline LLM, in this
         # process), which saves a process and a message per step.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -23,15 +23,26 @@ time.sleep(100)
 CORE = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {WORKER!r}]); time.sleep(100)"
 """It does not end when its worker does."""
 OWNER = """
-import os, subprocess, sys
-from actors.vllm_engine.processes import OWNER_VARIABLE
-environment = os.environ | {OWNER_VARIABLE: str(os.getpid())}
+import os, psutil, subprocess, sys
+from actors.vllm_engine.processes import OWNER_VARIABLE, identity
+environment = os.environ | {OWNER_VARIABLE: identity(psutil.Process())}
 subprocess.run([sys.executable, "-c", sys.argv[1]], env=environment)
 """
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); "
     "time.sleep(100)"
 )
+
+
+SUBREAPER = f"""
+import ctypes, subprocess, sys, time
+PR_SET_CHILD_SUBREAPER = 36
+ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+subprocess.Popen([sys.executable, "-c", {OWNER!r}, sys.argv[1]])
+print("adopts", flush=True)
+time.sleep(100)
+"""
+"""It adopts the descendants of its child when that ends, as a `systemd --user` does."""
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -64,3 +75,40 @@ def test_a_process_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) 
         child.terminate()
         processes.end_processes([child])
         assert not processes.is_alive(child)
+
+
+@pytest.mark.parametrize(("below", "num_descendants"), [(WORKER, 1), (CORE, 2)], ids=["worker", "core"])
+def test_who_adopts_an_engine_lives_on(below: str, num_descendants: int) -> None:
+    command = [sys.executable, "-c", SUBREAPER, below]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as subreaper:
+        assert subreaper.stdout is not None
+        assert {subreaper.stdout.readline(), subreaper.stdout.readline()} == {"adopts\n", "ready\n"}
+        [owner] = psutil.Process(subreaper.pid).children()
+        descendants = owner.children(recursive=True)
+        assert len(descendants) == num_descendants
+        owner.kill()
+        wait_for(lambda: not any(map(processes.is_alive, descendants)))
+        time.sleep(2 * processes._WATCH_EVERY_S)
+        assert subreaper.poll() is None
+        subreaper.kill()
+
+
+@pytest.mark.parametrize("is_dead", [False, True], ids=["living", "dead"])
+def test_the_family_of_an_owner_contains_what_stands_still(is_dead: bool) -> None:
+    """A process that is stopped cannot end itself, and loses its parent when that dies."""
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER, WORKER], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        owner = psutil.Process(process.pid)
+        mark = processes.identity(owner)
+        [worker] = owner.children()
+        worker.suspend()
+        if is_dead:
+            process.kill()
+            process.wait()
+        assert processes.family(owner, mark) == [worker] if is_dead else [owner, worker]
+        assert processes.family(psutil.Process(), "1 1") == []  # the id belongs to another process now
+        for each in processes.family(owner, mark):
+            each.kill()
+        wait_for(lambda: not processes.is_alive(worker))

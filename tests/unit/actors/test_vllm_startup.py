@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from actors.vllm_engine import startup
-from actors.vllm_engine.processes import OWNER_VARIABLE
+from actors.vllm_engine.processes import OWNER_VARIABLE, identity
 from distill.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ def test_environment_names_the_owner_and_keeps_the_user_s_choices(monkeypatch: p
     got = startup.os.environ
     assert got["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert got["OMP_NUM_THREADS"] == "6" and got["OMP_WAIT_POLICY"] == "passive"
-    assert got[OWNER_VARIABLE] == str(os.getpid())
+    assert got[OWNER_VARIABLE] == identity(psutil.Process())
     assert "VLLM_CPU_KVCACHE_SPACE" not in got
 
 
