@@ -1,16 +1,20 @@
 """Checkpoints: safetensors shards, and a JSON manifest with their checksums that completes them.
 
-They are written into a temporary folder and renamed, so a folder named ``step-N`` is always complete.
+They are written into a temporary folder and renamed, so a folder named ``step-N`` was complete once. What has happened
+to it since is found by the checksums, and the checkpoint before it is used.
 There is no pickle: tensors are safetensors, everything else is JSON.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +33,20 @@ class CheckpointError(DistillError, RuntimeError):
     code = "checkpoint"
 
 
+class OtherFormat(CheckpointError):
+    """A checkpoint that another version of this program wrote. It is not damaged."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that was loaded."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    damaged: tuple[str, ...]
+    """What is wrong with newer ones, which were passed over, the newest first."""
+
+
 class Checkpoints:
     """The ``step-N`` folders of one run."""
 
@@ -43,6 +61,33 @@ class Checkpoints:
     def latest(self) -> Path | None:
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
+
+    def load_newest(self) -> Loaded | None:
+        """Load the newest checkpoint that is whole; None without any checkpoint.
+
+        Newer ones, which are damaged, get another name, so that they are neither used nor counted again.
+
+        Raises: CheckpointError of the newest one when none is whole; OtherFormat for one that another version wrote.
+        """
+        damaged: list[CheckpointError] = []
+        for step in reversed(self.steps()):
+            try:
+                tensors, state = self.load(self.path(step))
+            except OtherFormat:
+                raise
+            except CheckpointError as error:
+                damaged.append(error)
+                continue
+            for later in [each for each in self.steps() if each > step]:
+                self.path(later).rename(self._free_name(later))
+            return Loaded(tensors, state, tuple(error.statement for error in damaged))
+        if damaged:
+            raise damaged[0]
+        return None
+
+    def _free_name(self, step: int) -> Path:
+        names = (self.root / f"damaged-{number}-step-{step}" for number in itertools.count())
+        return next(path for path in names if not path.exists())
 
     def path(self, step: int) -> Path:
         return self.root / f"step-{step}"
@@ -60,6 +105,7 @@ class Checkpoints:
                 "shards": {shard.name: {"num_bytes": num_bytes, "xxh3": checksum}},
                 "state": state,
             }
+            manifest["xxh3"] = _checksum(manifest)
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
@@ -98,19 +144,30 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             "manifest", path, f"be a checkpoint manifest ({error})", _older(folder)
         ) from error
+    if not isinstance(manifest, dict) or not {"shards", "state"} <= manifest.keys():
+        raise CheckpointError("manifest", path, "contain shards and state", _older(folder))
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
+        raise OtherFormat(
             f"format_version in {path}",
             manifest.get("format_version"),
             f"be {FORMAT_VERSION}",
             "resume with the version that wrote it, or start the run again in another run_dir",
         )
+    if (checksum := manifest.pop("xxh3", None)) is not None and checksum != _checksum(manifest):
+        raise CheckpointError(
+            f"contents of {path}", _checksum(manifest), f"have the checksum {checksum}", _older(folder)
+        )
     return manifest
 
 
+def _checksum(manifest: dict[str, Any]) -> str:
+    """Of the values, whatever the spaces between them."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+
+
 def _older(folder: str | Path) -> str:
-    return f"delete {folder} to resume from an older checkpoint"
+    return f"bring {folder} back from a copy, or start the run again in another run_dir"

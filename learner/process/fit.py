@@ -89,10 +89,9 @@ def _resume(
     checkpoints: Checkpoints, student: Student, optimizer: torch.optim.Optimizer
 ) -> tuple[int, float]:
     """Load the newest checkpoint; returns the updates that are done, and the seconds they took."""
-    newest = checkpoints.latest()
+    newest = checkpoints.load_newest()
     if newest is None:
         return 0, 0.0
-    tensors, state = checkpoints.load(newest)
-    student.load_tensors(tensors)
-    load_optimizer_tensors(optimizer, tensors, "optimizer")
-    return state["updates_done"], state["seconds"]
+    student.load_tensors(newest.tensors)
+    load_optimizer_tensors(optimizer, newest.tensors, "optimizer")
+    return newest.state["updates_done"], newest.state["seconds"]

@@ -47,11 +47,11 @@ class LearnerWorker:
         self.distiller = Distiller(config, student, inputs.scoring_dir)
         self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint.keep)
         self.resumed_state: dict[str, Any] | None = None
-        """The state of the checkpoint that was loaded; None in a new run."""
-        newest = self.checkpoints.latest()
+        """The state of the checkpoint that was loaded, and in ``damaged`` what is wrong with newer ones; None in a new run."""
+        newest = self.checkpoints.load_newest()
         if newest is not None:
-            tensors, self.resumed_state = self.checkpoints.load(newest)
-            self.distiller.load(tensors, self.resumed_state)
+            self.resumed_state = newest.state | {"damaged": list(newest.damaged)}
+            self.distiller.load(newest.tensors, newest.state)
         self._store = open_store(config.replay, inputs, "learner")
         self._teacher_head = self.distiller.teacher
         """That of the teacher itself, with which evaluations compare also where a proxy stands in for it."""
