@@ -147,6 +147,10 @@ class LineFile:
             while data:
                 data = data[os.write(self._file, data) :]
 
+    def sync(self) -> None:
+        """Make every line so far durable."""
+        os.fsync(self._file)
+
     def close(self) -> None:
         os.close(self._file)
 

@@ -195,6 +195,35 @@ def watch(options: argparse.Namespace) -> int:
     return DONE
 
 
+def audit(options: argparse.Namespace) -> int:
+    from deploy.report.audit import audit as audit_run
+    from distill.config.load import load_config
+    from distill.run.folder import RunFolder
+    from learner.process.checkpoint import Checkpoints, read_manifest
+
+    folder = RunFolder(options.run_dir)
+    folder.require()
+    config = load_config(folder.config, (), None)
+    ledger = None
+    if (
+        config.recipe.adapts_fraction
+        and (newest := Checkpoints(folder.checkpoints, keep=1).latest()) is not None
+    ):
+        ledger = read_manifest(newest)["state"]["ledger"]
+    found = audit_run(folder, config, ledger)
+    print(
+        f"{found.num_updates} updates, {found.num_starts} starts of the training, {found.num_undone} updates made again"
+    )
+    for table, count in found.trained.items():
+        print(
+            f"{table}: {count} draws used, {found.reissued[table]} of them issued more than once; 0 skipped, 0 too often"
+        )
+    if found.num_broken:
+        print(f"{found.num_broken} lines of {folder.ledger} were cut by a crash")
+    print("every draw adds up")
+    return 0
+
+
 def trace(options: argparse.Namespace) -> int:
     from deploy.report.run_report import shortest
     from deploy.report.safe_text import strip_control

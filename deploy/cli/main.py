@@ -222,6 +222,9 @@ def _add_views(sub: Commands) -> None:
     )
     watch.set_defaults(run=commands.watch)
 
+    audit = sub.add_parser("audit", help="check that a run used every draw as planned")
+    audit.add_argument("run_dir", metavar="RUN", help="the run's folder")
+    audit.set_defaults(run=commands.audit)
     trace = sub.add_parser("trace", help="write what each actor did when, as a trace for Perfetto")
     trace.add_argument("run_dir", metavar="RUN", help="the run's folder")
     trace.add_argument(

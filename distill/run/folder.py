@@ -82,6 +82,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.parquet"
         self.events = self.path / "events.jsonl"
         self.spans = self.path / "spans.jsonl"
+        self.ledger = self.path / "ledger.jsonl"
         self.summary = self.path / "summary.json"
         self.failure = self.path / "failure.json"
         self.traceback = self.path / "failure.txt"

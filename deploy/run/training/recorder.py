@@ -6,7 +6,7 @@ Called by :mod:`deploy.run.training.milestones`. Nothing here computes with tens
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deploy.run.tracking.trackers import Trackers
@@ -17,6 +17,7 @@ from distill.evaluation import Evaluation, load_evaluation
 from distill.interfaces import Lease
 from distill.run.alarms import Alarms
 from distill.run.folder import RunFolder
+from distill.run.ledger_file import LedgerFile
 from distill.run.metrics import EventLog, MetricsWriter, ReportFacts, read_metrics
 
 
@@ -31,8 +32,9 @@ class Recorder:
         setup: Setup,
         trackers: Trackers,
         trace: RunTrace,
+        rows: Mapping[str, int],
     ) -> None:
-        """``trackers`` and ``trace``: their owner closes them."""
+        """``trackers`` and ``trace``: their owner closes them. ``rows``: of the tables from which draws select."""
         self.report = report
         self.alarms = alarms
         self.trace = trace
@@ -40,11 +42,13 @@ class Recorder:
         self._trackers = trackers
         self._metrics = MetricsWriter(folder.path)
         self._events = EventLog(folder.path)
+        self._ledger = LedgerFile(folder.ledger, folder.incarnation, rows)
         self._since = time.monotonic()
 
     def start(self, updates_done: int, policy_version: int) -> None:
         """Drop the rows of updates that are made again, and note where training starts."""
         self._metrics.truncate(updates_done)
+        self._ledger.start(updates_done)
         self.event(
             "training_started",
             updates_done=updates_done,
@@ -59,6 +63,7 @@ class Recorder:
 
     def update(self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]) -> None:
         """Write the row of an update. ``metrics``: its own, and the counters of all actors."""
+        self._ledger.update(updates_done, lease)
         row = dict(metrics)
         if ages := lease.policy_ages:
             row["policy/age_max"] = float(max(ages))
@@ -89,12 +94,14 @@ class Recorder:
         self._events.write(name, **fields)
 
     def flush(self) -> None:
-        """Make every row durable."""
+        """Make every row, and what is known of every draw, durable."""
         self._metrics.flush()
+        self._ledger.sync()
 
     def close(self) -> None:
         self._metrics.close()
         self._events.close()
+        self._ledger.close()
 
     def _raise(self, update: int, messages: Sequence[str]) -> None:
         for message in messages:

@@ -127,7 +127,9 @@ def recording(
     setup = Setup(max_policy_age=0, num_cores=2, num_threads={})
     with folder, start_trackers(config, folder, updates_done, say) as trackers:
         trace = RunTrace(folder, say)
-        recorder = Recorder(folder, Alarms(), lambda **_: None, setup, trackers, trace)
+        recorder = Recorder(
+            folder, Alarms(), lambda **_: None, setup, trackers, trace, {"student_text": 1, "teacher_text": 1}
+        )
         try:
             recorder.start(updates_done, policy_version=updates_done)
             yield recorder, trackers
@@ -138,7 +140,7 @@ def recording(
 
 def record_updates(recorder: Recorder, updates: range, salt: float = 0.0) -> None:
     """Record updates, with an evaluation before the first and after every second one."""
-    lease: Any = SimpleNamespace(policy_ages=[0, 1])
+    lease: Any = SimpleNamespace(policy_ages=[0, 1], groups=[])
     if updates.start == 1:
         recorder.measured(0, evaluation("before", 2.0))
     for update in updates:
