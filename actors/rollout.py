@@ -86,6 +86,11 @@ class RolloutWorker:
         if self._desk is not None:
             self._desk.retire()
 
+    async def idle(self) -> None:
+        """Wait until nothing is being sampled for training."""
+        if self._desk is not None:
+            await self._desk.idle()
+
     def stats(self) -> dict[str, float]:
         """Counters. An actor is busy while its engine has requests, and blocked while it is idle and holds no draw."""
         clock = self.generator.clock

@@ -12,11 +12,11 @@ from typing import Any
 
 from actors.build import build_corpus_worker, build_rollout, build_teacher_worker
 from actors.corpus import CorpusWorker
+from actors.replay_client import ReplayClient
 from actors.rollout import RolloutWorker
 from actors.teacher import TeacherWorker
 from distill.config import RunConfig
 from distill.interfaces import Holder, SampleRef, WeightManifest
-from distill.machine.remote import Remote
 from distill.replay.draws import BatchPlan, DrawOrder
 from distill.replay.index import ReplayIndex
 from distill.replay.ledger import Shares
@@ -25,7 +25,8 @@ from distill.run.inputs import RunInputs
 
 
 class ReplayActor(ReplayService):
-    """The index of the replay buffer: ids, states and locations, no rows."""
+    """The index of the replay buffer: ids, states and locations, no rows. It starts when the driver has told it what the
+    run has done so far."""
 
     def __init__(self, config: RunConfig, num_prompts: int, num_teacher_rows: int) -> None:
         super().__init__(
@@ -39,7 +40,8 @@ class ReplayActor(ReplayService):
                 num_updates=config.learner.num_updates,
                 samples_per_prompt=config.rollout.samples_per_prompt,
                 pools=Shares(rollout=config.rollout.replicas, scoring=config.scoring.replicas),
-            )
+            ),
+            is_open=False,
         )
 
     def pid(self) -> int:
@@ -58,7 +60,7 @@ class RolloutActor:
         self.worker = await build_rollout(config, inputs, holder)
 
     async def run(self, replay: Any) -> None:
-        service: Any = Remote(replay)
+        service: Any = ReplayClient(replay)
         await self.worker.run(service)
 
     async def update_weights(self, manifest: WeightManifest) -> None:
@@ -75,6 +77,9 @@ class RolloutActor:
 
     async def retire(self) -> None:
         self.worker.retire()
+
+    async def idle(self) -> None:
+        await self.worker.idle()
 
     def stats(self) -> dict[str, float]:
         return self.worker.stats()
@@ -95,7 +100,7 @@ class TeacherActor:
         self.worker = await build_teacher_worker(config, inputs, holder, model_dir)
 
     async def run(self, replay: Any) -> None:
-        service: Any = Remote(replay)
+        service: Any = ReplayClient(replay)
         await self.worker.run(service)
 
     async def score_samples(self, samples: Sequence[SampleRef]) -> list[SampleRef]:

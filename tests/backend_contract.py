@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from deploy.cluster.backend import Backend
@@ -106,6 +107,20 @@ class BackendContract:
         backend.start_actor("actor", Worker, "a", str(tmp_path / "closed"), num_threads=1)
         backend.end_actor("actor")
         assert (tmp_path / "closed").exists()
+        backend.start_actor("actor", Worker, "a", num_threads=1)  # the name is free again
+
+    def test_a_killed_actor_is_not_asked(self, backend: Backend) -> None:
+        actor = backend.start_actor("actor", Worker, "a", num_threads=1)
+        pid = backend.actor_pid("actor")
+        process = psutil.Process(pid) if pid is not None else None
+        if process is not None:
+            process.suspend()  # it could not answer
+        backend.kill_actor("actor")
+        assert process is None or not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        if process is not None:
+            with pytest.raises(ActorFailed, match=r"^actor must live; it died"):
+                backend.wait({"actor": actor.say.remote(1)})
+        backend.kill_actor("actor")  # it need not be there
         backend.start_actor("actor", Worker, "a", num_threads=1)  # the name is free again
 
     def test_process_of_an_actor(self, backend: Backend) -> None:

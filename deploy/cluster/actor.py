@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from deploy.cluster.failures import ActorFailed
+from deploy.cluster.failures import ActorGone
 
 
 class NamesFailures(Protocol):
@@ -40,8 +40,10 @@ class Actor:
 
         return call
 
-    async def within(self, seconds: float, method: str, *args: object) -> Any:
-        """Call a method that answers at once unless the actor hangs.
+    async def within(
+        self, seconds: float | None, method: str, *args: object, setting: str = "cluster.beat_timeout_s"
+    ) -> Any:
+        """Call a method that answers at once unless the actor hangs. ``setting``: where the seconds are from.
 
         Raises: ActorFailed when there is no answer in time.
         """
@@ -49,7 +51,8 @@ class Actor:
             async with asyncio.timeout(seconds):
                 return await getattr(self, method)(*args)
         except TimeoutError:
-            raise ActorFailed.late([self.name], seconds) from None
+            assert seconds is not None
+            raise ActorGone.silent(self.name, seconds, setting) from None
 
     async def result(self, call: Awaitable[Any]) -> Any:
         """Wait for a call that was made through the handle. Raises: the actor's error, with its name; ActorFailed."""
@@ -60,5 +63,5 @@ class Actor:
         except Exception as error:
             if deadline.expired():
                 assert self._stall_timeout_s is not None
-                raise ActorFailed.stalled(self.name, self._stall_timeout_s, self._stall_timeout_s) from None
+                raise ActorGone.stalled(self.name, self._stall_timeout_s, self._stall_timeout_s) from None
             raise self._backend.failure(self.name, error) from error

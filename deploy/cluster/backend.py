@@ -40,8 +40,11 @@ class Backend(Protocol):
         num_threads: int,
         num_cpus: float = 0.0,
         num_gpus: int = 0,
+        revives: bool = False,
     ) -> Any:
         """Construct an actor with a budget of threads and what it takes of a shared node; returns its handle.
+
+        ``revives``: if its process dies, it is constructed again, and the handle stays valid.
 
         Raises: ActorFailed, or the constructor's own DistillError, with the actor's name.
         """
@@ -81,4 +84,18 @@ class Backend(Protocol):
 
     def end_actor(self, name: str) -> None:
         """Close an actor and its processes."""
+        ...
+
+    def kill_actor(self, name: str, pid: int | None = None) -> None:
+        """End an actor that has failed, and its processes, without asking it. It need not be there.
+
+        ``pid``: only if this is still its process.
+        """
+        ...
+
+    def revive_actor(self, name: str) -> None:
+        """Kill the process of an actor that ``revives``, if it lives, and wait until it is constructed again.
+
+        Raises: ActorFailed when it is not in time.
+        """
         ...

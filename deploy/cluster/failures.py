@@ -20,8 +20,16 @@ class ActorFailed(DistillError, RuntimeError):
             return cause.within(actor)
         return cls(actor, NO_VALUE, f"finish its work; it raised {type(cause).__name__}: {cause}")
 
+
+class ActorGone(ActorFailed):
+    """An actor that died, or does not answer: nothing can be expected of it any more. Its heir may do better."""
+
     @classmethod
-    def late(cls, actors: Iterable[str], timeout_s: float, *, logs: str = "") -> ActorFailed:
+    def died(cls, actor: str, cause: str) -> ActorGone:
+        return cls(actor, NO_VALUE, f"live; it died ({cause})")
+
+    @classmethod
+    def late(cls, actors: Iterable[str], timeout_s: float, *, logs: str = "") -> ActorGone:
         """The error for actors that have not answered in time. ``logs``: where those of the actors are."""
         return cls(
             ", ".join(sorted(actors)), NO_VALUE, f"answer within {timeout_s:.0f} s",
@@ -29,7 +37,13 @@ class ActorFailed(DistillError, RuntimeError):
         )  # fmt: skip
 
     @classmethod
-    def stalled(cls, actor: str, seconds: float, timeout_s: float) -> ActorFailed:
+    def silent(cls, actor: str, timeout_s: float, setting: str) -> ActorGone:
+        """The error for an actor that does not answer a question that costs it little. ``setting``: the limit's name."""
+        remedy = f"raise {setting} if it is only slow, or look at what holds it up"
+        return cls(actor, NO_VALUE, f"answer within {timeout_s:g} s", remedy)
+
+    @classmethod
+    def stalled(cls, actor: str, seconds: float, timeout_s: float) -> ActorGone:
         """The error for an actor that has work and finishes none of it."""
         return cls(
             actor, NO_VALUE,

@@ -15,7 +15,7 @@ from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 from deploy.cluster.backend import Backend
-from deploy.cluster.failures import ActorFailed
+from deploy.cluster.failures import ActorFailed, ActorGone
 from deploy.cluster.scope import SharedFolder, SigtermAsCtrlC
 
 _CLOSE_TIMEOUT_S = 30.0
@@ -39,6 +39,10 @@ class Handle:
         self._actor = actor
         self._loop = loop
 
+    def renew(self, actor: Any) -> None:
+        """Stand for another object from now on."""
+        self._actor = actor
+
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._actor, name)
 
@@ -60,6 +64,8 @@ class InProcess(Backend):
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="actors", daemon=True)
         self._actors: dict[str, Any] = {}
+        self._handles: dict[str, Handle] = {}
+        self._revivals: dict[str, Callable[[], Any]] = {}
 
     def __enter__(self) -> Self:
         self._shared.claim()
@@ -81,13 +87,17 @@ class InProcess(Backend):
         num_threads: int,
         num_cpus: float = 0.0,
         num_gpus: int = 0,
+        revives: bool = False,
     ) -> Handle:
         """The numbers have no effect: the actors share the process's threads, whose number engines set."""
         try:
             self._actors[name] = actor_class(*args)
         except Exception as error:
             raise ActorFailed.raised(name, error) from error
-        return Handle(self._actors[name], self._loop)
+        self._handles[name] = Handle(self._actors[name], self._loop)
+        if revives:
+            self._revivals[name] = lambda: actor_class(*args)
+        return self._handles[name]
 
     def metrics_address(self) -> str | None:
         return None
@@ -118,7 +128,7 @@ class InProcess(Backend):
                     raise ActorFailed.raised(names[future], error) from error
             tick()
             if timeout_s is not None and pending and time.monotonic() - start > timeout_s:
-                raise ActorFailed.late((names[future] for future in pending), timeout_s)
+                raise ActorGone.late((names[future] for future in pending), timeout_s)
         return results
 
     def failure(self, name: str, error: BaseException) -> Exception:
@@ -134,6 +144,14 @@ class InProcess(Backend):
         actor = self._actors.pop(name)
         if hasattr(actor, "close"):
             self.poll(Handle(actor, self._loop).close.remote(), _CLOSE_TIMEOUT_S)
+
+    def kill_actor(self, name: str, pid: int | None = None) -> None:
+        if name in self._actors:
+            self.end_actor(name)
+
+    def revive_actor(self, name: str) -> None:
+        self._actors[name] = self._revivals[name]()
+        self._handles[name].renew(self._actors[name])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +20,10 @@ from typing import Any, Self
 
 import psutil
 
+from actors.vllm_engine.processes import family, identity
 from deploy.cluster.address import head_address, probe
 from deploy.cluster.backend import Backend
-from deploy.cluster.failures import ActorFailed
+from deploy.cluster.failures import ActorFailed, ActorGone
 from deploy.cluster.scope import SharedFolder, SigtermAsCtrlC
 from deploy.job import JOB_VARIABLE, in_uploaded_folder
 from deploy.placement import Node
@@ -31,6 +34,8 @@ _END_AFTER_S = 3.0
 """Time that actors and engines have to end by themselves before Ray kills them."""
 _KILL_AFTER_S = 1.5
 """Time that Ray has to kill an actor before the driver kills its processes."""
+_REVIVE_EVERY_S = 0.2
+"""Time between two questions to an actor that is being constructed again."""
 _RESULT_TIMEOUT_S = 60.0
 """Time for fetching the result of a call that has returned."""
 _LOGS = "/tmp/ray"
@@ -64,7 +69,9 @@ class RayCluster(Backend):
         self._run_id = run_id
         self._shared = SharedFolder(run_id)
         self._handles: dict[str, Any] = {}
-        self._pids: dict[str, int] = {}
+        self._ending = threading.RLock()
+        self._processes: dict[str, tuple[psutil.Process, str]] = {}
+        """Of the actors, with their identity: the system uses pids again."""
 
     def __enter__(self) -> Self:
         if self._head is not None:
@@ -115,12 +122,15 @@ class RayCluster(Backend):
         num_threads: int,
         num_cpus: float = 0.0,
         num_gpus: int = 0,
+        revives: bool = False,
     ) -> Any:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         environment = actor_environment(num_threads)
         options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        if revives:
+            options["max_restarts"] = -1
         if self._head is not None:
             # Ray hides the devices that an actor has not taken, also from an actor that has taken none.
             environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "1"
@@ -134,8 +144,20 @@ class RayCluster(Backend):
             name=name, runtime_env={"env_vars": environment}, max_concurrency=1000
         ).remote(*args)
         self._handles[name] = handle
-        self._pids[name] = self._get(name, handle.pid.remote(), self._config.start_timeout_s)
+        try:
+            pid = self._get(name, handle.pid.remote(), self._config.start_timeout_s)
+        except Exception:
+            self.kill_actor(name)
+            raise
+        self._know(name, pid)
         return ray.get_actor(name)
+
+    def _know(self, name: str, pid: int) -> None:
+        try:
+            process = psutil.Process(pid)
+            self._processes[name] = process, identity(process)
+        except psutil.NoSuchProcess as error:
+            raise ActorGone.died(name, "it has just ended") from error
 
     def metrics_address(self) -> str | None:
         """Where Ray's agent on this node publishes the numbers of its processes; None if it does not."""
@@ -148,7 +170,8 @@ class RayCluster(Backend):
         return None
 
     def actor_pid(self, name: str) -> int | None:
-        return self._pids[name]
+        process, _ = self._processes[name]
+        return process.pid
 
     def wait(
         self,
@@ -172,7 +195,7 @@ class RayCluster(Backend):
                 results[name] = self._get(name, call, _RESULT_TIMEOUT_S)
             tick()
             if timeout_s is not None and pending and time.monotonic() - start > timeout_s:
-                raise ActorFailed.late(pending.values(), timeout_s, logs=_LOGS)
+                raise ActorGone.late(pending.values(), timeout_s, logs=_LOGS)
         return results
 
     def poll(self, call: Any, timeout_s: float = 2.0) -> Any | None:
@@ -187,6 +210,12 @@ class RayCluster(Backend):
     def end_actor(self, name: str) -> None:
         self._end([name])
 
+    def kill_actor(self, name: str, pid: int | None = None) -> None:
+        with self._ending:  # two threads may have noticed that it is to be killed
+            known = self._processes.get(name)
+            if pid is None or (known is not None and known[0].pid == pid):
+                self._end([name], ask=False)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -199,14 +228,29 @@ class RayCluster(Backend):
             self._shared.release()
             self._sigterm.restore()
 
-    def _end(self, names: Sequence[str]) -> None:
+    def revive_actor(self, name: str) -> None:
+        for process in family(*self._processes[name]):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        end = time.monotonic() + self._config.start_timeout_s
+        while True:  # Ray needs a moment to notice
+            try:
+                pid = self._get(name, self._handles[name].pid.remote(), self._config.start_timeout_s)
+                break
+            except ActorFailed:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(_REVIVE_EVERY_S)
+        self._know(name, pid)
+
+    def _end(self, names: Sequence[str], *, ask: bool = True) -> None:
+        """End actors with the processes of their engines. ``ask``: let them close their engines first."""
         import ray
 
-        processes = [process for name in names for process in _tree(self._pids.get(name))]
+        known = [self._processes.pop(name) for name in names if name in self._processes]
+        processes = [each for process, mark in known for each in family(process, mark)]
         handles = [self._handles.pop(name) for name in names if name in self._handles]
-        closing = [handle.close.remote() for handle in handles if hasattr(handle, "close")]
-        for name in names:
-            self._pids.pop(name, None)
+        closing = [handle.close.remote() for handle in handles if ask and hasattr(handle, "close")]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=_END_AFTER_S)
         for handle in handles:
@@ -221,13 +265,22 @@ class RayCluster(Backend):
         psutil.wait_procs(left, timeout=_END_AFTER_S)
 
     def failure(self, name: str, error: BaseException) -> Exception:
-        from ray.exceptions import RayActorError, RayError, RayTaskError
+        from ray.exceptions import (
+            NodeDiedError,
+            OutOfMemoryError,
+            RayActorError,
+            RayError,
+            RayTaskError,
+            WorkerCrashedError,
+        )
 
         if isinstance(error, RayActorError):
             if error.actor_init_failed:  # Ray keeps the error only as text, whose last line names it
                 cause = str(error).splitlines()[-1].strip()
                 return ActorFailed(name, NO_VALUE, f"finish its work; it raised {cause}")
-            return ActorFailed(name, NO_VALUE, f"live; it died ({first_line(error)})")
+            return ActorGone.died(name, first_line(error))
+        if isinstance(error, OutOfMemoryError | NodeDiedError | WorkerCrashedError):
+            return ActorGone.died(name, first_line(error))
         if isinstance(error, RayError) and not isinstance(error, RayTaskError):
             # The node is gone, or Ray cannot prepare the job's files there.
             return ActorFailed(name, NO_VALUE, f"start; Ray reports: {first_line(error)}")
@@ -240,7 +293,7 @@ class RayCluster(Backend):
         try:
             return ray.get(call, timeout=timeout_s)
         except GetTimeoutError as error:
-            raise ActorFailed.late([name], timeout_s, logs=_LOGS) from error
+            raise ActorGone.late([name], timeout_s, logs=_LOGS) from error
         except RayError as error:
             raise self.failure(name, error) from error
 
@@ -261,14 +314,3 @@ def _loopback(run_id: str) -> str | None:
         return None
     number = int(run_id, 16)
     return f"127.{1 + number % 254}.{number // 254 % 256}.{1 + number // 65024 % 254}"
-
-
-def _tree(pid: int | None) -> list[psutil.Process]:
-    """A process and its descendants, deepest last; empty for None and for a process that has ended."""
-    if pid is None:
-        return []
-    try:
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []

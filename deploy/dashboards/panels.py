@@ -326,6 +326,16 @@ HEALTH = DashboardSpec(
                 queries=(_gauge(names.ALARMS, "alarms"),),
             ),
             Panel(
+                title="Failures of actors",
+                unit="short",
+                description="Rollout and teacher actors that died or hung and were started again. `member_failed` in "
+                "events.jsonl says by what; if the lines rise, look at the memory below.",
+                queries=(
+                    _column("rollout/num_failures", "rollout"),
+                    _column("teacher/num_failures", "scoring"),
+                ),
+            ),
+            Panel(
                 title="Draws given back and answers refused",
                 unit="short",
                 description="Expired: groups that were drawn again because their text had become too old. Refused: "

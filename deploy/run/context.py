@@ -25,8 +25,10 @@ from deploy.run.progress import Progress
 from deploy.run.record import RunRecord
 from deploy.run.training.advice import Setup
 from deploy.run.training.clocks import STAGES
+from deploy.run.training.restarts import RestartBudget
 from deploy.run.vllm_build import vllm_computes_on_gpu
 from distill.config import ClusterConfig, RunConfig
+from distill.errors import first_line
 from distill.machine.hardware import usable_cores
 
 
@@ -41,16 +43,22 @@ class RunContext:
         backend: Backend,
         memory: MemorySampler,
     ) -> None:
-        from learner.process.shell import LearnerActor
-
         self.config = config
         self.record = record
         self.progress = progress
         self.backend = backend
+        self.restarts = RestartBudget(config.cluster)
         self._memory = memory
         self._placement = _place(config, backend)
         self.config = config = with_threads(config, self._placement)  # the actors read their threads there
-        self.learner = self.start_actor("learner", LearnerActor, config)
+        self.start_learner()
+
+    def start_learner(self) -> None:
+        """Start the learner, which has no model yet, in place of the one before it, whose processes are killed."""
+        from learner.process.shell import LearnerActor
+
+        self.backend.kill_actor("learner")
+        self.learner = self.start_actor("learner", LearnerActor, self.config)
 
     def setup(self) -> Setup:
         """What an advice needs to know of the run."""
@@ -72,7 +80,9 @@ class RunContext:
         threads = self._placement["corpus"].num_threads
         return replace(self.config, rollout=replace(self.config.rollout, num_threads=threads))
 
-    def start_actor(self, name: str, actor_class: Any, *args: object, role: str | None = None) -> Any:
+    def start_actor(
+        self, name: str, actor_class: Any, *args: object, role: str | None = None, revives: bool = False
+    ) -> Any:
         """Start an actor with the share of its role, which is its name unless there is another; returns its handle."""
         share = self._placement[role or name]
         handle = self.backend.start_actor(
@@ -82,10 +92,43 @@ class RunContext:
             num_threads=share.num_threads,
             num_cpus=share.num_cpus,
             num_gpus=share.num_gpus,
+            revives=revives,
         )
-        if (pid := self.backend.actor_pid(name)) is not None:
-            self._memory.add(role or name, pid)
+        self._note_started(name, role)
         return handle
+
+    def revive_actor(self, name: str) -> None:
+        """Kill the process of an actor that revives, and wait for its successor."""
+        self.backend.revive_actor(name)
+        self._note_started(name, None)
+
+    def note_damage(self, state: dict[str, Any] | None) -> None:
+        """Say which checkpoints were passed over when the learner loaded the one with this state."""
+        if state is None:
+            return
+        updates_done = state["updates_done"]
+        for damage in state["damaged"]:
+            self.record.event("checkpoint_damaged", damage=damage, used=updates_done)
+            self.progress.say(
+                f"warning: {damage}; the checkpoint after update {updates_done} is used instead"
+            )
+
+    def note_failure(self, actor: str, error: Exception, then: str) -> None:
+        """Say that an actor has failed. ``then``: what happens next."""
+        self.record.event("member_failed", member=actor, error=str(error))
+        self.progress.say(f"warning: {first_line(error)}; {then}")
+
+    def note_replaced(self, actor: str, heir: str, seconds: float) -> None:
+        """Say that an actor which has failed works again. ``seconds``: since the failure was noticed."""
+        self.record.event("member_replaced", member=actor, heir=heir, seconds=round(seconds, 2))
+        does = "works again" if heir == actor else f"has taken the place of {actor}"
+        self.progress.say(f"{heir} {does} after {seconds:.0f} s")
+
+    def _note_started(self, name: str, role: str | None) -> None:
+        pid = self.backend.actor_pid(name)
+        self.record.event("actor_started", actor=name, pid=pid)
+        if pid is not None:
+            self._memory.add(role or name, pid)
 
     def wait_briefly(self, calls: dict[str, Any]) -> dict[str, Any]:
         """Wait at most ``cluster.start_timeout_s`` for one call per actor; returns the results by actor."""

@@ -48,6 +48,10 @@ class RunRecord:
         self._start = time.monotonic()
         self._events.write("started", incarnation=folder.incarnation, versions=recorded_versions())
 
+    def event(self, name: str, **fields: object) -> None:
+        """Record an event of the run."""
+        self._events.write(name, **fields)
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Record the duration of a stage, and its start and end as events."""
@@ -67,7 +71,7 @@ class RunRecord:
         advice: Advice | None,
         actors: Mapping[str, Mapping[str, float]],
     ) -> None:
-        """Record the last stage. ``actors``: the counters of every actor, which are added up by role. ``limit``: the stage
+        """Record the last stage. ``actors``: the counters of every actor, which are added up by role; one that failed at once has none. ``limit``: the stage
         that limited it, a dataclass or None. ``advice``: what would make it faster."""
         self.limit = vars(limit) if limit is not None else None
         self.advice = advice.to_dict() if advice is not None else None
@@ -77,8 +81,8 @@ class RunRecord:
         for name, counters in actors.items():
             role = name.partition("-")[0]
             shown, tokens, busy = _COUNTERS[role]
-            self.tokens[shown] = self.tokens.get(shown, 0.0) + counters[tokens]
-            self.timing_s[f"{role}_busy"] = self.timing_s.get(f"{role}_busy", 0.0) + counters[busy]
+            self.tokens[shown] = self.tokens.get(shown, 0.0) + counters.get(tokens, 0.0)
+            self.timing_s[f"{role}_busy"] = self.timing_s.get(f"{role}_busy", 0.0) + counters.get(busy, 0.0)
 
     def finish(self) -> dict[str, Any]:
         """Write and return the summary."""

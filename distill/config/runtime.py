@@ -165,7 +165,7 @@ class WeightsConfig:
     """What a push does to requests in flight. ``recompute``: their key-value caches are dropped and recomputed
     with the new weights; ``keep_kv``: their caches are kept, and prefix caching is turned off."""
     deadline_s: float = 120.0
-    """Number of seconds after which a push fails, and the run with it."""
+    """Number of seconds in which an engine has to load a push. Then it counts as failed, and is started again."""
 
     def violations(self) -> Iterator[ConfigError]:
         yield from bounded("weights", self, "> 0", "deadline_s")
@@ -201,12 +201,21 @@ class ClusterConfig:
     """Number of seconds that an actor may take to load its model."""
     stall_timeout_s: float = 1800.0
     """Number of seconds for which an actor may have work without finishing any of it: a response, a scored text or an
-    update. Then it ends the run, with its name."""
+    update. Then it counts as failed."""
+    beat_timeout_s: float = 60.0
+    """Number of seconds within which an actor has to answer a question that costs it nothing. Then it counts as failed."""
+    max_restarts: int = 10
+    """Number of times that actors which failed are started again within ``cluster.restart_window_s``, all actors of the
+    run together. One more failure ends the run. 0: the first failure ends the run."""
+    restart_window_s: float = 3600.0
+    """Number of seconds in which ``cluster.max_restarts`` are counted."""
 
     def violations(self) -> Iterator[ConfigError]:
         if self.address not in ("auto", "local"):
             yield from head_address_violations("cluster.address", self.address)
-        yield from bounded("cluster", self, "> 0", "start_timeout_s", "stall_timeout_s")
+        timeouts = ("start_timeout_s", "stall_timeout_s", "beat_timeout_s", "restart_window_s")
+        yield from bounded("cluster", self, "> 0", *timeouts)
+        yield from bounded("cluster", self, ">= 0", "max_restarts")
         yield from bounded(
             "cluster",
             self,

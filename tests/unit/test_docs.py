@@ -46,6 +46,7 @@ def commands(page: Path) -> list[list[str]]:
         ("docs/plan.md", 4),
         ("docs/tracking.md", 2),
         ("docs/trace.md", 2),
+        ("docs/reliability.md", 1),
     ],
 )
 def test_every_command_in_the_docs_parses(page: str, at_least: int) -> None:
@@ -63,8 +64,8 @@ def test_every_command_in_the_docs_parses(page: str, at_least: int) -> None:
 
 def test_no_other_page_has_commands_that_are_not_tested() -> None:
     tested = {
-        "cluster.md", "faq.md", "monitoring.md", "performance.md", "plan.md", "recipes.md", "results.md", "studies.md",
-        "trace.md", "tracking.md", "tuning.md",
+        "cluster.md", "faq.md", "monitoring.md", "performance.md", "plan.md", "recipes.md", "reliability.md", "results.md",
+        "studies.md", "trace.md", "tracking.md", "tuning.md",
     }  # fmt: skip
     assert [
         page.name for page in (ROOT / "docs").glob("*.md") if commands(page) and page.name not in tested

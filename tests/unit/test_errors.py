@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from ray import cloudpickle
 
-from deploy.cluster.failures import ActorFailed
+from deploy.cluster.failures import ActorFailed, ActorGone
 from deploy.exits import guarded
 from distill.errors import NO_VALUE, ConfigError, DistillError, Diverged, did_you_mean, first_line
 from distill.interfaces import SegmentMissing, WeightPushError
@@ -140,9 +140,9 @@ def test_what_an_actor_raised_keeps_its_class_and_gets_its_name():
     error = ActorFailed.raised("learner", KeyError("x"))
     assert type(error) is ActorFailed and error.code == "actor"
     assert str(error) == "learner must finish its work; it raised KeyError: 'x'"
-    late = ActorFailed.late(["teacher", "learner"], 600.0)
+    late = ActorGone.late(["teacher", "learner"], 600.0)
     assert str(late) == "learner, teacher must answer within 600 s; raise cluster.start_timeout_s"
-    late = ActorFailed.late(["learner"], 1.0, logs="/logs")
+    late = ActorGone.late(["learner"], 1.0, logs="/logs")
     assert str(late).endswith("; raise cluster.start_timeout_s, or read the actors' logs under /logs")
 
 

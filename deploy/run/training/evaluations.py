@@ -70,10 +70,12 @@ class Evaluations:
             if self._of_copy:
                 await self._fleet.learner.copy_student()
                 on_copied()
-            samples = await _divided(
+            samples = await self._divided(
                 range(num_prompts), rollouts, lambda each, numbers: each.actor.sample_heldout(numbers)
             )
-            answers = await rollouts[0].actor.answer_shown() if keep_answers else None
+            answers = None
+            if keep_answers:
+                answers = await self._by(rollouts[0], lambda each: each.actor.answer_shown())
         return HeldoutSamples(samples, answers)
 
     async def _measure(self, label: str, heldout: HeldoutSamples) -> Evaluation:
@@ -81,7 +83,7 @@ class Evaluations:
         learner, samples = self._fleet.learner, heldout.samples
         if await learner.num_teacher_rows() < len(samples):
             await learner.keep_teacher_text(await self._score_teacher_text(len(samples)))
-        scored = await _divided(
+        scored = await self._divided(
             samples, self._fleet.teachers, lambda each, part: each.actor.score_samples(part)
         )
         evaluation: Evaluation = await learner.measure(label, scored, self._of_copy)
@@ -102,31 +104,54 @@ class Evaluations:
 
         Raises: ConfigError when the engine's teacher is another distribution than the learner's.
         """
-        samples = await self._score_teacher_text(num_texts)
-        tv: float = await self._fleet.learner.check_teacher(samples)
-        await self._release()
+        async with self._fleet.steady:
+            samples = await self._score_teacher_text(num_texts)
+            tv: float = await self._fleet.learner.check_teacher(samples)
+            await self._release()
         return tv
 
     async def _score_teacher_text(self, num_rows: int) -> list[SampleRef]:
-        return await _divided(
+        return await self._divided(
             range(num_rows), self._fleet.teachers, lambda each, numbers: each.actor.score_heldout(numbers)
         )
 
     async def _release(self) -> None:
+        """Let the actors give up what they wrote for the evaluation; of one that has failed, nothing is left to it."""
         members = {each.holder: each for each in [*self._fleet.rollouts, *self._fleet.teachers]}
-        await asyncio.gather(*(each.actor.release_heldout() for each in members.values()))
+        for member in members.values():
+            try:
+                await member.actor.release_heldout()
+            except Exception as error:
+                self._fleet.failed(member, error)
 
+    async def _divided(
+        self,
+        things: Sequence[Any],
+        members: Sequence[Member],
+        work: Callable[[Member, list[Any]], Awaitable[list[SampleRef]]],
+    ) -> list[SampleRef]:
+        """Divide the work on some things among the members of a pool; returns the results in the order of the things."""
+        members = list(members)  # the pool can change
+        parts = [list(things[number :: len(members)]) for number in range(len(members))]
+        results = await asyncio.gather(
+            *(
+                self._by(member, lambda each, part=part: work(each, part))
+                for member, part in zip(members, parts, strict=True)
+                if part
+            )
+        )
+        return [results[place % len(members)][place // len(members)] for place in range(len(things))]
 
-async def _divided(
-    things: Sequence[Any],
-    members: Sequence[Member],
-    work: Callable[[Member, list[Any]], Awaitable[list[SampleRef]]],
-) -> list[SampleRef]:
-    """Divide the work on some things among the members of a pool; returns the results in the order of the things."""
-    parts = [list(things[number :: len(members)]) for number in range(len(members))]
-    pairs = [(member, part) for member, part in zip(members, parts, strict=True) if part]
-    results = await asyncio.gather(*(work(member, part) for member, part in pairs))
-    return [results[place % len(members)][place // len(members)] for place in range(len(things))]
+    async def _by(self, member: Member, work: Callable[[Member], Awaitable[Any]]) -> Any:
+        """Let a member do some work, or its heir if it fails: with the same number it has the same part."""
+        while True:
+            member = await self._fleet.heir(member)
+            try:
+                return await work(member)
+            except Exception as error:
+                self._fleet.failed(member, error)
+                if self._fleet.serves(member):  # it has left, so it has no heir
+                    raise
 
 
 def shown_answers(inputs: RunInputs, student_answers: Sequence[Sequence[int]]) -> list[dict[str, str]]:

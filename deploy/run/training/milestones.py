@@ -96,6 +96,7 @@ class RunMilestones:
         """Give up what is still under way, when the run ends by an error."""
         for task in (self._evaluating, self._saving):
             if task is not None:
+                task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
                 task.cancel()
 
     @property

@@ -13,7 +13,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.cluster.failures import root_cause
+import pyarrow.parquet as pq
+
+from deploy.cluster.failures import ActorGone, root_cause
 from deploy.run.context import RunContext
 from deploy.run.telemetry.exporter import Exporter, RayMeter, export_repeatedly
 from deploy.run.tracking.trackers import Trackers
@@ -71,18 +73,24 @@ async def train_fleet(
     Raises: the first error of an actor or of the loop, with the actor's name.
     """
     folder, config = RunFolder(inputs.run_dir), run.config
+    rows = {
+        "student_text": inputs.num_prompts,
+        "teacher_text": pq.read_metadata(inputs.teacher_text).num_rows,
+    }
     # A run that ends by an error keeps its last spans, which explain it.
     with closing(RunTrace(folder, run.progress.say)) as trace:
         publisher = FleetPublisher(
-            fleet.learner,
-            lambda: [TracedReceiver(member, trace) for member in fleet.rollouts],
+            lambda version, updates_done: fleet.learner.write_weights(version, updates_done),
+            lambda: [TracedReceiver(member, trace) for member in fleet.rollouts if fleet.serves(member)],
             PolicyVersionCounter(folder.path).next,
             folder=inputs.weights,
             deadline_s=config.weights.deadline_s,
+            failed=lambda receiver, error: fleet.failed(receiver.member, error),
         )
         try:
             async with asyncio.TaskGroup() as group:
                 crew = Crew(run, inputs, fleet, publisher, group)
+                await fleet.replay.start()
                 crew.start()
                 beside = [
                     group.create_task(_repeat(live.show)),
@@ -90,10 +98,20 @@ async def train_fleet(
                     group.create_task(answer_requests(config, folder, crew, run.progress.say)),
                     group.create_task(export(run, inputs, fleet, live)),
                 ]
-                alarms = resumed_alarms(folder, state) if state else Alarms()
-                # A run that ends by an error keeps its last rows, which explain it.
-                with closing(Recorder(folder, alarms, live.report, run.setup(), trackers, trace)) as recorder:
-                    trained = await _train(run, inputs, fleet, publisher, state, recorder)
+                while True:
+                    alarms = resumed_alarms(folder, state) if state else Alarms()
+                    recorder = Recorder(folder, alarms, live.report, run.setup(), trackers, trace, rows)
+                    # A run that ends by an error keeps its last rows, which explain it.
+                    with closing(recorder):
+                        try:
+                            trained = await _train(run, inputs, fleet, publisher, state, recorder)
+                            break
+                        except ActorGone as error:
+                            if error.name != fleet.learner.name:
+                                raise
+                            lost = error
+                    state = await crew.replace_learner(lost)
+                crew.stop()
                 for task in beside:
                     task.cancel()
         except ExceptionGroup as errors:  # the first of them is the cause of the others
@@ -174,7 +192,7 @@ async def _train(
         policy_version=publisher.newest.policy_version if publisher.newest else 0,
         timing_s=timing,
         actors={
-            **fleet.departed,
+            **{str(holder): counters for holder, counters in fleet.departed.items()},
             **await fleet.stats_of(fleet.members),
             "learner": await fleet.learner.stats(),
         },

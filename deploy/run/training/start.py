@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -10,11 +12,10 @@ from deploy.cluster.actor import Actor
 from deploy.placement import num_engines
 from deploy.run.context import RunContext
 from deploy.run.training.fleet import Fleet, Member
+from deploy.run.training.replay import LastingReplay
+from deploy.run.training.restarts import RESTARTS_PER_RUN
 from distill.interfaces import Holder, Role
 from distill.run.inputs import RunInputs
-
-RESTARTS_PER_RUN = 1000
-"""Incarnations of an actor that one incarnation of its run may use up, so that no two have the same name."""
 
 
 def start_fleet(run: RunContext, inputs: RunInputs) -> tuple[Fleet, dict[str, Any] | None]:
@@ -25,7 +26,9 @@ def start_fleet(run: RunContext, inputs: RunInputs) -> tuple[Fleet, dict[str, An
     from actors.shells import ReplayActor
 
     num_teacher_rows = pq.read_metadata(inputs.teacher_text).num_rows
-    replay = run.start_actor("replay", ReplayActor, run.config, inputs.num_prompts, num_teacher_rows)
+    replay = run.start_actor(
+        "replay", ReplayActor, run.config, inputs.num_prompts, num_teacher_rows, revives=True
+    )
     members: dict[Role, list[Member]] = {}
     starting: dict[str, Any] = {"learner": run.learner.load.remote(inputs)}
     for role, count in num_engines(run.config).items():
@@ -37,18 +40,37 @@ def start_fleet(run: RunContext, inputs: RunInputs) -> tuple[Fleet, dict[str, An
             members[role].append(member)
             starting[member.actor.name] = call
     state = run.wait_briefly(starting)["learner"]
-    if state is not None:
-        run.wait_briefly({"replay": replay.load_state.remote(state["ledger"])})
+    run.note_damage(state)
     fleet = Fleet(
-        replay=Actor("replay", replay, run.backend),
-        learner=Actor(
-            "learner", run.learner, run.backend, stall_timeout_s=run.config.cluster.stall_timeout_s
+        replay=LastingReplay(
+            Actor("replay", replay, run.backend),
+            state["ledger"] if state else None,
+            lambda error: revive_replay(run, error),
+            deadline_s=run.config.cluster.start_timeout_s,
         ),
+        learner=learner_actor(run),
         rollouts=members["rollout"],
         scorers=members.get("proxy", members["teacher"]),
         teachers=members["teacher"],
+        beat_timeout_s=None
+        if run.config.cluster.backend == "in_process"
+        else run.config.cluster.beat_timeout_s,
     )
     return fleet, state
+
+
+async def revive_replay(run: RunContext, error: Exception) -> None:
+    """Start the replay's process again. Raises: ActorFailed when there were too many restarts."""
+    began = time.monotonic()
+    run.note_failure("replay", error, "it is started again")
+    run.restarts.take("replay", error)
+    await asyncio.to_thread(run.revive_actor, "replay")
+    run.note_replaced("replay", "replay", time.monotonic() - began)
+
+
+def learner_actor(run: RunContext) -> Actor:
+    """The learner's actor as it is now, whose calls have a deadline: none of them waits for another actor."""
+    return Actor("learner", run.learner, run.backend, stall_timeout_s=run.config.cluster.stall_timeout_s)
 
 
 def start_member(
@@ -61,10 +83,12 @@ def start_member(
     from actors.shells import RolloutActor, TeacherActor
 
     holder = Holder(role, number, run.record.folder.incarnation * RESTARTS_PER_RUN + restart)
-    # Without student text, the student is sampled for evaluations only.
-    name = str(holder) if role != "rollout" or run.config.recipe.uses_student_text else "sampler"
+    name = str(holder)
     if role == "rollout":
-        handle = run.start_actor(name, RolloutActor, role="sampler" if name == "sampler" else role)
+        # Without student text, the student is sampled for evaluations only.
+        handle = run.start_actor(
+            name, RolloutActor, role=role if run.config.recipe.uses_student_text else "sampler"
+        )
         call = handle.start.remote(run.config, inputs, holder)
     else:
         handle = run.start_actor(name, TeacherActor, role=role)

@@ -149,10 +149,10 @@ class TracedReceiver:
     """An engine whose loading of weights is recorded."""
 
     def __init__(self, member: Member, trace: RunTrace) -> None:
-        self._member = member
+        self.member = member
         self._trace = trace
 
     async def update_weights(self, manifest: WeightManifest) -> None:
-        lane, version = str(self._member.holder), manifest.policy_version
+        lane, version = str(self.member.holder), manifest.policy_version
         with self._trace.span(SpanKind.LOAD, lane, manifest.update, version):
-            await self._member.actor.update_weights(manifest)
+            await self.member.actor.update_weights(manifest)

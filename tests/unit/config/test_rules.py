@@ -51,7 +51,7 @@ BROKEN = [
     "student.init.num_layers=null student.init.layers=[0,2,1]", "recipe=imitkd recipe.anchor_weight=0.5",
     "recipe.loss_weight=0 recipe.anchor_weight=0", "recipe=opd recipe.lm_weight=1",
     "learner.beta1=1.5", "learner.final_fraction=7", "sft.warmup_fraction=5", "scoring.gpu_memory_utilization=9",
-    "scoring.max_num_seqs=0", "rollout.replicas=0", "scoring.replicas=0", "scoring.check=-1", "rollout.max_num_seqs=0", "rollout.num_threads=0", "cluster.start_timeout_s=0",
+    "scoring.max_num_seqs=0", "rollout.replicas=0", "scoring.replicas=0", "scoring.check=-1", "rollout.max_num_seqs=0", "rollout.num_threads=0", "cluster.start_timeout_s=0", "cluster.max_restarts=-1",
     "tracking.to=[tensorbord]", "tracking.to=[wandb,wandb]", "tracking.project=", "tracking.project=a/b",
     "seed=-1", "data.path=", "data.format=messages data.answer_column=x", "corpus.seed=-1", "learner.weight_decay=-1", "sft.learning_rate=0", "rollout.kv_cache_gib=0",
 ]  # fmt: skip

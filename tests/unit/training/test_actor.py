@@ -42,7 +42,7 @@ async def test_a_failure_has_the_actors_name(actor: Actor) -> None:
 
 
 async def test_an_actor_that_does_not_answer_is_named(actor: Actor) -> None:
-    with pytest.raises(ActorFailed, match=r"^rollout-0\.1000 must answer within 0 s"):
+    with pytest.raises(ActorFailed, match=r"^rollout-0\.1000 must answer within 0\.02 s"):
         await actor.within(0.02, "hang")
 
 

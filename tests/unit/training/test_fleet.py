@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deploy.cluster.failures import ActorFailed
+from deploy.cluster.failures import ActorGone
 from deploy.run.training.fleet import Fleet, Member
 from distill.interfaces import Holder
 
@@ -15,10 +15,10 @@ class Answers:
     def __init__(self, counters: dict[str, float] | None) -> None:
         self._counters = counters
 
-    async def within(self, seconds: float, method: str) -> dict[str, float]:
+    async def within(self, seconds: float | None, method: str) -> dict[str, float]:
         assert method == "stats"
         if self._counters is None:
-            raise ActorFailed.late(["rollout-1"], seconds)
+            raise ActorGone.silent("rollout-1", 1.0, "")
         return self._counters
 
 
