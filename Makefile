@@ -2,7 +2,7 @@
 #              override settings with: make demo ARGS="seed=1"
 # make bench   measure the speed of each part against a peer, and compare with benchmarks/*.json;
 #              choose some with: make bench NAMES="rollout push"
-# make test    run linters, unit tests, and integration tests with real Ray and real vLLM
+# make test    run linters, unit tests, and tests with real Ray and real vLLM, in some of which actors are killed
 
 PYTHON_BIN := .venv/bin
 
@@ -29,7 +29,7 @@ unit: setup-dev
 	OMP_NUM_THREADS=1 timeout 600 $(PYTHON_BIN)/python -m pytest tests/unit -n 2 --dist loadfile
 
 integration: setup-dev
-	timeout 4200 $(PYTHON_BIN)/python -m pytest tests/integration
+	timeout 4400 $(PYTHON_BIN)/python -m pytest tests/integration tests/chaos
 
 # One benchmark after the other; a stored result, where there is one, is the baseline. All run, even if one fails.
 bench: setup

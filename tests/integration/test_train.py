@@ -266,13 +266,8 @@ def interrupt(process: subprocess.Popen[str], run: Path, number: int) -> None:
 
 def assert_same_numbers(resumed: Path, whole: Path) -> None:
     """Check that a resumed run differs from an uninterrupted one only in counters."""
-    since_the_start = (
-        "policy/version",
-        "rollout/num_tokens",
-        "rollout/num_samples",
-        "rollout/num_bytes",
-        "learner/num_input_tokens",
-    )
+    sampled = ("rollout/num_tokens", "rollout/num_samples", "rollout/num_bytes")
+    since_the_start = ("policy/version", *sampled, "learner/num_input_tokens")
     different = different_metrics(resumed, whole)
     assert {name for name in different if not name.startswith("replay/")} <= {*since_the_start}, different
     after = [load_evaluation(folder / "evaluations" / "after.parquet") for folder in (resumed, whole)]
