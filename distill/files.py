@@ -17,10 +17,14 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
+
+T = TypeVar("T")
+NOT_AS_WRITTEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
+"""What reading a broken line raises."""
 
 _numbers = itertools.count()
 
@@ -153,6 +157,36 @@ class LineFile:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+class LineReader(Generic[T]):
+    """Iterates over the JSON lines of such a file, without trust: it may still be written, or its writer have died."""
+
+    def __init__(self, path: Path, parse: Callable[[Any], Iterable[T]]) -> None:
+        """``parse(value)`` returns what a line says; any error of :data:`NOT_AS_WRITTEN` means that it is broken."""
+        self._path = path
+        self._parse = parse
+        self.num_broken = 0
+        """Lines that a crash or a running write cut, or that are not as their writer writes them."""
+
+    def __iter__(self) -> Iterator[T]:
+        """Raises: OSError."""
+        self.num_broken = 0
+        with self._path.open(encoding="utf-8", errors="replace") as file:
+            for text in file:
+                try:
+                    found = list(self._parse(json.loads(text)))
+                except NOT_AS_WRITTEN:
+                    self.num_broken += bool(text.strip())
+                    continue
+                yield from found
+
+
+def whole_number(value: Any) -> int:
+    """Return a value of JSON. Raises: ValueError when it is not a whole number that every program reads exactly."""
+    if type(value) is not int or abs(value) >= 1 << 53:
+        raise ValueError(f"{value!r:.40} must be a whole number")
+    return value
 
 
 def plain(value: Any) -> Any:

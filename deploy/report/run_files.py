@@ -20,6 +20,7 @@ import pyarrow as pa
 from deploy.run.training.advice import Setup
 from distill.errors import ConfigError, first_line
 from distill.evaluation import Estimate, Evaluation, load_evaluation, paired_difference
+from distill.files import LineReader
 from distill.run.folder import RunFolder
 from distill.run.metrics import read_metrics
 
@@ -254,18 +255,9 @@ def _read_metrics(found: RunFiles) -> None:
 
 def _read_events(found: RunFiles) -> None:
     def read() -> int:
-        num_broken = 0
-        with found.folder.events.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    event = json.loads(line)
-                except (ValueError, RecursionError):
-                    event = None
-                if isinstance(event, dict) and isinstance(event.get("event"), str):
-                    found.events.append(event)
-                elif line.strip():
-                    num_broken += 1
-        return num_broken
+        reader = LineReader(found.folder.events, _event)
+        found.events.extend(reader)
+        return reader.num_broken
 
     num_broken = _attempt(
         found,
@@ -279,6 +271,12 @@ def _read_events(found: RunFiles) -> None:
         found.problems.append(
             f"events.jsonl has {lines} that a crash or a running write cut; the others are shown"
         )
+
+
+def _event(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value["event"], str):
+        raise ValueError("an event has a name")
+    return [value]
 
 
 def _read_evaluations(found: RunFiles) -> None:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.files import LineFile
+from distill.files import LineFile, LineReader, whole_number
 from distill.interfaces import Lease
+from distill.replay.spans import TABLES
 
 FORMAT = 1
-TABLES = ("student_text", "teacher_text")
 
 
 class LedgerFile:
@@ -85,38 +85,20 @@ class LedgerUpdate:
     draws: dict[str, list[Used]]
 
 
-@dataclass
-class LedgerReader:
-    """Iterates over what a file has, line by line, without trust."""
+class LedgerReader(LineReader[LedgerStart | LedgerUpdate]):
+    """Iterates over what a file has."""
 
-    path: Path
-    num_broken: int = field(default=0, init=False)
-    """Lines that a crash cut, or that are not as :class:`LedgerFile` writes them."""
-
-    def __iter__(self) -> Iterator[LedgerStart | LedgerUpdate]:
-        """Raises: OSError."""
-        with self.path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                try:
-                    found = _entry(json.loads(text))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    self.num_broken += bool(text.strip())
-                    continue
-                yield found
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, _entries)
 
 
-def _entry(line: Mapping[str, Any]) -> LedgerStart | LedgerUpdate:
-    """Raises: one of the errors above when a line is of another kind."""
+def _entries(line: Mapping[str, Any]) -> Iterator[LedgerStart | LedgerUpdate]:
+    """What a line says. Raises: one of the reader's errors when it is not as :class:`LedgerFile` writes it."""
     if "ledger_format" in line:
         if line["ledger_format"] != FORMAT:
             raise ValueError("another format")
-        rows = {table: _whole(line["rows"][table]) for table in TABLES}
-        return LedgerStart(_whole(line["incarnation"]), _whole(line["updates_done"]), rows)
-    draws = {table: [Used(*map(_whole, draw)) for draw in line[table]] for table in TABLES}
-    return LedgerUpdate(_whole(line["update"]), draws)
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r:.40} must be a whole number >= 0")
-    return value
+        rows = {table: whole_number(line["rows"][table]) for table in TABLES}
+        yield LedgerStart(whole_number(line["incarnation"]), whole_number(line["updates_done"]), rows)
+    else:
+        draws = {table: [Used(*map(whole_number, draw)) for draw in line[table]] for table in TABLES}
+        yield LedgerUpdate(whole_number(line["update"]), draws)

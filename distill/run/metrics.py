@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.files import LineFile, plain, write_bytes
+from distill.files import LineFile, LineReader, plain, write_bytes
 from distill.run.folder import RunFolder
 
 ReportFacts = Callable[..., None]
@@ -170,11 +170,5 @@ class EventLog:
 def read_events(run_dir: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the events so far, oldest first."""
     path = RunFolder(run_dir).events
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
+    if path.is_file():
+        yield from LineReader(path, lambda event: [event])

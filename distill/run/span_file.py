@@ -12,11 +12,11 @@ import json
 import math
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.files import LineFile
+from distill.files import LineFile, LineReader, whole_number
 from distill.replay.spans import FIELDS, TABLES, SpanKind, SpanOutcome
 
 FORMAT = 1
@@ -25,9 +25,6 @@ MOST_BYTES = 1 << 28
 _WHOLE = tuple(name for name in FIELDS if name not in ("start_ns", "end_ns"))
 _COLUMNS = (*_WHOLE, "start_us", "duration_us")
 """Times in the file are microseconds. ``start_us`` counts from the line's ``base_us``, which counts from 1970."""
-_LARGEST = 1 << 53
-"""Whole numbers below it are exact in every program that reads JSON."""
-_BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 
 
 class SpanFile:
@@ -121,58 +118,48 @@ class Span:
     outcome: SpanOutcome
 
 
-@dataclass
-class SpanReader:
-    """Iterates over what a file has, line by line, without trust: a run may still write it, or have died meanwhile."""
+class SpanReader(LineReader["Started | Span | Counters | Dropped"]):
+    """Iterates over what a file has: the spans of each process in the order of their ends."""
 
-    path: Path
-    num_broken: int = field(default=0, init=False)
-    """Lines that a crash or a running write cut."""
-    foreign: str | None = field(default=None, init=False)
-    """The format of the first part that another version wrote; such parts are skipped."""
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, self._of_line)
+        self.foreign: str | None = None
+        """The format of the first part that another version wrote; such parts are skipped."""
+        self._is_ours = True
 
-    def __iter__(self) -> Iterator[Started | Span | Counters | Dropped]:
-        """Yield the spans of each process in the order of their ends. Raises: OSError."""
-        is_ours = True
-        with self.path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                try:
-                    line = json.loads(text)
-                    if "spans_format" in line:
-                        is_ours = line["spans_format"] == FORMAT
-                        if not is_ours and self.foreign is None:
-                            self.foreign = str(line["spans_format"])[:20]
-                    found = list(_parts(line)) if is_ours else []
-                except _BROKEN:
-                    self.num_broken += bool(text.strip())
-                    continue
-                yield from found
+    def _of_line(self, line: Mapping[str, Any]) -> Iterator[Started | Span | Counters | Dropped]:
+        if "spans_format" in line:
+            self._is_ours = line["spans_format"] == FORMAT
+            if not self._is_ours and self.foreign is None:
+                self.foreign = str(line["spans_format"])[:20]
+        if self._is_ours:
+            yield from _parts(line)
 
 
 def _parts(line: Mapping[str, Any]) -> Iterator[Started | Span | Counters | Dropped]:
     """What a line says. Raises: one of the errors above when it is not as :class:`SpanFile` writes it."""
     if "spans_format" in line:
-        yield Started(_whole(line["incarnation"]))
+        yield Started(whole_number(line["incarnation"]))
     elif "counters" in line:
         values = {str(name): float(value) for name, value in line["counters"].items()}
         if not all(map(math.isfinite, values.values())):
             raise ValueError("a counter is a finite number")
-        yield Counters(_whole(line["at_us"]), _whole(line["update"]), values)
+        yield Counters(whole_number(line["at_us"]), whole_number(line["update"]), values)
     else:
         yield from _spans(line) if line["spans"] is not None else ()
         if line["dropped"]:
-            yield Dropped(_whole(line["dropped"]))
+            yield Dropped(whole_number(line["dropped"]))
 
 
 def _spans(line: Mapping[str, Any]) -> Iterator[Span]:
-    columns, base, lanes = line["spans"], _whole(line["base_us"]), line["lanes"]
+    columns, base, lanes = line["spans"], whole_number(line["base_us"]), line["lanes"]
     num_spans = len(columns["start_us"])
     wide = (
         columns[name] if isinstance(columns[name], list) else [columns[name]] * num_spans for name in _COLUMNS
     )
     for row in zip(*wide, strict=True):
         kind, lane, table, draw, issue, sample, tokens, version, update, outcome, start, duration = map(
-            _whole, row
+            whole_number, row
         )
         if min(lane, table, duration) < 0:
             raise ValueError("a span has a place, and does not end before it starts")
@@ -190,10 +177,3 @@ def _spans(line: Mapping[str, Any]) -> Iterator[Span]:
             update=update,
             outcome=SpanOutcome(outcome),
         )
-
-
-def _whole(value: Any) -> int:
-    """Raises: ValueError when a value is not a whole number of usual size."""
-    if type(value) is not int or abs(value) >= _LARGEST:
-        raise ValueError(f"{value!r:.40} must be a whole number")
-    return value

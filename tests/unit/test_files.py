@@ -15,12 +15,14 @@ import pytest
 
 from distill import files
 from distill.files import (
+    LineReader,
     is_temporary,
     new_folder,
     plain,
     put_folder,
     remove_temporaries,
     replacing_file,
+    whole_number,
     write_bytes,
     write_json,
 )
@@ -342,3 +344,19 @@ def test_numbers_that_json_cannot_represent_become_null(tmp_path):
     text = path.read_text()
     assert json.loads(text) == {"tv": None, "n": 3, "pair": [1.5, None], "at": str(tmp_path)}
     assert text.endswith("}\n") and "NaN" not in text and "Infinity" not in text
+
+
+def test_lines_that_are_not_as_written_are_counted_and_the_others_read(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(
+        b'{"n": 1}\n\xff\xfe\n{"m": 1}\n\n[]\n{"n": 2\n{"n": "3"}\n{"n": 9007199254740992}\n{"n": 4}\n'
+    )
+    reader = LineReader(path, lambda line: [whole_number(line["n"])])
+    assert (list(reader), reader.num_broken) == ([1, 4], 6)
+    assert (list(reader), reader.num_broken) == ([1, 4], 6)  # a second reading counts anew
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None, 1 << 53, -(1 << 53)])
+def test_what_is_no_whole_number(value: object) -> None:
+    with pytest.raises(ValueError, match="must be a whole number"):
+        whole_number(value)
