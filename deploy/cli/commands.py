@@ -210,18 +210,9 @@ def audit(options: argparse.Namespace) -> int:
         and (newest := Checkpoints(folder.checkpoints, keep=1).latest()) is not None
     ):
         ledger = read_manifest(newest)["state"]["ledger"]
-    found = audit_run(folder, config, ledger)
-    print(
-        f"{found.num_updates} updates, {found.num_starts} starts of the training, {found.num_undone} updates made again"
-    )
-    for table, count in found.trained.items():
-        print(
-            f"{table}: {count} draws used, {found.reissued[table]} of them issued more than once; 0 skipped, 0 too often"
-        )
-    if found.num_broken:
-        print(f"{found.num_broken} lines of {folder.ledger} were cut by a crash")
-    print("every draw adds up")
-    return 0
+    for line in audit_run(folder, config, ledger).lines:
+        print(line)
+    return DONE
 
 
 def trace(options: argparse.Namespace) -> int:
