@@ -20,7 +20,7 @@ from distill.run.inputs import RunInputs
 from distill.run.metrics import EventLog, ReportFacts
 from learner.model.student import Student
 from learner.optimizer import adamw, load_optimizer_tensors, optimizer_tensors
-from learner.process.checkpoint import Checkpoints
+from learner.process.checkpoint import CheckpointError, Checkpoints, OtherFormat
 from learner.process.student_folder import StudentWriter
 from learner.sft import run_sft
 
@@ -49,10 +49,10 @@ def fit(
     )
     corpus = TextCorpus.read(corpus_path)
     checkpoints = Checkpoints(out_dir.with_name(f"{out_dir.name}-checkpoints"), keep=1)
-    done, seconds_before = _resume(checkpoints, student, optimizer)
+    events = EventLog(config.run_dir)
+    done, seconds_before = _resume(checkpoints, student, optimizer, events)
     start = time.monotonic()
     totals = {"num_tokens": 0.0, "loss": 0.0}
-    events = EventLog(config.run_dir)
 
     def seconds() -> float:
         return seconds_before + time.monotonic() - start
@@ -86,10 +86,20 @@ def fit(
 
 
 def _resume(
-    checkpoints: Checkpoints, student: Student, optimizer: torch.optim.Optimizer
+    checkpoints: Checkpoints, student: Student, optimizer: torch.optim.Optimizer, events: EventLog
 ) -> tuple[int, float]:
-    """Load the newest checkpoint; returns the updates that are done, and the seconds they took."""
-    newest = checkpoints.load_newest()
+    """Load the newest checkpoint; returns the updates that are done, and the seconds they took.
+
+    The stage is short, so it begins anew if the only checkpoint is damaged. Raises: OtherFormat.
+    """
+    try:
+        newest = checkpoints.load_newest()
+    except OtherFormat:
+        raise
+    except CheckpointError as error:
+        events.write("checkpoint_damaged", damage=error.statement, used=0)
+        shutil.rmtree(checkpoints.root)
+        return 0, 0.0
     if newest is None:
         return 0, 0.0
     student.load_tensors(newest.tensors)
