@@ -34,6 +34,8 @@ def identity(process: psutil.Process) -> str:
 
     Raises: psutil.NoSuchProcess.
     """
+    if not Path("/proc/self/stat").exists():  # not Linux
+        return f"{process.pid} {process.create_time()}"
     try:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

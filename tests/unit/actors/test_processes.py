@@ -112,3 +112,24 @@ def test_the_family_of_an_owner_contains_what_stands_still(is_dead: bool) -> Non
         for each in processes.family(owner, mark):
             each.kill()
         wait_for(lambda: not processes.is_alive(worker))
+
+
+ADOPTER = f"""
+import os, subprocess, sys, time
+environment = os.environ | {{"{processes.OWNER_VARIABLE}": "1 1"}}
+worker = subprocess.Popen([sys.executable, "-c", {WORKER!r}], env=environment)
+worker.wait()
+print("ended", flush=True)
+time.sleep(100)
+"""
+"""It is the parent of a worker whose owner has ended before the worker began to watch."""
+
+
+def test_a_parent_that_is_no_engine_is_not_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", ADOPTER], stdout=subprocess.PIPE, text=True) as adopter:
+        assert adopter.stdout is not None
+        while adopter.stdout.readline() != "ended\n":  # the worker may end before it can say that it is ready
+            assert adopter.poll() is None
+        time.sleep(2 * processes._WATCH_EVERY_S)
+        assert adopter.poll() is None
+        adopter.kill()
