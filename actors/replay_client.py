@@ -31,14 +31,14 @@ class ReplayClient:
                 cause = getattr(error, "cause", error)  # Ray wraps what a method raised
                 if isinstance(cause, ReplayUnavailable):
                     raise cause from error
-                if _is_gone(error):
+                if is_gone(error):
                     raise ReplayUnavailable("replay", NO_VALUE, f"live; {first_line(error)}") from error
                 raise
 
         return call
 
 
-def _is_gone(error: Exception) -> bool:
+def is_gone(error: BaseException) -> bool:
     """Whether an error says that the actor's process has ended. Without Ray in this process, none does."""
     exceptions = sys.modules.get("ray.exceptions")
     if exceptions is None:

@@ -56,6 +56,18 @@ class Worker:
             Path(self._closed).touch()
 
 
+class Counting(Worker):
+    """An actor that counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__("a")
+        self._count = 0
+
+    def count(self) -> int:
+        self._count += 1
+        return self._count
+
+
 class BackendContract:
     """Tests of one open backend."""
 
@@ -122,6 +134,22 @@ class BackendContract:
                 backend.wait({"actor": actor.say.remote(1)})
         backend.kill_actor("actor")  # it need not be there
         backend.start_actor("actor", Worker, "a", num_threads=1)  # the name is free again
+
+    def test_an_actor_that_revives_keeps_its_handle(self, backend: Backend) -> None:
+        actor = backend.start_actor("actor", Counting, num_threads=1, revives=True)
+        assert backend.wait({"actor": actor.count.remote()}) == {"actor": 1}
+        pid = backend.actor_pid("actor")
+        if pid is not None:
+            psutil.Process(pid).suspend()  # it could not answer
+        backend.revive_actor("actor")
+        assert backend.wait({"actor": actor.count.remote()}) == {"actor": 1}
+        assert pid is None or backend.actor_pid("actor") != pid
+        if pid is not None:
+            psutil.Process(
+                backend.actor_pid("actor")
+            ).kill()  # Ray may have started it again before the next call
+            backend.revive_actor("actor")
+            assert backend.wait({"actor": actor.count.remote()}) == {"actor": 1}
 
     def test_process_of_an_actor(self, backend: Backend) -> None:
         actor = backend.start_actor("actor", Worker, "a", num_threads=1)

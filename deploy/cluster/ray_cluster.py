@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import psutil
 
+from actors.replay_client import is_gone
 from actors.vllm_engine.processes import family, identity
 from deploy.cluster.address import head_address, probe
 from deploy.cluster.backend import Backend
@@ -265,24 +266,16 @@ class RayCluster(Backend):
         psutil.wait_procs(left, timeout=_END_AFTER_S)
 
     def failure(self, name: str, error: BaseException) -> Exception:
-        from ray.exceptions import (
-            NodeDiedError,
-            OutOfMemoryError,
-            RayActorError,
-            RayError,
-            RayTaskError,
-            WorkerCrashedError,
-        )
+        from ray.exceptions import RayActorError, RayError, RayTaskError
 
-        if isinstance(error, RayActorError):
-            if error.actor_init_failed:  # Ray keeps the error only as text, whose last line names it
-                cause = str(error).splitlines()[-1].strip()
-                return ActorFailed(name, NO_VALUE, f"finish its work; it raised {cause}")
-            return ActorGone.died(name, first_line(error))
-        if isinstance(error, OutOfMemoryError | NodeDiedError | WorkerCrashedError):
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            # Ray keeps the error only as text, whose last line names it.
+            cause = str(error).splitlines()[-1].strip()
+            return ActorFailed(name, NO_VALUE, f"finish its work; it raised {cause}")
+        if is_gone(error):
             return ActorGone.died(name, first_line(error))
         if isinstance(error, RayError) and not isinstance(error, RayTaskError):
-            # The node is gone, or Ray cannot prepare the job's files there.
+            # Ray cannot prepare the job's files on the node.
             return ActorFailed(name, NO_VALUE, f"start; Ray reports: {first_line(error)}")
         return ActorFailed.raised(name, error)
 

@@ -71,8 +71,8 @@ class RunRecord:
         advice: Advice | None,
         actors: Mapping[str, Mapping[str, float]],
     ) -> None:
-        """Record the last stage. ``actors``: the counters of every actor, which are added up by role; one that failed at once has none. ``limit``: the stage
-        that limited it, a dataclass or None. ``advice``: what would make it faster."""
+        """Record the last stage. ``actors``: the counters of every actor, which are added up by role; one that failed at once
+        has none. ``limit``: the stage that limited it, a dataclass or None. ``advice``: what would make it faster."""
         self.limit = vars(limit) if limit is not None else None
         self.advice = advice.to_dict() if advice is not None else None
         self.updates, self.policy_version = updates, policy_version

@@ -342,7 +342,7 @@ class StudentTable:
                 scored=set(samples),
             )
             self.items.add(item)
-            self._admitted += 1
+            self._admitted += group.draw.number not in self.trained  # those are counted
             for sample in group.samples:
                 self._segments.add(sample)
         self.items.lease(item, update)

@@ -176,7 +176,9 @@ class Crew:
         except Exception as error:
             self._fleet.failed(member, error)
             return
-        await asyncio.wait([self._loops[member]])
+        if (loop := self._loops.get(member)) is None:  # it has failed meanwhile
+            return
+        await asyncio.wait([loop])
         async with self._fleet.steady, self._publisher.pinned():
             await self._fleet.stats_of([member])
             if not self._fleet.serves(member):
@@ -219,7 +221,7 @@ class Crew:
         config = self._run.config.cluster
         while True:
             stalled = await self._fleet.replay.within(
-                config.beat_timeout_s, "stalled", config.stall_timeout_s
+                self._fleet.beat_timeout_s, "stalled", config.stall_timeout_s
             )
             for member in self._fleet.members:
                 if (seconds := stalled.get(member.holder)) is not None:

@@ -127,7 +127,7 @@ class Fleet:
         async def of(actor: Actor | LastingReplay) -> dict[str, float]:
             try:
                 return await actor.within(self.beat_timeout_s, "stats")
-            except Exception:  # its own deadline ends the run, if it does not come back
+            except Exception:  # the part that needs it reports it
                 return {}
 
         members = self.members

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.run.training.adaptive_share import AdaptiveShare
@@ -20,6 +21,23 @@ from distill.evaluation import Evaluation, is_better
 from distill.interfaces import Lease
 from distill.replay.spans import SpanKind
 from distill.run.folder import RunFolder
+
+
+@dataclass
+class Spent:
+    """Seconds of a training. A learner that is started again continues them."""
+
+    began: float = field(default_factory=time.monotonic)
+    beside: dict[str, float] = field(default_factory=lambda: {"evaluation": 0.0, "checkpoint": 0.0})
+    """How long evaluations and checkpoints took, in lock-step between the updates and otherwise beside them."""
+    held_s: float = 0.0
+    """How long updates waited for evaluations and checkpoints beside them: for copies of weights, and for earlier
+    ones. It is 0 in lock-step, where :attr:`beside` are between the updates."""
+
+    def by_activity(self, *, lock_step: bool) -> dict[str, float]:
+        """The seconds so far."""
+        training = time.monotonic() - self.began - sum(self.beside.values()) * lock_step
+        return {"training": training, **self.beside, "update_waited_for_milestones": self.held_s}
 
 
 class RunMilestones:
@@ -34,8 +52,9 @@ class RunMilestones:
         evaluations: Evaluations,
         adaptive_share: AdaptiveShare,
         stats: Callable[[], Awaitable[dict[str, float]]],
+        spent: Spent,
     ) -> None:
-        """``stats``: the counters of all actors."""
+        """``stats``: the counters of all actors. ``spent``: where the seconds are added up."""
         self._config = config
         self._folder = folder
         self._fleet = fleet
@@ -45,11 +64,7 @@ class RunMilestones:
         self._stats = stats
         self._evaluating: asyncio.Task[None] | None = None
         self._saving: asyncio.Task[None] | None = None
-        self.seconds = {"evaluation": 0.0, "checkpoint": 0.0}
-        """How long evaluations and checkpoints took, in lock-step between the updates and otherwise beside them."""
-        self.held_s = 0.0
-        """How long updates waited for evaluations and checkpoints beside them: for copies of weights, and for earlier
-        ones. It is 0 in lock-step, where :attr:`seconds` are between the updates."""
+        self._spent = spent
 
     async def before_training(self, updates_done: int, policy_version: int) -> None:
         self._recorder.start(updates_done, policy_version)
@@ -85,7 +100,7 @@ class RunMilestones:
             if self._in_turns or is_last:
                 await self._end_of(self._saving)
         if not (self._in_turns or is_last):
-            self.held_s += time.monotonic() - start
+            self._spent.held_s += time.monotonic() - start
         self._recorder.start_clock()
 
     async def _end_of(self, task: asyncio.Task[None] | None) -> None:
@@ -176,7 +191,7 @@ class RunMilestones:
         with self._activity(SpanKind.CHECKPOINT, "checkpoint", updates_done):
             copy_s = await saved
         if not self._in_turns and not self._is_last(updates_done):
-            self.held_s += copy_s
+            self._spent.held_s += copy_s
         await self._fleet.replay.commit(updates_done)
         self._recorder.event("checkpoint", updates_done=updates_done)
 
@@ -187,7 +202,7 @@ class RunMilestones:
         self._recorder.report(activity=shown)
         with self._recorder.trace.span(kind, "driver", updates_done):
             yield
-        self.seconds[kind.name.lower()] += time.monotonic() - start
+        self._spent.beside[kind.name.lower()] += time.monotonic() - start
         self._recorder.report(activity="training")
 
 

@@ -7,8 +7,7 @@ students, which the learner writes at its request.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from deploy.run.training.crew import Crew
 from deploy.run.training.evaluations import Evaluations
 from deploy.run.training.fleet import Fleet
 from deploy.run.training.live import LiveTraining
-from deploy.run.training.milestones import RunMilestones
+from deploy.run.training.milestones import RunMilestones, Spent
 from deploy.run.training.publisher import FleetPublisher
 from deploy.run.training.recorder import Recorder, resumed_alarms
 from deploy.run.training.scale import answer_requests
@@ -77,6 +76,11 @@ async def train_fleet(
         "student_text": inputs.num_prompts,
         "teacher_text": pq.read_metadata(inputs.teacher_text).num_rows,
     }
+
+    def make_recorder(state: dict[str, Any] | None) -> Recorder:
+        alarms = resumed_alarms(folder, state) if state else Alarms()
+        return Recorder(folder, alarms, live.report, run.setup(), trackers, trace, rows)
+
     # A run that ends by an error keeps its last spans, which explain it.
     with closing(RunTrace(folder, run.progress.say)) as trace:
         publisher = FleetPublisher(
@@ -98,19 +102,7 @@ async def train_fleet(
                     group.create_task(answer_requests(config, folder, crew, run.progress.say)),
                     group.create_task(export(run, inputs, fleet, live)),
                 ]
-                while True:
-                    alarms = resumed_alarms(folder, state) if state else Alarms()
-                    recorder = Recorder(folder, alarms, live.report, run.setup(), trackers, trace, rows)
-                    # A run that ends by an error keeps its last rows, which explain it.
-                    with closing(recorder):
-                        try:
-                            trained = await _train(run, inputs, fleet, publisher, state, recorder)
-                            break
-                        except ActorGone as error:
-                            if error.name != fleet.learner.name:
-                                raise
-                            lost = error
-                    state = await crew.replace_learner(lost)
+                trained = await _train_on(run, inputs, fleet, publisher, crew, state, make_recorder)
                 crew.stop()
                 for task in beside:
                     task.cancel()
@@ -141,6 +133,29 @@ async def _repeat(show: Callable[[], None]) -> None:
         await asyncio.sleep(SHOW_EVERY_S)
 
 
+async def _train_on(
+    run: RunContext,
+    inputs: RunInputs,
+    fleet: Fleet,
+    publisher: FleetPublisher,
+    crew: Crew,
+    state: dict[str, Any] | None,
+    make_recorder: Callable[[dict[str, Any] | None], Recorder],
+) -> Trained:
+    """Train to the last update; a learner that is gone is replaced, and the training goes back to its checkpoint."""
+    whole, spent = StageClocks(), Spent()
+    while True:
+        # A run that ends by an error keeps its last rows, which explain it.
+        with closing(make_recorder(state)) as recorder:
+            try:
+                return await _train(run, inputs, fleet, publisher, state, recorder, whole, spent)
+            except ActorGone as error:
+                if error.name != fleet.learner.name:
+                    raise
+                lost = error
+        state = await crew.replace_learner(lost)
+
+
 async def _train(
     run: RunContext,
     inputs: RunInputs,
@@ -148,9 +163,12 @@ async def _train(
     publisher: FleetPublisher,
     state: dict[str, Any] | None,
     recorder: Recorder,
+    whole: StageClocks,
+    spent: Spent,
 ) -> Trained:
+    """``whole`` and ``spent``: the clocks of the training, which a learner that is started again continues."""
     config, trace, folder = run.config, recorder.trace, RunFolder(inputs.run_dir)
-    clocks, whole = StageClocks(), StageClocks()
+    clocks = StageClocks()
 
     async def stats() -> dict[str, float]:
         counters, spans = await asyncio.gather(fleet.stats(), fleet.spans())
@@ -162,10 +180,9 @@ async def _train(
     share = AdaptiveShare(config.recipe, folder, state["adaptive_share"] if state else None)
     evaluations = Evaluations(fleet, publisher, folder, inputs, of_copy=not config.replay.lock_step)
     await _check_teacher(config, evaluations, recorder)
-    milestones = RunMilestones(config, folder, fleet, recorder, evaluations, share, stats)
+    milestones = RunMilestones(config, folder, fleet, recorder, evaluations, share, stats, spent)
     num_updates = config.learner.num_updates
     recorder.report(activity="training", num_updates=num_updates)
-    start = time.monotonic()
     try:
         await train_loop(
             TracedReplay(fleet.replay, trace),
@@ -179,9 +196,8 @@ async def _train(
     finally:
         milestones.close()
     await fleet.learner.write_student("student", False)
-    timing = _timing(time.monotonic() - start, milestones.seconds, lock_step=config.replay.lock_step)
+    timing = spent.by_activity(lock_step=config.replay.lock_step)
     timing["push_waited_for_evaluations"] = publisher.waited_s
-    timing["update_waited_for_milestones"] = milestones.held_s
     trace.write(await fleet.spans())
     counters = await fleet.stats()
     row = counters | whole.shares(counters)
@@ -197,11 +213,6 @@ async def _train(
             "learner": await fleet.learner.stats(),
         },
     )
-
-
-def _timing(seconds: float, beside: Mapping[str, float], *, lock_step: bool) -> dict[str, float]:
-    """The seconds of a training by activity. ``beside``: those of evaluations and checkpoints, part of it in lock-step."""
-    return {"training": seconds - sum(beside.values()) * lock_step, **beside}
 
 
 async def _check_teacher(config: RunConfig, evaluations: Evaluations, recorder: Recorder) -> None:

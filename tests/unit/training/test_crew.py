@@ -76,6 +76,7 @@ class Replay:
     def __init__(self, log: list[str]) -> None:
         self.log = log
         self.stalled: dict[Holder, float] = {}
+        self.deadlines: set[float | None] = set()
 
     async def forget(self, holder: Holder) -> None:
         self.log.append(f"forget {holder}")
@@ -84,6 +85,7 @@ class Replay:
         self.log.append(f"go back to {state}")
 
     async def within(self, seconds: float | None, method: str, *args: Any) -> Any:
+        self.deadlines.add(seconds)
         return {"stalled": self.stalled, "stats": {}}[method]
 
 
@@ -351,3 +353,33 @@ async def test_a_pool_shrinks_also_while_a_member_is_replaced(
         last = "rollout-1.1" if fails else "rollout-1.0"
         assert [line for line in world.log if line.startswith("end")] == [f"end {last}"]
         assert all(holder.number == 1 for holder in world.fleet.departed)
+
+
+async def test_where_actors_share_a_thread_no_answer_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that computes holds up the others, which are well."""
+    world = World(monkeypatch)
+    world.fleet.beat_timeout_s = None
+    async with world.working():
+        await asyncio.sleep(0.05)
+    replay: Any = world.fleet.replay
+    assert replay.deadlines == {None}
+
+
+async def test_a_member_that_fails_just_after_it_was_asked_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loop is gone then, and its heir leaves."""
+    world = World(monkeypatch)
+    async with world.working() as crew:
+        leaving = world.fleet.rollouts[1]
+
+        async def retire_and_fail(seconds: float | None, method: str, *args: Any, setting: str = "") -> Any:
+            if method == "retire":
+                world.fleet.failed(leaving, ActorGone.died("rollout-1.0", "killed"))
+                while leaving in crew._loops:
+                    await asyncio.sleep(0)
+            return {}
+
+        engine(leaving).within = retire_and_fail
+        async with asyncio.timeout(5):
+            await crew.resize("rollout", 1)
+        assert [str(each.holder) for each in world.fleet.rollouts] == ["rollout-0.0"]
+        assert "end rollout-1.1" in world.log

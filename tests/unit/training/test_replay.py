@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from deploy.cluster.failures import ActorGone
 from deploy.run.training.replay import LastingReplay
 from distill.interfaces import Draw, Holder, Lease, ReplayUnavailable, SampleRef, Work
 from distill.replay.service import ReplayService
-from tests.unit.replay.builders import Settings, draw_numbers, sample, scored
+from tests.unit.replay.builders import Settings, draw_numbers, fill, sample, scored
 
 
 class MortalReplay:
@@ -27,6 +28,11 @@ class MortalReplay:
         self.is_quick = False
         self.handle = self
         self.service: ReplayService | None = self.new()
+
+    @property
+    def opened(self) -> ReplayService:
+        assert self.service is not None
+        return self.service
 
     def new(self) -> ReplayService:
         return ReplayService(self.settings.index(), is_open=False)
@@ -165,7 +171,14 @@ def test_what_a_dead_actor_sends_is_refused_by_the_successor_too() -> None:
     asyncio.run(check())
 
 
-def test_a_successor_that_nobody_has_noticed_is_told_everything_first() -> None:
+CALLS: dict[str, tuple[Any, ...]] = {
+    "advance": (0, 2), "acknowledge": (0,), "commit": (0,), "forget": (Holder("rollout", 9),), "go_back": (None,),
+    "lease": (0,), "set_student_share": (0.5,), "spans": (), "stalled": (1.0,), "state": (), "stats": (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", CALLS)
+def test_a_successor_is_told_everything_before_it_answers(method: str) -> None:
     """Ray starts the process again by itself. If no call was under way, none has failed."""
 
     async def check() -> None:
@@ -173,22 +186,31 @@ def test_a_successor_that_nobody_has_noticed_is_told_everything_first() -> None:
         replay = LastingReplay(mortal, None, mortal.revive, deadline_s=1)  # pyright: ignore[reportArgumentType]
         await replay.start()
         await replay.advance(0, 1)
-        for method, arguments in (("state", ()), ("stats", ()), ("stalled", (1.0,)), ("forget", (Holder("rollout", 0),)), ("advance", (0, 2))):  # fmt: skip
-            mortal.service = mortal.new()
-            await getattr(replay, method)(*arguments)
-            assert mortal.service.index.updates_done == 0
-            assert (await replay.exchange(Holder("rollout", mortal.num_calls), [], [], 1)).work
+        fill(mortal.opened.index)
+        assert await replay.lease(0)
+        mortal.service = mortal.new()
+        await getattr(replay, method)(*CALLS[method])
+        assert mortal.opened._is_open
 
     asyncio.run(check())
+
+
+def test_the_driver_has_a_call_for_everything_that_the_service_can_do() -> None:
+    """Apart from the calls of actors, which repeat theirs, and those that begin and end it."""
+    of_others = {"exchange", "live_segments", "take_over", "stop"}
+    methods = {name for name in vars(ReplayService) if not name.startswith("_")} - of_others
+    assert methods == set(CALLS)
 
 
 def test_a_take_over_outlives_the_call_that_noticed_the_death() -> None:
     async def check() -> None:
         mortal = MortalReplay(Settings(), {3: False})
-        revived = asyncio.Event()
+        may_revive, num_revived = asyncio.Event(), 0
 
         async def revive(error: Exception) -> None:
-            await revived.wait()
+            nonlocal num_revived
+            num_revived += 1
+            await may_revive.wait()
             await mortal.revive(error)
 
         replay = LastingReplay(mortal, None, revive, deadline_s=1)  # pyright: ignore[reportArgumentType]
@@ -198,8 +220,29 @@ def test_a_take_over_outlives_the_call_that_noticed_the_death() -> None:
         await asyncio.sleep(0.01)
         call.cancel()
         await asyncio.sleep(0)
-        revived.set()
+        may_revive.set()
         async with asyncio.timeout(1):
             assert (await replay.exchange(Holder("rollout", 1), [], [], 1)).work
+        assert num_revived == 1
+
+    asyncio.run(check())
+
+
+def test_what_was_under_way_is_not_taken_for_what_is_issued_again() -> None:
+    """The same actor may get the same draw from the successor, and still deliver the old sample."""
+
+    async def check() -> None:
+        mortal = MortalReplay(Settings(), {4: False})
+        replay = LastingReplay(mortal, None, mortal.revive, deadline_s=1)  # pyright: ignore[reportArgumentType]
+        await replay.start()
+        await replay.advance(0, 1)
+        holder = Holder("rollout", 0)
+        [before] = (await replay.exchange(holder, [], [], 1)).work
+        await replay.stats()  # it dies here
+        [after] = (await replay.exchange(holder, [], [], 1)).work
+        assert isinstance(before, Draw) and isinstance(after, Draw)
+        assert (before.number, before.work_id != after.work_id) == (after.number, True)
+        answer = await replay.exchange(holder, [sample(before)], [after.work_id], 0)
+        assert answer.refused == (sample(before).work_id,)
 
     asyncio.run(check())
