@@ -43,7 +43,7 @@ def assert_audit_is_clean(run: Path, num_updates: int) -> None:
 
 def test_an_asynchronous_run_loses_nothing(world: Path) -> None:
     """With vLLM's student, whose engine core is a process of its own."""
-    num_updates = 240
+    num_updates = 400  # the run still trains when the last actor fails
     settings = [*TWO, "scoring.engine=transformers", "replay.max_policy_age=2", f"learner.num_updates={num_updates}",
                 "evaluation.every=100", "checkpoint.every=50", "cluster.beat_timeout_s=4", "cluster.max_restarts=20"]  # fmt: skip
     with Victims(world, "asynchronous", *settings) as victims:
@@ -116,7 +116,6 @@ def test_in_lock_step_the_numbers_are_those_of_a_run_without_failure(world: Path
             name, process = victims.actor(actor)
             process.kill()
             victims.until_replaced(name)
-        victims.until_update(50)
         output = victims.kill_driver()
     resumed = re.findall(r"the learner goes on after update (\d+)\n", output)
     assert resumed in (["0", "20"], ["0", "40"]), output

@@ -6,7 +6,6 @@ what is tested.
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 import psutil
 
 from actors.vllm_engine.processes import is_alive
+from distill.run.metrics import read_events, read_metrics
 from tests.integration.test_train import start, train_arguments
 
 ENGINE_CORE = re.compile("EngineCore")
@@ -71,15 +71,7 @@ class Victims:
         return output
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        try:
-            lines = (self.run / "events.jsonl").read_text().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
-        return [
-            event
-            for event in (json.loads(line) for line in lines if line.endswith("\n"))
-            if event["event"] == name
-        ]
+        return [event for event in read_events(self.run) if event["event"] == name]
 
     def until(self, condition: Callable[[], Any], timeout_s: float = 120.0) -> Any:
         """Wait until a condition holds while the run goes on; returns its value."""
@@ -93,7 +85,6 @@ class Victims:
 
     def until_update(self, update: int) -> None:
         """Wait until the file of metrics has this update."""
-        from distill.run.metrics import read_metrics
 
         def has_come() -> bool:
             done = read_metrics(self.run)["update"].to_pylist() if (self.run / "run.json").exists() else []

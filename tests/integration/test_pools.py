@@ -13,7 +13,7 @@ import pytest
 
 from distill.config.load import load_config
 from distill.replay.draws import BatchPlan
-from distill.run.metrics import read_metrics
+from distill.run.metrics import read_events, read_metrics
 from learner.process.checkpoint import Checkpoints
 from tests.integration.test_train import (
     PLAIN,
@@ -30,11 +30,6 @@ __all__ = ["world"]  # the fixture
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TWO = ["rollout.replicas=2", "scoring.replicas=2"]
-
-
-def events(run: Path, name: str) -> list[dict[str, Any]]:
-    lines = (run / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
 def check_ledger(run: Path, num_updates: int, max_policy_age: int) -> None:
@@ -63,7 +58,7 @@ def test_replicas_of_vllm_work_at_the_same_time(world: Path) -> None:
     assert summary["tokens"]["rollout"] == sum(
         counters.get("rollout/num_tokens", 0) for counters in summary["actors"].values()
     )
-    labels = [event["label"] for event in events(run, "evaluated")]
+    labels = [event["label"] for event in read_events(run) if event["event"] == "evaluated"]
     assert labels == ["before", *(f"step-{update}" for update in range(1, 6)), "after"]
     assert_nothing_shared(run)
 
