@@ -336,13 +336,9 @@ def test_two_runs_at_once_do_not_interfere(world: Path) -> None:
         assert_nothing_shared(world / f"pair-{i}")
 
 
-def test_dead_engine_ends_the_run_with_one_line(world: Path) -> None:
-    process = start(
-        world,
-        *train_arguments(
-            world, "dead", "learner.num_updates=500", "evaluation.every=0", "checkpoint.every=1000"
-        ),
-    )
+def test_dead_engine_without_a_restart_ends_the_run_with_one_line(world: Path) -> None:
+    settings = ["learner.num_updates=500", "evaluation.every=0", "checkpoint.every=1000", "cluster.max_restarts=0"]  # fmt: skip
+    process = start(world, *train_arguments(world, "dead", *settings))
     wait_for(lambda: "training_started" in events(world / "dead"), process)
     engines = [
         child
