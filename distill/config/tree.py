@@ -60,6 +60,8 @@ _LENGTH_AND_RECORDS = (
     "checkpoint.every",
     "checkpoint.keep",
     "scoring.check",
+    "learner.on_nonfinite",
+    "learner.max_nonfinite",
 )
 _ENGINE_RESOURCES = ("num_threads", "tensor_parallel_size", "kv_cache_gib", "gpu_memory_utilization")
 _RESOURCES = (

@@ -89,6 +89,7 @@ class RunFolder:
         self.data = self.path / "data"
         self.replay = self.path / "replay"
         self.checkpoints = self.path / "checkpoints"
+        self.nonfinite = self.path / "nonfinite"
         self.cut = self.path / "student-init"
         self.cut_layers = self.path / "student-init-layers.json"
         self.sft = self.path / "sft"
@@ -301,7 +302,7 @@ class RunFolder:
             raise ConfigError("run_dir", self.path, must, "choose another run_dir")
 
     def _begin_incarnation(self, fingerprint: str) -> None:
-        for folder in (self.path, self.data, self.checkpoints, self.evaluations):
+        for folder in (self.path, self.data, self.checkpoints, self.nonfinite, self.evaluations):
             remove_temporaries(folder)
         for failure in (self.failure, self.traceback):  # of an earlier incarnation
             failure.unlink(missing_ok=True)
