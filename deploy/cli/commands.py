@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deploy.exits import DONE, INTERRUPTED, complain, exit_code
 from distill.config import RunConfig
-from distill.errors import NO_VALUE, ConfigError, first_line
+from distill.errors import NO_VALUE, ConfigError, DistillError, first_line
 
 NEW_FILE = "run.yaml"
 """The file that `distill init` writes unless another is named."""
@@ -213,6 +213,15 @@ def audit(options: argparse.Namespace) -> int:
     for line in audit_run(folder, config, ledger).lines:
         print(line)
     return DONE
+
+
+def replay_batch(options: argparse.Namespace) -> int:
+    from learner.process.replay_update import replay_update
+
+    replayed = replay_update(options.file)
+    for line in replayed.lines:
+        print(line)
+    return DONE if replayed.first is None else DistillError.exit_code
 
 
 def trace(options: argparse.Namespace) -> int:

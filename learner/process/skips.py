@@ -62,7 +62,9 @@ class Skips:
             trajectories=tuple(name for row in rows for name in row.column("trajectory_id").to_pylist()),
         )
         try:
-            file = str(write_update(self._folder.nonfinite, about, self._distiller, self._distiller.batch(rows)))
+            file = str(
+                write_update(self._folder.nonfinite, about, self._distiller, self._distiller.batch(rows))
+            )
             replay = f"`distill replay-batch {shlex.quote(file)}` says which tensor was the first"
         except OSError as problem:  # a full disk is no reason to say less about the failure itself
             file = None
@@ -74,7 +76,9 @@ class Skips:
             raise Diverged(f"{where}: {error.name}", error.value, error.must, remedy) from error
         if self.num_skipped >= settings.max_nonfinite:
             must = f"{error.must}, because learner.max_nonfinite={settings.max_nonfinite} updates have been skipped"
-            raise Diverged(f"{where}: {error.name}", error.value, must, f"{replay}; {error.remedy}") from error
+            raise Diverged(
+                f"{where}: {error.name}", error.value, must, f"{replay}; {error.remedy}"
+            ) from error
         self.num_skipped += 1
         self.newest = {
             "update": update,

@@ -204,6 +204,10 @@ class CriticPair:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for critic in self._critics.values() for parameter in critic.parameters()]
 
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The trained ones, by the names that a checkpoint gives them."""
+        return [(name, value) for name, value in self._named() if name.startswith("critic.")]
+
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 

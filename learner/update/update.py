@@ -85,11 +85,11 @@ def update(
     student is then unchanged; critics may have taken steps, which the caller undoes.
     """
     batch = batch.over(ranks)
-    with _stage("scores"):
-        require_finite_scores(batch, ranks)
     if method.recipe.payload == "text":  # cross-entropy only: no distributions, no game
         with _stage("student"):
             return student_step(student, optimizer, batch, None, None, method, ranks=ranks)
+    with _stage("scores"):
+        require_finite_scores(batch, ranks)
     if teacher is None:
         raise ValueError(f"recipe {method.recipe.name} needs the teacher's head")
     heads = Heads.of(student, teacher)
