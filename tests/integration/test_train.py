@@ -21,7 +21,7 @@ import pytest
 
 from distill.evaluation import load_evaluation
 from distill.run.folder import RunFolder
-from distill.run.metrics import read_metrics, reproducible
+from distill.run.metrics import read_events, read_metrics, reproducible
 from learner.process.checkpoint import Checkpoints
 from tests.tiny import make_world, save_tiny_llama, tiny_overrides
 
