@@ -21,7 +21,7 @@ import pytest
 
 from distill.evaluation import load_evaluation
 from distill.run.folder import RunFolder
-from distill.run.metrics import read_events, read_metrics, reproducible
+from distill.run.metrics import read_metrics, reproducible
 from learner.process.checkpoint import Checkpoints
 from tests.tiny import make_world, save_tiny_llama, tiny_overrides
 
@@ -357,54 +357,6 @@ def test_dead_engine_without_a_restart_ends_the_run_with_one_line(world: Path) -
     assert "rollout engine" in failure["name"] and failure["must"].startswith("live; ")
     assert "ran out of memory" in failure["remedy"]
     assert "EngineDied" in (world / "dead" / "failure.txt").read_text()
-
-
-def test_run_that_diverges_keeps_the_rows_before_it(world: Path) -> None:
-    """They are written to the file only every few seconds."""
-    settings = [*PLAIN, "recipe=fkl", "cluster.backend=in_process", "learner.num_updates=9", "sft.enabled=false",
-                "learner.learning_rate=1e30", "learner.warmup_fraction=0.5", "evaluation.every=0", "checkpoint.every=100"]  # fmt: skip
-    process = start(world, *train_arguments(world, "diverged", *settings))
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 1, output[-3000:]
-    failure = RunFolder(world / "diverged").read_failure()
-    assert failure is not None and failure["code"] == "diverged", output[-3000:]
-    assert read_metrics(world / "diverged")["update"].to_pylist()[:1] == [1]
-    (file,) = (world / "diverged" / "nonfinite").iterdir()
-    assert f"`distill replay-batch {file}`" in failure["remedy"]
-    replayed = subprocess.run(
-        [sys.executable, "-m", "deploy.cli.main", "replay-batch", str(file)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert replayed.returncode == 1, replayed.stderr
-    assert "\nthe first tensor that is not finite is the " in replayed.stdout
-
-
-def test_skipped_updates_are_counted_over_a_resume_and_add_up(world: Path) -> None:
-    """After the first update, whose rate ruins the student, every update is skipped; the limit is the run's."""
-    run = world / "skips"
-    settings = [*PLAIN, "recipe=fkl", "cluster.backend=in_process", "learner.num_updates=3", "sft.enabled=false", "learner.learning_rate=1e30",
-                "learner.warmup_fraction=0", "learner.on_nonfinite=skip", "evaluation.every=0", "scoring.check=0", "checkpoint.every=1"]  # fmt: skip
-    process = start(world, *train_arguments(world, "skips", *settings))
-    output, _ = process.communicate(timeout=200)
-    skipped = [event for event in read_events(run) if event["event"] == "update_skipped"]
-    assert [event["update"] for event in skipped] == [2, 3], output[-3000:]
-    assert read_metrics(run)["learner/num_nonfinite"].to_pylist() == [0, 1, 2]
-    more = start(world, "train", "--resume", str(run), "learner.num_updates=9", "learner.max_nonfinite=3")
-    output, _ = more.communicate(timeout=200)
-    assert more.returncode == 1, output[-3000:]
-    assert (
-        "update 5, stage student" in output
-        and "because learner.max_nonfinite=3 updates have been skipped" in output
-    )
-    audit = subprocess.run(
-        [sys.executable, "-m", "deploy.cli.main", "audit", str(run)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert audit.returncode == 0 and "4 updates, 2 starts" in audit.stdout, audit.stdout + audit.stderr
 
 
 def steps(run: Path) -> list[int]:

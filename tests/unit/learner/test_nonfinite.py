@@ -361,10 +361,15 @@ def test_a_file_that_cannot_be_read_is_one_line(file, tmp_path, capsys, damage):
     "recipe", ["ammd", "ammd_paper", "fkl", "jsd", "minillm", "gkd", "sft", "oracle_tv", "oracle_skl"]
 )
 def test_a_sound_update_has_no_tensor_that_is_not_finite(world, recipe):
-    """Otherwise an infinity that is meant would be named in place of the cause."""
+    """Otherwise an infinity that is meant, or memory that is not written yet, would be named in place of the cause."""
     distiller = a_distiller(world, f"recipe={recipe}")
     batch = distiller.batch(rows_of())
     watch = Watch(distiller, batch, Rows([str(number) for number in range(6)]))
-    with watch.watching():
-        distiller.train_on(batch)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # it fills new memory with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        with watch.watching():
+            distiller.train_on(batch)
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert watch.first is None
