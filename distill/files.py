@@ -11,6 +11,8 @@ skip.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import itertools
 import json
 import math
@@ -25,6 +27,9 @@ from typing import Any, Generic, Literal, TypeVar
 T = TypeVar("T")
 NOT_AS_WRITTEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 """What reading a broken line raises."""
+
+_HERE, _RENAME_EXCHANGE = -100, 2
+"""Of Linux's renameat2: paths are relative to the working directory, and both names exist."""
 
 _numbers = itertools.count()
 
@@ -91,18 +96,36 @@ def put_folder(made: Path, place: Path, *, if_exists: Literal["replace", "keep"]
             if not place.is_dir():
                 raise
             shutil.rmtree(made)
+    elif place.exists():
+        _exchange(made, place)
+        sync(place.parent)  # before the old one is deleted
+        shutil.rmtree(made, ignore_errors=True)
     else:
-        old = _temporary(place)
-        try:
-            if place.exists():
-                place.rename(old)
-            made.rename(place)
-        except BaseException:
-            if old.exists() and not place.exists():
-                old.rename(place)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        made.rename(place)
     sync(place.parent)
+
+
+def _exchange(made: Path, place: Path) -> None:
+    """Exchange the names of two folders.
+
+    Linux does it in one step. Where it cannot (another system, some network file systems), there is a moment between
+    two renames in which a crash leaves neither folder at ``place``.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        paths = (_HERE, os.fsencode(made), _HERE, os.fsencode(place))
+        if renameat2(*paths, _RENAME_EXCHANGE) == 0:
+            return
+        if (number := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(number, os.strerror(number), str(place))
+    old = _temporary(place)
+    place.rename(old)
+    try:
+        made.rename(place)
+    except BaseException:
+        old.rename(place)
+        raise
+    old.rename(made)
 
 
 def sync(path: Path) -> None:

@@ -224,7 +224,7 @@ def _read_end(found: RunFiles) -> None:
         absent=state,
         lost="total time, tokens, memory and the limit of the whole training are not shown",
     )
-    best = folder.path / "best.json"
+    best = folder.best_numbers
     found.best = _attempt(found, best, lambda: _object(best), lost="the best student is not named")
     found.failure = _attempt(
         found, folder.failure, lambda: _object(folder.failure), lost="why the run failed is not shown"

@@ -100,7 +100,7 @@ class RunFolder:
         self.scale_answer = self.path / "scale-answer.json"
         self.metrics_target = self.path / "prometheus-target.json"
         self._identity_file = self.path / "run.json"
-        self._best_file = self.path / "best.json"
+        self.best_numbers = self.best / "best.json"
         self._lock_file = self.path / ".lock"
         self._lock: int | None = None
 
@@ -248,14 +248,9 @@ class RunFolder:
         """Record where Prometheus finds the numbers of this run, in its format for discovery by files."""
         write_bytes(self.metrics_target, json.dumps([{"targets": [address]}]).encode())
 
-    def write_best(self, best: Mapping[str, Any]) -> None:
-        """Record the update, metric and value of the student in ``best/``. The learner calls this
-        without holding the folder."""
-        write_json(self._best_file, best)
-
     def read_best(self) -> dict[str, Any] | None:
-        """Return what :meth:`write_best` recorded; None before an evaluation during training."""
-        return json.loads(self._best_file.read_text()) if self._best_file.is_file() else None
+        """Return the update, metric and value of the student in ``best/``; None before an evaluation during training."""
+        return json.loads(self.best_numbers.read_text()) if self.best_numbers.is_file() else None
 
     # Steps of opening
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -84,8 +84,11 @@ class LearnerActor:
     async def save(self, updates_done: int, state: dict[str, Any]) -> float:
         return await self.worker.save(updates_done, state)
 
-    async def write_student(self, name: Literal["best", "student"], copy: bool) -> None:
-        await self.worker.write_student(name, copy=copy)
+    async def write_student(self) -> None:
+        await self.worker.write_student()
+
+    async def write_best(self, best: Mapping[str, Any], copy: bool) -> None:
+        await self.worker.write_best(best, copy=copy)
 
     def stats(self) -> dict[str, float]:
         return self.worker.stats()

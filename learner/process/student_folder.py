@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
 
-from distill.files import new_folder
+from distill.files import new_folder, write_json
 from distill.run.inputs import RunInputs
 from learner.model.student import Student
 
@@ -24,8 +25,11 @@ class StudentWriter:
         self._inputs = inputs
         self._chat_template = chat_template
 
-    def write(self, student: Student, folder: Path) -> None:
-        """Write a Hugging Face checkpoint that is never half there."""
+    def write(self, student: Student, folder: Path, facts: Mapping[str, Mapping[str, Any]] = {}) -> None:
+        """Write a Hugging Face checkpoint that is never half there.
+
+        ``facts``: JSON files by name that belong to this student, and so replace those of another one with it.
+        """
         tokenizer: Any = AutoTokenizer.from_pretrained(self._inputs.teacher_dir, local_files_only=True)
         if not self._chat_template:
             tokenizer.chat_template = None
@@ -38,3 +42,5 @@ class StudentWriter:
             student.save(making)
             tokenizer.save_pretrained(making)
             generation.save_pretrained(making)
+            for name, values in facts.items():
+                write_json(making / name, values)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from distill.config import RunConfig
 from distill.evaluation import Evaluation
@@ -102,7 +102,7 @@ class LearnerWorker:
         self._evaluator.keep_teacher_text([self._store.read(sample) for sample in samples])
 
     async def copy_student(self) -> None:
-        """Copy the current student, for :meth:`measure` and :meth:`write_student` while the updates go on."""
+        """Copy the current student, for :meth:`measure` and :meth:`write_best` while the updates go on."""
         async with self._turn:
             with self._clock.running():
                 await asyncio.to_thread(self._copy_student)
@@ -153,15 +153,20 @@ class LearnerWorker:
         await asyncio.to_thread(self.checkpoints.save, updates_done, tensors, state)
         return copy_s
 
-    async def write_student(self, name: Literal["best", "student"], *, copy: bool = False) -> None:
-        """Write the current student, or the copied one, as a Hugging Face checkpoint into a folder of the run."""
-        folders: dict[str, Path] = {"best": self.folder.best, "student": self.folder.student}
+    async def write_student(self) -> None:
+        """Write the current student as a Hugging Face checkpoint into its folder of the run."""
+        async with self._turn:
+            await asyncio.to_thread(self._students.write, self.distiller.student, self.folder.student)
+
+    async def write_best(self, best: Mapping[str, Any], *, copy: bool = False) -> None:
+        """Write the current student, or the copied one, as the best, with the numbers by which it is."""
+        facts = {self.folder.best_numbers.name: best}
         if copy:
             assert self._copy is not None
-            await asyncio.to_thread(self._students.write, self._copy, folders[name])
+            await asyncio.to_thread(self._students.write, self._copy, self.folder.best, facts)
             return
         async with self._turn:
-            await asyncio.to_thread(self._students.write, self.distiller.student, folders[name])
+            await asyncio.to_thread(self._students.write, self.distiller.student, self.folder.best, facts)
 
     def stats(self) -> dict[str, float]:
         """Counters for the metrics of an update."""

@@ -185,7 +185,8 @@ def test_an_exception_inside_changes_nothing(tmp_path, if_exists, error, there):
 
 @pytest.mark.parametrize("if_exists", ["replace", "keep"])
 def test_a_rename_that_fails_changes_nothing(tmp_path, monkeypatch, if_exists):
-    """This includes the second of the two renames that replace a folder."""
+    """This includes the second of the two renames that replace a folder where names cannot be exchanged."""
+    monkeypatch.setattr("distill.files.ctypes.CDLL", without_exchange)
     place = filled(tmp_path / "place", "old") if if_exists == "replace" else tmp_path / "place"
     rename = Path.rename
 
@@ -199,6 +200,47 @@ def test_a_rename_that_fails_changes_nothing(tmp_path, monkeypatch, if_exists):
         monkeypatch.setattr(Path, "rename", fail)
     assert names(tmp_path) == (["place"] if if_exists == "replace" else [])
     assert if_exists == "keep" or (place / "text").read_text() == "old"
+
+
+def without_exchange(name: None, *, use_errno: bool) -> object:
+    return object()
+
+
+def test_a_folder_is_replaced_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.files.ctypes.CDLL", without_exchange)
+    place = filled(tmp_path / "place", "old")
+    with new_folder(place) as making:
+        (making / "text").write_text("new")
+    assert (place / "text").read_text() == "new"
+    assert names(tmp_path) == ["place"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux exchanges names")
+def test_a_folder_that_is_replaced_is_never_absent(tmp_path):
+    """Each name that the process gives away is taken by the new folder in the same step: it renames nothing."""
+    place = filled(tmp_path / "place", "old")
+    seen: list[str] = []
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.rename" and str(place) in map(str, arguments):
+            seen.append(event)
+
+    sys.addaudithook(watch)
+    with new_folder(place) as making:
+        (making / "text").write_text("new")
+    assert (place / "text").read_text() == "new"
+    assert not seen
+    assert names(tmp_path) == ["place"]
+
+
+def test_an_exchange_that_fails_changes_nothing(tmp_path):
+    """The destination is a mount point or the like, here a folder that contains what is to replace it."""
+    place = filled(tmp_path / "place", "old")
+    made = filled(place / "made", "new")
+    with pytest.raises(OSError, match="place"):
+        put_folder(made, place, if_exists="replace")
+    assert (place / "text").read_text() == "old"
+    assert (made / "text").read_text() == "new"
 
 
 def test_a_file_where_a_kept_folder_should_be_is_an_error(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,9 @@ class Evaluations:
         await self._release()
         return evaluation
 
-    async def keep_student(self, name: str) -> None:
-        """Write the student that was measured last into a folder of the run."""
-        await self._fleet.learner.write_student(name, self._of_copy)
+    async def keep_best(self, best: Mapping[str, Any]) -> None:
+        """Write the student that was measured last as the best, with the numbers by which it is."""
+        await self._fleet.learner.write_best(best, self._of_copy)
 
     async def check_teacher(self, num_texts: int) -> float:
         """Compare the teacher's engine with the learner; returns the total variation.

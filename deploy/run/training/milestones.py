@@ -170,9 +170,9 @@ class RunMilestones:
         comparable = best is not None and best["metric"] == metric
         if not is_better(metric, value, best["value"] if best and comparable else None):
             return
-        await self._evaluations.keep_student("best")
-        self._folder.write_best({"update": updates_done, "metric": metric, "value": value})
-        self._recorder.event("best", update=updates_done, metric=metric, value=value)
+        numbers = {"update": updates_done, "metric": metric, "value": value}
+        await self._evaluations.keep_best(numbers)
+        self._recorder.event("best", **numbers)
 
     async def _start_to_save(self, updates_done: int, policy_version: int) -> asyncio.Task[None]:
         """Start a checkpoint whose acknowledgements become final when it is durable.

@@ -195,7 +195,7 @@ async def _train(
         )
     finally:
         milestones.close()
-    await fleet.learner.write_student("student", False)
+    await fleet.learner.write_student()
     timing = spent.by_activity(lock_step=config.replay.lock_step)
     timing["push_waited_for_evaluations"] = publisher.waited_s
     trace.write(await fleet.spans())

@@ -104,7 +104,8 @@ def run_folder(path: Path, num_updates: int = 60, text: str = "Paris.") -> RunFo
         rows = [{"prompt": f"Which city? {text}", "teacher": text, "student": f"{label}: {text}"}] * 2
         (folder.evaluations / f"{label}-answers.json").write_text(json.dumps(rows))
     write_events(folder, [dict(event) for event in EVENTS])
-    write_json(folder.path / "best.json", {"metric": "teacher_text.tv", "update": 40, "value": 0.34})
+    folder.best.mkdir(exist_ok=True)
+    write_json(folder.best_numbers, {"metric": "teacher_text.tv", "update": 40, "value": 0.34})
     write_json(folder.summary, summary_of(num_updates, before, after))
     return folder
 

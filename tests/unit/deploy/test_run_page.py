@@ -260,7 +260,7 @@ STATES = {
             (folder.path / name).write_text(text)
             for name, text in (
                 ("settings.json", '{"learner.num_updates": "many", "replay.max_policy_age": [1]}'),
-                ("best.json", '{"update": {}, "value": "x"}'),
+                ("best/best.json", '{"update": {}, "value": "x"}'),
                 ("failure.json", '{"message": ["x"]}'),
                 ("events.jsonl", '[]\n{"event": 3}\n{"event": "alarm"}\n{"event": "started", "versions": 3}\n'),
                 ("evaluations/after-answers.json", '[{"prompt": 3}, 4]'),

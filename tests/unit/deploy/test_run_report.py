@@ -109,7 +109,7 @@ def test_the_report_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     script = tmp_path / "an env/bin/distill"
     script.parent.mkdir(parents=True)
     script.touch()
-    folder.best.with_name("best.json").unlink()
+    folder.best_numbers.unlink()
     *_, before_last, last = run_report(read_run("run")).blocks
     assert text_of(before_last).startswith("7 updates")  # without a best student there is no line about it
     assert text_of(last) == "talk to the student: 'an env/bin/distill' chat run/student"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from distill.run.folder import RunFolder
 from learner.model.student import Student
 from learner.process.student_folder import StudentWriter
 from tests.tiny import CHAT_TEMPLATE, save_tiny_llama
@@ -26,10 +28,11 @@ def written(tmp_path: Path):
     GenerationConfig(eos_token_id=7, temperature=0.6, do_sample=True).save_pretrained(start)
     inputs: Any = SimpleNamespace(teacher_dir=str(teacher), stop_token_ids=(1, 3))
 
-    def write(*, chat_template: bool) -> Path:
+    def write(*, chat_template: bool, name: str = "student", **facts: Mapping[str, Any]) -> Path:
         writer = StudentWriter(inputs, chat_template=chat_template)
-        writer.write(Student(start, precision="float32", device="cpu"), tmp_path / "student")
-        return tmp_path / "student"
+        student = Student(start, precision="float32", device="cpu")
+        writer.write(student, tmp_path / name, {f"{fact}.json": values for fact, values in facts.items()})
+        return tmp_path / name
 
     return write
 
@@ -47,3 +50,21 @@ def test_template_and_stop_ids_are_those_of_training(written) -> None:
 def test_student_trained_without_a_template_has_none(written) -> None:
     written(chat_template=True)
     assert AutoTokenizer.from_pretrained(written(chat_template=False)).chat_template is None
+
+
+def test_the_numbers_of_a_student_are_replaced_with_it(written, tmp_path, monkeypatch) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.read_best() is None
+    written(chat_template=True, name="best", best={"update": 20, "value": 0.25})
+    assert folder.read_best() == {"update": 20, "value": 0.25}
+    monkeypatch.setattr("distill.files.sync", disk_full)
+    with pytest.raises(OSError, match="full"):
+        written(chat_template=True, name="best", best={"update": 40, "value": 0.24})
+    assert folder.read_best() == {"update": 20, "value": 0.25}
+    monkeypatch.undo()
+    written(chat_template=True, name="best")
+    assert folder.read_best() is None, "the numbers of the student before"
+
+
+def disk_full(path: Path) -> None:
+    raise OSError(28, "the disk is full")

@@ -205,13 +205,6 @@ def test_summary_and_json(tmp_path):
             _ = folder.run_id
 
 
-def test_the_best_student_is_recorded_without_the_lock(tmp_path):
-    folder = RunFolder(tmp_path)
-    assert folder.read_best() is None
-    folder.write_best({"update": 20, "metric": "teacher_text.tv", "value": 0.25})
-    assert folder.read_best() == {"update": 20, "metric": "teacher_text.tv", "value": 0.25}
-
-
 def test_a_failure_is_kept_as_data_with_its_traceback(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.read_failure() is None
