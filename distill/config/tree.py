@@ -28,6 +28,7 @@ from distill.config.retired import RETIRED
 from distill.config.rules import default_remedy
 from distill.config.written import kinds_of, typed
 from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
+from distill.redaction import contains_credentials, redacted
 
 Tree = dict[str, Any]
 
@@ -143,6 +144,7 @@ def build(tree: Tree) -> RunConfig:
             raise _wrong_value(name, hint, value)  # the result of an interpolation
         if is_text(hint):
             _require_printable(name, value)
+            _require_no_credentials(name, value)
     return config
 
 
@@ -155,6 +157,20 @@ def _require_printable(name: str, value: Any) -> None:
         if (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)) or "\0" in text:
             remedy = "rename the file or folder if it is a path, or write other text"
             raise ConfigError(name, ascii(text), "be UTF-8 text without a null byte", remedy)
+
+
+def _require_no_credentials(name: str, value: Any) -> None:
+    """Require that no setting has a credential, because a run writes its settings to its folder and its report.
+
+    Lists are texts of prompts or names of trackers. The error does not repeat the value.
+
+    Raises: ConfigError.
+    """
+    if isinstance(value, str) and contains_credentials(value):
+        remedy = (
+            "put them where the library looks for them: an environment variable such as HF_TOKEN, or ~/.netrc"
+        )
+        raise ConfigError(name, redacted(value), "contain no password or token", remedy)
 
 
 @cache

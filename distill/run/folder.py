@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import ConfigError, DistillError
-from distill.files import is_temporary, remove_temporaries, write_bytes, write_json
+from distill.files import is_plain_name, is_temporary, remove_temporaries, write_bytes, write_json
+from distill.redaction import redacted, redacted_values
 
 TRAINING_PROMPTS, HELDOUT_PROMPTS = "train.parquet", "heldout.parquet"
 """Files of the folder ``data`` with the parts of the prompt table."""
@@ -118,6 +119,10 @@ class RunFolder:
         return False
 
     def evaluation(self, label: str) -> Path:
+        """Return the file of an evaluation. Raises: ConfigError for a label, as of a checkpoint, that is a path."""
+        if not is_plain_name(label):
+            must, remedy = "be a name such as step-10", "bring the checkpoint back from a copy"
+            raise ConfigError("label of an evaluation", repr(label), must, remedy)
         return self.evaluations / f"{label}.parquet"
 
     @property
@@ -228,7 +233,7 @@ class RunFolder:
             result.unlink(missing_ok=True)
 
     def write_failure(self, error: Exception) -> None:
-        """Record why the run failed: ``failure.json`` as data, ``failure.txt`` with the traceback."""
+        """Record why the run failed: ``failure.json`` as data, ``failure.txt`` with the traceback, without credentials."""
         if not isinstance(error, DistillError):
             error_parts: dict[str, Any] = {
                 "code": "unexpected",
@@ -236,8 +241,9 @@ class RunFolder:
             }
         else:
             error_parts = error.parts()
-        write_json(self.failure, error_parts)
-        write_bytes(self.traceback, "".join(traceback.format_exception(error)).encode())
+        write_json(self.failure, redacted_values(error_parts))
+        text = redacted("".join(traceback.format_exception(error)))
+        write_bytes(self.traceback, text.encode(errors="replace"))
 
     def read_failure(self) -> dict[str, Any] | None:
         """Return the parts of the error that ended the last incarnation; ``code`` names its kind."""

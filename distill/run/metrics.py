@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.files import LineFile, LineReader, plain, write_bytes
+from distill.redaction import redacted_values
 from distill.run.folder import RunFolder
 
 ReportFacts = Callable[..., None]
@@ -157,11 +158,12 @@ class EventLog:
         self._lines = LineFile(self.path)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event, which every reader sees once this returns."""
+        """Append one event without credentials, which every reader sees once this returns."""
         if reserved := {"time", "event"} & fields.keys():
             raise ValueError(f"field {min(reserved)} is reserved for the log; choose another name")
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        self._lines.append(json.dumps(plain({"time": stamp, "event": event, **fields}), allow_nan=False))
+        written = redacted_values(plain({"time": stamp, "event": event, **fields}))
+        self._lines.append(json.dumps(written, allow_nan=False))
 
     def close(self) -> None:
         self._lines.close()
