@@ -35,6 +35,8 @@ Tree = dict[str, Any]
 WRITTEN_NAMES: Mapping[tuple[type, str], str] = {(StudentInitConfig, "source"): "from"}
 """Fields whose name in YAML and overrides is a Python keyword."""
 
+_LONGEST_SHOWN = 200
+"""Characters of a value that an error repeats."""
 NOT_FINGERPRINTED = ("run_dir", "cluster", "tracking")
 """The settings that cannot change a run's numbers: where its folder is, where its actors run and who shows it."""
 
@@ -290,7 +292,8 @@ def _unknown(name: str, prefix: str, hints: Mapping[str, object]) -> ConfigError
     if field_of_other_name := WRITTEN_NAMES.get((StudentInitConfig, last)):
         near = [f"{prefix}{field_of_other_name}"] if field_of_other_name in hints else near
     remedy = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(siblings)}"
-    return ConfigError(name, NO_VALUE, "be the name of a setting", remedy)
+    shown = _one_line(name) if name.isprintable() and name.strip() else repr(name)
+    return ConfigError(shown, NO_VALUE, "be the name of a setting", remedy)
 
 
 def _initials(name: str) -> str:
@@ -373,4 +376,5 @@ def _shown(value: object) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_SHOWN else f"{line[:_LONGEST_SHOWN]}…"

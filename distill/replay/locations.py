@@ -5,8 +5,9 @@ from __future__ import annotations
 import pyarrow as pa
 
 from distill.errors import DistillError
-from distill.files import is_plain_name
+from distill.files import NOT_AS_WRITTEN, is_plain_name
 from distill.interfaces import Location
+from distill.schema import hidden_width, trajectory_schema
 
 
 class ForeignLocation(DistillError, ValueError):
@@ -38,14 +39,29 @@ def require_location(location: Location) -> None:
             )
 
 
-def row_in(message: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch | None:
-    """Return the row in a message; None when the bytes are not one row of that schema.
+def schema_in(file: pa.Buffer) -> pa.Schema | None:
+    """Return the schema at the begin of a segment file; None when it is not exactly that of a row.
+
+    A column of another type would have the bytes of its rows read as other numbers.
+    """
+    try:
+        found = pa.ipc.read_schema(file)
+        expected = trajectory_schema(hidden_width(found))
+        return found if found.equals(expected, check_metadata=True) else None
+    except (pa.ArrowException, OSError, EOFError, *NOT_AS_WRITTEN):
+        return None
+
+
+def row_in(message: pa.Buffer, schema: pa.Schema) -> tuple[pa.RecordBatch | None, str | None]:
+    """Return the row in a message and its trajectory id; None twice when the bytes are not one row of that schema.
 
     Arrow trusts a message, so that wrong offsets in one would make it read outside of the file.
     """
     try:
         row = pa.ipc.read_record_batch(message, schema)
         row.validate(full=True)
-    except (pa.ArrowException, OSError):
-        return None
-    return row if row.num_rows == 1 and "trajectory_id" in row.schema.names else None
+        if row.num_rows == 1:
+            return row, row.column("trajectory_id")[0].as_py()
+    except (pa.ArrowException, OSError, EOFError, *NOT_AS_WRITTEN):
+        pass
+    return None, None

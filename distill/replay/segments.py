@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from distill.errors import NO_VALUE, DistillError, first_line
+from distill.errors import NO_VALUE, DistillError
 from distill.files import replacing_file
 from distill.interfaces import Draw, Location, SampleRef, SegmentMissing
-from distill.replay.locations import require_location, require_segment_name, row_in
+from distill.replay.locations import require_location, require_segment_name, row_in, schema_in
 from distill.schema import oldest_version
 
 ALIGNMENT = 64
@@ -230,13 +230,12 @@ class SegmentStore:
             )
         with self._reading:
             segment = self._map(location.segment, location.offset + location.num_bytes)
-        row = row_in(segment.buffer.slice(location.offset, location.num_bytes), segment.schema)
-        found = None if row is None else row.column("trajectory_id")[0].as_py()
+        row, found = row_in(segment.buffer.slice(location.offset, location.num_bytes), segment.schema)
         if row is None or found != location.trajectory_id:
             raise SegmentMissing(
                 f"row in segment {location.segment} at {location.offset}",
-                NO_VALUE if found is None else found,
-                f"be {location.trajectory_id}{'; the bytes there are no row' if found is None else ''}",
+                NO_VALUE if row is None else found,
+                f"be {location.trajectory_id}{' (the bytes there are no row)' if row is None else ''}",
                 "resume from the newest checkpoint",
             )
         return row
@@ -348,13 +347,14 @@ class SegmentStore:
             except FileNotFoundError:
                 continue
             buffer = file.read_buffer()
-            try:
-                schema = pa.ipc.read_schema(buffer)
-            except (pa.ArrowException, OSError) as error:
+            schema = schema_in(buffer)
+            if schema is None:
                 raise SegmentMissing(
-                    f"segment {name} in {folder}", NO_VALUE, f"begin with a schema ({first_line(error)})",
+                    f"segment {name} in {folder}",
+                    NO_VALUE,
+                    "begin with the schema of a row, as its writer began it",
                     "resume from the newest checkpoint",
-                ) from None  # fmt: skip
+                )
             return _Map(folder / name, buffer, schema)
         raise SegmentMissing(
             f"segment {name}",

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distill.errors import ConfigError, DistillError
+from distill.errors import ConfigError, DistillError, first_line
 from distill.files import is_plain_name, is_temporary, remove_temporaries, write_bytes, write_json
 from distill.redaction import redacted, redacted_values
 
@@ -49,7 +49,15 @@ class PolicyVersionCounter:
     @property
     def last(self) -> int:
         """The newest version that was returned; 0 before the first."""
-        return json.loads(self._file.read_text())["policy_version"] if self._file.is_file() else 0
+        if not self._file.is_file():
+            return 0
+        remedy = "bring the run folder back from a copy, because a version must never be used twice"
+        version = _read_json("policy_version", self._file, ("policy_version",), remedy)["policy_version"]
+        if type(version) is not int or version < 0:
+            raise ConfigError(
+                f"policy_version in {self._file}", repr(version), "be a whole number >= 0", remedy
+            )
+        return version
 
     def next(self) -> int:
         """Return a number that this run has never used before, from 1.
@@ -247,7 +255,11 @@ class RunFolder:
 
     def read_failure(self) -> dict[str, Any] | None:
         """Return the parts of the error that ended the last incarnation; ``code`` names its kind."""
-        return json.loads(self.failure.read_text()) if self.failure.is_file() else None
+        if not self.failure.is_file():
+            return None
+        return _read_json(
+            "failure", self.failure, ("code",), "remove it, because the next start removes it as well"
+        )
 
     def write_metrics_target(self, address: str) -> None:
         """Record where Prometheus finds the numbers of this run, in its format for discovery by files."""
@@ -260,7 +272,9 @@ class RunFolder:
 
     def read_best(self) -> dict[str, Any] | None:
         """Return what :meth:`write_best` recorded; None before an evaluation during training."""
-        return json.loads(self._best_file.read_text()) if self._best_file.is_file() else None
+        if not self._best_file.is_file():
+            return None
+        return _read_json("best", self._best_file, (), "remove it; the next evaluation writes it again")
 
     # Steps of opening
 
@@ -334,9 +348,11 @@ def _read_json(name: str, path: Path, keys: Sequence[str], remedy: str) -> dict[
     """Raises: ConfigError when the file is not JSON with those keys."""
     try:
         found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(name, path, f"be JSON ({error})", remedy) from None
-    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(name, path, f"be JSON ({first_line(error)})", remedy) from None
+    if not isinstance(found, dict):
+        raise ConfigError(name, path, "be a JSON object", remedy)
+    missing = [key for key in keys if key not in found]
     if missing:
         raise ConfigError(name, path, f"contain {', '.join(missing)}", remedy)
     return found

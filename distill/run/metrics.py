@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill.errors import ConfigError, first_line
 from distill.files import LineFile, LineReader, plain, write_bytes
 from distill.redaction import redacted_values
 from distill.run.folder import RunFolder
@@ -57,7 +58,14 @@ def reproducible(table: pa.Table) -> pa.Table:
 def read_metrics(run_dir: str | Path) -> pa.Table:
     """Read the present ``metrics.parquet``; the table has no rows if there is no file yet."""
     path = RunFolder(run_dir).metrics
-    return pq.ParquetFile(path).read() if path.is_file() else _empty()
+    if not path.is_file():
+        return _empty()
+    try:
+        table = pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        must, remedy = f"be a Parquet file ({first_line(error)})", "bring it back from a copy, or remove it"
+        raise ConfigError("metrics", path, must, remedy) from None
+    return table
 
 
 class MetricsWriter:
