@@ -6,7 +6,9 @@
 
 PYTHON_BIN := .venv/bin
 
-.PHONY: demo test bench lint unit integration setup setup-dev
+# make audit   look the pinned packages up in a database of known vulnerabilities
+
+.PHONY: demo test bench lint unit integration audit setup setup-dev
 
 demo: setup
 	@$(PYTHON_BIN)/python -m deploy.demo $(ARGS)
@@ -27,6 +29,9 @@ lint: setup-dev
 
 unit: setup-dev
 	OMP_NUM_THREADS=1 timeout 600 $(PYTHON_BIN)/python -m pytest tests/unit -n 2 --dist loadfile
+
+audit: setup
+	timeout 420 $(PYTHON_BIN)/python -m deploy.dependency_audit
 
 integration: setup-dev
 	timeout 4400 $(PYTHON_BIN)/python -m pytest tests/integration tests/chaos
