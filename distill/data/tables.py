@@ -182,14 +182,15 @@ def write_table(table: pa.Table, path: str | Path) -> None:
 def read_table(path: str | Path) -> pa.Table:
     """Read a table that :func:`write_table` wrote, including its schema metadata.
 
-    Raises: ConfigError when the file is not there or damaged.
+    Raises: ConfigError when the file is damaged; FileNotFoundError.
     """
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         table.validate(full=True)
-        return table
+    except FileNotFoundError:
+        raise
     except (OSError, pa.ArrowException) as error:
         must = f"be a Parquet file ({first_line(error)})"
-        raise ConfigError(
-            "table", path, must, "remove it, and start the run again in another run_dir"
-        ) from None
+        remedy = "bring it back from a copy, or remove it to have it made again"
+        raise ConfigError("table", path, must, remedy) from None
+    return table

@@ -20,6 +20,7 @@ from deploy.run.tensor_files import INDEX, stored_tensors
 from distill.data import read_table
 from distill.data.tables import write_table
 from distill.errors import ConfigError
+from distill.evaluation import load_evaluation
 from distill.interfaces import WeightManifest, WeightPushError
 from distill.run.folder import PolicyVersionCounter, RunFolder
 from distill.run.metrics import read_metrics
@@ -37,6 +38,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "failure.json": lambda folder: RunFolder(folder).read_failure(),
     "best.json": lambda folder: RunFolder(folder).read_best(),
     "metrics.parquet": read_metrics,
+    "after.parquet": lambda folder: load_evaluation(folder / "after.parquet"),
 }
 
 
@@ -83,6 +85,12 @@ def test_a_table_is_as_it_was_written_or_refused(tmp_path: Path, at: int, by: by
         ]
     else:
         assert isinstance(outcome.error, ConfigError)
+
+
+def test_a_table_that_is_not_there(tmp_path: Path):
+    """A part of a corpus may be missing: another run can have removed it."""
+    with pytest.raises(FileNotFoundError):
+        read_table(tmp_path / "none.parquet")
 
 
 @cases(80)
