@@ -3,10 +3,11 @@
 # make bench   measure the speed of each part against a peer, and compare with benchmarks/*.json;
 #              choose some with: make bench NAMES="rollout push"
 # make test    run linters, unit tests, and tests with real Ray and real vLLM, in some of which actors are killed
+# make audit   look the pinned packages up in a database of known vulnerabilities
 
 PYTHON_BIN := .venv/bin
 
-.PHONY: demo test bench lint unit integration setup setup-dev
+.PHONY: demo test bench lint unit integration audit setup setup-dev
 
 demo: setup
 	@$(PYTHON_BIN)/python -m deploy.demo $(ARGS)
@@ -28,8 +29,11 @@ lint: setup-dev
 unit: setup-dev
 	OMP_NUM_THREADS=1 timeout 600 $(PYTHON_BIN)/python -m pytest tests/unit -n 2 --dist loadfile
 
+audit: setup
+	timeout 420 $(PYTHON_BIN)/python -m deploy.dependency_audit
+
 integration: setup-dev
-	timeout 4400 $(PYTHON_BIN)/python -m pytest tests/integration tests/chaos
+	timeout 4000 $(PYTHON_BIN)/python -m pytest tests/integration tests/chaos -n 2 --dist loadfile --durations=15
 
 # One benchmark after the other; a stored result, where there is one, is the baseline. All run, even if one fails.
 bench: setup

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from deploy.safe_text import one_line
 from distill.errors import DistillError
 
 DONE, INTERRUPTED = 0, 130
@@ -55,5 +56,5 @@ def guarded(run: Callable[[Arguments], int], arguments: Arguments) -> int:
 
 
 def complain(message: str) -> None:
-    """Print one line for the user on stderr."""
-    print(f"distill: {message}", file=sys.stderr)
+    """Print one line for the user on stderr. A message may quote a row of a data set or a library's error."""
+    print(f"distill: {one_line(message)}", file=sys.stderr)

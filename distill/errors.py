@@ -75,9 +75,11 @@ class ConfigError(DistillError, ValueError):
 
 
 class Diverged(DistillError, FloatingPointError):
-    """A loss, gradient or measured value that is not finite."""
+    """A loss, gradient, score or measured value that is not finite."""
 
     code = "diverged"
+    stage = ""
+    """The stage of an update that raised it: scores, critics or student. It is empty outside updates."""
 
 
 def did_you_mean(

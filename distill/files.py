@@ -205,6 +205,14 @@ class LineReader(Generic[T]):
                 yield from found
 
 
+def is_plain_name(name: object) -> bool:
+    """Return whether a name from a file or a message can only be that of a file directly in its folder.
+
+    A name such as ``../x`` or ``/etc/x`` would lead out of the folder that it is joined to.
+    """
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def whole_number(value: Any) -> int:
     """Return a value of JSON. Raises: ValueError when it is not a whole number that every program reads exactly."""
     if type(value) is not int or abs(value) >= 1 << 53:

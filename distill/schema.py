@@ -210,9 +210,12 @@ def validate(batch: pa.RecordBatch) -> None:
 
     Raises: SchemaError with the column, the value, its row and the rule.
     """
-    hidden = batch.schema.field("teacher_hidden") if "teacher_hidden" in batch.schema.names else None
-    width = hidden.type.value_type.list_size if hidden is not None else None
-    _check_types(batch, trajectory_schema(width))
+    _check_types(batch, trajectory_schema(hidden_width(batch.schema)))
+    for name in ("prompt_tokens", "response_tokens", "loss_mask", "behavior_logprobs"):
+        _check_no_null_inside(batch, name)
+    for name in ("prompt_tokens", "response_tokens"):
+        _check_token_ids(batch, name)
+    _check_names(batch)
     _check_values(batch, "source", SOURCES)
     _check_values(batch, "finish_reason", FINISH_REASONS)
     _check_not_empty(batch, "prompt_tokens")
@@ -224,8 +227,25 @@ def validate(batch: pa.RecordBatch) -> None:
     _check_student_rows(batch)
 
 
+def hidden_width(schema: pa.Schema) -> int | None:
+    """The width of the payload; None without one. Raises: SchemaError when its type is another one."""
+    names = schema.names
+    for name in names:
+        if names.count(name) > 1:
+            raise SchemaError(f"column {name}", f"{names.count(name)} columns", "exist once")
+    if "teacher_hidden" not in names:
+        return None
+    got = schema.field("teacher_hidden").type
+    is_known = pa.types.is_large_list(got) and pa.types.is_fixed_size_list(got.value_type)
+    if not is_known or got != hidden_type(got.value_type.list_size):
+        raise SchemaError("column teacher_hidden", got, "be large_list<fixed_size_list<uint16>[width]>")
+    return got.value_type.list_size
+
+
 def _check_types(batch: pa.RecordBatch, expected: pa.Schema) -> None:
-    got_version = (batch.schema.metadata or {}).get(b"distill.schema_version", b"none").decode()
+    got_version = (
+        (batch.schema.metadata or {}).get(b"distill.schema_version", b"none").decode(errors="replace")
+    )
     if got_version != SCHEMA_VERSION:
         raise SchemaError(
             "schema version", got_version, f"be {SCHEMA_VERSION}", "read it with the version that wrote it"
@@ -272,11 +292,44 @@ def _check_aligned(batch: pa.RecordBatch, name: str) -> None:
             )
 
 
+def _check_no_null_inside(batch: pa.RecordBatch, name: str) -> None:
+    """A null token would be read as an arbitrary number, because readers look at the values alone."""
+    if batch.column(name).flatten().null_count:
+        row = next(
+            row for row, values in enumerate(batch.column(name).to_pylist()) if values and None in values
+        )
+        raise SchemaError(
+            f"column {name}", f"a null among the values of row {row}", "have a value for every token"
+        )
+
+
+def _check_token_ids(batch: pa.RecordBatch, name: str) -> None:
+    values = batch.column(name).flatten().to_numpy()
+    if values.size and values.min() < 0:
+        row = next(row for row, ids in enumerate(batch.column(name).to_pylist()) if min(ids) < 0)
+        raise SchemaError(f"column {name}", f"{values.min()} in row {row}", "have token ids >= 0")
+
+
+def _check_names(batch: pa.RecordBatch) -> None:
+    for name in ("prompt_index", "sample_index"):
+        for row, value in enumerate(batch.column(name).to_pylist()):
+            if value < 0:
+                raise SchemaError(f"column {name}", f"{value} in row {row}", "be >= 0")
+    names = batch.column("trajectory_id").to_pylist()
+    if len(set(names)) != len(names):
+        row = next(row for row, name in enumerate(names) if name in names[:row])
+        raise SchemaError("column trajectory_id", f"{names[row]!r} again in row {row}", "be unique")
+
+
 def _check_spans(batch: pa.RecordBatch) -> None:
     lengths = _lengths(batch.column("response_tokens"))
     for row, spans in enumerate(batch.column("policy_versions").to_pylist()):
         if spans is None:
             continue
+        if any(span is None or None in span.values() for span in spans):
+            raise SchemaError(
+                "column policy_versions", f"a null in row {row}", "have start and version in each span"
+            )
         starts = [span["start"] for span in spans]
         versions = [span["version"] for span in spans]
         rising = all(a < b for a, b in itertools.pairwise(starts))

@@ -120,10 +120,19 @@ def loading(manifest: WeightManifest) -> Iterator[None]:
 
     Raises: WeightPushError as :func:`verify`.
     """
+    _require_place(manifest)
     with _opened(manifest, Path(manifest.path), "rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         verify_once(manifest)
         yield
+
+
+def _require_place(manifest: WeightManifest) -> None:
+    """Raises: WeightPushError for a path that no push has, before a file is opened or a marker written beside it."""
+    path = Path(manifest.path)
+    if ".." in path.parts or path != weights_path(path.parent, manifest.policy_version):
+        must = f"be named {weights_path('', manifest.policy_version)}, as the file of policy version {manifest.policy_version}"
+        raise WeightPushError("path of a push", manifest.path, must)
 
 
 def verify_once(manifest: WeightManifest) -> None:
@@ -135,6 +144,7 @@ def verify_once(manifest: WeightManifest) -> None:
 
     Raises: WeightPushError as :func:`verify`, which leaves no marker.
     """
+    _require_place(manifest)
     try:
         status = os.stat(manifest.path)
     except OSError as error:

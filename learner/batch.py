@@ -53,6 +53,11 @@ class Pack:
     behavior_logprobs: Tensor
     """[N] float32 nats; 0 for text that the student did not write."""
 
+    def scores_not_finite(self) -> Tensor:
+        """[N] bool: whether the teacher's state or the sampler's log-probability of a token is NaN or infinite."""
+        wrong = ~self.behavior_logprobs.isfinite()
+        return wrong if self.teacher_hidden is None else wrong | ~self.teacher_hidden.isfinite().all(dim=1)
+
     def to(self, device: torch.device) -> Pack:
         moved = {
             name: value.to(device, non_blocking=True)

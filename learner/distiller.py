@@ -15,8 +15,9 @@ import pyarrow as pa
 from torch import Tensor
 
 from distill.config import RunConfig
+from distill.errors import Diverged
 from distill.machine.hardware import resolve_micro_batch_tokens
-from learner.batch import token_batch
+from learner.batch import TokenBatch, token_batch
 from learner.model.head import Head
 from learner.model.student import Student
 from learner.optimizer import (
@@ -34,10 +35,13 @@ from learner.update.update import update
 class Distiller:
     """Student and critics, trained against a fixed teacher."""
 
-    def __init__(self, config: RunConfig, student: Student, teacher_dir: str | Path) -> None:
+    def __init__(self, config: RunConfig, student: Student, teacher: str | Path | Head) -> None:
+        """``teacher``: its checkpoint, or its head on the student's device."""
         self.config = config
         self.student = student
-        self.teacher = Head.from_checkpoint(teacher_dir, device=student.device)
+        if not isinstance(teacher, Head):
+            teacher = Head.from_checkpoint(teacher, device=student.device)
+        self.teacher = teacher
         learner = config.learner
         self.optimizer = adamw(
             student.parameters(), beta1=learner.beta1, beta2=learner.beta2, weight_decay=learner.weight_decay
@@ -52,13 +56,46 @@ class Distiller:
         """Inputs that the backbone computed since this process started."""
 
     def update(self, rows: Sequence[pa.RecordBatch]) -> dict[str, float]:
-        """Critic steps, then the student step, on the groups of one update."""
+        """Critic steps, then the student step, on the groups of one update.
+
+        Raises: Diverged, as :meth:`train_on`.
+        """
         start = time.monotonic()
+        batch = self.batch(rows)
+        metrics = self.train_on(batch)
+        self.updates_done += 1
+        return metrics | self._facts(rows, batch) | {"timing/learner_busy_s": time.monotonic() - start}
+
+    def skip(self, rows: Sequence[pa.RecordBatch]) -> dict[str, float]:
+        """Count an update that failed as done, so that its draws are used and its place in the schedules has passed."""
+        self.updates_done += 1
+        return self._facts(rows, self.batch(rows))
+
+    def batch(self, rows: Sequence[pa.RecordBatch]) -> TokenBatch:
+        """Pack the rows of an update, on the learner's device."""
+        device = self.student.device
+        pack_tokens = resolve_micro_batch_tokens(self.config.learner.micro_batch_tokens, device.type)
+        return token_batch(rows, pack_tokens).to(device)
+
+    def _facts(self, rows: Sequence[pa.RecordBatch], batch: TokenBatch) -> dict[str, float]:
+        """The metrics of an update's texts."""
+        self.num_tokens += batch.num_input_tokens
+        return _text_metrics(rows) | {
+            "policy/teacher_text.num_tokens": float(batch.num_teacher_tokens),
+            "policy/student_text.num_tokens": float(batch.num_student_tokens),
+        }
+
+    def train_on(self, batch: TokenBatch) -> dict[str, float]:
+        """Change student and critics by one update, without counting it.
+
+        The critics are copied before, and a failed update puts the copy back. It is on their device and as large as they and
+        Adam's state are: 1 MB of low rank, and with ``critic.rank`` null what a checkpoint has of them.
+
+        Raises: Diverged when a score, loss or gradient is not finite; student, critics and both optimizers are
+        then, to the last bit, what they were before.
+        """
         config = self.config
         learner = config.learner
-        device = self.student.device
-        pack_tokens = resolve_micro_batch_tokens(learner.micro_batch_tokens, device.type)
-        batch = token_batch(rows, pack_tokens).to(device)
         # The student's updates come after the critics' warm-up, if critics are learned.
         num_warmup = config.critic.warmup_updates if self.critics is not None else 0
         rate = learning_rate(
@@ -69,28 +106,25 @@ class Distiller:
             learner.final_fraction,
         )
         set_learning_rate(self.optimizer, rate)
-        metrics = update(
-            self.student,
-            self.optimizer,
-            batch,
-            self.teacher,
-            self.critics,
-            config.method,
-            update_number=self.updates_done,
-            warmup=self.updates_done < num_warmup,
-        )
-        self.updates_done += 1
-        self.num_tokens += batch.num_input_tokens
-        return (
-            metrics
-            | _text_metrics(rows)
-            | {
-                "policy/learning_rate": rate,
-                "policy/teacher_text.num_tokens": float(batch.num_teacher_tokens),
-                "policy/student_text.num_tokens": float(batch.num_student_tokens),
-                "timing/learner_busy_s": time.monotonic() - start,
-            }
-        )
+        critics = self.critics.copy() if self.critics is not None else {}
+        try:
+            metrics = update(
+                self.student,
+                self.optimizer,
+                batch,
+                self.teacher,
+                self.critics,
+                config.method,
+                update_number=self.updates_done,
+                warmup=self.updates_done < num_warmup,
+            )
+        except Diverged:
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.critics is not None:
+                self.critics.zero_grad()
+                self.critics.load_state_dict(critics)
+            raise
+        return metrics | {"policy/learning_rate": rate}
 
     def tensors(self) -> dict[str, Tensor]:
         """A copy on the CPU of everything that an update changes, by flat names.

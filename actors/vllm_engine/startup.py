@@ -27,6 +27,8 @@ def set_environment(num_threads: int, tensor_parallel_size: int) -> None:
         # At WARNING, a start on a CPU prints fifteen lines about features that the CPU build lacks by design.
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_NO_USAGE_STATS": "1",
+        # All ranks of an engine are on one node, so none of its sockets need be reachable from others.
+        "VLLM_HOST_IP": os.environ.get("VLLM_HOST_IP", "127.0.0.1"),
         "DO_NOT_TRACK": "1",
         OWNER_VARIABLE: identity(psutil.Process()),
         # With one rank, the model runs in the engine core itself (or, for an offline LLM, in this

@@ -9,7 +9,7 @@ from typing import Any
 
 from deploy.fetch import MODELS, local_checkpoint
 from deploy.paths import path_or_name
-from deploy.report.safe_text import strip_control
+from deploy.safe_text import strip_control
 
 
 def run_chat(model: str, prompt: str | None, max_new_tokens: int) -> int:
@@ -22,7 +22,7 @@ def run_chat(model: str, prompt: str | None, max_new_tokens: int) -> int:
     if prompt is not None:
         print(strip_control(answer([{"role": "user", "content": prompt}])))
         return 0
-    print(f"{folder}: an empty line or Ctrl-D ends the conversation", file=sys.stderr)
+    print(f"{strip_control(str(folder))}: an empty line or Ctrl-D ends the conversation", file=sys.stderr)
     turns: list[dict[str, str]] = []
     while True:
         try:

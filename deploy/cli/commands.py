@@ -9,8 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from deploy.exits import DONE, INTERRUPTED, complain, exit_code
+from deploy.safe_text import one_line, printable
 from distill.config import RunConfig
-from distill.errors import NO_VALUE, ConfigError, first_line
+from distill.errors import NO_VALUE, ConfigError, DistillError, first_line
+from distill.redaction import redacted_values
 
 NEW_FILE = "run.yaml"
 """The file that `distill init` writes unless another is named."""
@@ -114,10 +116,10 @@ def doctor(options: argparse.Namespace) -> int:
     except ConfigError as error:
         checks = [failed("configuration", error)]
     if options.json:
-        print(json.dumps({"checks": [vars(check) for check in checks]}, indent=1))
+        print(json.dumps(redacted_values({"checks": [vars(check) for check in checks]}), indent=1))
     else:
         for check in checks:
-            print(f"{check.status:4}  {check.name}: {check.text}")
+            print(f"{check.status:4}  {one_line(f'{check.name}: {check.text}')}")
     return ConfigError.exit_code if any(check.status == "fail" for check in checks) else DONE
 
 
@@ -167,7 +169,7 @@ def scale(options: argparse.Namespace) -> int:
     from deploy.run.training.scale import request_scale
     from distill.run.folder import RunFolder
 
-    print(request_scale(RunFolder(options.run_dir), dict(options.pools), _SCALE_TIMEOUT_S))
+    print(one_line(request_scale(RunFolder(options.run_dir), dict(options.pools), _SCALE_TIMEOUT_S)))
     return DONE
 
 
@@ -211,18 +213,26 @@ def audit(options: argparse.Namespace) -> int:
     ):
         ledger = read_manifest(newest)["state"]["ledger"]
     for line in audit_run(folder, config, ledger).lines:
-        print(line)
+        print(one_line(line))
     return DONE
+
+
+def replay_batch(options: argparse.Namespace) -> int:
+    from learner.process.replay_update import replay_update
+
+    replayed = replay_update(options.file)
+    for line in replayed.lines:
+        print(line)
+    return DONE if replayed.first is None else DistillError.exit_code
 
 
 def trace(options: argparse.Namespace) -> int:
     from deploy.report.run_report import shortest
-    from deploy.report.safe_text import strip_control
     from deploy.report.trace import write_trace
 
     written = write_trace(options.run_dir, Path(options.file) if options.file else None)
     for problem in written.problems:
-        complain(strip_control(problem))
+        complain(problem)
     starts = len(written.incarnations)
     print(f"{written.num_spans} spans of {starts} {'start' if starts == 1 else 'starts'} of the run")
     print(
@@ -249,13 +259,12 @@ def _show_run(run_dir: str | Path, html: Path | None = None) -> None:
     from deploy.report.run_files import read_run
     from deploy.report.run_page import write_page
     from deploy.report.run_report import run_report, shortest
-    from deploy.report.safe_text import strip_control
     from deploy.report.terminal import print_report
 
     run = read_run(run_dir)
     print_report(run_report(run))
     for problem in run.problems:
-        complain(strip_control(problem))
+        complain(problem)
     print(f"\nthe whole report, for a browser: {shortest(write_page(run, html).absolute())}", flush=True)
 
 
@@ -266,14 +275,13 @@ def _show_comparison(run_dirs: Sequence[str], html: Path | None) -> None:
     """
     from deploy.report.compare import comparison, comparison_report, problems, read_runs, write_comparison
     from deploy.report.run_report import shortest
-    from deploy.report.safe_text import strip_control
     from deploy.report.terminal import print_report
 
     runs = read_runs(run_dirs)
     page = comparison(runs)
     print_report(comparison_report(page))
     for problem in problems(runs):
-        complain(strip_control(problem))
+        complain(problem)
     written = write_comparison(runs, page, html)
     print(f"\nthe whole comparison, for a browser: {shortest(written.absolute())}", flush=True)
 
@@ -291,7 +299,7 @@ def study(options: argparse.Namespace) -> int:
         if options.out:
             must = "be left out: results are printed, and nothing is written"
             raise ConfigError("--out", options.out, must, "name a study file to write its report")
-        print(markdown(study_report(load_results(Path(options.study)))))
+        print(printable(markdown(study_report(load_results(Path(options.study))))))
         return DONE
     spec = load_study(options.study)
     folder = Path(options.out or f"runs/studies/{spec.name}").resolve()
@@ -306,7 +314,7 @@ def study(options: argparse.Namespace) -> int:
     results = runner.finished() if options.report else runner.run()
     text = markdown(study_report(results))
     write_bytes(folder / "report.md", text.encode())
-    print(text)
+    print(printable(text))
     plots = ", ".join(path.name for path in draw(results, folder))
     print(f"in {folder}: report.md, results.json, {plots}")
     return DONE

@@ -225,6 +225,13 @@ def _add_views(sub: Commands) -> None:
     audit = sub.add_parser("audit", help="check that a run used every draw as planned")
     audit.add_argument("run_dir", metavar="RUN", help="the run's folder")
     audit.set_defaults(run=commands.audit)
+
+    replay = sub.add_parser(
+        "replay-batch", help="make an update with NaN or infinity again, and name its first such tensor"
+    )
+    replay.add_argument("file", metavar="FILE", help="a file of RUN/nonfinite")
+    replay.set_defaults(run=commands.replay_batch)
+
     trace = sub.add_parser("trace", help="write what each actor did when, as a trace for Perfetto")
     trace.add_argument("run_dir", metavar="RUN", help="the run's folder")
     trace.add_argument(

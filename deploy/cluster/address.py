@@ -6,6 +6,7 @@ questions are therefore put by a process of their own, which is killed when it t
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import socket
@@ -28,6 +29,10 @@ PROBE_TIMEOUT_S = 15.0
 """How long a process may take to import Ray and ask the head."""
 NEEDS_TOKEN = "accept this user's token, or need none"
 TOKEN_REMEDY = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the head"
+NO_TOKEN_REMEDY = (
+    "run `ray get-auth-token --generate` on each node, start Ray there with RAY_AUTH_MODE=token, or, in a network that "
+    "only trusted machines reach, set cluster.require_token=false"
+)
 _REMEDY = "check that `ray start --head` runs there, and that the address is the one that it printed"
 
 
@@ -63,17 +68,8 @@ def probe(address: HeadAddress) -> Node:
     Python, or has no node on this machine.
     """
     _connect(address)
-    command = [sys.executable, "-m", "deploy.cluster.probe", address.value]
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=PROBE_TIMEOUT_S,
-            check=True,
-            stdin=subprocess.DEVNULL,
-        )
-        facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        facts = _facts(address.value, os.environ)
     except (subprocess.SubprocessError, ValueError, IndexError):
         must = "be the address of a Ray head (something listens there, but does not answer as one)"
         raise ConfigError(address.name, address.value, must, _REMEDY) from None
@@ -94,6 +90,51 @@ def probe(address: HeadAddress) -> Node:
         free_gpus=gpus,
         num_others=facts["num_nodes"] - 1,
     )
+
+
+def require_token_authentication(address: HeadAddress, node: Node) -> None:
+    """Require that a head which other machines can reach refuses users without its token.
+
+    Ray runs the code that a client sends, so without a token each machine that reaches the head can run commands. The
+    question is put as by a user without a token, because a head without authentication accepts every token as well.
+
+    Raises: ConfigError when the head answers.
+    """
+    host = address.value.rpartition(":")[0].strip("[]")
+    if _is_loopback(host) and _is_loopback(node.address):
+        return
+    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    try:
+        facts = _facts(address.value, without | {"RAY_AUTH_MODE": "disabled"})
+    except (subprocess.SubprocessError, ValueError, IndexError):
+        return  # it did not answer such a user
+    if "refused" not in facts:
+        must = "need a token, because other machines can reach it, and Ray runs what they send"
+        raise ConfigError(address.name, address.value, must, NO_TOKEN_REMEDY)
+
+
+def _facts(address: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Ask a head from a process with an environment; returns its answer. Raises: SubprocessError, ValueError, IndexError."""
+    command = [sys.executable, "-m", "deploy.cluster.probe", address]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=PROBE_TIMEOUT_S,
+        check=True,
+        stdin=subprocess.DEVNULL,
+        env=dict(environment),
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a host is this machine alone: every address that it has is a loopback address."""
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return bool(found) and all(ipaddress.ip_address(each.partition("%")[0]).is_loopback for each in found)
 
 
 def require_versions(address: HeadAddress, facts: Mapping[str, Any]) -> None:

@@ -336,6 +336,14 @@ HEALTH = DashboardSpec(
                 ),
             ),
             Panel(
+                title="Skipped updates",
+                unit="short",
+                description="Updates with a loss, gradient or score that was NaN or infinite, with learner.on_nonfinite=skip. "
+                "`update_skipped` in events.jsonl names the file of each, with which `distill replay-batch` says which "
+                "tensor was the first. If the line keeps rising, lower learner.learning_rate.",
+                queries=(_column("learner/num_nonfinite", "skipped"),),
+            ),
+            Panel(
                 title="Draws given back and answers refused",
                 unit="short",
                 description="Expired: groups that were drawn again because their text had become too old. Refused: "

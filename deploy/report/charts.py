@@ -16,7 +16,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from deploy.report.model import Chart, Series, Timeline
-from deploy.report.safe_text import strip_control
+from deploy.safe_text import strip_control
 
 WIDTH, HEIGHT = 4.8, 2.6
 """Inches of a chart: about the width of a phone, so that its text is not made smaller there."""

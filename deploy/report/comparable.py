@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from deploy.report.model import Column, Line, Table, Tone, Toned
 from deploy.report.run_files import READ_ERRORS, RunFiles
-from deploy.report.safe_text import strip_control
+from deploy.safe_text import strip_control
 from distill.run.folder import HELDOUT_PROMPTS
 
 LONGEST_NAME, LONGEST_VALUE = 24, 60

@@ -23,8 +23,8 @@ from deploy.report.model import (
     Timeline,
     Toned,
 )
-from deploy.report.safe_text import strip_control
 from deploy.report.templating import environment
+from deploy.safe_text import printable
 
 LONGEST_TEXT = 6000
 """Characters of a model's text that the page shows."""
@@ -43,8 +43,8 @@ def _cut(text: str) -> str:
 
 
 def _safe(value: Any) -> Any:
-    """What the template shows of a value: the text without control characters; it is escaped after that."""
-    return strip_control(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    """What the template shows of a value: printable text; it is escaped after that."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 _ENVIRONMENT = environment(

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from deploy.report.safe_text import strip_control
+from deploy.safe_text import strip_control
 
 
 class Tone(Enum):

@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from deploy.report.model import Block, Line, Paragraph, Report, Sample, Table, Tone, Toned, piece_text
-from deploy.report.safe_text import strip_control
+from deploy.safe_text import printable
 
 LOG_WIDTH = 120
 """Characters per line where there is no terminal to ask for its width."""
@@ -22,7 +22,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if not console.is_terminal:
         console.width = LOG_WIDTH
     console.print()
-    console.print(Text(report.title, style="bold"))
+    console.print(Text(printable(report.title), style="bold"))
     for block in report.blocks:
         console.print()
         for part in _parts(block):
@@ -36,16 +36,16 @@ def _parts(block: Block) -> Iterator[RenderableType]:
         case Table():
             yield _table(block)
         case Sample():
-            yield Text(block.title)
+            yield Text(printable(block.title))
             yield _Quoted(block.prompt)
             for who, answer in block.answers:
-                yield Text(f"  {who}")
+                yield Text(f"  {printable(who)}")
                 yield _Quoted(answer)
 
 
 def _text(line: Line) -> Text:
     pieces = (
-        Text(strip_control(piece_text(piece)), style=_STYLES[piece.tone] if isinstance(piece, Toned) else "")
+        Text(printable(piece_text(piece)), style=_STYLES[piece.tone] if isinstance(piece, Toned) else "")
         for piece in line
     )
     return Text().join(pieces)
@@ -54,14 +54,14 @@ def _text(line: Line) -> Text:
 def _table(table: Table) -> rich.table.Table:
     """The first column, which names the rows, and columns of long text are wrapped where the terminal is narrow."""
     shown = rich.table.Table(
-        title=Text(table.title, style="table.title") if table.title else None,
+        title=Text(printable(table.title), style="table.title") if table.title else None,
         title_justify="left",
-        caption=Text(table.note, style="table.caption") if table.note else None,
+        caption=Text(printable(table.note), style="table.caption") if table.note else None,
         caption_justify="left",
     )
     for number, column in enumerate(table.columns):
         shown.add_column(
-            Text(column.heading),
+            Text(printable(column.heading)),
             justify="right" if column.numeric else "left",
             no_wrap=number > 0 and not column.wraps,
             overflow="fold" if column.wraps else "ellipsis",
@@ -80,6 +80,6 @@ class _Quoted:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         bar = "  | "
         width = max(1, options.max_width - len(bar))
-        for line in Text(self._content).wrap(console, width, overflow="fold"):
+        for line in Text(printable(self._content)).wrap(console, width, overflow="fold"):
             line.rstrip()
             yield Text(bar).append_text(line) if line else Text(bar.rstrip())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from deploy.report.chrome_trace import ChromeTrace, Slice
-from deploy.report.safe_text import strip_control
+from deploy.safe_text import strip_control
 from distill.errors import ConfigError
 from distill.files import replacing_file
 from distill.replay.spans import NONE, SpanKind, SpanOutcome

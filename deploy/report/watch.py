@@ -17,10 +17,10 @@ from typing import Any
 from deploy.report.html import html
 from deploy.report.run_files import RunFiles, read_run
 from deploy.report.run_page import run_page
-from deploy.report.safe_text import strip_control
 from deploy.run.progress import Progress, training_line
 from deploy.run.rates import Rates
 from deploy.run.training.advice import advise, mean_row
+from deploy.safe_text import strip_control
 from distill.errors import ConfigError, first_line
 from distill.run.folder import RunFolder
 

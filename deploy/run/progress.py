@@ -9,6 +9,9 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
+
+from deploy.safe_text import one_line, printable
 
 _PLAIN_INTERVAL_S = 15.0
 """Seconds between plain lines of one stage."""
@@ -38,13 +41,13 @@ class Progress:
             self._status = None
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
-        self.console.print(f"[{_clock(time.monotonic() - self._start)}] {text}", markup=False)
+        """Print a line that stays. It may quote others, so it can neither colour nor move anything."""
+        self.console.print(Text(f"[{_clock(time.monotonic() - self._start)}] {printable(text)}"))
 
     def show(self, text: str, *, force: bool = False) -> None:
         """Replace the changing line. Without a terminal, print it if the last one is old or with ``force``."""
         if self._status is not None:
-            self._status.update(text.replace("[", r"\["))
+            self._status.update(Text(one_line(text)))
             return
         now = time.monotonic()
         due = force or now - self._last_plain >= _PLAIN_INTERVAL_S

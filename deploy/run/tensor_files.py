@@ -16,6 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from distill.errors import ConfigError
+from distill.files import NOT_AS_WRITTEN, is_plain_name
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -83,9 +84,9 @@ def stored_tensors(folder: Path, setting: str, again: str) -> dict[str, StoredTe
 def _weight_map(index: Path, setting: str, again: str) -> Mapping[str, str]:
     try:
         placed = json.loads(index.read_text())["weight_map"]
-        if not placed or not all(isinstance(name, str) for name in placed.values()):
-            raise ValueError("its weight_map names no files")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not placed or not all(map(is_plain_name, placed.values())):
+            raise ValueError("its weight_map must name files of its folder")
+    except (OSError, *NOT_AS_WRITTEN) as error:
         reason = "it has no weight_map" if isinstance(error, KeyError | TypeError) else error
         raise ConfigError(setting, index, f"be an index of tensors ({reason})", again) from error
     return placed

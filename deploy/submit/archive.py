@@ -15,8 +15,9 @@ from distill.errors import ConfigError
 EXCLUDED = (
     ".git", ".hg", ".svn", ".venv", "venv", "__pycache__", "node_modules", ".pytest_cache", ".ruff_cache",
     ".mypy_cache", ".hypothesis", ".import_linter_cache", ".ipynb_checkpoints", ".tox", "*.egg-info",
+    ".env", ".env.*", ".netrc", ".ssh", ".aws", "*.pem", "id_rsa*", "id_ed25519*",
 )  # fmt: skip
-"""Names that are left out wherever they are."""
+"""Names that are left out wherever they are. Those of the last line contain credentials."""
 EXCLUDED_AT_THE_TOP = ("runs",)
 """Names that are left out directly below the working directory."""
 PACKAGES = ("actors", "deploy", "distill", "learner")
@@ -35,7 +36,7 @@ Files = Mapping[str, Path]
 def working_files(root: Path) -> Files:
     """The files below ``root`` that a job gets, without those that .gitignore and .rayignore name.
 
-    Links to folders are not followed.
+    Links to folders are not followed, nor are links to files outside of ``root``, which the user need not mean to send.
     """
     return {str(PurePosixPath(path.relative_to(root))): path for path in _walk(root, root, [])}
 
@@ -78,7 +79,17 @@ def require_size(files: Files, root: Path, limit: int) -> int:
 
 
 def write_archive(files: Files, path: Path) -> None:
-    """Write the files as a zip that depends on their names and contents only."""
+    """Write the files as a zip that depends on their names and contents only.
+
+    Raises: ConfigError for a name that would leave the folder into which the cluster unpacks the archive.
+    """
+    for name in files:
+        member = PurePosixPath(name)
+        if member.is_absolute() or ".." in member.parts or "\\" in name or not member.parts:
+            must = "be a path below the working directory"
+            raise ConfigError(
+                "member of the upload", repr(name), must, "rename the file, or move it into the folder"
+            )
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name in sorted(files):
             entry = zipfile.ZipInfo(name, _EPOCH)
@@ -96,7 +107,7 @@ def _walk(folder: Path, root: Path, ignored: Sequence[Callable[[Path], bool]]) -
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(path, root, ignored)
-        elif entry.is_file():
+        elif entry.is_file() and (not entry.is_symlink() or path.resolve().is_relative_to(root.resolve())):
             yield path
 
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from deploy.cluster.address import CONNECT_TIMEOUT_S, NEEDS_TOKEN, TOKEN_REMEDY, refusal_of
 from deploy.exits import DONE, INTERRUPTED
+from deploy.safe_text import one_line, strip_control
 from deploy.version import versions
 from distill.errors import NO_VALUE, ConfigError, DistillError, first_line
 
@@ -78,7 +79,9 @@ class JobServer:
         info: Any = self._client.get_job_info(job)
         code = exit_code_of(str(info.status), info.driver_exit_code)
         if info.driver_exit_code is None and code not in (DONE, INTERRUPTED):
-            out.write(f"{first_line(RuntimeError(info.message or 'the job failed without a message'))}\n")
+            out.write(
+                f"{one_line(first_line(RuntimeError(info.message or 'the job failed without a message')))}\n"
+            )
         return code
 
     async def _stream(self, job: str, printed: _Printed) -> None:
@@ -129,7 +132,7 @@ class _Printed:
         self._num_seen += len(text)
         if new := text[start:]:
             self._num_printed += len(new)
-            self._out.write(new)
+            self._out.write(strip_control(new))
             self._out.flush()
 
     def complete(self, log: str) -> None:

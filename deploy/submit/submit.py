@@ -63,7 +63,7 @@ def contents(request: Request, root: Path) -> tuple[Files, list[str]]:
         raise ConfigError("submit", NO_VALUE, must, "see `distill submit --help`")
     config = load_config(request.config, request.overrides, PRESETS)
     require_paths(config, files, root)
-    path = request.config.absolute()
+    path = Path(os.path.abspath(request.config))  # without .., which would lead out of the archive
     inside = path.is_relative_to(root)
     name = str(PurePosixPath(path.relative_to(root))) if inside else f"{_CONFIG_FOLDER}/{path.name}"
     return {**with_package(files, root), name: path}, [name, *request.overrides]

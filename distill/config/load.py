@@ -53,10 +53,14 @@ def read_config(
     Raises: ConfigError for a mistake in the file or an override.
     """
     tree: Tree = {}
-    file = {} if path is None else _read_settings(path)
-    for layer in (file, *map(_parse_override, overrides)):
-        tree = _apply(tree, layer, None if presets is None else Path(presets))
-    return build(tree)
+    try:
+        file = {} if path is None else _read_settings(path)
+        for layer in (file, *map(_parse_override, overrides)):
+            tree = _apply(tree, layer, None if presets is None else Path(presets))
+        return build(tree)
+    except RecursionError:  # thousands of brackets, or an alias of a section inside itself
+        place = "configuration" if path is None else path
+        raise ConfigError(place, NO_VALUE, "be nested as deep as its sections", "correct it") from None
 
 
 def override(name: str, value: object) -> str:

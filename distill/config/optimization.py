@@ -116,11 +116,18 @@ class LearnerConfig:
     """Device of the learner. ``auto``: the GPU if there is one, otherwise the CPU."""
     num_threads: int | None = None
     """Number of CPU threads. null: as many as the cores that the process may use."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens if a loss, gradient or score of an update is NaN or infinite. The batch is written into the run
+    folder in any case, for `distill replay-batch`. ``stop``: the run ends. ``skip``: student and critics stay what they
+    were before the update, and the update counts as done."""
+    max_nonfinite: int = 10
+    """Number of updates that ``learner.on_nonfinite=skip`` may skip in the whole run, resumed or not. One more ends the run.
+    They are counted in the run and not in a row, because a run that skips every other update is not healthy either."""
 
     def violations(self) -> Iterator[ConfigError]:
         counts = ("num_updates", "prompts_per_update", "teacher_rows_per_update", "micro_batch_tokens")
         yield from bounded("learner", self, ">= 1", *counts, "vocabulary_chunk", "num_threads")
         yield from bounded("learner", self, "> 0", "learning_rate", "max_grad_norm")
-        yield from bounded("learner", self, ">= 0", "weight_decay")
+        yield from bounded("learner", self, ">= 0", "weight_decay", "max_nonfinite")
         yield from bounded("learner", self, "[0, 1)", "warmup_fraction", "beta1", "beta2")
         yield from bounded("learner", self, "[0, 1]", "final_fraction")

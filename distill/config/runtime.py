@@ -195,6 +195,9 @@ class ClusterConfig:
     """Ray cluster that runs the actors. ``local``: a single-node Ray that the run starts for itself. ``HOST:PORT``:
     the cluster with this head. ``auto``: the cluster in the environment variable RAY_ADDRESS, which Ray sets for a
     submitted job, and otherwise ``local``."""
+    require_token: bool = True
+    """Whether to refuse a cluster that other machines can reach and that needs no token. Ray runs what its clients send,
+    so without a token every machine in the network can run commands on the nodes."""
     object_store_bytes: int = 128 << 20
     """Size of a local Ray's object store in bytes. Rows do not pass through it."""
     start_timeout_s: float = 600.0

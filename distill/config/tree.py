@@ -28,12 +28,15 @@ from distill.config.retired import RETIRED
 from distill.config.rules import default_remedy
 from distill.config.written import kinds_of, typed
 from distill.errors import NO_VALUE, ConfigError, did_you_mean, first_line
+from distill.redaction import contains_credentials, redacted
 
 Tree = dict[str, Any]
 
 WRITTEN_NAMES: Mapping[tuple[type, str], str] = {(StudentInitConfig, "source"): "from"}
 """Fields whose name in YAML and overrides is a Python keyword."""
 
+_LONGEST_SHOWN = 200
+"""Characters of a value that an error repeats."""
 NOT_FINGERPRINTED = ("run_dir", "cluster", "tracking")
 """The settings that cannot change a run's numbers: where its folder is, where its actors run and who shows it."""
 
@@ -60,6 +63,8 @@ _LENGTH_AND_RECORDS = (
     "checkpoint.every",
     "checkpoint.keep",
     "scoring.check",
+    "learner.on_nonfinite",
+    "learner.max_nonfinite",
 )
 _ENGINE_RESOURCES = ("num_threads", "tensor_parallel_size", "kv_cache_gib", "gpu_memory_utilization")
 _RESOURCES = (
@@ -143,6 +148,7 @@ def build(tree: Tree) -> RunConfig:
             raise _wrong_value(name, hint, value)  # the result of an interpolation
         if is_text(hint):
             _require_printable(name, value)
+            _require_no_credentials(name, value)
     return config
 
 
@@ -155,6 +161,20 @@ def _require_printable(name: str, value: Any) -> None:
         if (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)) or "\0" in text:
             remedy = "rename the file or folder if it is a path, or write other text"
             raise ConfigError(name, ascii(text), "be UTF-8 text without a null byte", remedy)
+
+
+def _require_no_credentials(name: str, value: Any) -> None:
+    """Require that no setting has a credential, because a run writes its settings to its folder and its report.
+
+    Lists are texts of prompts or names of trackers. The error does not repeat the value.
+
+    Raises: ConfigError.
+    """
+    if isinstance(value, str) and contains_credentials(value):
+        remedy = (
+            "put them where the library looks for them: an environment variable such as HF_TOKEN, or ~/.netrc"
+        )
+        raise ConfigError(name, redacted(value), "contain no password or token", remedy)
 
 
 @cache
@@ -274,7 +294,8 @@ def _unknown(name: str, prefix: str, hints: Mapping[str, object]) -> ConfigError
     if field_of_other_name := WRITTEN_NAMES.get((StudentInitConfig, last)):
         near = [f"{prefix}{field_of_other_name}"] if field_of_other_name in hints else near
     remedy = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(siblings)}"
-    return ConfigError(name, NO_VALUE, "be the name of a setting", remedy)
+    shown = _one_line(name) if name.isprintable() and name.strip() else repr(name)
+    return ConfigError(shown, NO_VALUE, "be the name of a setting", remedy)
 
 
 def _initials(name: str) -> str:
@@ -357,4 +378,5 @@ def _shown(value: object) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_SHOWN else f"{line[:_LONGEST_SHOWN]}…"

@@ -16,13 +16,16 @@ import lzma
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill.data.rejections import Rejections
 from distill.errors import NO_VALUE, ConfigError, first_line
+from distill.files import NOT_AS_WRITTEN
 
 Row = dict[str, Any]
 
@@ -37,6 +40,10 @@ _COMPRESSED: Mapping[str, Callable[..., Any]] = {
     ".xz": lzma.open,
     ".zst": _open_zst,
 }
+LONGEST_LINE_BYTES = 16 << 20
+"""Of a line of JSON, and of a field of CSV. A longer one takes several times its size in memory until its text has
+become tokens, and is usually a whole data set without line ends."""
+_LONGEST_REASON = 300
 READABLE = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet and .arrow, and .gz, .bz2, .xz and .zst of them"
 """The endings of the files that are read, in words."""
 
@@ -44,7 +51,7 @@ READABLE = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet and .arrow, and .gz, .b
 def read_file(path: Path) -> list[Row]:
     """Read all rows of a file.
 
-    Raises: ConfigError with the file, and with the line where there are lines.
+    Raises: ConfigError with the file, and with the line where there are lines; it counts the rows that break a rule.
     """
     kind = kind_of(path)
     if kind is None:
@@ -84,10 +91,40 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    with _opened(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _json_object(line.rstrip(b"\r\n"), f"{path} line {number}")
+    refused, num_read = Rejections(), 0
+    with _opened(path) as file:
+        for number, line in enumerate(_lines(file), 1):
+            if line is not None and not line.strip():
+                continue
+            num_read += 1
+            where = f"{path} line {number}"
+            try:
+                if line is None:
+                    raise _too_long(where)
+                row = _json_object(line.rstrip(b"\r\n"), where)
+            except ConfigError as error:
+                refused.add(error)
+                continue
+            if refused.first is None:  # otherwise no row is used
+                yield row
+    refused.require_none(num_read)
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
+    """The lines of a file; None for one that is too long, which is not kept in memory."""
+    while line := file.readline(LONGEST_LINE_BYTES + 1):
+        if len(line) <= LONGEST_LINE_BYTES or line.endswith(b"\n"):
+            yield line
+            continue
+        del line
+        while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
+            pass
+        yield None
+
+
+def _too_long(where: str) -> ConfigError:
+    must = f"be at most {LONGEST_LINE_BYTES >> 20} MiB long, because no prompt is longer"
+    return ConfigError(where, NO_VALUE, must, "put each row in a line of its own, or remove the row")
 
 
 def _json_object(line: bytes, where: str) -> Row:
@@ -153,8 +190,15 @@ def _read_json(path: Path) -> Iterator[Row]:
     if not isinstance(rows, list):
         must = f"be a JSON list of objects, not {json_kind(rows)}"
         raise ConfigError(path, NO_VALUE, must, "write [{...}, ...]")
+    refused = Rejections()
     for number, row in enumerate(rows, 1):
-        yield _as_object(row, f"{path} row {number}")
+        try:
+            found = _as_object(row, f"{path} row {number}")
+        except ConfigError as error:
+            refused.add(error)
+            continue
+        yield found
+    refused.require_none(len(rows))
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
@@ -168,7 +212,7 @@ def _read_tsv(path: Path) -> Iterator[Row]:
 def _read_separated(path: Path, separator: str) -> Iterator[Row]:
     with _opened(path) as file:
         text = _decoded(file.read(), path)
-    csv.field_size_limit(1 << 30)
+    csv.field_size_limit(LONGEST_LINE_BYTES)
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         _require_unique(rows.fieldnames or (), f"{path} line 1")
@@ -186,25 +230,37 @@ def _read_separated(path: Path, separator: str) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    try:
+    with _of_kind(path, "a Parquet file"):
         with _opened(path) as file:
-            table = pq.ParquetFile(pa.BufferReader(file.read())).read()
-    except pa.ArrowException as error:
-        must = f"be a Parquet file: {first_line(error)}"
-        raise ConfigError(path, NO_VALUE, must, "check the file or write it again") from None
-    _require_unique(table.column_names, path)
-    yield from map(without_nulls, table.to_pylist())
+            source = pa.BufferReader(file.read())
+        table = pq.ParquetFile(source, page_checksum_verification=True).read()
+        table.validate(full=True)  # wrong offsets would have text read from elsewhere
+        _require_unique(table.column_names, path)
+        rows = table.to_pylist()
+    yield from map(without_nulls, rows)
 
 
 def _read_arrow(path: Path) -> Iterator[Row]:
     import datasets
 
-    try:
+    with _of_kind(path, "an Arrow file"):
         rows = datasets.Dataset.from_file(str(path))
-    except (pa.ArrowException, OSError) as error:
-        must = f"be an Arrow file: {first_line(error)}"
+        rows.data.validate(full=True)
+        _require_unique(rows.column_names, path)
+        found = [without_nulls(row) for row in rows]
+    yield from found
+
+
+@contextmanager
+def _of_kind(path: Path, kind: str) -> Iterator[None]:
+    """Raises: ConfigError for what the libraries raise when a file is damaged, which is nearly anything."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (pa.ArrowException, OSError, OverflowError, MemoryError, *NOT_AS_WRITTEN) as error:
+        must = f"be {kind}: {first_line(error)[:_LONGEST_REASON]}"
         raise ConfigError(path, NO_VALUE, must, "check the file or write it again") from None
-    yield from map(without_nulls, rows)
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {

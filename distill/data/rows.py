@@ -8,7 +8,8 @@ from pathlib import Path
 
 from distill.config import DataConfig
 from distill.data.conversation import Example
-from distill.data.formats import reading_of
+from distill.data.formats import Reading, Row, reading_of
+from distill.data.rejections import Rejections
 from distill.data.sources import read_rows
 from distill.errors import ConfigError
 
@@ -53,20 +54,34 @@ def load_rows(data: DataConfig, cache: Path) -> LoadedRows:
 
     ``cache``: the folder that contains fetched data sets known by name.
 
-    Raises: ConfigError with file and line, or with row and column.
+    Raises: ConfigError with file and line, or with row and column, of the first row that breaks a rule, and the number
+    of all rows that do.
     """
     rows = read_rows(data.path, data.split, cache)
     if not rows:
         raise ConfigError("data.path", data.path, "have at least one row", "choose another data set")
     reading = reading_of(data.path, rows, data.format, data.prompt_column, data.answer_column)
     return LoadedRows(
-        examples=[reading.example(index, row, data.path) for index, row in enumerate(rows)],
+        examples=_examples(reading, rows, data.path),
         format=reading.name,
         columns=reading.columns,
         unused_columns=reading.unused(rows),
         possible_columns=reading.format.described(),
         num_turns_as_text=reading.num_turns_as_text(rows),
     )
+
+
+def _examples(reading: Reading, rows: Sequence[Row], path: str) -> list[Example]:
+    """Raises: ConfigError of the first row that cannot be read, with the number of all such rows."""
+    examples: list[Example] = []
+    refused = Rejections()
+    for index, row in enumerate(rows):
+        try:
+            examples.append(reading.example(index, row, path))
+        except ConfigError as error:
+            refused.add(error)
+    refused.require_none(len(rows))
+    return examples
 
 
 def _has_tools(example: Example) -> bool:

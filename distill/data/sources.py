@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import pyarrow as pa
+
 from distill.data.files import READABLE, Row, kind_of, read_file, without_nulls
 from distill.errors import ConfigError, did_you_mean, first_line
+from distill.files import NOT_AS_WRITTEN, is_plain_name
 
 KNOWN_DATA: Mapping[str, str] = {"alpaca-demo": "data/alpaca-demo.json"}
 """Data sets that ``data.path`` can name -> their file in the cache."""
@@ -97,12 +101,36 @@ def _require_split(split: str, splits: Iterable[object], folder: Path) -> None:
         raise ConfigError("data.split", split, must, remedy)
 
 
+def _require_own_files(folder: Path) -> None:
+    """Require that what a saved folder names lies in it: `datasets` joins names, and would follow ``../x``.
+
+    Raises: ConfigError.
+    """
+    try:
+        if (folder / "dataset_dict.json").exists():
+            parts = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+            states = [folder / part / "state.json" for part in parts if is_plain_name(part)]
+        else:
+            parts, states = [], [folder / "state.json"]
+        files = [
+            file["filename"] for state in states for file in json.loads(state.read_text())["_data_files"]
+        ]
+    except (OSError, *NOT_AS_WRITTEN) as error:
+        must = f"be a folder that save_to_disk wrote ({first_line(error)})"
+        raise ConfigError("data.path", folder, must, "write it again") from None
+    for name in (*parts, *files):
+        if not is_plain_name(name):
+            must = f"name only files of its own (it names {name!r:.80})"
+            raise ConfigError("data.path", folder, must, "write it again with save_to_disk")
+
+
 def _read_saved(path: Path, split: str) -> list[Row]:
     import datasets
 
+    _require_own_files(path)
     try:
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pa.ArrowException, *NOT_AS_WRITTEN) as error:
         must = f"be a folder that save_to_disk wrote ({first_line(error)})"
         raise ConfigError("data.path", path, must, "write it again") from None
     if isinstance(saved, datasets.DatasetDict):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from distill.data.prompts import training_rows
-from distill.errors import NO_VALUE, ConfigError
+from distill.errors import NO_VALUE, ConfigError, first_line
 from distill.files import replacing_file
 from distill.interfaces import Completion, Draw, SampleRequest, Table
 from distill.schema import SchemaError, Trajectory, trajectory_batch, trajectory_schema, validate
@@ -171,9 +171,26 @@ def _validate_corpus(batch: pa.RecordBatch) -> None:
 def write_table(table: pa.Table, path: str | Path) -> None:
     """Write a Parquet file atomically."""
     with replacing_file(Path(path)) as temporary:
-        pq.write_table(table, temporary, use_compliant_nested_type=False)  # lists read back as written
+        pq.write_table(
+            table,
+            temporary,
+            use_compliant_nested_type=False,  # lists read back as written
+            write_page_checksum=True,  # a changed token would otherwise be trained on
+        )
 
 
 def read_table(path: str | Path) -> pa.Table:
-    """Read a table that :func:`write_table` wrote, including its schema metadata."""
-    return pq.read_table(path)
+    """Read a table that :func:`write_table` wrote, including its schema metadata.
+
+    Raises: ConfigError when the file is damaged; FileNotFoundError.
+    """
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        table.validate(full=True)
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        must = f"be a Parquet file ({first_line(error)})"
+        remedy = "bring it back from a copy, or remove it to have it made again"
+        raise ConfigError("table", path, must, remedy) from None
+    return table

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.config import EVALUATION_METRICS
+from distill.errors import ConfigError, first_line
 from distill.files import write_bytes
 
 METRICS = (*EVALUATION_METRICS, "entropy", "length")
@@ -188,12 +189,19 @@ def save_evaluation(folder: Path, evaluation: Evaluation) -> Path:
 def load_evaluation(path: Path) -> Evaluation:
     """Read what :func:`save_evaluation` wrote.
 
-    Raises: FileNotFoundError; ValueError when the file is not an evaluation of this version.
+    Raises: FileNotFoundError; ConfigError when the file is damaged, or is not an evaluation of this version.
     """
-    table = pq.ParquetFile(Path(path)).read()
+    remedy = "bring it back from a copy, or evaluate again with the present version"
+    try:
+        table = pq.ParquetFile(Path(path)).read()
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError("evaluation", path, f"be a Parquet file ({first_line(error)})", remedy) from None
     metadata = table.schema.metadata or {}
-    if metadata.get(b"distill.evaluation") != b"1":
-        raise ValueError(
-            f"{path} must be an evaluation of version 1, got {metadata.get(b'distill.evaluation')}"
-        )
-    return Evaluation(metadata[b"distill.label"].decode(), table.replace_schema_metadata(None))
+    if metadata.get(b"distill.evaluation") != b"1" or b"distill.label" not in metadata:
+        found = metadata.get(b"distill.evaluation", b"none").decode(errors="replace")
+        raise ConfigError("evaluation", path, f"be an evaluation of version 1, got {found}", remedy)
+    return Evaluation(
+        metadata[b"distill.label"].decode(errors="replace"), table.replace_schema_metadata(None)
+    )

@@ -22,6 +22,7 @@ import pyarrow as pa
 from distill.errors import NO_VALUE, DistillError
 from distill.files import replacing_file
 from distill.interfaces import Draw, Location, SampleRef, SegmentMissing
+from distill.replay.locations import require_location, require_segment_name, row_in, schema_in
 from distill.schema import oldest_version
 
 ALIGNMENT = 64
@@ -216,9 +217,10 @@ class SegmentStore:
         """Map a row without copying; the batch keeps the mapping alive.
 
         Raises: SegmentMissing when its segment is gone, or another row is in its place; RemoteSegment when it is
-        on another node.
+        on another node; ForeignLocation for what can be no location.
         """
         location = sample.location
+        require_location(location)
         if location.node != self._node:
             raise RemoteSegment(
                 "location.node",
@@ -228,14 +230,14 @@ class SegmentStore:
             )
         with self._reading:
             segment = self._map(location.segment, location.offset + location.num_bytes)
-        message = segment.buffer.slice(location.offset, location.num_bytes)
-        row = pa.ipc.read_record_batch(message, segment.schema)
-        found = row.column("trajectory_id")[0].as_py()
-        if found != location.trajectory_id:
+        row, found = row_in(segment.buffer.slice(location.offset, location.num_bytes), segment.schema)
+        if row is None or found != location.trajectory_id:
             raise SegmentMissing(
-                f"row in segment {location.segment} at {location.offset}", found, f"be {location.trajectory_id}",
+                f"row in segment {location.segment} at {location.offset}",
+                NO_VALUE if row is None else found,
+                f"be {location.trajectory_id}{' (the bytes there are no row)' if row is None else ''}",
                 "resume from the newest checkpoint",
-            )  # fmt: skip
+            )
         return row
 
     def settle(self, samples: Sequence[SampleRef]) -> None:
@@ -257,7 +259,12 @@ class SegmentStore:
             return [name for name in names if self._open is None or self._open.name != name]
 
     def delete(self, names: Collection[str]) -> None:
-        """Delete segments, which are settled and contain no live row."""
+        """Delete segments, which are settled and contain no live row.
+
+        Raises: ForeignLocation for a name that leads out of the folders of segments; then nothing is deleted.
+        """
+        for name in names:
+            require_segment_name(name)
         with self._writing:
             for name in names:
                 for folder in (self._memory_dir, self._spill_dir):
@@ -340,7 +347,15 @@ class SegmentStore:
             except FileNotFoundError:
                 continue
             buffer = file.read_buffer()
-            return _Map(folder / name, buffer, pa.ipc.read_schema(buffer))
+            schema = schema_in(buffer)
+            if schema is None:
+                raise SegmentMissing(
+                    f"segment {name} in {folder}",
+                    NO_VALUE,
+                    "begin with the schema of a row, as its writer began it",
+                    "resume from the newest checkpoint",
+                )
+            return _Map(folder / name, buffer, schema)
         raise SegmentMissing(
             f"segment {name}",
             NO_VALUE,

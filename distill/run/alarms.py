@@ -53,9 +53,15 @@ class Alarms:
     def after_update(self, row: Mapping[str, float]) -> list[str]:
         """Return the alarms that an update raises; ``row``: its metrics."""
         self._rows = [*self._rows, row][-WINDOW:]
-        if len(self._rows) < WINDOW:
-            return []
         raised: list[str] = []
+        if row.get("learner/num_nonfinite", 0) > 0:
+            raised += self._once(
+                "nonfinite",
+                "an update was skipped, because its numbers were not finite: `update_skipped` in events.jsonl names it and "
+                "its file, with which `distill replay-batch` says which tensor was the first",
+            )
+        if len(self._rows) < WINDOW:
+            return raised
         for text in ("teacher_text", "student_text"):
             tightness = self._mean(f"critic/{text}.tightness")
             if tightness is not None and tightness < WEAK:

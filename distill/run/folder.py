@@ -20,8 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distill.errors import ConfigError, DistillError
-from distill.files import is_temporary, remove_temporaries, write_bytes, write_json
+from distill.errors import ConfigError, DistillError, first_line
+from distill.files import is_plain_name, is_temporary, remove_temporaries, write_bytes, write_json
+from distill.redaction import redacted, redacted_values
 
 TRAINING_PROMPTS, HELDOUT_PROMPTS = "train.parquet", "heldout.parquet"
 """Files of the folder ``data`` with the parts of the prompt table."""
@@ -48,7 +49,15 @@ class PolicyVersionCounter:
     @property
     def last(self) -> int:
         """The newest version that was returned; 0 before the first."""
-        return json.loads(self._file.read_text())["policy_version"] if self._file.is_file() else 0
+        if not self._file.is_file():
+            return 0
+        remedy = "bring the run folder back from a copy, because a version must never be used twice"
+        version = _read_json("policy_version", self._file, ("policy_version",), remedy)["policy_version"]
+        if type(version) is not int or version < 0:
+            raise ConfigError(
+                f"policy_version in {self._file}", repr(version), "be a whole number >= 0", remedy
+            )
+        return version
 
     def next(self) -> int:
         """Return a number that this run has never used before, from 1.
@@ -89,6 +98,7 @@ class RunFolder:
         self.data = self.path / "data"
         self.replay = self.path / "replay"
         self.checkpoints = self.path / "checkpoints"
+        self.nonfinite = self.path / "nonfinite"
         self.cut = self.path / "student-init"
         self.cut_layers = self.path / "student-init-layers.json"
         self.sft = self.path / "sft"
@@ -118,6 +128,10 @@ class RunFolder:
         return False
 
     def evaluation(self, label: str) -> Path:
+        """Return the file of an evaluation. Raises: ConfigError for a label, as of a checkpoint, that is a path."""
+        if not is_plain_name(label):
+            must, remedy = "be a name such as step-10", "bring the checkpoint back from a copy"
+            raise ConfigError("label of an evaluation", repr(label), must, remedy)
         return self.evaluations / f"{label}.parquet"
 
     @property
@@ -228,7 +242,7 @@ class RunFolder:
             result.unlink(missing_ok=True)
 
     def write_failure(self, error: Exception) -> None:
-        """Record why the run failed: ``failure.json`` as data, ``failure.txt`` with the traceback."""
+        """Record why the run failed: ``failure.json`` as data, ``failure.txt`` with the traceback, without credentials."""
         if not isinstance(error, DistillError):
             error_parts: dict[str, Any] = {
                 "code": "unexpected",
@@ -236,12 +250,17 @@ class RunFolder:
             }
         else:
             error_parts = error.parts()
-        write_json(self.failure, error_parts)
-        write_bytes(self.traceback, "".join(traceback.format_exception(error)).encode())
+        write_json(self.failure, redacted_values(error_parts))
+        text = redacted("".join(traceback.format_exception(error)))
+        write_bytes(self.traceback, text.encode(errors="replace"))
 
     def read_failure(self) -> dict[str, Any] | None:
         """Return the parts of the error that ended the last incarnation; ``code`` names its kind."""
-        return json.loads(self.failure.read_text()) if self.failure.is_file() else None
+        if not self.failure.is_file():
+            return None
+        return _read_json(
+            "failure", self.failure, ("code",), "remove it, because the next start removes it as well"
+        )
 
     def write_metrics_target(self, address: str) -> None:
         """Record where Prometheus finds the numbers of this run, in its format for discovery by files."""
@@ -249,7 +268,9 @@ class RunFolder:
 
     def read_best(self) -> dict[str, Any] | None:
         """Return the update, metric and value of the student in ``best/``; None before an evaluation during training."""
-        return json.loads(self.best_numbers.read_text()) if self.best_numbers.is_file() else None
+        if not self.best_numbers.is_file():
+            return None
+        return _read_json("best", self.best_numbers, (), "remove it; the next evaluation writes it again")
 
     # Steps of opening
 
@@ -296,7 +317,7 @@ class RunFolder:
             raise ConfigError("run_dir", self.path, must, "choose another run_dir")
 
     def _begin_incarnation(self, fingerprint: str) -> None:
-        for folder in (self.path, self.data, self.checkpoints, self.evaluations):
+        for folder in (self.path, self.data, self.checkpoints, self.nonfinite, self.evaluations):
             remove_temporaries(folder)
         for failure in (self.failure, self.traceback):  # of an earlier incarnation
             failure.unlink(missing_ok=True)
@@ -323,9 +344,11 @@ def _read_json(name: str, path: Path, keys: Sequence[str], remedy: str) -> dict[
     """Raises: ConfigError when the file is not JSON with those keys."""
     try:
         found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(name, path, f"be JSON ({error})", remedy) from None
-    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(name, path, f"be JSON ({first_line(error)})", remedy) from None
+    if not isinstance(found, dict):
+        raise ConfigError(name, path, "be a JSON object", remedy)
+    missing = [key for key in keys if key not in found]
     if missing:
         raise ConfigError(name, path, f"contain {', '.join(missing)}", remedy)
     return found

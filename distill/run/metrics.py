@@ -17,7 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill.errors import ConfigError, first_line
 from distill.files import LineFile, LineReader, plain, write_bytes
+from distill.redaction import redacted_values
 from distill.run.folder import RunFolder
 
 ReportFacts = Callable[..., None]
@@ -56,7 +58,14 @@ def reproducible(table: pa.Table) -> pa.Table:
 def read_metrics(run_dir: str | Path) -> pa.Table:
     """Read the present ``metrics.parquet``; the table has no rows if there is no file yet."""
     path = RunFolder(run_dir).metrics
-    return pq.ParquetFile(path).read() if path.is_file() else _empty()
+    if not path.is_file():
+        return _empty()
+    try:
+        table = pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        must, remedy = f"be a Parquet file ({first_line(error)})", "bring it back from a copy, or remove it"
+        raise ConfigError("metrics", path, must, remedy) from None
+    return table
 
 
 class MetricsWriter:
@@ -157,11 +166,12 @@ class EventLog:
         self._lines = LineFile(self.path)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event, which every reader sees once this returns."""
+        """Append one event without credentials, which every reader sees once this returns."""
         if reserved := {"time", "event"} & fields.keys():
             raise ValueError(f"field {min(reserved)} is reserved for the log; choose another name")
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        self._lines.append(json.dumps(plain({"time": stamp, "event": event, **fields}), allow_nan=False))
+        written = redacted_values(plain({"time": stamp, "event": event, **fields}))
+        self._lines.append(json.dumps(written, allow_nan=False))
 
     def close(self) -> None:
         self._lines.close()

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import ConfigError
+from distill.files import is_plain_name
 
 _PLAIN = (
     "ernie4_5", "exaone4", "gemma", "glm", "glm4", "gpt2", "gpt_neox", "helium", "llama", "ministral",
@@ -169,7 +170,12 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     """The file of each tensor."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        placed = json.loads(index.read_text())["weight_map"]
+        if not all(map(is_plain_name, placed.values())):
+            raise ConfigError(
+                "checkpoint", index, "name files of its own folder", "save it again with save_pretrained"
+            )
+        return {name: folder / file for name, file in placed.items()}
     single = folder / "model.safetensors"
     if not single.exists():
         raise ConfigError("checkpoint", folder, "contain model.safetensors or its index",

@@ -59,17 +59,32 @@ _PREFIX = "student."
 class Student:
     """A causal LM in training."""
 
-    def __init__(self, folder: str | Path, *, precision: Precision = "auto", device: str = "auto") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        precision: Precision = "auto",
+        device: str = "auto",
+        random: bool = False,
+    ) -> None:
+        """``random``: with random weights, for :meth:`load_tensors`; ``folder`` then needs only ``config.json``."""
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         _set_matmul_precision(self.device, self.precision)
         settle_vector_math()
-        attention = _attention_of(AutoConfig.from_pretrained(folder, local_files_only=True))
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        attention = _attention_of(config)
         with ONE_LOAD_AT_A_TIME:
             # The library's types do not describe a causal LM's methods.
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation=attention, local_files_only=True
-            )
+            model: Any
+            if random:
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, attn_implementation=attention
+                )
+            else:
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32, attn_implementation=attention, local_files_only=True
+                )
         # Dropout off: the objective is a function of the policy, not of a noisy copy of it.
         self.model: Any = model.to(self.device).eval()
         # Phi's head has a bias. It is a parameter like any other: optimizer steps change it in place.

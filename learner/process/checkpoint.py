@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.errors import DistillError
-from distill.files import new_folder
+from distill.errors import NO_VALUE, DistillError, first_line
+from distill.files import is_plain_name, new_folder
 from distill.run.folder import checkpoint_steps
 from distill.weights import checksum_file
 
@@ -122,7 +123,7 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         for name, expected in manifest["shards"].items():
             shard = folder / name
-            if not shard.exists():
+            if not shard.is_file():
                 raise CheckpointError("shard", shard, "exist", _older(folder))
             num_bytes, checksum = checksum_file(shard)
             if (num_bytes, checksum) != (expected["num_bytes"], expected["xxh3"]):
@@ -132,7 +133,11 @@ class Checkpoints:
                     f"be {expected['num_bytes']} bytes with xxh3 {expected['xxh3']}",
                     _older(folder),
                 )
-            tensors |= load_file(shard)
+            try:
+                tensors |= load_file(shard)
+            except (OSError, SafetensorError) as error:
+                must = f"be a safetensors file ({first_line(error)})"
+                raise CheckpointError("shard", shard, must, _older(folder)) from error
         return tensors, manifest["state"]
 
 
@@ -144,12 +149,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             "manifest", path, f"be a checkpoint manifest ({error})", _older(folder)
         ) from error
     if not isinstance(manifest, dict) or not {"shards", "state"} <= manifest.keys():
         raise CheckpointError("manifest", path, "contain shards and state", _older(folder))
+    _require_shape(manifest, path)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise OtherFormat(
             f"format_version in {path}",
@@ -162,6 +168,21 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"contents of {path}", _checksum(manifest), f"have the checksum {checksum}", _older(folder)
         )
     return manifest
+
+
+def _require_shape(manifest: dict[str, Any], path: Path) -> None:
+    """Raises: CheckpointError for parts of another type, and for a shard that is not a file of the checkpoint."""
+    shards = manifest["shards"]
+    if not isinstance(shards, dict) or not isinstance(manifest["state"], dict):
+        raise CheckpointError("manifest", path, "have objects as shards and state", _older(path.parent))
+    for name, expected in shards.items():
+        if not is_plain_name(name):
+            must = "name files in the folder of the checkpoint"
+            raise CheckpointError(f"shards of {path}", repr(name), must, _older(path.parent))
+        if not isinstance(expected, dict) or not {"num_bytes", "xxh3"} <= expected.keys():
+            raise CheckpointError(
+                f"shard {name} of {path}", NO_VALUE, "have num_bytes and xxh3", _older(path.parent)
+            )
 
 
 def _checksum(manifest: dict[str, Any]) -> str:

@@ -60,6 +60,9 @@ class LearnerActor:
     async def update(self, lease: Lease) -> dict[str, float]:
         return await self.worker.update(lease)
 
+    async def skipped(self, update: int) -> dict[str, Any] | None:
+        return self.worker.skipped(update)
+
     async def write_weights(self, policy_version: int, updates_done: int) -> WeightManifest:
         return await self.worker.write_weights(policy_version, updates_done)
 

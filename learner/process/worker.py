@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from distill.config import RunConfig
@@ -26,6 +25,7 @@ from learner.model.student import Student
 from learner.process.checkpoint import CheckpointError, Checkpoints
 from learner.process.evaluator import Evaluator, PolicyScorer
 from learner.process.publish import WeightFile, push_dtype
+from learner.process.skips import Skips
 from learner.process.student_folder import StudentWriter
 from learner.process.teacher_check import check_teacher
 
@@ -52,6 +52,9 @@ class LearnerWorker:
         if newest is not None:
             self.resumed_state = newest.state | {"damaged": list(newest.damaged)}
             self.distiller.load(newest.tensors, newest.state)
+        num_skipped = newest.state.get("num_nonfinite", 0) if newest is not None else 0
+        self._skips = Skips(self.distiller, self.folder, inputs.run_id, num_skipped)
+        self._policy_version = 0
         self._store = open_store(config.replay, inputs, "learner")
         self._teacher_head = self.distiller.teacher
         """That of the teacher itself, with which evaluations compare also where a proxy stands in for it."""
@@ -65,16 +68,28 @@ class LearnerWorker:
         self._clock = BusyClock()
 
     async def update(self, lease: Lease) -> dict[str, float]:
-        """Train on the groups of a lease; returns the metrics of the update."""
+        """Train on the groups of a lease; returns the metrics of the update.
+
+        Raises: Diverged when its numbers are not finite and it may not be skipped.
+        """
         rows = [self._store.read(sample) for group in lease.groups for sample in group.samples]
         async with self._turn:
             with self._clock.running():
-                return await asyncio.to_thread(self.distiller.update, rows)
+                return await asyncio.to_thread(self._skips.update, rows, self._policy_version)
+
+    def skipped(self, update: int) -> dict[str, Any] | None:
+        """Why an update, counted from 1, was skipped, as fields of an event; None if it was not.
+
+        It is known until the next one is skipped.
+        """
+        newest = self._skips.newest
+        return newest if newest is not None and newest["update"] == update else None
 
     async def write_weights(self, policy_version: int, updates_done: int) -> WeightManifest:
         """Copy the weights into the file of a new version, from which the engines load them."""
         async with self._turn:
             with self._clock.running():
+                self._policy_version = policy_version
                 return await asyncio.to_thread(self._weights.write, policy_version, updates_done)
 
     def num_teacher_rows(self) -> int:
@@ -130,6 +145,7 @@ class LearnerWorker:
                     f"be {updates_done}, as in the ledger of the checkpoint", "report this as a bug",
                 )  # fmt: skip
             start = time.monotonic()
+            state = state | {"num_nonfinite": self._skips.num_skipped}
             with self._clock.running():
                 tensors = await asyncio.to_thread(self.distiller.tensors)
             copy_s = time.monotonic() - start

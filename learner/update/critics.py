@@ -204,6 +204,10 @@ class CriticPair:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for critic in self._critics.values() for parameter in critic.parameters()]
 
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The trained ones, by the names that a checkpoint gives them."""
+        return [(name, value) for name, value in self._named() if name.startswith("critic.")]
+
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -212,7 +216,7 @@ class CriticPair:
 
         A critic without gradient is left unchanged. Returns the norm of both gradients before clipping.
 
-        Raises: Diverged when the norm is not finite; no critic has changed then.
+        Raises: Diverged when the norm is not finite; this step has changed no critic then.
         """
         norms = [
             nn.utils.clip_grad_norm_(critic.parameters(), self._max_grad_norm)
@@ -223,7 +227,7 @@ class CriticPair:
         if not torch.isfinite(norm):
             raise Diverged(
                 "norm of the critics' gradient", norm.item(), "be finite",
-                "lower critic.learning_rate or learner.learning_rate; no critic has changed",
+                "lower critic.learning_rate or learner.learning_rate",
             )  # fmt: skip
         self.optimizer.step()
         if self._ema:
@@ -242,11 +246,16 @@ class CriticPair:
             self.optimizer, "critic_optimizer"
         )
 
+    def copy(self) -> dict[str, Tensor]:
+        """:meth:`state_dict`, which later steps do not change."""
+        return {name: value.clone() for name, value in self.state_dict().items()}
+
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`state_dict`; other names are ignored."""
         with torch.no_grad():
             for name, value in self._named():
                 value.copy_(tensors[name])
+        self.optimizer.state.clear()  # before the first step, Adam has no state
         load_optimizer_tensors(self.optimizer, dict(tensors), "critic_optimizer")
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -40,12 +40,15 @@ divided by the whole update's tokens, so the student cannot notice how rows are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from distill.config import MethodConfig
+from distill.errors import Diverged
 from learner.batch import Text, TokenBatch
 from learner.model.head import Head
 from learner.ranks import ALONE, Ranks
@@ -55,6 +58,8 @@ from learner.update.critics import CriticPair
 from learner.update.positions import Heads, Positions, TrainedModel, collect_positions
 from learner.update.student_step import student_step
 from learner.update.witness import Witness, witnesses
+
+Stage = Literal["scores", "critics", "student"]
 
 
 def update(
@@ -76,11 +81,15 @@ def update(
     ``warmup``: whether this is a warm-up update, which leaves the student alone if there are learned critics.
     ``ranks``: who else has groups of this update; metrics and step are then the same on all.
 
-    Raises: Diverged when a loss or gradient is not finite; the parameters it belongs to are unchanged.
+    Raises: Diverged, with its stage, when a score, loss or gradient is not finite, on all ranks alike. The
+    student is then unchanged; critics may have taken steps, which the caller undoes.
     """
     batch = batch.over(ranks)
     if method.recipe.payload == "text":  # cross-entropy only: no distributions, no game
-        return student_step(student, optimizer, batch, None, None, method, ranks=ranks)
+        with _stage("student"):
+            return student_step(student, optimizer, batch, None, None, method, ranks=ranks)
+    with _stage("scores"):
+        require_finite_scores(batch, ranks)
     if teacher is None:
         raise ValueError(f"recipe {method.recipe.name} needs the teacher's head")
     heads = Heads.of(student, teacher)
@@ -96,16 +105,42 @@ def update(
         keep_graph = method.learner.keep_activations and not warmup
         positions, states = collect_positions(student, batch, keep_graph=keep_graph)
     if learned_critics:  # 2
-        metrics = _critics(positions, heads, learned_critics, method, update_number, warmup, ranks)
+        with _stage("critics"):
+            metrics = _critics(positions, heads, learned_critics, method, update_number, warmup, ranks)
         if warmup:
             return metrics
     witness_of = witnesses(method.critic, critics, heads) if method.uses_moment_gap else {}
     if needs_advantages:  # 3
         credit = _credit(positions, batch, heads, witness_of, method, ranks)
-    student_metrics = student_step(  # 4, 5
-        student, optimizer, batch, heads, witness_of, method, credit, states, ranks=ranks
-    )
+    with _stage("student"):  # 4, 5
+        student_metrics = student_step(
+            student, optimizer, batch, heads, witness_of, method, credit, states, ranks=ranks
+        )
     return metrics | student_metrics
+
+
+@contextmanager
+def _stage(stage: Stage) -> Iterator[None]:
+    try:
+        yield
+    except Diverged as error:
+        error.stage = stage
+        raise
+
+
+def require_finite_scores(batch: TokenBatch, ranks: Ranks) -> None:
+    """Raises: Diverged when a counted position has a score that is not finite, on any rank."""
+    wrong = torch.zeros((), dtype=torch.int64, device=batch.group.device)
+    for pack in batch.packs:
+        wrong += (pack.counted & pack.scores_not_finite()).sum()
+    count = int(ranks.sum(wrong))
+    if count:
+        raise Diverged(
+            "the teacher's states and the sampler's log-probabilities",
+            f"{count} tokens with NaN or infinity",
+            "be finite",
+            "look at the engines, which wrote them; neither student nor critics have changed",
+        )
 
 
 def _critics(

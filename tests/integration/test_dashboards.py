@@ -67,10 +67,10 @@ def test_every_query_of_every_panel_finds_numbers_of_a_run(world: Path, tmp_path
     run = world / "watched"
     target = run / "prometheus-target.json"
     try:
-        until(lambda: target.exists() or process.poll() is not None)
+        until(lambda: target.exists() or process.poll() is not None, timeout_s=300)
         run_id = json.loads((run / "run.json").read_text())["run_id"]
         with prometheus([str(target)], tmp_path, port=port, scrape_every_s=SCRAPE_EVERY_S):
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 240
             while (missing := without_numbers(port, run_id)) and time.monotonic() < deadline:
                 assert process.poll() is None, process.communicate()[0][-4000:]
                 time.sleep(2)

@@ -12,9 +12,13 @@ import psutil
 import pytest
 import ray
 
+from deploy.cluster import address as address_module
+from deploy.cluster.address import HeadAddress, require_token_authentication
 from deploy.cluster.backend import Backend
 from deploy.cluster.ray_cluster import RayCluster
+from deploy.placement import Node
 from distill.config import ClusterConfig
+from distill.errors import ConfigError
 from tests.backend_contract import BackendContract, Worker, check_leaving
 from tests.integration.ray_head import RayHead
 
@@ -100,3 +104,25 @@ def test_leaving(tmp_path: Path) -> None:
     started = set(psutil.Process().children(recursive=True)) - before
     _, alive = psutil.wait_procs(list(started), timeout=10)
     assert not alive
+
+
+@pytest.mark.parametrize("token", [True, False])
+def test_which_heads_other_machines_may_reach(
+    token: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that refuses a user without its token. The head is on loopback, and is taken for one that is not."""
+    head = RayHead(tmp_path, token=token)
+    try:
+        for name, value in head.access.items():
+            monkeypatch.setenv(name, value)
+        address = HeadAddress("cluster.address", head.address)
+        node = Node(address=head.host, num_cpus=2, num_gpus=0, free_cpus=2, free_gpus=0, num_others=0)
+        require_token_authentication(address, node)  # loopback
+        monkeypatch.setattr(address_module, "_is_loopback", lambda _: False)
+        if token:
+            require_token_authentication(address, node)
+        else:
+            with pytest.raises(ConfigError, match="must need a token, because other machines can reach it"):
+                require_token_authentication(address, node)
+    finally:
+        head.stop()

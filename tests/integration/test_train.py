@@ -359,18 +359,6 @@ def test_dead_engine_without_a_restart_ends_the_run_with_one_line(world: Path) -
     assert "EngineDied" in (world / "dead" / "failure.txt").read_text()
 
 
-def test_run_that_diverges_keeps_the_rows_before_it(world: Path) -> None:
-    """They are written to the file only every few seconds."""
-    settings = [*PLAIN, "recipe=fkl", "cluster.backend=in_process", "learner.num_updates=9", "sft.enabled=false",
-                "learner.learning_rate=1e30", "learner.warmup_fraction=0.5", "evaluation.every=0", "checkpoint.every=100"]  # fmt: skip
-    process = start(world, *train_arguments(world, "diverged", *settings))
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 1, output[-3000:]
-    failure = RunFolder(world / "diverged").read_failure()
-    assert failure is not None and failure["code"] == "diverged", output[-3000:]
-    assert read_metrics(world / "diverged")["update"].to_pylist()[:1] == [1]
-
-
 def steps(run: Path) -> list[int]:
     return Checkpoints(run / "checkpoints", keep=2).steps() if run.exists() else []
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from deploy.cluster.address import head_address, probe
+from deploy.cluster.address import head_address, probe, require_token_authentication
 from deploy.fetch import cache_dir
 from deploy.placement import described, place_on_node, pool_violations
 from deploy.run.estimates import Estimates
@@ -157,7 +157,7 @@ def disk(config: RunConfig, estimates: Estimates) -> Iterator[Check]:
 
 
 def cluster(config: RunConfig) -> Iterator[Check]:
-    """Check that the Ray cluster answers and has what the actors take, or that a local Ray finds ports.
+    """Check that the Ray cluster answers, is protected and has what the actors take, or that a local Ray finds ports.
 
     Raises: ConfigError.
     """
@@ -168,8 +168,17 @@ def cluster(config: RunConfig) -> Iterator[Check]:
     if address is None:
         _require_loopback()
         yield Check("cluster", "pass", "loopback has free ports for a local Ray")
+        if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+            yield Check(
+                "cluster",
+                "warn",
+                "RAY_AUTH_MODE turns Ray's tokens off, and Ray's node service listens on all addresses of this machine",
+                "unset it, and Ray makes a token by itself",
+            )
         return
     node = probe(address)
+    if config.cluster.require_token:
+        require_token_authentication(address, node)
     placement = place_on_node(config, usable_cores(), node, vllm_on_gpu=vllm_computes_on_gpu())
     text = (
         f"the actors run on node {node.address} of the Ray cluster at {address.value}: {described(placement)}"

@@ -10,13 +10,14 @@ from functools import partial
 from deploy.exits import leave_at_once
 from deploy.run.tracking.mlflow_run import MlflowRun
 from deploy.run.tracking.tensorboard_files import TensorBoardFiles
-from deploy.run.tracking.tracker import TrackedRun, Tracker, redacted
+from deploy.run.tracking.tracker import TrackedRun, Tracker
 from deploy.run.tracking.trackers import Trackers
 from deploy.run.tracking.trackio_run import TrackioRun
 from deploy.run.tracking.wandb_run import WandbRun
 from distill.config import RunConfig
 from distill.config.tree import flat_settings
 from distill.errors import ConfigError
+from distill.redaction import redacted
 from distill.run.folder import RunFolder
 from distill.run.metrics import EventLog
 

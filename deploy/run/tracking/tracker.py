@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,18 +43,3 @@ class TrackedRun:
     """Updates before the first one that is recorded now. What was recorded of later ones is superseded."""
     settings: Mapping[str, Any]
     """The configuration, by dotted name."""
-
-
-_SECRET = re.compile(
-    r"(WANDB|MLFLOW|TRACKIO|HF|HUGGING_FACE|DATABRICKS|AWS).*(KEY|TOKEN|PASSWORD|SECRET|USERNAME)", re.I
-)
-"""Environment variables in which trackers find credentials."""
-_USER_OF_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-
-
-def redacted(text: str) -> str:
-    """Replace credentials: the values of the environment variables that contain them, and users in addresses."""
-    for name, value in os.environ.items():
-        if len(value) >= 4 and _SECRET.fullmatch(name):
-            text = text.replace(value, "***")
-    return _USER_OF_URL.sub("***", text)

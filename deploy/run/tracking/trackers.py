@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from deploy.run.tracking.tracker import Tracker, redacted
+from deploy.run.tracking.tracker import Tracker
 from deploy.run.tracking.tracker_thread import Call, TrackerThread
 from distill.errors import first_line
+from distill.redaction import redacted
 from distill.run.metrics import EventLog
 
 QUEUE_LENGTH = 1000

@@ -85,6 +85,10 @@ class RunMilestones:
         Otherwise the learner waits only until its weights are copied.
         """
         self._recorder.update(updates_done, policy_version, lease, metrics | await self._stats())
+        if metrics.get("learner/num_nonfinite"):
+            skipped = await self._fleet.learner.skipped(updates_done)
+            if skipped is not None:
+                self._recorder.event("update_skipped", **skipped)
         start = time.monotonic()
         is_last = self._is_last(updates_done)
         if self.samples_after(updates_done):

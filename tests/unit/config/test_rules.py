@@ -53,7 +53,7 @@ BROKEN = [
     "learner.beta1=1.5", "learner.final_fraction=7", "sft.warmup_fraction=5", "scoring.gpu_memory_utilization=9",
     "scoring.max_num_seqs=0", "rollout.replicas=0", "scoring.replicas=0", "scoring.check=-1", "rollout.max_num_seqs=0", "rollout.num_threads=0", "cluster.start_timeout_s=0", "cluster.max_restarts=-1",
     "tracking.to=[tensorbord]", "tracking.to=[wandb,wandb]", "tracking.project=", "tracking.project=a/b",
-    "seed=-1", "data.path=", "data.format=messages data.answer_column=x", "corpus.seed=-1", "learner.weight_decay=-1", "sft.learning_rate=0", "rollout.kv_cache_gib=0",
+    "seed=-1", "data.path=", "data.format=messages data.answer_column=x", "corpus.seed=-1", "learner.weight_decay=-1", "learner.max_nonfinite=-1", "sft.learning_rate=0", "rollout.kv_cache_gib=0",
 ]  # fmt: skip
 """Overrides of a valid configuration. Each item breaks the rule of one of its settings."""
 SECTIONS = [inputs, method, optimization, run, runtime]

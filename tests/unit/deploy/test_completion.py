@@ -50,7 +50,7 @@ def test_a_real_bash_completes_commands_options_names_and_paths(
     path = script("bash", tmp_path, capsys)
     (tmp_path / "my.yaml").touch()
     (tmp_path / "runs").mkdir()
-    assert completed(path, "re") == {"recipes", "report"}
+    assert completed(path, "re") == {"recipes", "replay-batch", "report"}
     assert completed(path, "report", "runs", "--co") == {"--compare"}
     assert completed(path, "train", "--resume", "ru") == {"runs"}
     assert completed(path, "train", "my") == {"my.yaml"}

@@ -107,7 +107,8 @@ HARMLESS = {
     "evaluation.best_metric": "teacher_text.jsd", "checkpoint.every": 3, "checkpoint.keep": 1, "scoring.check": 0,
     "replay.memory_bytes": 1 << 26, "replay.max_bytes": 1 << 31, "replay.segment_bytes": 1 << 20,
     "learner.num_threads": 1, "learner.micro_batch_tokens": 64, "learner.keep_activations": True,
-    "learner.vocabulary_chunk": 32, "weights.deadline_s": 9.0, "rollout.max_num_seqs": 4, "scoring.max_num_seqs": 8,
+    "learner.vocabulary_chunk": 32, "learner.on_nonfinite": "skip", "learner.max_nonfinite": 3,
+    "weights.deadline_s": 9.0, "rollout.max_num_seqs": 4, "scoring.max_num_seqs": 8,
 } | {
     f"{section}.{name}": value
     for section in ("rollout", "scoring")

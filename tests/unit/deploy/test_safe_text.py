@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.report.safe_text import strip_control
+from deploy.safe_text import strip_control
 
 
 @pytest.mark.parametrize(

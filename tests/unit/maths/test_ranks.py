@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from distill.config import MethodConfig
+from distill.errors import Diverged
 from learner.ranks import ALONE, Ranks
 from learner.update.update import update
 from tests.unit.maths import methods
@@ -69,6 +70,28 @@ def one_update(
     return {"metrics": metrics, "tensors": {key: value.detach() for key, value in tensors.items()}}
 
 
+def failed_stage(rank: int, spoilt: str, ranks: Ranks) -> str:
+    """The stage in which an update fails that has a number of rank 1 which is not finite."""
+    settings, student = methods.METHODS["ammd" if spoilt == "critics" else "anchor_only"], TinyStudent()
+    rows = rows_of(settings, EVEN[rank])
+    if rank == 1 and spoilt == "scores":
+        rows[0].hidden[-1, 2] = torch.inf
+    elif rank == 1:
+        with torch.no_grad():
+            student.embedding[:] = torch.nan
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    before = student.head_weight.detach().clone()
+    try:
+        update(
+            student, optimizer, batch_of(rows), teacher_head(), critic_pair(settings.critic), settings,
+            update_number=1, ranks=ranks,
+        )  # fmt: skip
+    except Diverged as error:
+        assert torch.equal(student.head_weight, before)
+        return error.stage
+    return "none"
+
+
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)  # a fork of a process that had worker threads must not ask for them
     dist.init_process_group(
@@ -79,6 +102,7 @@ def _rank(rank: int, folder: str) -> None:
     found = {}
     for case, (settings, deal, warmup) in CASES.items():
         found[case] = one_update(settings, rows_of(settings, deal[rank]), ranks, warmup=warmup)
+    found["failed"] = {each: failed_stage(rank, each, ranks) for each in ("scores", "critics", "student")}
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -98,3 +122,9 @@ def test_how_groups_are_dealt_out_does_not_matter(of_ranks, case):
     for found in of_ranks:
         torch.testing.assert_close(found[case]["metrics"], alone["metrics"], atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(found[case]["tensors"], alone["tensors"], atol=1e-9, rtol=1e-9)
+
+
+def test_all_ranks_fail_where_one_does(of_ranks):
+    """Otherwise one takes a step that the others do not, or waits for them for ever."""
+    for found in of_ranks:
+        assert found["failed"] == {"scores": "scores", "critics": "critics", "student": "student"}

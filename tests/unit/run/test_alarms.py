@@ -37,6 +37,13 @@ def test_a_sound_run_raises_no_alarm():
     assert raised(Alarms(), 3 * WINDOW, critic__teacher_text__tightness=0.61) == []
 
 
+def test_a_skipped_update_is_reported_once_and_at_once():
+    alarms = Alarms()
+    assert raised(alarms, 1, learner__num_nonfinite=0) == []
+    (message,) = raised(alarms, 3, learner__num_nonfinite=1)
+    assert message.startswith("an update was skipped, because its numbers were not finite")
+
+
 def test_a_weak_critic_is_reported_once():
     alarms = Alarms()
     assert raised(alarms, WINDOW - 1, critic__student_text__tightness=0.3) == []  # it can be young

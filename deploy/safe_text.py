@@ -1,13 +1,16 @@
-"""Makes text from a model safe to print on a terminal.
+"""Makes text that others wrote safe to print on a terminal.
 
-A model can write anything, terminal control sequences included. Text that a model wrote passes through
-:func:`strip_control` before it is printed or becomes part of a report.
+A model can write anything, terminal control sequences included, and so can the author of a data set or a checkpoint,
+which errors quote. Such text passes through :func:`strip_control` before it becomes part of a report, and through
+:func:`printable` or :func:`one_line`, which also mask credentials, before it is printed.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+
+from distill.redaction import redacted
 
 # Whole sequences, so that their parameters go too: CSI; OSC, DCS, SOS, PM and APC up to their
 # terminator; other escapes. The rest of an unfinished sequence is harmless without its ESC.
@@ -24,6 +27,16 @@ def strip_control(text: str) -> str:
     """Remove everything that moves the cursor, colours, retitles, reorders or hides; keep lines and tabs."""
     text = _SEQUENCE.sub("", text.replace("\r\n", "\n"))
     return "".join(_visible(character) for character in text)
+
+
+def printable(text: str) -> str:
+    """Return a text as a terminal may show it: without control sequences and credentials."""
+    return redacted(strip_control(text))
+
+
+def one_line(text: str) -> str:
+    """Return a printable text in one line, so that no part of it can pass for another message."""
+    return " ".join(printable(text).split("\n"))
 
 
 def _visible(character: str) -> str:

@@ -1,0 +1,46 @@
+"""What the driver records around an update."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+from deploy.run.training.milestones import RunMilestones, Spent
+from distill.config import EvaluationConfig, LearnerConfig, RunConfig
+from distill.interfaces import Lease
+
+
+async def events_of(*counters: float | None) -> list[dict[str, Any]]:
+    """The events after updates whose metrics have these counts of skipped updates. The learner knows of update 2."""
+    events: list[dict[str, Any]] = []
+    asked: list[int] = []
+
+    async def skipped(update: int) -> dict[str, Any] | None:
+        asked.append(update)
+        return {"update": 2, "stage": "scores", "file": "x"} if update == 2 else None
+
+    async def stats() -> dict[str, float]:
+        return {}
+
+    recorder = SimpleNamespace(
+        update=lambda *_: None,
+        start_clock=lambda: None,
+        event=lambda name, **fields: events.append({"event": name} | fields),
+    )
+    config = RunConfig(learner=LearnerConfig(num_updates=9), evaluation=EvaluationConfig(every=0))
+    fleet = SimpleNamespace(learner=SimpleNamespace(skipped=skipped))
+    parts: list[Any] = [None, fleet, recorder, None, None, stats, Spent()]
+    milestones = RunMilestones(config, *cast(Any, parts))
+    for update, count in enumerate(counters, 1):
+        metrics = {} if count is None else {"learner/num_nonfinite": count}
+        await milestones.after_update(
+            update, update, Lease(update=update - 1, groups=(), policy_ages=()), metrics
+        )
+    assert asked == [update for update, count in enumerate(counters, 1) if count]
+    return events
+
+
+async def test_a_skipped_update_is_one_event() -> None:
+    skipped = {"event": "update_skipped", "update": 2, "stage": "scores", "file": "x"}
+    assert await events_of(0, 1, 1, 1) == [skipped]
+    assert await events_of(0, 0, 0) == await events_of(None) == []
