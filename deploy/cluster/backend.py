@@ -28,6 +28,10 @@ class Backend(Protocol):
         """Processes of the backend itself, apart from those of the actors and the driver."""
         ...
 
+    def require_life(self) -> None:
+        """Raise BackendEnded when what runs the actors has ended. It costs little."""
+        ...
+
     def node(self) -> Node | None:
         """The node on which all actors run and which they share with other jobs; None if the run has it alone."""
         ...

@@ -52,6 +52,18 @@ class ActorGone(ActorFailed):
         )  # fmt: skip
 
 
+class BackendEnded(ActorFailed):
+    """What runs the actors has ended, so that no heir of any of them can start."""
+
+    @classmethod
+    def process(cls, name: str, pid: int) -> BackendEnded:
+        """The error for a process of a local Ray. ``name``: its program."""
+        return cls(
+            "Ray", NO_VALUE, f"live; its process {name} ({pid}) has ended, and no actor can start without it",
+            "look at what ended it (too little memory is a common cause), and resume the run",
+        )  # fmt: skip
+
+
 def root_cause(error: BaseException) -> BaseException:
     """The first failure inside exception groups and Ray's wrappers, which have it as ``cause``."""
     while True:

@@ -76,6 +76,9 @@ class InProcess(Backend):
     def service_pids(self) -> list[int]:
         return []
 
+    def require_life(self) -> None:
+        pass
+
     def node(self) -> None:
         return None
 

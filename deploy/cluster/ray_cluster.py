@@ -21,10 +21,10 @@ from typing import Any, Self
 import psutil
 
 from actors.replay_client import is_gone
-from actors.vllm_engine.processes import family, identity
+from actors.vllm_engine.processes import family, identity, is_alive
 from deploy.cluster.address import head_address, probe
 from deploy.cluster.backend import Backend
-from deploy.cluster.failures import ActorFailed, ActorGone
+from deploy.cluster.failures import ActorFailed, ActorGone, BackendEnded
 from deploy.cluster.scope import SharedFolder, SigtermAsCtrlC
 from deploy.job import JOB_VARIABLE, in_uploaded_folder
 from deploy.placement import Node
@@ -39,6 +39,9 @@ _REVIVE_EVERY_S = 0.2
 """Time between two questions to an actor that is being constructed again."""
 _RESULT_TIMEOUT_S = 60.0
 """Time for fetching the result of a call that has returned."""
+_LOOK_EVERY_S = 5.0
+"""Time between two looks at whether Ray lives while a call to an actor is awaited: without Ray it never returns."""
+_NEEDED = ("gcs_server", "raylet")
 _LOGS = "/tmp/ray"
 """Where Ray writes what its actors print."""
 
@@ -73,6 +76,8 @@ class RayCluster(Backend):
         self._ending = threading.RLock()
         self._processes: dict[str, tuple[psutil.Process, str]] = {}
         """Of the actors, with their identity: the system uses pids again."""
+        self._services: dict[psutil.Process, str] = {}
+        """The processes of a local Ray that it cannot do without, with their programs."""
 
     def __enter__(self) -> Self:
         if self._head is not None:
@@ -100,11 +105,19 @@ class RayCluster(Backend):
             configure_logging=False,
         )
         self._sigterm.take()  # Ray has installed a handler that exits without unwinding
+        if local:
+            children = {process: process.name() for process in psutil.Process().children()}
+            self._services = {each: name for each, name in children.items() if name in _NEEDED}
         return self
 
     def service_pids(self) -> list[int]:
         """A local Ray's own processes, which are the parents of those of the actors."""
         return [child.pid for child in psutil.Process().children() if self._head is None]
+
+    def require_life(self) -> None:
+        for process, name in self._services.items():
+            if not is_alive(process):
+                raise BackendEnded.process(name, process.pid)
 
     def node(self) -> Node | None:
         import ray
@@ -194,6 +207,7 @@ class RayCluster(Backend):
             for call in done:
                 name = pending.pop(call)
                 results[name] = self._get(name, call, _RESULT_TIMEOUT_S)
+            self.require_life()
             tick()
             if timeout_s is not None and pending and time.monotonic() - start > timeout_s:
                 raise ActorGone.late(pending.values(), timeout_s, logs=_LOGS)
@@ -238,6 +252,8 @@ class RayCluster(Backend):
             try:
                 pid = self._get(name, self._handles[name].pid.remote(), self._config.start_timeout_s)
                 break
+            except BackendEnded:
+                raise
             except ActorFailed:
                 if time.monotonic() > end:
                     raise
@@ -283,12 +299,16 @@ class RayCluster(Backend):
         import ray
         from ray.exceptions import GetTimeoutError, RayError
 
-        try:
-            return ray.get(call, timeout=timeout_s)
-        except GetTimeoutError as error:
-            raise ActorGone.late([name], timeout_s, logs=_LOGS) from error
-        except RayError as error:
-            raise self.failure(name, error) from error
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                return ray.get(call, timeout=max(0.0, min(_LOOK_EVERY_S, end - time.monotonic())))
+            except GetTimeoutError as error:
+                self.require_life()
+                if time.monotonic() >= end:
+                    raise ActorGone.late([name], timeout_s, logs=_LOGS) from error
+            except RayError as error:
+                raise self.failure(name, error) from error
 
 
 def _python_path() -> str:

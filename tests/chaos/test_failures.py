@@ -126,3 +126,24 @@ def test_in_lock_step_the_numbers_are_those_of_a_run_without_failure(world: Path
     check_ledger(victims.run, 60, 0)
     assert_audit_is_clean(victims.run, 60)
     assert_nothing_shared(victims.run)
+
+
+def test_a_run_whose_ray_ends_fails_with_one_line_and_resumes(world: Path) -> None:
+    """No call to an actor returns without the raylet, and no heir can start."""
+    settings = [*PLAIN, "learner.num_updates=60", "evaluation.every=0", "checkpoint.every=5"]
+    with Victims(world, "without-ray", *settings) as victims:
+        victims.until_update(6)
+        family = psutil.Process(victims.driver.pid).children(recursive=True)
+        (raylet,) = (process for process in family if process.name() == "raylet")
+        raylet.kill()
+        output, _ = victims.driver.communicate(timeout=120)
+    assert victims.driver.returncode == 1, output[-4000:]
+    assert "the run failed: Ray must live; its process raylet (" in output.splitlines()[-2]
+    assert "Traceback" not in output
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive, [process.cmdline()[:3] for process in alive]
+    assert_nothing_shared(victims.run)
+    resuming = start(world, "train", "--resume", str(victims.run))
+    output, _ = resuming.communicate(timeout=300)
+    assert resuming.returncode == 0, output[-4000:]
+    assert_audit_is_clean(victims.run, 60)

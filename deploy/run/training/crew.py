@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cluster.actor import Actor
-from deploy.cluster.failures import ActorGone
+from deploy.cluster.failures import ActorGone, BackendEnded
 from deploy.run.context import RunContext
 from deploy.run.training.fleet import Fleet, Member
 from deploy.run.training.publisher import FleetPublisher
@@ -201,8 +201,9 @@ class Crew:
     # Failures
 
     async def _beat(self) -> None:
-        """Report actors that do not answer. One of them delays the next question to the others."""
+        """Report actors that do not answer, and end the run when no actor can be started any more. One of them delays the next question to the others."""
         while True:
+            self._run.backend.require_life()
             await asyncio.gather(self._fleet.stats_of(self._fleet.members), self._kill_a_silent_learner())
             await asyncio.sleep(BEAT_EVERY_S)
 
@@ -257,7 +258,7 @@ class Crew:
                     member.holder.number,
                     lambda heir: self._fleet.replace(member, heir),
                 )
-            except ConfigError:
+            except (ConfigError, BackendEnded):
                 raise
             except Exception as failure:
                 error = failure
