@@ -27,7 +27,7 @@ lint: setup-dev
 	$(PYTHON_BIN)/pyright
 
 unit: setup-dev
-	OMP_NUM_THREADS=1 timeout 600 $(PYTHON_BIN)/python -m pytest tests/unit -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 timeout 900 $(PYTHON_BIN)/python -m pytest tests/unit -n 2 --dist loadfile
 
 audit: setup
 	timeout 420 $(PYTHON_BIN)/python -m deploy.dependency_audit
