@@ -97,7 +97,7 @@ def in_weights(distiller: Distiller) -> Iterator[str]:
             yield found
 
 
-class Watch(TorchDispatchMode):
+class TensorWatch(TorchDispatchMode):
     """Notes the first tensor of an update that is not finite. Enter it with :meth:`watching`."""
 
     def __init__(self, distiller: Distiller, batch: TokenBatch, rows: Rows) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.errors import Diverged
-from learner.process.first_nonfinite import Rows, Watch, in_inputs, in_weights
+from learner.process.first_nonfinite import Rows, TensorWatch, in_inputs, in_weights
 from learner.process.update_file import About, UpdateFile
 
 
@@ -44,7 +44,7 @@ def replay_update(path: str | Path, device: str = "auto") -> Replayed:
     first = next(in_inputs(batch, rows), None) if reads_scores else None
     first = first or next(in_weights(distiller), None)
     if first is None:
-        watch = Watch(distiller, batch, rows)
+        watch = TensorWatch(distiller, batch, rows)
         try:
             with watch.watching():
                 distiller.train_on(batch)

@@ -23,7 +23,7 @@ from distill.schema import Trajectory, trajectory_batch, with_teacher_hidden
 from learner.distiller import Distiller
 from learner.model.student import Student
 from learner.process import update_file
-from learner.process.first_nonfinite import Rows, Watch
+from learner.process.first_nonfinite import Rows, TensorWatch
 from learner.process.replay_update import replay_update
 from learner.process.skips import COUNTER, Skips
 from learner.process.update_file import KEPT, UpdateFile
@@ -168,7 +168,7 @@ def test_a_gradient_alone_is_enough(world, tmp_path):
         skips_of(distiller, tmp_path).update(rows, 1)
     assert same(before, distiller.tensors())
     batch = distiller.batch(rows)
-    watch = Watch(distiller, batch, Rows([str(number) for number in range(6)]))
+    watch = TensorWatch(distiller, batch, Rows([str(number) for number in range(6)]))
     with pytest.raises(Diverged), watch.watching():
         distiller.train_on(batch)
     assert watch.first is not None
@@ -364,7 +364,7 @@ def test_a_sound_update_has_no_tensor_that_is_not_finite(world, recipe):
     """Otherwise an infinity that is meant, or memory that is not written yet, would be named in place of the cause."""
     distiller = a_distiller(world, f"recipe={recipe}")
     batch = distiller.batch(rows_of())
-    watch = Watch(distiller, batch, Rows([str(number) for number in range(6)]))
+    watch = TensorWatch(distiller, batch, Rows([str(number) for number in range(6)]))
     torch.use_deterministic_algorithms(True, warn_only=True)  # it fills new memory with NaN
     try:
         assert torch.empty(3).isnan().all()
