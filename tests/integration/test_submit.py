@@ -24,7 +24,7 @@ from distill.run.folder import RunFolder
 from tests.integration.ray_head import ROOT, RayHead
 from tests.tiny import make_world, tiny_overrides
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 RUN = "/shared/my"
 """The run of the page's commands."""
@@ -82,7 +82,7 @@ def start(arguments: list[str], cwd: Path, head: RayHead) -> subprocess.Popen[st
 
 def finish(arguments: list[str], cwd: Path, head: RayHead, code: int = 0) -> str:
     process = start(arguments, cwd, head)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == code, output[-4000:]
     return output
 
@@ -98,7 +98,7 @@ def documented(program: str, word: str, head: RayHead, run: Path, job: str = "")
 
 
 def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while not (RunFolder(run).exists and RunFolder(run).steps):
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline
