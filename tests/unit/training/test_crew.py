@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from deploy.cluster.failures import ActorFailed, ActorGone
+from deploy.cluster.failures import ActorFailed, ActorGone, BackendEnded
 from deploy.run.training import crew as crew_module
 from deploy.run.training.crew import Crew
 from deploy.run.training.evaluations import Evaluations
@@ -130,6 +130,7 @@ class World:
         self.fleet.teachers = self.fleet.scorers
         config = with_settings(RunConfig(), dict(settings))
         self.load_s = 0.0
+        self.raylet_lives = True
         self.states: list[Any] = []
         """What the next learners load: a checkpoint's state, None, or an exception that they raise."""
 
@@ -147,6 +148,7 @@ class World:
                 kill_actor=lambda name, pid=None: self.log.append(f"kill {name}"),
                 end_actor=lambda name: self.log.append(f"end {name}"),
                 actor_pid=lambda name: 1,
+                require_life=self.require_life,
             ),
             progress=SimpleNamespace(say=lambda text: None),
             restarts=RestartBudget(config.cluster),
@@ -166,6 +168,10 @@ class World:
             Publisher(),
             group,  # pyright: ignore[reportArgumentType]
         )
+
+    def require_life(self) -> None:
+        if not self.raylet_lives:
+            raise BackendEnded.process("raylet", 7)
 
     async def delete(self, *_: Any) -> None:
         pass
@@ -335,6 +341,14 @@ async def test_a_learner_that_does_not_answer_is_killed(monkeypatch: pytest.Monk
             while "kill learner" not in world.log:
                 await asyncio.sleep(0.01)
         learner.answers = True
+
+
+async def test_a_run_ends_when_no_actor_can_start_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    with pytest.RaisesGroup(BackendEnded):
+        async with world.working():
+            world.raylet_lives = False
+            await asyncio.sleep(5)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["well", "failing"])
