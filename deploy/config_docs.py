@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ast
 import typing
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import distill.config
 from distill.config import RunConfig
-from distill.config.tree import MAY_CHANGE, WRITTEN_NAMES
+from distill.config.tree import MAY_CHANGE, PLACES, WRITTEN_NAMES
 
 _HEAD = """# Settings
 
@@ -35,7 +36,8 @@ the command line as in a file. The names of models and data that can be fetched 
 something exists there, or if it begins with `~`, `/`, `./` or `../`.
 
 **A resumed run** (`distill train --resume RUN section.name=value`) keeps its settings, except for those of
-`cluster` and `tracking` and these: {may_change}. Its folder may be moved before.
+`cluster` and `tracking` and these: {may_change}. These may name another place with the same content: {places}.
+Its folder may be moved before.
 """
 
 
@@ -43,7 +45,7 @@ def config_docs() -> str:
     """Generate the whole page."""
     docs = _field_docs()
     parts = [
-        _HEAD.format(may_change=", ".join(f"`{name}`" for name in MAY_CHANGE)),
+        _HEAD.format(may_change=_listed(MAY_CHANGE), places=_listed(PLACES)),
         *_section("top level", RunConfig(), "", docs),
     ]
     for field in fields(RunConfig):
@@ -51,6 +53,10 @@ def config_docs() -> str:
         if is_dataclass(value):
             parts += _section(field.name, value, f"{field.name}.", docs)
     return "\n".join(parts) + "\n"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _section(title: str, part: Any, prefix: str, docs: dict[tuple[str, str], str]) -> list[str]:

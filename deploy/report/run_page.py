@@ -39,7 +39,7 @@ from distill.files import write_bytes
 
 MOST_SAMPLES, MOST_EVENTS = 20, 60
 _OF_NOTE = ("alarm", "best", "student_share", "teacher_checked", "started", "finished")
-_IDENTITY = ("run_id", "incarnation", "fingerprint", "created_at", "started_at")
+_IDENTITY = ("run_id", "copied_from", "incarnation", "fingerprint", "created_at", "started_at")
 _WAITED = ("push_waited_for_evaluations", "update_waited_for_milestones")
 
 

@@ -1,7 +1,7 @@
 """The identity of a checkpoint: two folders with one fingerprint define the same model.
 
 The names of cached corpora and proxies contain it, so that a model that was edited in place never gets the
-text of the model before it.
+text of the model before it. A run records it with the fingerprints of its other inputs (:mod:`deploy.run.inputs_record`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,26 @@ _IRRELEVANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of config.json that do not change what the weights compute."""
 
 
+_TEXT_FILES = (
+    "*token*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+)
+"""Files beside the weights that decide the ids of a text, and where a text ends."""
+
+
 def checkpoint_fingerprint(folder: Path) -> str:
-    """Hash config.json and the weights of a checkpoint, as 32 hexadecimal digits."""
+    """Hash config.json and the weights of a checkpoint, as 32 hexadecimal digits.
+
+    Up to ``WHOLE_BYTES`` of weights, every byte counts. Beyond that, the headers count (names, shapes, number formats
+    and places of all tensors), and of every tensor the first, the middle and the last ``PIECE_BYTES``. This notices
+    another model, a further training and another quantisation, which change almost every number. It cannot notice an
+    edit of a few numbers between the pieces of a large tensor, nor a broken disk there.
+    """
     state = xxhash.xxh3_128()
     config = json.loads((folder / "config.json").read_text())
     kept = {name: value for name, value in config.items() if name not in _IRRELEVANT}
@@ -33,6 +51,20 @@ def checkpoint_fingerprint(folder: Path) -> str:
         with path.open("rb") as file:
             for piece in _all_pieces(file) if whole else _sampled_pieces(file):
                 state.update(piece)
+    return state.hexdigest()
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint's tokenizer and chat template, and its generation config."""
+    return sorted({file for pattern in _TEXT_FILES for file in folder.glob(pattern) if file.is_file()})
+
+
+def file_fingerprint(path: Path) -> str:
+    """Hash a file whole, as 32 hexadecimal digits."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        for piece in _all_pieces(file):
+            state.update(piece)
     return state.hexdigest()
 
 

@@ -36,8 +36,13 @@ NODE = "local"
 """A run uses the shared memory of one node."""
 
 
-def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> RunInputs:
-    """Write the tables; returns the inputs of the first stage."""
+def prepare(
+    config: RunConfig, preflight: Preflight, folder: RunFolder, teacher: str | None = None
+) -> RunInputs:
+    """Write the tables; returns the inputs of the first stage.
+
+    ``teacher``: the fingerprint of its checkpoint, which is taken here unless the caller has it.
+    """
     if not folder.has_prompts:  # an earlier start died in between, and the data can have changed since
         for table in folder.data.glob("*.parquet"):
             table.unlink()
@@ -47,7 +52,7 @@ def prepare(config: RunConfig, preflight: Preflight, folder: RunFolder) -> RunIn
         references = _table(
             folder.data / "references.parquet", corpus_table(reference_corpus(preflight.prompts))
         )
-    sampling = _sampling(config, preflight)
+    sampling = _sampling(config, preflight, teacher or checkpoint_fingerprint(preflight.teacher.folder))
     num_corpus_prompts = 0
     if config.recipe.teacher_text == "sampled":
         num_corpus_prompts = min(config.corpus.num_prompts or train.num_rows, train.num_rows)
@@ -105,10 +110,10 @@ def _shown_prompts(config: RunConfig, preflight: Preflight, heldout: pa.Table) -
     return build_prompts(rows, preflight.tokenizer, data, preflight.teacher.stop_token_ids)
 
 
-def _sampling(config: RunConfig, preflight: Preflight) -> dict[str, object]:
+def _sampling(config: RunConfig, preflight: Preflight, teacher: str) -> dict[str, object]:
     """Everything but the prompts that decides the teacher's text on them. The rollout engine samples it."""
     return {
-        "teacher": checkpoint_fingerprint(preflight.teacher.folder),
+        "teacher": teacher,
         "max_new_tokens": config.corpus.max_new_tokens,
         "seed": config.corpus.seed,
         "stop": preflight.teacher.stop_token_ids,

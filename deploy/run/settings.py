@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,13 +14,24 @@ from deploy import PRESETS
 from deploy.fetch import MODELS
 from deploy.job import in_uploaded_folder, require_lasting_path, uploaded_path_or_name
 from deploy.paths import absolute_path, path_or_name
+from deploy.run.inputs_record import Difference, InputPart
 from distill.config import RunConfig
 from distill.config.load import load_config, override
-from distill.config.tree import MAY_CHANGE, flat_settings, kept_settings
+from distill.config.tree import (
+    MAY_CHANGE,
+    PLACES,
+    flat_settings,
+    kept_settings,
+    resume_fingerprint,
+    with_settings,
+)
 from distill.data import KNOWN_DATA
 from distill.errors import ConfigError
 from distill.files import write_json
 from distill.run.folder import RunFolder
+
+SettingChange = tuple[str, Any, Any]
+"""Name, value of the folder's run and value that is wanted now."""
 
 
 def load_run(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -81,27 +93,69 @@ def changes_of(folder: RunFolder, config: RunConfig) -> Iterator[str]:
         if name in MAY_CHANGE:
             schedule = "; from here on, the learning rate is that of the new schedule"
             yield f"{name}={_shown(new)} (it was {_shown(old)}){schedule if name == 'learner.num_updates' else ''}"
+        elif name in PLACES:
+            yield f"{name}={_shown(new)} (it was {_shown(old)}), with the same content"
 
 
-def require_same_settings(folder: RunFolder, config: RunConfig) -> None:
-    """Raises: ConfigError that names the settings which the run in ``folder`` has otherwise."""
+def last_fingerprint(folder: RunFolder, config: RunConfig) -> str:
+    """The fingerprint of ``config`` with the places of data and models that the last incarnation had."""
+    places = {name: old for name, old, _ in _differences(folder, config) if name in PLACES}
+    return resume_fingerprint(with_settings(config, places))
+
+
+def changed_settings(folder: RunFolder, config: RunConfig) -> list[SettingChange]:
+    """The settings that the run in ``folder`` has otherwise and that must stay.
+
+    The places of data and models may change if there is a record of their content, which is compared instead.
+    """
     kept = kept_settings(config)
-    changed = [difference for difference in _differences(folder, config) if difference[0] in kept]
-    if not changed:
+    may_move = folder.inputs.exists()
+    return [
+        change
+        for change in _differences(folder, config)
+        if change[0] in kept and not (may_move and change[0] in PLACES)
+    ]
+
+
+def require_same_run(
+    folder: RunFolder, config: RunConfig, settings: Sequence[SettingChange], inputs: Sequence[Difference]
+) -> None:
+    """Raises: ConfigError that names each of the settings and inputs which the run in ``folder`` had otherwise."""
+    changes = [(name, _shown(now), _shown(then)) for name, then, now in settings]
+    changes += [(name, str(now or "missing"), str(then or "missing")) for name, then, now in inputs]
+    if not changes:
         return
-    name, old, new = changed[0]
-    also = "".join(f"; {other}={_shown(now)} was {_shown(then)}" for other, then, now in changed[1:])
-    back = shlex.join(override(other, then) for other, then, _ in changed)
-    raise ConfigError(
-        name,
-        _shown(new),
-        f"stay {_shown(old)}, as it was when the run in {folder.path} began{also}",
-        f"choose another run_dir for a new run, or continue that run with `{folder.resume_command} {back}`",
-    )
+    name, now, then = changes[0]
+    also = "".join(f"; {other}={new} was {old}" for other, new, old in changes[1:])
+    back = {other: override(other, before) for other, before, _ in settings}
+    restored: dict[str, None] = {}  # a set in order
+    moved = {other: override(other, before) for other, before, _ in _differences(folder, config)}
+    for part, old, new in inputs:
+        setting = part.partition(" ")[0]
+        revision = f"{setting.partition('.')[0]}.revision"
+        if setting in moved or revision in moved:
+            back |= {other: moved[other] for other in (setting, revision) if other in moved}
+        elif (commit := _commit(old)) is not None and commit != _commit(new):
+            back[revision] = override(revision, commit)
+        else:
+            restored[part] = None
+    must = f"stay {then}, as it was when the run in {folder.path} began{also}"
+    command = " ".join([folder.resume_command, *map(shlex.quote, back.values())])
+    if restored:
+        remedy = f"choose another run_dir for a new run, or bring back the content of {', '.join(restored)} and continue that run with `{command}`"
+    else:
+        remedy = f"choose another run_dir for a new run, or continue that run with `{command}`"
+    raise ConfigError(name, now, must, remedy)
 
 
-def _differences(folder: RunFolder, config: RunConfig) -> list[tuple[str, Any, Any]]:
-    """(name, value of the folder's run, value of ``config``) of every setting that differs."""
+def _commit(part: InputPart | None) -> str | None:
+    """The commit of a part of a model from the hub, whose cache has it in ``snapshots/COMMIT``."""
+    folder = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", part.place if part is not None else "")
+    return folder[1] if folder else None
+
+
+def _differences(folder: RunFolder, config: RunConfig) -> list[SettingChange]:
+    """Every setting that differs."""
     if not folder.exists or not folder.settings.exists():  # the folder itself compares the fingerprint
         return []
     there, here = json.loads(folder.settings.read_text()), flat_settings(config)

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from deploy.run.context import run_context
+from deploy.run.inputs_record import (
+    InputsRecord,
+    Parts,
+    differences,
+    input_parts,
+    keep_corpora,
+    teacher_fingerprint,
+    version_changes,
+)
 from deploy.run.preflight import Preflight
 from deploy.run.prepare import prepare
 from deploy.run.progress import Progress
 from deploy.run.record import RunRecord, remove_results
-from deploy.run.settings import changes_of, keep_settings, require_same_settings
+from deploy.run.settings import (
+    SettingChange,
+    changed_settings,
+    changes_of,
+    keep_settings,
+    last_fingerprint,
+    require_same_run,
+)
 from deploy.run.stages import STAGES
+from deploy.version import recorded_versions
 from distill.config import RunConfig
 from distill.config.tree import resume_fingerprint, to_yaml
 from distill.errors import ConfigError, DistillError
@@ -33,10 +51,12 @@ def train(config: RunConfig, progress: Progress) -> dict[str, Any]:
     Raises: ConfigError before the run folder is taken; RunFailed for every error after that.
     """
     folder = RunFolder(config.run_dir)
-    require_same_settings(folder, config)
-    if (summary := _finished(folder, config)) is not None:
+    changed = changed_settings(folder, config)
+    if not changed and (summary := _finished(folder, config)) is not None:
         progress.say(f"{folder.path} is finished ({summary['updates']} updates); nothing to do")
         return summary
+    record = InputsRecord.read(folder) if folder.exists else None
+    inputs = _same_inputs(folder, config, changed, record)
     preflight = Preflight(config)
     for check in preflight.run():
         if check.status == "warn":
@@ -44,24 +64,63 @@ def train(config: RunConfig, progress: Progress) -> dict[str, Any]:
         elif check.status == "pass" and check.name in ("student", "data"):
             progress.say(f"{check.name}: {check.text}")
     preflight.require()
+    inputs = inputs or input_parts(config)
     with folder:
-        resumes = folder.create(to_yaml(config), resume_fingerprint(config))
+        last = last_fingerprint(folder, config) if record is not None else None
+        resumes = folder.create(to_yaml(config), resume_fingerprint(config), last)
         progress.say(f"{'resuming' if resumes else 'new run'} {folder.path}")
-        for change in changes_of(folder, config):
-            progress.say(change)
+        for line in (*changes_of(folder, config), *_notes(folder, record)):
+            progress.say(line)
         keep_settings(folder, config)
+        corpora = record.corpora if record is not None else {}
+        InputsRecord(inputs=inputs, corpora=corpora, versions=recorded_versions()).write(folder)
         try:
             if config.learner.num_updates > _updates_made(folder):
                 remove_results(folder)
-            return _run_stages(config, preflight, folder, progress)
+            return _run_stages(config, preflight, folder, progress, teacher_fingerprint(inputs))
         except Exception as error:
             raise RunFailed(error, _keep_failure(folder, error)) from error
 
 
+def _same_inputs(
+    folder: RunFolder, config: RunConfig, changed: list[SettingChange], record: InputsRecord | None
+) -> Parts | None:
+    """Compare the run with what it began with; returns the parts of its inputs, or None without a record of them.
+
+    ``changed``: the settings that must stay and differ.
+
+    Raises: ConfigError that names everything that differs.
+    """
+    if record is None:
+        require_same_run(folder, config, changed, [])
+        return None
+    try:
+        inputs = input_parts(config)
+    except ConfigError:
+        require_same_run(folder, config, changed, [])  # other settings can be why an input is not found
+        raise
+    require_same_run(folder, config, changed, differences(record.inputs, inputs))
+    return inputs
+
+
+def _notes(folder: RunFolder, record: InputsRecord | None) -> Iterator[str]:
+    """What the user of a resumed run should know of its folder and its software, as lines. The folder is open."""
+    if folder.found_copy_of is not None:
+        yield f"this folder is a copy of that of run {folder.found_copy_of}; it continues as run {folder.run_id}"
+    if record is not None and (changes := version_changes(record)):
+        yield f"warning: this run continues with other versions, with which numbers can differ: {changes}"
+    if record is None and folder.has_prompts:
+        yield (
+            f"warning: the run has no {folder.inputs.name}, so a change of its data or models since it began is not "
+            "noticed; what is there now is recorded"
+        )
+
+
 def _run_stages(
-    config: RunConfig, preflight: Preflight, folder: RunFolder, progress: Progress
+    config: RunConfig, preflight: Preflight, folder: RunFolder, progress: Progress, teacher: str
 ) -> dict[str, Any]:
-    inputs = prepare(config, preflight, folder)
+    inputs = prepare(config, preflight, folder, teacher)
+    keep_corpora(folder, config, inputs)
     record = RunRecord(config, folder)
     with run_context(config, record, progress) as run:
         for stage in STAGES:

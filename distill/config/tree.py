@@ -85,6 +85,12 @@ MAY_CHANGE = (*_LENGTH_AND_RECORDS, *_RESOURCES)
 MAY_CHANGE_UNLESS_LOCK_STEP = ("rollout.replicas", "scoring.replicas")
 """In lock-step, the number of actors decides which texts are computed together."""
 
+PLACES = (
+    "data.path",
+    *(f"{model}.{name}" for model in ("teacher", "student", "proxy") for name in ("model", "revision")),
+)
+"""The settings that say where an input is. A resumed run may have others if the same content is there."""
+
 
 def kept_settings(config: RunConfig) -> dict[str, Any]:
     """The settings, by name, that a resumed run must have as it had them when it began."""

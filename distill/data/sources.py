@@ -31,29 +31,51 @@ def read_rows(name: str, split: str, cache: Path) -> list[Row]:
 
     Raises: ConfigError with the file and the line.
     """
+    path = Path(os.path.expanduser(name))
+    if name not in KNOWN_DATA and path.is_dir() and _is_saved(path):
+        return _read_saved(path.absolute(), split)
+    files = data_files(name, split, cache)
+    return _read_hub(name, split) if files is None else [row for file in files for row in read_file(file)]
+
+
+def data_files(name: str, split: str, cache: Path) -> list[Path] | None:
+    """The files that :func:`read_rows` reads for the same arguments, in order; None for the id of a data set.
+
+    Raises: ConfigError.
+    """
     if name in KNOWN_DATA:
         path = cache / KNOWN_DATA[name]
         if not path.is_file():
             raise ConfigError("data.path", name, "be fetched first", f"run `distill data fetch {name}`")
-        return read_file(path)
+        return [path]
     path = Path(os.path.expanduser(name))
     if path.is_file():
-        return read_file(path)
+        return [path]
     if path.is_dir():
-        return _read_folder(path.absolute(), split)
+        return _files_of_saved(path) if _is_saved(path) else _files_of_folder(path.absolute(), split)
     if matches := [
         file for file in map(Path, sorted(glob.glob(str(path), recursive=True))) if file.is_file()
     ]:
-        return [row for file in matches for row in read_file(file)]
+        return matches
     if kind_of(path) is not None or path.is_absolute() or name.startswith("~") or glob.has_magic(name):
         missing = name if str(path).startswith("~") else path.absolute()
         raise ConfigError("data.path", missing, "be a file that exists", "check the path")
-    return _read_hub(name, split)
+    return None
 
 
-def _read_folder(path: Path, split: str) -> list[Row]:
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return _read_saved(path, split)
+def _is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` wrote a folder."""
+    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def _files_of_saved(folder: Path) -> list[Path]:
+    """The files that ``save_to_disk`` wrote, without the results that `datasets` caches beside them."""
+    return sorted(
+        file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(("cache-", "."))
+    )
+
+
+def _files_of_folder(path: Path, split: str) -> list[Path]:
     shards = sorted(file for file in path.rglob("*") if _is_shard(file, path))
     if not shards:
         raise ConfigError("data.path", path, f"contain files that are read ({READABLE})", "check the path")
@@ -62,7 +84,7 @@ def _read_folder(path: Path, split: str) -> list[Row]:
     if len(kinds) > 1:
         must = f"contain files of one kind (it has {', '.join(sorted({file.suffix for file in shards}))})"
         raise ConfigError("data.path", path, must, "name one of them with a pattern, such as folder/*.jsonl")
-    return [row for shard in shards for row in read_file(shard)]
+    return shards
 
 
 def _is_shard(file: Path, folder: Path) -> bool:

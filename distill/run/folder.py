@@ -26,6 +26,7 @@ from distill.redaction import redacted, redacted_values
 
 TRAINING_PROMPTS, HELDOUT_PROMPTS = "train.parquet", "heldout.parquet"
 """Files of the folder ``data`` with the parts of the prompt table."""
+_IN_INPUTS = ("inputs_format", "inputs", "corpora", "versions")
 _IN_IDENTITY = ("run_id", "incarnation", "fingerprint", "created_at")
 _IN_SUMMARY = ("updates", "recipe", "before", "after", "timing_s", "peak_pss_bytes", "wall_s")
 
@@ -88,6 +89,7 @@ class RunFolder:
         self.path = Path(path).absolute()
         self.config = self.path / "config.yaml"
         self.settings = self.path / "settings.json"
+        self.inputs = self.path / "inputs.json"
         self.metrics = self.path / "metrics.parquet"
         self.events = self.path / "events.jsonl"
         self.spans = self.path / "spans.jsonl"
@@ -112,6 +114,8 @@ class RunFolder:
         self.best_numbers = self.best / "best.json"
         self._lock_file = self.path / ".lock"
         self._lock: int | None = None
+        self.found_copy_of: str | None = None
+        """The id of the run whose folder this is a copy of, if ``create`` noticed that."""
 
     @property
     def is_running(self) -> bool:
@@ -151,10 +155,11 @@ class RunFolder:
 
     # Opening
 
-    def create(self, config_yaml: str, fingerprint: str) -> bool:
+    def create(self, config_yaml: str, fingerprint: str, last_fingerprint: str | None = None) -> bool:
         """Take the folder for a run of this configuration; returns True when it resumes a run.
 
-        ``fingerprint``: the hash of the settings that a resumed run must keep. On resuming, ``config_yaml``
+        ``fingerprint``: the hash of the settings that a resumed run must keep. ``last_fingerprint``: that of the same
+        settings with the paths of the last start, if data or models have been moved since. On resuming, ``config_yaml``
         replaces ``config.yaml``, because the other settings can have changed.
 
         Raises: ConfigError when another process holds the folder, or when the folder contains a run
@@ -166,7 +171,7 @@ class RunFolder:
             resumes = self.exists
             if resumes:
                 known = self._identity()["fingerprint"]
-                if known != fingerprint:
+                if known not in (fingerprint, last_fingerprint):
                     remedy = "choose another run_dir, or use `distill train --resume` to continue that run with its own configuration"
                     must = f"be new or contain a run of this configuration (fingerprint {fingerprint}, but it has {known})"
                     raise ConfigError("run_dir", self.path, must, remedy)
@@ -205,8 +210,8 @@ class RunFolder:
 
     @property
     def run_id(self) -> str:
-        """Eight hexadecimal digits, drawn once when the run was created. Names of shared memory,
-        Ray namespaces and metrics contain them."""
+        """Eight hexadecimal digits, drawn once when the run was created, and again for a copy of its folder.
+        Names of shared memory, Ray namespaces and metrics contain them."""
         return self._identity()["run_id"]
 
     @property
@@ -233,6 +238,23 @@ class RunFolder:
             return None
         remedy = f"remove it, and let `{self.resume_command}` write it again"
         return _read_json("summary", self.summary, _IN_SUMMARY, remedy)
+
+    def read_inputs(self) -> dict[str, Any] | None:
+        """Return the record of the run's inputs; None where an earlier version began the run.
+
+        Raises: ConfigError when the file is not such a record.
+        """
+        if not self.inputs.is_file():
+            return None
+        return _read_json("inputs", self.inputs, _IN_INPUTS, self.inputs_remedy)
+
+    @property
+    def inputs_remedy(self) -> str:
+        """What to do about a record of the inputs that cannot be used."""
+        return (
+            "bring it back from a copy; or delete it, if data and models are those that the run began with, "
+            f"and let `{self.resume_command}` record them anew"
+        )
 
     def remove_results(self) -> None:
         """Remove what a run wrote at its end, because it continues to a later one."""
@@ -325,8 +347,15 @@ class RunFolder:
         before: dict[str, Any] = {"run_id": secrets.token_hex(4), "created_at": now, "incarnation": 0}
         if self.exists:
             before = self._identity()
+        place = _place_of(self.path)
+        if not _is_same_folder(before.get("folder", place), place):
+            self.found_copy_of = before["run_id"]
+            before |= {"run_id": secrets.token_hex(4), "copied_from": self.found_copy_of}
+        origin = {"copied_from": before["copied_from"]} if "copied_from" in before else {}
         identity = {
             "run_id": before["run_id"],
+            **origin,
+            "folder": place,
             "incarnation": before["incarnation"] + 1,
             "fingerprint": fingerprint,
             "created_at": before["created_at"],
@@ -338,6 +367,23 @@ class RunFolder:
         self.require()
         remedy = "start the run again in another run_dir, because only this file identifies it"
         return _read_json("run", self._identity_file, _IN_IDENTITY, remedy)
+
+
+def _place_of(folder: Path) -> dict[str, Any]:
+    status = folder.stat()
+    return {"path": str(folder), "device": status.st_dev, "inode": status.st_ino}
+
+
+def _is_same_folder(recorded: Any, place: Mapping[str, Any]) -> bool:
+    """Whether a folder is the one of which ``recorded`` was written, perhaps moved, and not a copy of it.
+
+    A copy has an inode of its own, while the original keeps its inode when it is moved. An inode counts within a
+    device, but the number of a network file system's device differs between machines and mounts, so the same path
+    is accepted instead. A folder that was moved to another file system is a copy, and so is one from a backup.
+    """
+    if not isinstance(recorded, dict) or recorded.get("inode") != place["inode"]:
+        return False
+    return any(recorded.get(name) == place[name] for name in ("device", "path"))
 
 
 def _read_json(name: str, path: Path, keys: Sequence[str], remedy: str) -> dict[str, Any]:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from deploy.cli.main import main
 from deploy.run.preflight import Preflight
 from distill.errors import ConfigError
 from tests.tiny import make_world, tiny_config
 
 TRANSFORMERS = ("rollout.engine=transformers", "scoring.engine=transformers")
+Train = Callable[..., list[str]]
+"""Runs `distill train` up to its stages; returns the lines that it prints."""
 Doctor = Callable[..., Preflight]
 """Makes the checks with a checkpoint's folder as ``role`` and with overrides."""
 
@@ -32,6 +35,29 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path
+
+
+@pytest.fixture
+def train(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Train:
+    """A function that runs `distill train` up to its stages, and returns the lines that it prints.
+
+    It expects the stages to be reached, or with ``refused`` one line of complaint before that.
+    """
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deploy.run.train._run_stages", stop)
+
+    def run(*arguments: str, refused: bool = False) -> list[str]:
+        code = main(["train", *arguments])
+        captured = capsys.readouterr()
+        lines = captured.err.strip().splitlines()
+        assert code == (2 if refused else 130), lines
+        assert not refused or len(lines) == 1, lines
+        return [*captured.out.splitlines(), *lines]
+
+    return run
 
 
 @pytest.fixture

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from deploy.cli.main import main
 from deploy.run.preflight import Preflight
 from deploy.run.prepare import prepare
 from deploy.run.record import PAGE
@@ -22,9 +20,7 @@ from distill.data import read_table
 from distill.errors import ConfigError
 from distill.run.folder import RunFolder
 from tests.tiny import tiny_overrides, write_rows
-from tests.unit.deploy.conftest import TRANSFORMERS
-
-Train = Callable[..., list[str]]
+from tests.unit.deploy.conftest import TRANSFORMERS, Train
 
 
 @pytest.fixture
@@ -39,29 +35,6 @@ def begun(world: Path, home: Path) -> RunFolder:
         keep_settings(folder, config)
         prepare(config, checked(config), folder)
     return folder
-
-
-@pytest.fixture
-def train(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Train:
-    """A function that runs `distill train` up to its stages, and returns the lines that it prints.
-
-    It expects the stages to be reached, or with ``refused`` one line of complaint before that.
-    """
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("deploy.run.train._run_stages", stop)
-
-    def run(*arguments: str, refused: bool = False) -> list[str]:
-        code = main(["train", *arguments])
-        captured = capsys.readouterr()
-        lines = captured.err.strip().splitlines()
-        assert code == (2 if refused else 130), lines
-        assert not refused or len(lines) == 1, lines
-        return [*captured.out.splitlines(), *lines]
-
-    return run
 
 
 def checked(config: RunConfig) -> Preflight:
