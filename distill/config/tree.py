@@ -59,6 +59,7 @@ _LENGTH_AND_RECORDS = (
     "evaluation.best_metric",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.wait_for_room_s",
     "scoring.check",
 )
 _ENGINE_RESOURCES = ("num_threads", "tensor_parallel_size", "kv_cache_gib", "gpu_memory_utilization")

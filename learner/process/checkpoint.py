@@ -93,9 +93,13 @@ class Checkpoints:
         return self.root / f"step-{step}"
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Write ``step-N`` and remove all but the newest ``keep``. The tensors must not change meanwhile."""
+        """Write ``step-N`` and remove all but the newest ``keep``. The tensors must not change meanwhile.
+
+        Raises: NoSpace, and then the checkpoints are those of before.
+        """
         final = self.path(step)
-        with new_folder(final) as folder:
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        with new_folder(final, num_bytes=num_bytes) as folder:
             shard = folder / "rank-0.safetensors"
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, shard)
             num_bytes, checksum = checksum_file(shard)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from distill.config import RunConfig
 from distill.evaluation import Evaluation
 from distill.interfaces import Lease, SampleRef, WeightManifest
@@ -52,15 +54,19 @@ class LearnerWorker:
         if newest is not None:
             self.resumed_state = newest.state | {"damaged": list(newest.damaged)}
             self.distiller.load(newest.tensors, newest.state)
-        self._store = open_store(config.replay, inputs, "learner")
+        self._store = open_store(config, inputs, "learner")
         self._teacher_head = self.distiller.teacher
         """That of the teacher itself, with which evaluations compare also where a proxy stands in for it."""
         if inputs.has_proxy:
             self._teacher_head = Head.from_checkpoint(inputs.teacher_dir, device=student.device)
         self._evaluator = Evaluator(inputs)
         self._copy: Student | None = None
+        self._unsaved: tuple[int, dict[str, Tensor]] | None = None
+        """An update and the tensors of its checkpoint, for which the disk had no room yet."""
         self._students = StudentWriter(inputs, chat_template=config.data.chat_template)
-        self._weights = WeightFile(student.named_weights, inputs.weights, push_dtype(config))
+        self._weights = WeightFile(
+            student.named_weights, inputs.weights, push_dtype(config), spill_folder=self.folder.replay
+        )
         self._turn = asyncio.Lock()
         self._clock = BusyClock()
 
@@ -121,20 +127,28 @@ class LearnerWorker:
         The weights are copied first, so that the next update need not wait for the disk. The result is how many
         seconds it had to wait for the copy.
 
-        Raises: CheckpointError when the learner is not at this update.
+        Raises: CheckpointError when the learner is not at this update; NoSpace, and then the copy is kept, so that the
+        same call can be made again although the learner has gone on.
         """
+        copy_s = 0.0
+        if self._unsaved is None or self._unsaved[0] != updates_done:
+            start = time.monotonic()
+            self._unsaved = updates_done, await self._copy_tensors(updates_done)
+            copy_s = time.monotonic() - start
+        await asyncio.to_thread(self.checkpoints.save, updates_done, self._unsaved[1], state)
+        self._unsaved = None
+        return copy_s
+
+    async def _copy_tensors(self, updates_done: int) -> dict[str, Tensor]:
+        """Copy what a checkpoint contains. Raises: CheckpointError when the learner is not at this update."""
         async with self._turn:
             if self.distiller.updates_done != updates_done:
                 raise CheckpointError(
                     "updates in the learner when its checkpoint is written", self.distiller.updates_done,
                     f"be {updates_done}, as in the ledger of the checkpoint", "report this as a bug",
                 )  # fmt: skip
-            start = time.monotonic()
             with self._clock.running():
-                tensors = await asyncio.to_thread(self.distiller.tensors)
-            copy_s = time.monotonic() - start
-        await asyncio.to_thread(self.checkpoints.save, updates_done, tensors, state)
-        return copy_s
+                return await asyncio.to_thread(self.distiller.tensors)
 
     async def write_student(self, name: Literal["best", "student"], *, copy: bool = False) -> None:
         """Write the current student, or the copied one, as a Hugging Face checkpoint into a folder of the run."""
