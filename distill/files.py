@@ -36,7 +36,7 @@ _numbers = itertools.count()
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file. After a crash either the old or the new file is there, complete."""
-    with needs_room(path, len(data)), replacing_file(path) as temporary:
+    with replacing_file(path, num_bytes=len(data)) as temporary:
         temporary.write_bytes(data)
 
 
@@ -46,15 +46,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def replacing_file(path: Path, *, durable: bool = True, num_bytes: int | None = None) -> Iterator[Path]:
     """Yield a temporary path for the caller to write, and rename it to ``path`` at the end.
 
     On an exception nothing changes. ``durable=False`` does not wait for the disk; it is meant for
-    files in memory and for those that can be produced again.
+    files in memory and for those that can be produced again. ``num_bytes``: what the file needs, for the error.
 
     Raises: NoSpace.
     """
-    with needs_room(path):
+    with needs_room(path, num_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path)
         try:

@@ -31,7 +31,7 @@ class OpenSegment:
     num_rows: int = 0
 
     def __post_init__(self) -> None:
-        """Create the file. Raises: NoSpace, and then there is none."""
+        """Create the file. Raises: NoSpace, and then no file is left."""
         with needs_room(self.path):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._descriptor = os.open(self.path, flags, 0o600)

@@ -121,7 +121,7 @@ class SegmentStore:
         Arrow writes only the values that the batch refers to, so a slice is written without the
         rest of its parent.
 
-        It waits for room as long as the store was told to.
+        It waits for room, for ``wait_for_room_s`` at most.
 
         Raises: NoSpace when neither medium has room; then nothing is written.
         """

@@ -7,9 +7,12 @@ There is no pickle: tensors are safetensors, everything else is JSON.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import shutil
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +141,32 @@ class Checkpoints:
                 )
             tensors |= load_file(shard)
         return tensors, manifest["state"]
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a learner that goes on meanwhile, from copies of its tensors."""
+
+    def __init__(self, checkpoints: Checkpoints, copy: Callable[[int], Awaitable[dict[str, Tensor]]]) -> None:
+        """``copy(step)`` copies the learner's tensors at this step."""
+        self._checkpoints = checkpoints
+        self._copy = copy
+        self._unsaved: tuple[int, dict[str, Tensor]] | None = None
+        """A step and its tensors, which are not on the disk yet."""
+
+    async def save(self, step: int, state: dict[str, Any]) -> float:
+        """Write a checkpoint; returns the seconds that the copy took.
+
+        Raises: NoSpace, and then the copy is kept: the same call can be made again although the learner has gone on.
+        """
+        copy_s = 0.0
+        if self._unsaved is None or self._unsaved[0] != step:
+            start = time.monotonic()
+            self._unsaved = None  # the memory of an older one is needed for the copy
+            self._unsaved = step, await self._copy(step)
+            copy_s = time.monotonic() - start
+        await asyncio.to_thread(self._checkpoints.save, step, self._unsaved[1], state)
+        self._unsaved = None
+        return copy_s
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ decides what happens when (:func:`distill.algorithm.train_loop`).
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from distill.run.store import open_store
 from learner.distiller import Distiller
 from learner.model.head import Head
 from learner.model.student import Student
-from learner.process.checkpoint import CheckpointError, Checkpoints
+from learner.process.checkpoint import CheckpointError, Checkpoints, CheckpointWriter
 from learner.process.evaluator import Evaluator, PolicyScorer
 from learner.process.publish import WeightFile, push_dtype
 from learner.process.student_folder import StudentWriter
@@ -61,8 +60,7 @@ class LearnerWorker:
             self._teacher_head = Head.from_checkpoint(inputs.teacher_dir, device=student.device)
         self._evaluator = Evaluator(inputs)
         self._copy: Student | None = None
-        self._unsaved: tuple[int, dict[str, Tensor]] | None = None
-        """An update and the tensors of its checkpoint, for which the disk had no room yet."""
+        self._checkpoint_writer = CheckpointWriter(self.checkpoints, self._copy_tensors)
         self._students = StudentWriter(inputs, chat_template=config.data.chat_template)
         self._weights = WeightFile(
             student.named_weights, inputs.weights, push_dtype(config), spill_folder=self.folder.replay
@@ -130,14 +128,7 @@ class LearnerWorker:
         Raises: CheckpointError when the learner is not at this update; NoSpace, and then the copy is kept, so that the
         same call can be made again although the learner has gone on.
         """
-        copy_s = 0.0
-        if self._unsaved is None or self._unsaved[0] != updates_done:
-            start = time.monotonic()
-            self._unsaved = updates_done, await self._copy_tensors(updates_done)
-            copy_s = time.monotonic() - start
-        await asyncio.to_thread(self.checkpoints.save, updates_done, self._unsaved[1], state)
-        self._unsaved = None
-        return copy_s
+        return await self._checkpoint_writer.save(updates_done, state)
 
     async def _copy_tensors(self, updates_done: int) -> dict[str, Tensor]:
         """Copy what a checkpoint contains. Raises: CheckpointError when the learner is not at this update."""
