@@ -1,4 +1,4 @@
-"""A full medium is one error with free and needed bytes, whoever writes, and nothing half-written is left."""
+"""A full medium is one error with free and needed bytes, and nothing half-written is left."""
 
 from __future__ import annotations
 
