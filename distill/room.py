@@ -103,4 +103,6 @@ def _free(path: Path) -> tuple[int | None, bool]:
 
 
 def _shown(num_bytes: int | None) -> object:
-    return NO_VALUE if num_bytes is None else f"{num_bytes / 2**20:.1f} MiB"
+    if num_bytes is None:
+        return NO_VALUE
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 1 << 20 else f"{num_bytes} bytes"

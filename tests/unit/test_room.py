@@ -49,7 +49,7 @@ def test_the_error_names_file_need_free_bytes_and_remedy(small: Path) -> None:
     fill(small)
     with pytest.raises(
         NoSpace,
-        match=rf"^free space for {small}/a=0\.0 MiB must be >= 3\.0 MiB; free some there or lower checkpoint\.keep; then resume the run$",
+        match=rf"^free space for {small}/a=0 bytes must be >= 3\.0 MiB; free some there or lower checkpoint\.keep; then resume the run$",
     ):
         write_bytes(small / "a", bytes(3 << 20))
 
@@ -57,7 +57,7 @@ def test_the_error_names_file_need_free_bytes_and_remedy(small: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "path", "text"),
     [
-        (errno.ENOSPC, "/dev/shm/x", r"^free space for /dev/shm/x=.* MiB must be enough for it; give the container a larger /dev/shm"),
+        (errno.ENOSPC, "/dev/shm/x", r"^free space for /dev/shm/x=.* must be enough for it; give the container a larger /dev/shm"),
         (errno.EDQUOT, "/tmp/x", r"^the user's quota for /tmp/x must be enough for it; raise it, or free some"),
         (errno.EFBIG, "/tmp/x", r"^size of /tmp/x must be within the system's limit on the size of a file; raise the limit \(ulimit -f\)"),
     ],
