@@ -19,6 +19,7 @@ from distill.config import CorpusConfig
 from distill.data import PromptTable, read_table, write_table
 from distill.files import write_json
 from distill.interfaces import Draw, Generator
+from distill.room import IN_CACHE, advising
 from distill.schema import Trajectory, trajectory_batch
 
 ROWS_PER_CALL = 128
@@ -55,7 +56,9 @@ class CorpusWorker:
     async def answer_shown(self, prompts_path: str, path: str) -> None:
         """Write the teacher's greedy answers to a table's prompts to ``path``, as JSON lists of token ids."""
         shown = ShownPrompts.read(prompts_path, self.corpus.max_new_tokens)
-        write_json(Path(path), {"answers": await shown.answers(self.generator)})
+        answers = await shown.answers(self.generator)
+        with advising(IN_CACHE):
+            write_json(Path(path), {"answers": answers})
 
     def stats(self) -> dict[str, float]:
         return {"corpus/num_rows": float(self.num_rows), "corpus/num_tokens": float(self.num_tokens)}
@@ -80,6 +83,8 @@ async def write_corpus(
 
     ``prompts`` determines the number of samples of a prompt, whose rows are adjacent. ``progress`` is called
     with the numbers of rows and tokens done, those of an earlier writer's parts included.
+
+    Raises: NoSpace; the parts that are there are used when it is called again.
     """
     parts = path.with_name(f"{path.stem}.parts")
     batches: list[pa.RecordBatch] = []
@@ -93,11 +98,13 @@ async def write_corpus(
         if batch is None:
             draws = [Draw(table="teacher_text", number=i, epoch=0, index=i) for i in indices]
             batch = trajectory_batch(await _answers(prompts, draws, generator))
-            write_table(pa.Table.from_batches([batch]), part)
+            with advising(IN_CACHE):
+                write_table(pa.Table.from_batches([batch]), part)
         num_tokens += len(batch.column("response_tokens").flatten())
         batches.append(batch)
         progress(indices.stop * samples, num_tokens)
-    write_table(pa.Table.from_batches(batches), path)
+    with advising(IN_CACHE):
+        write_table(pa.Table.from_batches(batches), path)
     shutil.rmtree(parts, ignore_errors=True)
 
 

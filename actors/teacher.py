@@ -87,6 +87,7 @@ class TeacherWorker:
             "teacher/num_texts": float(self.teacher.num_texts),
             "teacher/num_tokens": float(self.teacher.num_tokens),
             "teacher/num_bytes": float(self.store.num_appended_bytes),
+            "teacher/num_diverted": float(self.store.num_diverted),
             "timing/teacher_busy_s": clock.busy_s,
             "timing/teacher_storing_s": clock.storing_s,
             "timing/teacher_starved_s": clock.waiting_s,

@@ -5,6 +5,8 @@ neither a reader nor a crash can see half of it. The data reaches the disk befor
 rename before the call returns. A process that dies while it writes leaves a name for which
 :func:`is_temporary` is true; :func:`remove_temporaries` deletes such files and folders.
 
+A medium without room raises :class:`distill.room.NoSpace`, and then everything is as it was before the call.
+
 :class:`LineFile` is for files that grow while others read them: a crash can cut their last line, which readers
 skip.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import itertools
 import json
 import math
@@ -23,6 +26,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
+
+from distill.room import needs_room
 
 T = TypeVar("T")
 NOT_AS_WRITTEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
@@ -36,7 +41,7 @@ _numbers = itertools.count()
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file. After a crash either the old or the new file is there, complete."""
-    with replacing_file(path) as temporary:
+    with replacing_file(path, num_bytes=len(data)) as temporary:
         temporary.write_bytes(data)
 
 
@@ -46,43 +51,52 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def replacing_file(path: Path, *, durable: bool = True, num_bytes: int | None = None) -> Iterator[Path]:
     """Yield a temporary path for the caller to write, and rename it to ``path`` at the end.
 
     On an exception nothing changes. ``durable=False`` does not wait for the disk; it is meant for
-    files in memory and for those that can be produced again.
+    files in memory and for those that can be produced again. ``num_bytes``: what the file needs, for the error.
+
+    Raises: NoSpace.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
-        yield temporary
+    with needs_room(path, num_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        try:
+            yield temporary
+            if durable:
+                sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         if durable:
-            sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if durable:
-        sync(path.parent)
+            sync(path.parent)
 
 
 @contextmanager
-def new_folder(path: Path, *, if_exists: Literal["replace", "keep"] = "replace") -> Iterator[Path]:
+def new_folder(
+    path: Path, *, if_exists: Literal["replace", "keep"] = "replace", num_bytes: int | None = None
+) -> Iterator[Path]:
     """Yield an empty temporary folder for the caller to fill, and rename it to ``path`` at the end.
 
     ``if_exists`` decides what happens if ``path`` is a folder by then. ``replace``: the new folder
     replaces it. ``keep``: it stays and the new one is deleted, for folders that two processes may
-    create at the same time with equal contents. On an exception nothing changes.
+    create at the same time with equal contents. ``num_bytes``: what it needs, for the error. On an exception nothing
+    changes.
+
+    Raises: NoSpace.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        put_folder(temporary, path, if_exists=if_exists)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with needs_room(path, num_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        try:
+            temporary.mkdir()
+            yield temporary
+            put_folder(temporary, path, if_exists=if_exists)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def put_folder(made: Path, place: Path, *, if_exists: Literal["replace", "keep"]) -> None:
@@ -153,30 +167,59 @@ def remove_temporaries(folder: Path) -> None:
 
 
 class LineFile:
-    """A file of lines that only grows. Opening it ends a line that a crash cut. Safe to use from several threads."""
+    """A file of lines that only grows. Opening it ends a line that a crash cut. Safe to use from several threads.
+
+    Several of them, in one process or more, may append to one file.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        """Raises: NoSpace."""
+        self._path = path
+        with needs_room(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._guard = threading.Lock()
-        size = self.num_bytes
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")
+        with self._locked():
+            size = self.num_bytes
+            if size and os.pread(self._file, 1, size - 1) != b"\n":
+                self._write(b"\n")
 
     @property
     def num_bytes(self) -> int:
         return os.fstat(self._file).st_size
 
     def append(self, line: str) -> None:
-        """Append one line, which every reader sees once this returns."""
-        data = memoryview(f"{line}\n".encode())
+        """Append one line, which every reader sees once this returns.
+
+        Raises: NoSpace, and then nothing of it is in the file.
+        """
+        with self._locked():
+            self._write(f"{line}\n".encode())
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Exclude other writers, because a line that does not fit is cut off again, which must not cut another's."""
         with self._guard:
-            while data:
-                data = data[os.write(self._file, data) :]
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _write(self, data: bytes) -> None:
+        size, left = self.num_bytes, memoryview(data)
+        try:
+            with needs_room(self._path, len(data)):
+                while left:
+                    left = left[os.write(self._file, left) :]
+        except OSError:
+            os.ftruncate(self._file, size)
+            raise
 
     def sync(self) -> None:
-        """Make every line so far durable."""
-        os.fsync(self._file)
+        """Make every line so far durable. Raises: NoSpace, on file systems that reserve no room earlier."""
+        with needs_room(self._path):
+            os.fsync(self._file)
 
     def close(self) -> None:
         os.close(self._file)

@@ -14,7 +14,7 @@ import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +24,7 @@ import xxhash
 from distill.errors import NO_VALUE
 from distill.files import replacing_file
 from distill.interfaces import WeightManifest, WeightPushError
+from distill.room import NoSpace, needs_room
 
 _CHUNK_BYTES = 4 << 20
 """Read size of the checksum. It fits the second-level cache, and unlike a memory mapping, reading cannot
@@ -78,18 +79,37 @@ def checksum_file(path: str | Path) -> tuple[int, str]:
 
 
 def write_weights(
-    shm_dir: str | Path, write: Callable[[HashedFile], object], *, policy_version: int, update: int
+    shm_dir: str | Path,
+    write: Callable[[HashedFile], object],
+    *,
+    policy_version: int,
+    update: int,
+    spill_dir: str | Path | None = None,
 ) -> WeightManifest:
     """Write the file of a version; returns its manifest.
+
+    ``spill_dir``: the folder for the file when shared memory has no room for it. A receiver maps it there as well.
 
     ``write(file)`` writes a safetensors file with the student's parameters under their Hugging Face names
     (``file.write(safetensors.torch.save(tensors))``).
 
-    Raises: FileExistsError for a version that has already been written, because versions are never re-used.
+    Raises: FileExistsError for a version that has already been written, because versions are never re-used; NoSpace.
     """
-    path = weights_path(shm_dir, policy_version)
-    if path.exists():
-        raise FileExistsError(f"{path}: policy version {policy_version} was already written")
+    folders = [shm_dir] if spill_dir is None else [shm_dir, spill_dir]
+    for path in (weights_path(folder, policy_version) for folder in folders):
+        if path.exists():
+            raise FileExistsError(f"{path}: policy version {policy_version} was already written")
+    try:
+        return _write_file(weights_path(shm_dir, policy_version), write, policy_version, update)
+    except NoSpace:
+        if spill_dir is None:
+            raise
+        return _write_file(weights_path(spill_dir, policy_version), write, policy_version, update)
+
+
+def _write_file(
+    path: Path, write: Callable[[HashedFile], object], policy_version: int, update: int
+) -> WeightManifest:
     # Not durable: the file is in memory, and a push does not outlive the run.
     with replacing_file(path, durable=False) as partial, open(partial, "xb", buffering=0) as raw:
         file = HashedFile(raw)
@@ -156,7 +176,8 @@ def verify_once(manifest: WeightManifest) -> None:
         if marker.read() != seal:
             verify(manifest)
             marker.truncate(0)
-            marker.write(seal)
+            with suppress(NoSpace), needs_room(marker.name):  # without it, the next process verifies as well
+                os.write(marker.fileno(), seal.encode())
 
 
 def verify(manifest: WeightManifest) -> None:

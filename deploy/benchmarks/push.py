@@ -77,7 +77,7 @@ class Pushing:
         self._write_s = 0.0
         self._manifest: Any = None
         self._publisher = FleetPublisher(
-            self.write_weights, lambda: [generator], itertools.count(1).__next__, folder=folder,
+            self.write_weights, lambda: [generator], itertools.count(1).__next__, folders=[folder],
             deadline_s=WeightsConfig().deadline_s,
         )  # fmt: skip
         self._standstills: list[float] = []

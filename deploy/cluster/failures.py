@@ -25,8 +25,16 @@ class ActorGone(ActorFailed):
     """An actor that died, or does not answer: nothing can be expected of it any more. Its heir may do better."""
 
     @classmethod
-    def died(cls, actor: str, cause: str) -> ActorGone:
-        return cls(actor, NO_VALUE, f"live; it died ({cause})")
+    def died(cls, actor: str, cause: str, *, num_killed: int = 0) -> ActorGone:
+        """The error for an actor whose process has ended. ``num_killed``: processes that were killed for lack of memory
+        meanwhile, which the cause need not say."""
+        if not num_killed:
+            return cls(actor, NO_VALUE, f"live; it died ({cause})")
+        processes = "a process" if num_killed == 1 else f"{num_killed} processes"
+        return cls(
+            actor, NO_VALUE, f"live; it died ({cause}), and {processes} of the container or machine ran out of memory",
+            "give the run more memory, or lower kv_cache_gib, learner.micro_batch_tokens, replay.memory_bytes or replicas",
+        )  # fmt: skip
 
     @classmethod
     def late(cls, actors: Iterable[str], timeout_s: float, *, logs: str = "") -> ActorGone:

@@ -30,6 +30,7 @@ from deploy.job import JOB_VARIABLE, in_uploaded_folder
 from deploy.placement import Node
 from distill.config import ClusterConfig
 from distill.errors import NO_VALUE, first_line
+from distill.machine.container import num_killed
 
 _END_AFTER_S = 3.0
 """Time that actors and engines have to end by themselves before Ray kills them."""
@@ -78,6 +79,8 @@ class RayCluster(Backend):
         """Of the actors, with their identity: the system uses pids again."""
         self._services: dict[psutil.Process, str] = {}
         """The processes of a local Ray that it cannot do without, with their programs."""
+        self._num_killed = num_killed() or 0
+        """Processes that had been killed for lack of memory when an actor was last found dead."""
 
     def __enter__(self) -> Self:
         if self._head is not None:
@@ -289,11 +292,22 @@ class RayCluster(Backend):
             cause = str(error).splitlines()[-1].strip()
             return ActorFailed(name, NO_VALUE, f"finish its work; it raised {cause}")
         if is_gone(error):
-            return ActorGone.died(name, first_line(error))
+            return ActorGone.died(name, first_line(error), num_killed=self._newly_killed(error))
         if isinstance(error, RayError) and not isinstance(error, RayTaskError):
             # Ray cannot prepare the job's files on the node.
             return ActorFailed(name, NO_VALUE, f"start; Ray reports: {first_line(error)}")
         return ActorFailed.raised(name, error)
+
+    def _newly_killed(self, error: BaseException) -> int:
+        """How many processes have run out of memory since the last call: by the kernel's count, or Ray's word for this one.
+
+        Ray kills an actor before the kernel does, where it can.
+        """
+        from ray.exceptions import OutOfMemoryError
+
+        known, self._num_killed = self._num_killed, num_killed() or 0
+        by_ray = isinstance(error, OutOfMemoryError) or "memory pressure" in str(error)
+        return max(self._num_killed - known, int(by_ray))
 
     def _get(self, name: str, call: Any, timeout_s: float) -> Any:
         import ray

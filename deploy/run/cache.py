@@ -15,6 +15,7 @@ from deploy.fetch import cache_dir
 from deploy.run.identity import checkpoint_fingerprint
 from distill.config import RunConfig
 from distill.files import new_folder, write_json
+from distill.room import IN_CACHE, advising
 
 _TRAINING_FILE = "training.json"
 """A file in a cached proxy's folder: the cost of its training."""
@@ -51,7 +52,7 @@ def proxy_folder(config: RunConfig, start: Path, corpus: Path) -> Path:
 def keep_proxy(trained: Path, cached: Path, training_s: float) -> None:
     """Move a trained proxy into the cache. A folder that another run has put there meanwhile stays."""
     write_json(trained / _TRAINING_FILE, {"training_s": round(training_s, 2)})
-    with new_folder(cached, if_exists="keep") as arriving:
+    with advising(IN_CACHE), new_folder(cached, if_exists="keep") as arriving:
         for file in trained.iterdir():
             shutil.move(file, arriving)
     trained.rmdir()

@@ -26,6 +26,7 @@ from deploy.run.record import RunRecord
 from deploy.run.training.advice import Setup
 from deploy.run.training.clocks import STAGES
 from deploy.run.training.restarts import RestartBudget
+from deploy.run.training.room import Room
 from deploy.run.vllm_build import vllm_computes_on_gpu
 from distill.config import ClusterConfig, RunConfig
 from distill.errors import first_line
@@ -48,6 +49,7 @@ class RunContext:
         self.progress = progress
         self.backend = backend
         self.restarts = RestartBudget(config.cluster)
+        self.room = Room(config.checkpoint.wait_for_room_s, progress.say, record.event)
         self._memory = memory
         self._placement = _place(config, backend)
         self.config = config = with_threads(config, self._placement)  # the actors read their threads there

@@ -153,6 +153,14 @@ class Estimates:
         share = (self.config.student.init.num_kept or layers) / layers
         return embedding + int(share * (self.teacher.num_parameters - embedding))
 
+    def weights_in_memory(self) -> int:
+        """Bytes of the weights of two pushes: the newest is written while engines still load the one before."""
+        return 2 * 4 * self.student_parameters()
+
+    def shared_memory(self) -> int:
+        """Bytes of rows and weights in shared memory."""
+        return min(self.config.replay.memory_bytes, self.window()) + self.weights_in_memory()
+
     def window(self) -> int:
         """Bytes of the rows of all updates in flight, with every response at its limit."""
         config = self.config

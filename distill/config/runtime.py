@@ -179,9 +179,14 @@ class CheckpointConfig:
     """Number of updates between checkpoints. The last update always writes one."""
     keep: int = 2
     """Number of newest checkpoints that are kept."""
+    wait_for_room_s: float = 300.0
+    """Number of seconds for which a training waits when the disk has no room for a checkpoint or another file of the run,
+    or neither shared memory nor the disk has room for rows or weights. Then it ends with an error and can be resumed.
+    0: it ends at once."""
 
     def violations(self) -> Iterator[ConfigError]:
         yield from bounded("checkpoint", self, ">= 1", "every", "keep")
+        yield from bounded("checkpoint", self, ">= 0", "wait_for_room_s")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,7 @@ _LENGTH_AND_RECORDS = (
     "evaluation.best_metric",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.wait_for_room_s",
     "scoring.check",
     "learner.on_nonfinite",
     "learner.max_nonfinite",

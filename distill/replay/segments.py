@@ -1,8 +1,9 @@
 """The segment store: rows as Arrow messages in append-only files that readers map.
 
 A file belongs to one writer, whose id is never used again, so a name never stands for other bytes. It starts in
-shared memory and moves to the spill folder when the node exceeds its bound. A message is written before its row
-is announced, and a file outlives its writer, so one mechanism serves zero-copy reads, spilling and restarts.
+shared memory and moves to the spill folder when the node exceeds its bound; where shared memory is full, it starts in
+the spill folder. A message is written before its row is announced, and a file outlives its writer, so one mechanism serves
+zero-copy reads, spilling and restarts.
 
     memory_dir/<writer_id>-<k>.arrow:  schema message | pad | record batch | pad | record batch ...
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -23,16 +25,15 @@ from distill.errors import NO_VALUE, DistillError
 from distill.files import replacing_file
 from distill.interfaces import Draw, Location, SampleRef, SegmentMissing
 from distill.replay.locations import require_location, require_segment_name, row_in, schema_in
+from distill.replay.segment_file import OpenSegment, RowMessages
+from distill.room import NoSpace
 from distill.schema import oldest_version
-
-ALIGNMENT = 64
-"""Each message starts at a multiple of this, because Arrow copies buffers that are not aligned."""
-
-_MAX_PARTS = 1024
-"""Parts that the system writes in one call (IOV_MAX)."""
 
 MAX_OPEN_MAPS = 64
 """Bounded because a map keeps its file's memory alive after the file has moved to disk or was deleted."""
+
+RETRY_S = 1.0
+"""Seconds between two attempts to write a row for which no medium had room."""
 
 FOLDER_PREFIX = "distill-"
 """A run's folder in shared memory has this prefix and the run id as its name; its segments are below it."""
@@ -60,76 +61,6 @@ def sweep(root: Path, alive: Callable[[str], bool]) -> list[Path]:
     return removed
 
 
-@dataclass
-class _OpenSegment:
-    """The file to which the writer appends."""
-
-    name: str
-    descriptor: int
-    schema: pa.Schema
-    size: int = 0
-
-    def write(self, message: Sequence[pa.Buffer | bytes]) -> int:
-        """Append the parts of a message at the next aligned offset, all of them or none; returns the offset."""
-        offset = -(-self.size // ALIGNMENT) * ALIGNMENT
-        views = [memoryview(part) for part in message]
-        done = first = 0
-        try:
-            while first < len(views):
-                written = os.pwritev(self.descriptor, views[first : first + _MAX_PARTS], offset + done)
-                done += written
-                while first < len(views) and written >= len(views[first]):
-                    written -= len(views[first])
-                    first += 1
-                if written:
-                    views[first] = views[first][written:]
-        except OSError:
-            os.ftruncate(self.descriptor, self.size)
-            raise
-        self.size = offset + done
-        return offset
-
-
-class _Messages:
-    """Makes the messages of the rows of one schema, in parts that refer to the rows' own memory.
-
-    ``RecordBatch.serialize`` makes the same bytes, but copies a row's payload into new memory, whose pages cost more
-    than the copy.
-    """
-
-    def __init__(self, schema: pa.Schema) -> None:
-        self.schema = schema
-        self._parts: list[pa.Buffer | bytes] = []
-        self._size = 0
-        self._writer = pa.ipc.new_stream(pa.PythonFile(self, "w"), schema)
-        self.of(pa.RecordBatch.from_pylist([], schema=schema))  # the first message follows that of the schema
-
-    def of(self, row: pa.RecordBatch) -> list[pa.Buffer | bytes]:
-        """The parts of a row's message, which keep its memory alive."""
-        self._parts = []  # also of a row that failed
-        self._writer.write_batch(row)
-        parts, self._parts = self._parts, []  # otherwise the row's memory would stay until the next one
-        return parts
-
-    # The file that Arrow writes to
-
-    closed = False
-
-    def write(self, part: pa.Buffer | bytes) -> int:
-        self._parts.append(part)
-        self._size += len(part)
-        return len(part)
-
-    def tell(self) -> int:
-        return self._size
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class _Map:
     """A file as one buffer, whose slices keep the mapping alive."""
@@ -154,24 +85,29 @@ class SegmentStore:
         node: str,
         segment_bytes: int,
         memory_bytes: int,
+        wait_for_room_s: float = 0.0,
     ) -> None:
+        """``wait_for_room_s``: how long :meth:`append` waits while neither medium has room."""
         self._memory_dir = Path(memory_dir)
         self._spill_dir = Path(spill_dir)
         self._writer_id = writer_id
         self._node = node
         self._segment_bytes = segment_bytes
         self._memory_bytes = memory_bytes
+        self._wait_for_room_s = wait_for_room_s
         # Rows contain users' prompts, and every user of the machine can list /dev/shm.
         self._memory_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._spill_dir.mkdir(parents=True, exist_ok=True)
         self._writing = threading.Lock()
         self._reading = threading.Lock()
-        self._open: _OpenSegment | None = None
-        self._messages: _Messages | None = None
+        self._open: OpenSegment | None = None
+        self._messages: RowMessages | None = None
         """For the schema that was written last."""
         self._number = 0
         self.num_appended_bytes = 0
         """Of all rows so far."""
+        self.num_diverted = 0
+        """Segments that started on the disk, because shared memory had no room for a row."""
         self._in_memory: list[str] = []
         """Sealed segments in shared memory, oldest first."""
         self._has_new_sealed = False
@@ -186,25 +122,26 @@ class SegmentStore:
         Arrow writes only the values that the batch refers to, so a slice is written without the
         rest of its parent.
 
-        Raises: OSError when the medium is full; then nothing is written.
+        It waits for room, for ``wait_for_room_s`` at most.
+
+        Raises: NoSpace when neither medium has room; then nothing is written.
         """
-        with self._writing:
-            message = self._message(row)
-            num_bytes = sum(len(part) for part in message)
-            segment = self._segment_for(row.schema, num_bytes)
-            offset = segment.write(message)
-            if segment.size >= self._segment_bytes:
-                self._seal()
-            if self._has_new_sealed:
-                self._spill()
-            self._unsettled[segment.name] += 1
-            self.num_appended_bytes += num_bytes
+        deadline = time.monotonic() + self._wait_for_room_s
+        while True:
+            try:
+                with self._writing:
+                    name, offset, num_bytes = self._append(row)
+                break
+            except NoSpace:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(min(RETRY_S, self._wait_for_room_s))
         return SampleRef(
             draw=draw,
             sample=sample,
             location=Location(
                 node=self._node,
-                segment=segment.name,
+                segment=name,
                 offset=offset,
                 num_bytes=num_bytes,
                 trajectory_id=row.column("trajectory_id")[0].as_py(),
@@ -280,10 +217,40 @@ class SegmentStore:
 
     def _message(self, row: pa.RecordBatch) -> list[pa.Buffer | bytes]:
         if self._messages is None or not self._messages.schema.equals(row.schema, check_metadata=True):
-            self._messages = _Messages(row.schema)
+            self._messages = RowMessages(row.schema)
         return self._messages.of(row)
 
-    def _segment_for(self, schema: pa.Schema, num_bytes: int) -> _OpenSegment:
+    def _append(self, row: pa.RecordBatch) -> tuple[str, int, int]:
+        """Write a row; returns its segment, offset and size. Raises: NoSpace."""
+        message = self._message(row)
+        num_bytes = sum(len(part) for part in message)
+        try:
+            segment = self._segment_for(row.schema, num_bytes, self._memory_dir)
+            offset = segment.append(message)
+        except NoSpace:
+            self._seal()
+            segment, offset = self._divert(row.schema, message)
+        if segment.size >= self._segment_bytes:
+            self._seal()
+        if self._has_new_sealed:
+            self._spill()
+        self._unsettled[segment.name] += 1
+        self.num_appended_bytes += num_bytes
+        return segment.name, offset, num_bytes
+
+    def _divert(self, schema: pa.Schema, message: Sequence[pa.Buffer | bytes]) -> tuple[OpenSegment, int]:
+        """Begin a segment on the disk with a row; the next segment is tried in memory again. Raises: NoSpace."""
+        try:
+            segment = self._segment_for(schema, 0, self._spill_dir)
+            offset = segment.append(message)
+        except NoSpace:
+            self._seal()
+            raise
+        self.num_diverted += 1
+        return segment, offset
+
+    def _segment_for(self, schema: pa.Schema, num_bytes: int, folder: Path) -> OpenSegment:
+        """The open segment, or else a new one in ``folder``. Raises: NoSpace."""
         segment = self._open
         if segment is not None:
             full = segment.size + num_bytes > self._segment_bytes
@@ -292,30 +259,35 @@ class SegmentStore:
         if self._open is None:
             name = f"{self._writer_id}-{self._number}.arrow"
             self._number += 1
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._open = _OpenSegment(name, os.open(self._memory_dir / name, flags, 0o600), schema)
+            self._open = OpenSegment(folder / name, schema)
             self._unsettled[name] = 0
-            self._open.write([schema.serialize()])
         return self._open
 
     def _seal(self) -> None:
-        if self._open is not None:
-            os.close(self._open.descriptor)
-            self._in_memory.append(self._open.name)
+        segment, self._open = self._open, None
+        if segment is None:
+            return
+        segment.close()
+        if segment.num_rows == 0:
+            del self._unsettled[segment.name]
+        elif segment.path.parent == self._memory_dir:
+            self._in_memory.append(segment.name)
             self._has_new_sealed = True
-            self._open = None
 
     def _spill(self) -> None:
-        """Move this writer's oldest sealed segments to disk while the node exceeds its bound."""
+        """Move this writer's oldest sealed segments to disk while the node exceeds its bound, and the disk has room."""
+        self._has_new_sealed = False
         while self._in_memory and _folder_bytes(self._memory_dir) > self._memory_bytes:
             name = self._in_memory[0]
             # In this order a reader always finds it in one of the two folders. Nothing waits for the
             # disk, because a spilled segment must outlive this process but not the machine.
-            with replacing_file(self._spill_dir / name, durable=False) as temporary:
-                shutil.copyfile(self._memory_dir / name, temporary)
+            try:
+                with replacing_file(self._spill_dir / name, durable=False) as temporary:
+                    shutil.copyfile(self._memory_dir / name, temporary)
+            except NoSpace:  # it stays where it is until the next one is sealed
+                return
             (self._memory_dir / name).unlink()
             del self._in_memory[0]
-        self._has_new_sealed = False
 
     # Reading
 

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import socket
 import traceback
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any
 from distill.errors import ConfigError, DistillError, first_line
 from distill.files import is_plain_name, is_temporary, remove_temporaries, write_bytes, write_json
 from distill.redaction import redacted, redacted_values
+from distill.room import needs_room
 
 TRAINING_PROMPTS, HELDOUT_PROMPTS = "train.parquet", "heldout.parquet"
 """Files of the folder ``data`` with the parts of the prompt table."""
@@ -185,8 +187,9 @@ class RunFolder:
         return resumes
 
     def close(self) -> None:
-        """Release the lock; the folder can be opened again."""
+        """Release the lock; the folder can be opened again. What shared memory had no room for is removed."""
         if self._lock is not None:
+            shutil.rmtree(self.replay, ignore_errors=True)
             os.close(self._lock)
             self._lock = None
 
@@ -320,7 +323,8 @@ class RunFolder:
             remedy = "wait for it, stop it, or choose another run_dir"
             raise ConfigError("run_dir", self.path, must, remedy) from error
         os.ftruncate(lock, 0)
-        os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with needs_room(self._lock_file):
+            os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._lock = lock
 
     def _require_lock(self) -> None:
@@ -341,6 +345,7 @@ class RunFolder:
     def _begin_incarnation(self, fingerprint: str) -> None:
         for folder in (self.path, self.data, self.checkpoints, self.nonfinite, self.evaluations):
             remove_temporaries(folder)
+        shutil.rmtree(self.replay, ignore_errors=True)  # no one knows what an earlier incarnation left there
         for failure in (self.failure, self.traceback):  # of an earlier incarnation
             failure.unlink(missing_ok=True)
         now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,14 @@ import pyarrow.parquet as pq
 from distill.errors import ConfigError, first_line
 from distill.files import LineFile, LineReader, plain, write_bytes
 from distill.redaction import redacted_values
+from distill.room import NoSpace
 from distill.run.folder import RunFolder
 
 ReportFacts = Callable[..., None]
 """Takes keyword facts about what a process does, for the live line."""
+
+MOST_WAITING = 1000
+"""Events that wait for room; of more, the oldest are dropped."""
 
 PARTS = ("rollout", "teacher", "replay", "learner", "critic", "policy", "weights", "timing")
 _NAME = re.compile(rf"(?:{'|'.join(PARTS)})/[a-z0-9_]+(?:[./][a-z0-9_]+)*")
@@ -39,7 +46,7 @@ def name_violations(names: Iterable[str]) -> list[str]:
 
 
 _AHEAD = re.compile(
-    r"replay/(teacher_text\.[a-z]+|bytes|num_cache_hits|num_cached_rows|num_evicted_rows)|teacher/num_(bytes|texts|tokens)|(rollout|teacher)/num_failures"
+    r"replay/(teacher_text\.[a-z]+|bytes|num_cache_hits|num_cached_rows|num_evicted_rows)|teacher/num_(bytes|texts|tokens)|(rollout|teacher)/num_(failures|diverted)"
 )
 """These depend on how far ahead the teacher has scored at the moment a row is written, or on what has failed."""
 
@@ -74,7 +81,8 @@ class MetricsWriter:
     ``update`` counts the updates done: 1 in the first row. Rows since the last rewrite are only in
     memory, so call ``flush`` before a checkpoint becomes durable; otherwise a resumed run lacks them.
     The file is rewritten at most every ``interval_s`` seconds, and rarely enough that rewriting takes
-    at most a twentieth of the time however long the file grows.
+    at most a twentieth of the time however long the file grows. While the disk has no room for it, the rows stay in
+    memory.
     """
 
     def __init__(
@@ -105,7 +113,9 @@ class MetricsWriter:
         self._last_update = update
         self._stale = True
         if self._clock() >= self._next_write:
-            self.flush()
+            with suppress(NoSpace):  # they are in memory, and a flush before a checkpoint says it
+                self._next_write = self._clock() + self._interval_s
+                self.flush()
 
     def truncate(self, updates_done: int) -> None:
         """Drop the rows after ``updates_done``, because those updates are repeated."""
@@ -118,7 +128,7 @@ class MetricsWriter:
         self.flush()
 
     def flush(self) -> None:
-        """Write all rows to the file, where they are readable and survive a crash."""
+        """Write all rows to the file, where they are readable and survive a crash. Raises: NoSpace; it may be repeated."""
         if not self._stale:
             return
         started = self._clock()
@@ -158,23 +168,36 @@ class EventLog:
     """``events.jsonl``: what happened and when, one JSON object per line, append-only.
 
     Safe to use from several threads. Opening the log ends a line that a crash cut, and
-    :func:`read_events` skips such a line.
+    :func:`read_events` skips such a line. Events for which the disk has no room are written with a later one.
     """
 
     def __init__(self, run_dir: str | Path):
+        """Raises: NoSpace when there is no room for a new file."""
         self.path = RunFolder(run_dir).events
         self._lines = LineFile(self.path)
+        self._waiting: deque[str] = deque(maxlen=MOST_WAITING)
+        self._guard = threading.Lock()
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event without credentials, which every reader sees once this returns."""
+        """Append one event without credentials, which every reader sees once this returns, unless the disk is full."""
         if reserved := {"time", "event"} & fields.keys():
             raise ValueError(f"field {min(reserved)} is reserved for the log; choose another name")
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         written = redacted_values(plain({"time": stamp, "event": event, **fields}))
-        self._lines.append(json.dumps(written, allow_nan=False))
+        with self._guard:
+            self._waiting.append(json.dumps(written, allow_nan=False))
+            self._write_waiting()
 
     def close(self) -> None:
+        with self._guard:
+            self._write_waiting()
         self._lines.close()
+
+    def _write_waiting(self) -> None:
+        with suppress(NoSpace):  # an event is no reason to end a run
+            while self._waiting:
+                self._lines.append(self._waiting[0])
+                self._waiting.popleft()
 
 
 def read_events(run_dir: str | Path) -> Iterator[dict[str, Any]]:

@@ -7,9 +7,12 @@ There is no pickle: tensors are safetensors, everything else is JSON.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import shutil
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,9 +97,13 @@ class Checkpoints:
         return self.root / f"step-{step}"
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Write ``step-N`` and remove all but the newest ``keep``. The tensors must not change meanwhile."""
+        """Write ``step-N`` and remove all but the newest ``keep``. The tensors must not change meanwhile.
+
+        Raises: NoSpace, and then the checkpoints are those of before.
+        """
         final = self.path(step)
-        with new_folder(final) as folder:
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        with new_folder(final, num_bytes=num_bytes) as folder:
             shard = folder / "rank-0.safetensors"
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, shard)
             num_bytes, checksum = checksum_file(shard)
@@ -139,6 +146,36 @@ class Checkpoints:
                 must = f"be a safetensors file ({first_line(error)})"
                 raise CheckpointError("shard", shard, must, _older(folder)) from error
         return tensors, manifest["state"]
+
+
+Copy = Callable[[int], Awaitable[tuple[dict[str, Tensor], dict[str, Any]]]]
+"""Copies the learner's tensors at a step, and what it adds to the state of a checkpoint."""
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a learner that goes on meanwhile, from copies of its tensors."""
+
+    def __init__(self, checkpoints: Checkpoints, copy: Copy) -> None:
+        self._checkpoints = checkpoints
+        self._copy = copy
+        self._unsaved: tuple[int, dict[str, Tensor], dict[str, Any]] | None = None
+        """A step with its tensors and state, which are not on the disk yet."""
+
+    async def save(self, step: int, state: dict[str, Any]) -> float:
+        """Write a checkpoint; returns the seconds that the copy took.
+
+        Raises: NoSpace, and then the copy is kept: the same call can be made again although the learner has gone on.
+        """
+        copy_s = 0.0
+        if self._unsaved is None or self._unsaved[0] != step:
+            start = time.monotonic()
+            self._unsaved = None  # the memory of an older one is needed for the copy
+            self._unsaved = step, *await self._copy(step)
+            copy_s = time.monotonic() - start
+        _, tensors, own = self._unsaved
+        await asyncio.to_thread(self._checkpoints.save, step, tensors, state | own)
+        self._unsaved = None
+        return copy_s
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -32,10 +32,19 @@ def push_dtype(config: RunConfig) -> torch.dtype:
 class WeightFile:
     """Writes the weights of one version after the other into a folder."""
 
-    def __init__(self, weights: WeightSource, folder: str | Path, dtype: torch.dtype) -> None:
-        """``dtype``: number format of the files, that of the engines."""
+    def __init__(
+        self,
+        weights: WeightSource,
+        folder: str | Path,
+        dtype: torch.dtype,
+        *,
+        spill_folder: str | Path | None = None,
+    ) -> None:
+        """``dtype``: number format of the files, that of the engines. ``spill_folder``: where a file is written for which
+        ``folder`` has no room."""
         self._weights = weights
         self._folder = Path(folder)
+        self._spill_folder = spill_folder
         self.dtype = dtype
 
     def write(self, policy_version: int, updates_done: int) -> WeightManifest:
@@ -48,4 +57,5 @@ class WeightFile:
             partial(write_tensors, self._weights, self.dtype),
             policy_version=policy_version,
             update=updates_done,
+            spill_dir=self._spill_folder,
         )

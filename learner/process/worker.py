@@ -7,9 +7,10 @@ decides what happens when (:func:`distill.algorithm.train_loop`).
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from distill.config import RunConfig
 from distill.evaluation import Evaluation
@@ -22,7 +23,7 @@ from distill.run.store import open_store
 from learner.distiller import Distiller
 from learner.model.head import Head
 from learner.model.student import Student
-from learner.process.checkpoint import CheckpointError, Checkpoints
+from learner.process.checkpoint import CheckpointError, Checkpoints, CheckpointWriter
 from learner.process.evaluator import Evaluator, PolicyScorer
 from learner.process.publish import WeightFile, push_dtype
 from learner.process.skips import Skips
@@ -55,15 +56,18 @@ class LearnerWorker:
         num_skipped = newest.state.get("num_nonfinite", 0) if newest is not None else 0
         self._skips = Skips(self.distiller, self.folder, inputs.run_id, num_skipped)
         self._policy_version = 0
-        self._store = open_store(config.replay, inputs, "learner")
+        self._store = open_store(config, inputs, "learner")
         self._teacher_head = self.distiller.teacher
         """That of the teacher itself, with which evaluations compare also where a proxy stands in for it."""
         if inputs.has_proxy:
             self._teacher_head = Head.from_checkpoint(inputs.teacher_dir, device=student.device)
         self._evaluator = Evaluator(inputs)
         self._copy: Student | None = None
+        self._checkpoint_writer = CheckpointWriter(self.checkpoints, self._copied)
         self._students = StudentWriter(inputs, chat_template=config.data.chat_template)
-        self._weights = WeightFile(student.named_weights, inputs.weights, push_dtype(config))
+        self._weights = WeightFile(
+            student.named_weights, inputs.weights, push_dtype(config), spill_folder=self.folder.replay
+        )
         self._turn = asyncio.Lock()
         self._clock = BusyClock()
 
@@ -136,21 +140,22 @@ class LearnerWorker:
         The weights are copied first, so that the next update need not wait for the disk. The result is how many
         seconds it had to wait for the copy.
 
-        Raises: CheckpointError when the learner is not at this update.
+        Raises: CheckpointError when the learner is not at this update; NoSpace, and then the copy is kept, so that the
+        same call can be made again although the learner has gone on.
         """
+        return await self._checkpoint_writer.save(updates_done, state)
+
+    async def _copied(self, updates_done: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copy what a checkpoint contains. Raises: CheckpointError when the learner is not at this update."""
         async with self._turn:
             if self.distiller.updates_done != updates_done:
                 raise CheckpointError(
                     "updates in the learner when its checkpoint is written", self.distiller.updates_done,
                     f"be {updates_done}, as in the ledger of the checkpoint", "report this as a bug",
                 )  # fmt: skip
-            start = time.monotonic()
-            state = state | {"num_nonfinite": self._skips.num_skipped}
             with self._clock.running():
                 tensors = await asyncio.to_thread(self.distiller.tensors)
-            copy_s = time.monotonic() - start
-        await asyncio.to_thread(self.checkpoints.save, updates_done, tensors, state)
-        return copy_s
+            return tensors, {"num_nonfinite": self._skips.num_skipped}
 
     async def write_student(self) -> None:
         """Write the current student as a Hugging Face checkpoint into its folder of the run."""

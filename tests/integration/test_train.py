@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -38,10 +39,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(world: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(world: Path, *arguments: str, within: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """``within``: a command that runs the one that follows."""
     environment = os.environ | {"DISTILL_CACHE": str(world / "cache")}
     return subprocess.Popen(
-        [sys.executable, "-m", "deploy.cli.main", *arguments],
+        [*within, sys.executable, "-m", "deploy.cli.main", *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

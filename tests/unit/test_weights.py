@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save
 
 from distill import weights
 from distill.interfaces import WeightManifest, WeightPushError
+from distill.room import NoSpace
 from distill.weights import (
     HashedFile,
     StalePush,
@@ -28,6 +30,7 @@ from distill.weights import (
     weights_path,
     write_weights,
 )
+from tests.media import fill, mounted
 
 
 def _write(folder: Path, version: int, value: float = 1.0) -> WeightManifest:
@@ -282,3 +285,44 @@ def test_a_file_stays_while_another_process_loads_it(tmp_path: Path) -> None:
     assert process.end() == ("", "")
     assert remove_old_weights(tmp_path, before=2) == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["weights-v00000002.safetensors"]
+
+
+# Room
+
+
+def test_weights_for_which_shared_memory_has_no_room_are_written_to_the_disk(tmp_path: Path) -> None:
+    content = os.urandom(100_000)
+    with mounted(tmp_path / "memory", 64 << 10) as memory:
+
+        def write(version: int, num_bytes: int, spill: Path | None) -> WeightManifest:
+            return write_weights(
+                memory,
+                lambda file: file.write(content[:num_bytes]),
+                policy_version=version,
+                update=0,
+                spill_dir=spill,
+            )
+
+        small = write(1, 1000, tmp_path / "disk")
+        large = write(2, len(content), tmp_path / "disk")
+        assert [Path(each.path).parent.name for each in (small, large)] == ["memory", "disk"]
+        assert Path(large.path).read_bytes() == content
+        with loading(large):
+            pass
+        assert [path.name for path in memory.iterdir()] == [Path(small.path).name]
+        with pytest.raises(NoSpace, match=r"larger /dev/shm|free some there"):
+            write(3, len(content), None)
+        with pytest.raises(FileExistsError):
+            write(2, 10, tmp_path / "disk")
+
+
+def test_weights_are_loaded_although_there_is_no_room_for_the_mark_that_they_are_verified(
+    tmp_path: Path,
+) -> None:
+    with mounted(tmp_path / "memory", 64 << 10) as memory:
+        manifest = _write(memory, 1)
+        fill(memory)
+        for _ in range(2):
+            with loading(manifest):
+                pass
+        assert remove_old_weights(memory, before=2) == [1]

@@ -10,8 +10,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
 from deploy.cluster.address import head_address, probe, require_token_authentication
 from deploy.fetch import cache_dir
 from deploy.placement import described, place_on_node, pool_violations
@@ -21,7 +19,9 @@ from deploy.run.tracking.kinds import require_installed
 from deploy.run.vllm_build import vllm_computes_on_gpu
 from distill.config import RunConfig
 from distill.errors import ConfigError
+from distill.machine.container import available_memory, memory_limit
 from distill.machine.hardware import usable_cores
+from distill.room import IN_MEMORY
 from distill.run.folder import RunFolder
 from distill.run.inputs import shared_memory_root
 
@@ -113,20 +113,24 @@ def buffer(config: RunConfig, estimates: Estimates) -> Iterator[Check]:
 
 
 def memory(estimates: Estimates) -> Iterator[Check]:
-    """Compare the memory that a run needs with what is available."""
-    need = sum(estimates.memory().values())
-    available = psutil.virtual_memory().available
-    parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in estimates.memory().items())
-    message = f"needs about {need / 2**30:.1f} GiB of {available / 2**30:.1f} GiB available ({parts})"
+    """Compare the memory that a run needs with what is available on the machine, and within the container's limit."""
+    by_role = estimates.memory() | {"rows and weights": estimates.shared_memory()}
+    need, available, limit = sum(by_role.values()), available_memory(), memory_limit()
+    parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in by_role.items())
+    within = (
+        f" within the container's limit of {limit.num_bytes / 2**30:.1f} GiB" if limit is not None else ""
+    )
+    message = f"needs about {need / 2**30:.1f} GiB of {available / 2**30:.1f} GiB available{within} ({parts})"
     if need > available:
+        larger = "give the container more memory, " if limit is not None else ""
         yield Check("memory", "warn", message,
-                    "lower kv_cache_gib or learner.micro_batch_tokens, or set learner.keep_activations=false")  # fmt: skip
+                    f"{larger}lower kv_cache_gib or learner.micro_batch_tokens, or set learner.keep_activations=false")  # fmt: skip
     else:
         yield Check("memory", "pass", message)
 
 
 def disk(config: RunConfig, estimates: Estimates) -> Iterator[Check]:
-    """Check that the run folder can be made and that disk and shared memory have room.
+    """Check that the run folder can be made and that the disk has room, also for what shared memory has no room for.
 
     Raises: ConfigError.
     """
@@ -134,26 +138,25 @@ def disk(config: RunConfig, estimates: Estimates) -> Iterator[Check]:
     place = require_writable("run_dir", run_dir, "choose another run_dir")
     folder = RunFolder(run_dir)
     folder.refuse_foreign_files()
-    student = estimates.student_parameters()
-    need = student * _bytes_per_parameter(folder, config.checkpoint.keep)
+    need = estimates.student_parameters() * _bytes_per_parameter(folder, config.checkpoint.keep)
+    shm, wanted = shared_memory_root(), estimates.shared_memory()
+    left = shutil.disk_usage(shm).free
+    need += max(0, wanted - left)
     free = shutil.disk_usage(place).free
     if free < need:
         raise ConfigError(
             "free disk", f"{free >> 20} MiB", f"be >= {need >> 20} MiB at {place}",
                  "free some there, lower checkpoint.keep, or choose another run_dir"
         )  # fmt: skip
-    shm = shared_memory_root()
-    wanted = min(config.replay.memory_bytes, estimates.window()) + 2 * 4 * student
-    if (left := shutil.disk_usage(shm).free) < wanted:
-        raise ConfigError(
-            "free shared memory", f"{left >> 20} MiB", f"be >= {wanted >> 20} MiB at {shm}",
-                 "lower replay.memory_bytes, or give the container a larger /dev/shm"
-        )  # fmt: skip
-    yield Check(
-        "disk",
-        "pass",
-        f"needs {need >> 20} MiB of {free >> 20} MiB free, and {wanted >> 20} MiB of shared memory",
-    )
+    yield Check("disk", "pass", f"needs {need >> 20} MiB of {free >> 20} MiB free")
+    weights = estimates.weights_in_memory()
+    message = f"needs {wanted >> 20} MiB at {shm}, {weights >> 20} MiB of it for weights"
+    if left < wanted:
+        what = "weights and rows go" if left < weights else "some rows go"
+        message += f", but {left >> 20} MiB are free, so {what} to the run folder, which is slower"
+        yield Check("shared memory", "warn", message, IN_MEMORY)
+    else:
+        yield Check("shared memory", "pass", message)
 
 
 def cluster(config: RunConfig) -> Iterator[Check]:

@@ -24,6 +24,7 @@ from distill.errors import ConfigError
 from distill.files import remove_temporaries
 from distill.interfaces import Role
 from distill.replay.tidy import INTERVAL_S, delete_segments_of
+from distill.room import NoSpace
 from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
 
@@ -258,7 +259,7 @@ class Crew:
                     member.holder.number,
                     lambda heir: self._fleet.replace(member, heir),
                 )
-            except (ConfigError, BackendEnded):
+            except (ConfigError, NoSpace, BackendEnded):
                 raise
             except Exception as failure:
                 error = failure

@@ -16,6 +16,7 @@ from typing import Any
 
 from deploy.run.training.fleet import Fleet, Member
 from deploy.run.training.publisher import FleetPublisher
+from deploy.run.training.room import Room
 from distill.data import read_table
 from distill.evaluation import Evaluation, save_evaluation
 from distill.files import write_bytes
@@ -37,9 +38,17 @@ class Evaluations:
     """Evaluates the student that the engines have, and keeps the results in the run folder."""
 
     def __init__(
-        self, fleet: Fleet, publisher: FleetPublisher, folder: RunFolder, inputs: RunInputs, *, of_copy: bool
+        self,
+        fleet: Fleet,
+        publisher: FleetPublisher,
+        folder: RunFolder,
+        inputs: RunInputs,
+        *,
+        of_copy: bool,
+        room: Room | None = None,
     ) -> None:
-        """``of_copy``: measure a copy of the student, beside the updates."""
+        """``of_copy``: measure a copy of the student, beside the updates. ``room``: waits while results do not fit."""
+        self._room = room or Room(0.0)
         self._fleet = fleet
         self._publisher = publisher
         self._of_copy = of_copy
@@ -87,17 +96,17 @@ class Evaluations:
             samples, self._fleet.teachers, lambda each, part: each.actor.score_samples(part)
         )
         evaluation: Evaluation = await learner.measure(label, scored, self._of_copy)
-        save_evaluation(self._folder.evaluations, evaluation)
+        await self._room.of(lambda: save_evaluation(self._folder.evaluations, evaluation))
         if heldout.answers is not None:
             path = self._folder.evaluations / f"{label}-answers.json"
             texts = await asyncio.to_thread(shown_answers, self._inputs, heldout.answers)
-            write_bytes(path, json.dumps(texts, indent=1).encode())
+            await self._room.of(lambda: write_bytes(path, json.dumps(texts, indent=1).encode()))
         await self._release()
         return evaluation
 
     async def keep_best(self, best: Mapping[str, Any]) -> None:
         """Write the student that was measured last as the best, with the numbers by which it is."""
-        await self._fleet.learner.write_best(best, self._of_copy)
+        await self._room.of(lambda: self._fleet.learner.write_best(best, self._of_copy))
 
     async def check_teacher(self, num_texts: int) -> float:
         """Compare the teacher's engine with the learner; returns the total variation.

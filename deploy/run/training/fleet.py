@@ -12,6 +12,7 @@ from deploy.cluster.actor import Actor
 from deploy.run.training.replay import LastingReplay
 from distill.errors import ConfigError
 from distill.interfaces import Holder
+from distill.room import NoSpace
 
 _OF_THE_LIVING = ("rollout/num_actors", "teacher/num_actors")
 """Counters that an actor takes along when it leaves."""
@@ -65,9 +66,9 @@ class Fleet:
     def failed(self, member: Member, error: Exception) -> None:
         """Report that a member has failed; only the first report of it counts.
 
-        Raises: the error, if it is a ConfigError, because an heir would fail as well.
+        Raises: the error, if it is a ConfigError or NoSpace, because an heir would fail as well.
         """
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError | NoSpace):
             raise error
         if member in self.members and member.holder not in self._heirs:
             self._heirs[member.holder] = asyncio.get_running_loop().create_future()

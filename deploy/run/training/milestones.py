@@ -16,6 +16,7 @@ from deploy.run.training.adaptive_share import AdaptiveShare
 from deploy.run.training.evaluations import Evaluations
 from deploy.run.training.fleet import Fleet
 from deploy.run.training.recorder import Recorder
+from deploy.run.training.room import Room
 from distill.config import RunConfig
 from distill.evaluation import Evaluation, is_better
 from distill.interfaces import Lease
@@ -53,8 +54,10 @@ class RunMilestones:
         adaptive_share: AdaptiveShare,
         stats: Callable[[], Awaitable[dict[str, float]]],
         spent: Spent,
+        room: Room,
     ) -> None:
-        """``stats``: the counters of all actors. ``spent``: where the seconds are added up."""
+        """``stats``: the counters of all actors. ``spent``: where the seconds are added up. ``room``: waits while a file does
+        not fit."""
         self._config = config
         self._folder = folder
         self._fleet = fleet
@@ -65,9 +68,11 @@ class RunMilestones:
         self._evaluating: asyncio.Task[None] | None = None
         self._saving: asyncio.Task[None] | None = None
         self._spent = spent
+        self._room = room
 
     async def before_training(self, updates_done: int, policy_version: int) -> None:
-        self._recorder.start(updates_done, policy_version)
+        await self._room.of(lambda: self._recorder.start(updates_done))
+        self._recorder.note_start(updates_done, policy_version)
         if updates_done == 0:
             await self._evaluate("before", 0, self._config.evaluation.num_prompts, keep_answers=True)
         self._recorder.start_clock()
@@ -84,7 +89,9 @@ class RunMilestones:
 
         Otherwise the learner waits only until its weights are copied.
         """
-        self._recorder.update(updates_done, policy_version, lease, metrics | await self._stats())
+        row = metrics | await self._stats()
+        await self._room.of(lambda: self._recorder.note_draws(updates_done, lease))
+        self._recorder.update(updates_done, policy_version, lease, row)
         if metrics.get("learner/num_nonfinite"):
             skipped = await self._fleet.learner.skipped(updates_done)
             if skipped is not None:
@@ -179,7 +186,7 @@ class RunMilestones:
 
         The order matters: before the checkpoint is durable, a crash would undo the update.
         """
-        self._recorder.flush()
+        await self._room.of(self._recorder.flush)
         state = {
             "updates_done": updates_done,
             "policy_version": policy_version,
@@ -188,12 +195,16 @@ class RunMilestones:
             "alarms": self._recorder.alarms.state(),
         }
         # The learner takes calls in their order, so it copies its tensors before the next update.
-        saved = self._fleet.learner.save(updates_done, state)
-        return asyncio.create_task(self._commit(saved, updates_done))
+        first: list[Awaitable[float]] = [self._fleet.learner.save(updates_done, state)]
 
-    async def _commit(self, saved: Awaitable[float], updates_done: int) -> None:
+        def save() -> Awaitable[float]:
+            return first.pop() if first else self._fleet.learner.save(updates_done, state)
+
+        return asyncio.create_task(self._commit(save, updates_done))
+
+    async def _commit(self, save: Callable[[], Awaitable[float]], updates_done: int) -> None:
         with self._activity(SpanKind.CHECKPOINT, "checkpoint", updates_done):
-            copy_s = await saved
+            copy_s = await self._room.of(save)
         if not self._in_turns and not self._is_last(updates_done):
             self._spent.held_s += copy_s
         await self._fleet.replay.commit(updates_done)

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from deploy.run.training.room import Room
 from distill.errors import NO_VALUE
 from distill.interfaces import WeightManifest, WeightPushError
 from distill.weights import remove_old_weights
@@ -35,17 +36,19 @@ class FleetPublisher:
         receivers: Callable[[], Sequence[Any]],
         next_version: Callable[[], int],
         *,
-        folder: Path,
+        folders: Sequence[Path],
         deadline_s: float,
+        room: Room | None = None,
         failed: Callable[[Any, Exception], None] = _raise,
     ) -> None:
         """``write(policy_version, updates_done)`` copies the learner's weights. ``receivers``: those with
-        ``update_weights`` that serve now. ``folder``: where the files of the weights are. ``failed`` hears of a receiver that did not load a
-        push; without it, the error ends the push."""
+        ``update_weights`` that serve now. ``folders``: where the files of the weights are. ``room``: waits while they do not fit.
+        ``failed`` hears of a receiver that did not load a push; without it, the error ends the push."""
         self._write = write
         self._receivers = receivers
         self._next_version = next_version
-        self._folder = folder
+        self._folders = folders
+        self._room = room or Room(0.0)
         self._deadline_s = deadline_s
         self._failed = failed
         self._started = 0.0
@@ -61,9 +64,10 @@ class FleetPublisher:
         """Seconds of the last push, from the start of its :meth:`write` to the end of its :meth:`send`."""
 
     async def write(self, updates_done: int) -> WeightManifest:
-        """See :meth:`distill.interfaces.Publisher.write`."""
+        """See :meth:`distill.interfaces.Publisher.write`. Raises: NoSpace."""
         self._started = time.monotonic()
-        return await self._write(self._next_version(), updates_done)
+        version = await self._room.of(self._next_version)
+        return await self._room.of(lambda: self._write(version, updates_done))
 
     async def send(self, manifest: WeightManifest) -> None:
         """See :meth:`distill.interfaces.Publisher.send`. A file stays while an engine still loads it."""
@@ -104,7 +108,8 @@ class FleetPublisher:
             if isinstance(result, Exception):
                 self._failed(receiver, result)
         self.newest = manifest
-        remove_old_weights(self._folder, before=manifest.policy_version)
+        for folder in self._folders:
+            remove_old_weights(folder, before=manifest.policy_version)
 
     async def _load_one(self, receiver: Any, manifest: WeightManifest) -> None:
         try:

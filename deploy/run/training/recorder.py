@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from deploy.run.tracking.trackers import Trackers
@@ -15,6 +16,7 @@ from deploy.run.training.tracing import RunTrace
 from distill.config.tree import flatten
 from distill.evaluation import Evaluation, load_evaluation
 from distill.interfaces import Lease
+from distill.room import NoSpace
 from distill.run.alarms import Alarms
 from distill.run.folder import RunFolder
 from distill.run.ledger_file import LedgerFile
@@ -45,10 +47,13 @@ class Recorder:
         self._ledger = LedgerFile(folder.ledger, folder.incarnation, rows)
         self._since = time.monotonic()
 
-    def start(self, updates_done: int, policy_version: int) -> None:
-        """Drop the rows of updates that are made again, and note where training starts."""
+    def start(self, updates_done: int) -> None:
+        """Drop the rows of updates that are made again. Raises: NoSpace; it may be repeated."""
         self._metrics.truncate(updates_done)
         self._ledger.start(updates_done)
+
+    def note_start(self, updates_done: int, policy_version: int) -> None:
+        """Note where training starts."""
         self.event(
             "training_started",
             updates_done=updates_done,
@@ -61,9 +66,12 @@ class Recorder:
         """An update's seconds count from here: evaluations and checkpoints are not part of them."""
         self._since = time.monotonic()
 
+    def note_draws(self, updates_done: int, lease: Lease) -> None:
+        """Write which draws an update has used. Raises: NoSpace; it may be repeated."""
+        self._ledger.update(updates_done, lease)
+
     def update(self, updates_done: int, policy_version: int, lease: Lease, metrics: dict[str, float]) -> None:
         """Write the row of an update. ``metrics``: its own, and the counters of all actors."""
-        self._ledger.update(updates_done, lease)
         row = dict(metrics)
         if ages := lease.policy_ages:
             row["policy/age_max"] = float(max(ages))
@@ -94,12 +102,13 @@ class Recorder:
         self._events.write(name, **fields)
 
     def flush(self) -> None:
-        """Make every row, and what is known of every draw, durable."""
+        """Make every row, and what is known of every draw, durable. Raises: NoSpace; it may be repeated."""
         self._metrics.flush()
         self._ledger.sync()
 
     def close(self) -> None:
-        self._metrics.close()
+        with suppress(NoSpace):  # a full disk is no reason to hide what ended the run
+            self._metrics.close()
         self._events.close()
         self._ledger.close()
 

@@ -33,6 +33,7 @@ from deploy.run.training.tracing import RunTrace, TracedLearner, TracedPublisher
 from distill.algorithm import train_loop
 from distill.config import RunConfig
 from distill.errors import first_line
+from distill.interfaces import WeightManifest
 from distill.run.alarms import Alarms
 from distill.run.folder import PolicyVersionCounter, RunFolder
 from distill.run.inputs import RunInputs, shared_memory_root
@@ -83,12 +84,19 @@ async def train_fleet(
 
     # A run that ends by an error keeps its last spans, which explain it.
     with closing(RunTrace(folder, run.progress.say)) as trace:
+
+        async def write_weights(version: int, updates_done: int) -> WeightManifest:
+            manifest: WeightManifest = await fleet.learner.write_weights(version, updates_done)
+            run.room.note_weights(manifest, inputs)
+            return manifest
+
         publisher = FleetPublisher(
-            lambda version, updates_done: fleet.learner.write_weights(version, updates_done),
+            write_weights,
             lambda: [TracedReceiver(member, trace) for member in fleet.rollouts if fleet.serves(member)],
             PolicyVersionCounter(folder.path).next,
-            folder=inputs.weights,
+            folders=[inputs.weights, folder.replay],
             deadline_s=config.weights.deadline_s,
+            room=run.room,
             failed=lambda receiver, error: fleet.failed(receiver.member, error),
         )
         try:
@@ -174,13 +182,15 @@ async def _train(
         counters, spans = await asyncio.gather(fleet.stats(), fleet.spans())
         trace.write(spans)
         counters |= publisher.stats()
+        run.room.note_rows(counters, inputs)
         return counters | clocks.shares(counters)
 
     updates_done = state["updates_done"] if state else 0
     share = AdaptiveShare(config.recipe, folder, state["adaptive_share"] if state else None)
-    evaluations = Evaluations(fleet, publisher, folder, inputs, of_copy=not config.replay.lock_step)
+    aside = not config.replay.lock_step
+    evaluations = Evaluations(fleet, publisher, folder, inputs, of_copy=aside, room=run.room)
     await _check_teacher(config, evaluations, recorder)
-    milestones = RunMilestones(config, folder, fleet, recorder, evaluations, share, stats, spent)
+    milestones = RunMilestones(config, folder, fleet, recorder, evaluations, share, stats, spent, run.room)
     num_updates = config.learner.num_updates
     recorder.report(activity="training", num_updates=num_updates)
     try:
@@ -195,7 +205,7 @@ async def _train(
         )
     finally:
         milestones.close()
-    await fleet.learner.write_student()
+    await run.room.of(lambda: fleet.learner.write_student())
     timing = spent.by_activity(lock_step=config.replay.lock_step)
     timing["push_waited_for_evaluations"] = publisher.waited_s
     trace.write(await fleet.spans())

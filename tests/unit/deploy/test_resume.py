@@ -77,7 +77,8 @@ def test_a_moved_run_resumes_in_its_new_place(begun: RunFolder, train: Train, ho
 
 HARMLESS = {
     "learner.num_updates": 4, "evaluation.every": 2, "evaluation.num_prompts_during": 3,
-    "evaluation.best_metric": "teacher_text.jsd", "checkpoint.every": 3, "checkpoint.keep": 1, "scoring.check": 0,
+    "evaluation.best_metric": "teacher_text.jsd", "checkpoint.every": 3, "checkpoint.keep": 1, "checkpoint.wait_for_room_s": 5.0,
+    "scoring.check": 0,
     "replay.memory_bytes": 1 << 26, "replay.max_bytes": 1 << 31, "replay.segment_bytes": 1 << 20,
     "learner.num_threads": 1, "learner.micro_batch_tokens": 64, "learner.keep_activations": True,
     "learner.vocabulary_chunk": 32, "learner.on_nonfinite": "skip", "learner.max_nonfinite": 3,

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.process.checkpoint import MANIFEST, CheckpointError, Checkpoints, OtherFormat
+from distill.room import NoSpace
+from learner.process.checkpoint import MANIFEST, CheckpointError, Checkpoints, CheckpointWriter, OtherFormat
+from tests.media import fill, mounted
 
 SHARD = "rank-0.safetensors"
 
@@ -98,3 +100,42 @@ def test_a_new_run_has_none(tmp_path: Path) -> None:
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert make(tmp_path, 1, 2, 3, keep=2).steps() == [2, 3]
+
+
+# Room
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_those_of_before(tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", 1 << 20) as disk:
+        checkpoints = make(disk, 1, 2, keep=1)
+        large = {"a": torch.zeros(1 << 19)}
+        with pytest.raises(
+            NoSpace, match=r"^free space for .*/step-3=10\d+ bytes must be >= 2\.0 MiB; free some there"
+        ):
+            checkpoints.save(3, large, {"updates_done": 3})
+        assert [path.name for path in disk.iterdir()] == ["step-2"]
+        newest = checkpoints.load_newest()
+        assert newest is not None and newest.state == {"updates_done": 2}
+
+
+async def test_a_checkpoint_that_waits_for_room_is_that_of_its_update(tmp_path: Path) -> None:
+    """Although the learner has gone on."""
+    weight = torch.zeros(1000)
+    copied: list[int] = []
+
+    async def copy(step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        copied.append(step)
+        return {"a": weight.clone()}, {"num_nonfinite": len(copied)}
+
+    with mounted(tmp_path / "small", 1 << 20) as disk:
+        writer = CheckpointWriter(Checkpoints(disk, keep=2), copy)
+        filling = fill(disk)
+        for _ in range(2):
+            with pytest.raises(NoSpace):
+                await writer.save(1, {"updates_done": 1})
+            weight += 1
+        filling.unlink()
+        assert await writer.save(1, {"updates_done": 1}) == 0
+        await writer.save(2, {"updates_done": 2})
+        assert copied == [1, 2]
+        assert [Checkpoints.load(disk / f"step-{step}")[0]["a"][0].item() for step in (1, 2)] == [0, 2]

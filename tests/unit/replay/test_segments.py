@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ import pytest
 from distill.interfaces import Draw, Location, SegmentMissing
 from distill.replay.segments import RemoteSegment, SegmentStore, sweep
 from distill.replay.tidy import delete_dead_segments
+from distill.room import NoSpace
 from distill.schema import Trajectory, hidden_rows, trajectory_batch, with_teacher_hidden
+from tests.media import fill, mounted
 
 WIDTH = 32
 
@@ -51,7 +54,7 @@ def scored_row(number: int, sample: int = 0, num_tokens: int = 20) -> pa.RecordB
 
 @pytest.fixture
 def make_store(tmp_path):
-    def make(writer_id="teacher-0.0", segment_bytes=1 << 20, memory_bytes=1 << 30, node="n"):
+    def make(writer_id="teacher-0.0", segment_bytes=1 << 20, memory_bytes=1 << 30, node="n", **more):
         return SegmentStore(
             memory_dir=tmp_path / "memory",
             spill_dir=tmp_path / "spill",
@@ -59,6 +62,7 @@ def make_store(tmp_path):
             node=node,
             segment_bytes=segment_bytes,
             memory_bytes=memory_bytes,
+            **more,
         )
 
     return make
@@ -227,25 +231,20 @@ def test_a_segment_is_settled_when_it_is_closed_and_each_of_its_rows_is_announce
         store.read(refs[0])
 
 
-def test_a_spill_that_fails_is_the_callers_error_and_leaves_nothing_unsettled(
-    make_store, monkeypatch, tmp_path
-):
+def test_rows_stay_in_memory_while_the_disk_has_no_room(make_store, monkeypatch, tmp_path):
     store = make_store(segment_bytes=4096, memory_bytes=8192)
-    refs = [store.append(draw(0), 0, scored_row(0))]
     with monkeypatch.context() as patched:
 
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
         patched.setattr("shutil.copyfile", full)
-        failed = 0
-        while not failed:
-            try:
-                refs.append(store.append(draw(0), 0, scored_row(0)))
-            except OSError:
-                failed += 1
+        refs = [store.append(draw(0), 0, scored_row(0)) for _ in range(12)]
+    assert len(files(tmp_path / "memory")) > 3
+    assert files(tmp_path / "spill") == []
     refs += [store.append(draw(0), 0, scored_row(0)) for _ in range(6)]
     assert files(tmp_path / "spill"), "it goes on when there is room"
+    assert all(hidden_rows(store.read(ref))[0].shape == (20, WIDTH) for ref in refs)
     store.settle(refs)
     store.append(draw(1), 0, row(1))  # another schema closes the open segment
     store.delete(store.settled_segments())
@@ -283,6 +282,8 @@ def test_a_row_on_another_node_is_rejected(make_store):
 def test_a_full_medium_leaves_nothing_half_written(make_store, monkeypatch, tmp_path):
     store = make_store()
     first = store.append(draw(0), 0, row(0))
+    path = tmp_path / "memory" / first.location.segment
+    size = path.stat().st_size
     real, calls = os.pwritev, []
 
     def full(descriptor, parts, offset):
@@ -292,14 +293,55 @@ def test_a_full_medium_leaves_nothing_half_written(make_store, monkeypatch, tmp_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwritev", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(
+        NoSpace, match=r"^free space for .*/spill/teacher-0\.0-1\.arrow=.* must be >= .*; free some there"
+    ):
         store.append(draw(1), 0, row(1))
     monkeypatch.undo()
-    assert (tmp_path / "memory" / first.location.segment).stat().st_size <= calls[0]
+    assert path.stat().st_size == size
+    assert files(tmp_path / "spill") == []
     second = store.append(draw(2), 0, row(2))
-    assert second.location.offset == calls[0]
     assert store.read(first).equals(row(0))
     assert store.read(second).equals(row(2))
+
+
+def test_rows_go_to_the_disk_while_shared_memory_is_full(make_store, tmp_path):
+    with mounted(tmp_path / "memory", 256 << 10) as memory:
+        store = make_store(segment_bytes=64 << 10)
+        rows = [scored_row(i, num_tokens=400) for i in range(20)]
+        refs = [store.append(draw(i), 0, each) for i, each in enumerate(rows)]
+        assert files(tmp_path / "spill")
+        assert files(memory), "what fits is in memory"
+        assert store.num_diverted == len(files(tmp_path / "spill"))
+        reader = make_store("learner")
+        assert all(reader.read(ref).equals(each) for ref, each in zip(refs, rows, strict=True))
+        del reader  # its maps would keep the memory
+        store.settle(refs)
+        store.append(draw(99), 0, row(99))  # another schema closes the open segment
+        store.delete(store.settled_segments())
+        assert len(files(memory) + files(tmp_path / "spill")) == 1
+        ref = store.append(draw(100), 0, scored_row(100, num_tokens=400))
+        assert ref.location.segment in files(memory), "memory is used again when there is room"
+
+
+def test_a_row_waits_until_one_of_the_media_has_room(make_store, tmp_path):
+    with mounted(tmp_path / "memory", 64 << 10) as memory, mounted(tmp_path / "spill", 64 << 10) as disk:
+        store, large = make_store(wait_for_room_s=60), scored_row(1, num_tokens=200)
+        first = store.append(draw(0), 0, row(0))
+        fillings = fill(memory), fill(disk)
+        with ThreadPoolExecutor(1) as thread:
+            waiting = thread.submit(store.append, draw(1), 0, large)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.5)
+            store.settle([first])  # the actor's event loop calls this meanwhile
+            fillings[1].unlink()
+            assert store.read(waiting.result(30)).equals(large)
+        assert store.read(first).equals(row(0))
+        fill(disk)
+        impatient = make_store("teacher-0.1", wait_for_room_s=0.1)
+        with pytest.raises(NoSpace):
+            impatient.append(draw(2), 0, row(2))
+        assert not [name for name in files(memory) + files(disk) if name.startswith("teacher-0.1")]
 
 
 def test_a_row_is_whole_however_little_the_system_writes_at_a_time(make_store, monkeypatch):

@@ -131,7 +131,8 @@ def recording(
             folder, Alarms(), lambda **_: None, setup, trackers, trace, {"student_text": 1, "teacher_text": 1}
         )
         try:
-            recorder.start(updates_done, policy_version=updates_done)
+            recorder.start(updates_done)
+            recorder.note_start(updates_done, policy_version=updates_done)
             yield recorder, trackers
         finally:
             recorder.close()
@@ -144,6 +145,7 @@ def record_updates(recorder: Recorder, updates: range, salt: float = 0.0) -> Non
     if updates.start == 1:
         recorder.measured(0, evaluation("before", 2.0))
     for update in updates:
+        recorder.note_draws(update, lease)
         recorder.update(update, update, lease, row(update, salt))
         if update % 2 == 0:
             recorder.measured(update, evaluation(f"step-{update}", 2 - update / 10 + salt))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deploy.cluster.actor import Actor
-from deploy.cluster.failures import ActorFailed
+from deploy.cluster.failures import ActorFailed, ActorGone
 from deploy.cluster.in_process import Handle
 from distill.errors import ConfigError
 
@@ -55,3 +55,13 @@ async def test_every_call_of_an_actor_that_waits_for_no_other_has_a_deadline(act
         await hasty.hang()
     with pytest.raises(ConfigError, match=r"^rollout-0\.1000: setting=1 must be 2"):
         await hasty.refuse()
+
+
+def test_an_actor_that_died_while_memory_was_short_names_memory() -> None:
+    plain = ActorGone.died("rollout-0", "exit code 137")
+    assert str(plain) == "rollout-0 must live; it died (exit code 137)"
+    short = ActorGone.died("rollout-0", "exit code 137", num_killed=2)
+    assert str(short).startswith(
+        "rollout-0 must live; it died (exit code 137), and 2 processes of the container or machine ran out of memory; "
+        "give the run more memory, or lower kv_cache_gib"
+    )

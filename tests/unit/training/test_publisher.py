@@ -42,7 +42,7 @@ class Writer:
 def publisher(folder: Path, *receivers: Receiver | Broken, deadline_s: float = 5.0) -> FleetPublisher:
     versions = itertools.count(1).__next__
     return FleetPublisher(
-        Writer(folder).write_weights, lambda: receivers, versions, folder=folder, deadline_s=deadline_s
+        Writer(folder).write_weights, lambda: receivers, versions, folders=[folder], deadline_s=deadline_s
     )
 
 
