@@ -16,15 +16,16 @@ import shlex
 import shutil
 import socket
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distill.errors import ConfigError, DistillError, first_line
+from distill.errors import ConfigError, DistillError
 from distill.files import is_plain_name, is_temporary, remove_temporaries, write_bytes, write_json
 from distill.redaction import redacted, redacted_values
 from distill.room import needs_room
+from distill.run.json_object import read_object
 
 TRAINING_PROMPTS, HELDOUT_PROMPTS = "train.parquet", "heldout.parquet"
 """Files of the folder ``data`` with the parts of the prompt table."""
@@ -37,47 +38,6 @@ def checkpoint_steps(root: Path) -> list[int]:
     """Return the steps of the complete checkpoints ``step-N`` in a folder, ascending."""
     found = [re.fullmatch(r"step-(\d+)", path.name) for path in root.glob("step-*")]
     return sorted(int(match[1]) for match in found if match)
-
-
-class PolicyVersionCounter:
-    """The counter of weight pushes, ``policy_version.json`` in a run folder.
-
-    Any process of the run may use it (the learner does not hold the folder), even while a process
-    that was presumed dead still uses it.
-    """
-
-    def __init__(self, run_dir: str | Path):
-        self._file = Path(run_dir) / "policy_version.json"
-
-    @property
-    def last(self) -> int:
-        """The newest version that was returned; 0 before the first."""
-        if not self._file.is_file():
-            return 0
-        remedy = "bring the run folder back from a copy, because a version must never be used twice"
-        version = _read_json("policy_version", self._file, ("policy_version",), remedy)["policy_version"]
-        if type(version) is not int or version < 0:
-            raise ConfigError(
-                f"policy_version in {self._file}", repr(version), "be a whole number >= 0", remedy
-            )
-        return version
-
-    def next(self) -> int:
-        """Return a number that this run has never used before, from 1.
-
-        It is on disk before it is returned, so after a crash no other weights get a version that
-        was, or could have been, published. Numbers can be skipped but are never repeated.
-        """
-        guard = os.open(
-            self._file.with_name(".policy_version.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
-        )
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX)
-            version = self.last + 1
-            write_json(self._file, {"policy_version": version})
-            return version
-        finally:
-            os.close(guard)
 
 
 class RunFolder:
@@ -240,7 +200,7 @@ class RunFolder:
         if not self.summary.is_file():
             return None
         remedy = f"remove it, and let `{self.resume_command}` write it again"
-        return _read_json("summary", self.summary, _IN_SUMMARY, remedy)
+        return read_object("summary", self.summary, _IN_SUMMARY, remedy)
 
     def read_inputs(self) -> dict[str, Any] | None:
         """Return the record of the run's inputs; None where an earlier version began the run.
@@ -249,7 +209,7 @@ class RunFolder:
         """
         if not self.inputs.is_file():
             return None
-        return _read_json("inputs", self.inputs, _IN_INPUTS, self.inputs_remedy)
+        return read_object("inputs", self.inputs, _IN_INPUTS, self.inputs_remedy)
 
     @property
     def inputs_remedy(self) -> str:
@@ -283,7 +243,7 @@ class RunFolder:
         """Return the parts of the error that ended the last incarnation; ``code`` names its kind."""
         if not self.failure.is_file():
             return None
-        return _read_json(
+        return read_object(
             "failure", self.failure, ("code",), "remove it, because the next start removes it as well"
         )
 
@@ -295,7 +255,7 @@ class RunFolder:
         """Return the update, metric and value of the student in ``best/``; None before an evaluation during training."""
         if not self.best_numbers.is_file():
             return None
-        return _read_json("best", self.best_numbers, (), "remove it; the next evaluation writes it again")
+        return read_object("best", self.best_numbers, (), "remove it; the next evaluation writes it again")
 
     # Steps of opening
 
@@ -371,7 +331,7 @@ class RunFolder:
     def _identity(self) -> dict[str, Any]:
         self.require()
         remedy = "start the run again in another run_dir, because only this file identifies it"
-        return _read_json("run", self._identity_file, _IN_IDENTITY, remedy)
+        return read_object("run", self._identity_file, _IN_IDENTITY, remedy)
 
 
 def _place_of(folder: Path) -> dict[str, Any]:
@@ -389,17 +349,3 @@ def _is_same_folder(recorded: Any, place: Mapping[str, Any]) -> bool:
     if not isinstance(recorded, dict) or recorded.get("inode") != place["inode"]:
         return False
     return any(recorded.get(name) == place[name] for name in ("device", "path"))
-
-
-def _read_json(name: str, path: Path, keys: Sequence[str], remedy: str) -> dict[str, Any]:
-    """Raises: ConfigError when the file is not JSON with those keys."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(name, path, f"be JSON ({first_line(error)})", remedy) from None
-    if not isinstance(found, dict):
-        raise ConfigError(name, path, "be a JSON object", remedy)
-    missing = [key for key in keys if key not in found]
-    if missing:
-        raise ConfigError(name, path, f"contain {', '.join(missing)}", remedy)
-    return found

@@ -35,8 +35,9 @@ from distill.config import RunConfig
 from distill.errors import first_line
 from distill.interfaces import WeightManifest
 from distill.run.alarms import Alarms
-from distill.run.folder import PolicyVersionCounter, RunFolder
+from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs, shared_memory_root
+from distill.run.policy_version import PolicyVersionCounter
 
 SHOW_EVERY_S = 1.0
 

@@ -22,8 +22,9 @@ from distill.data.tables import write_table
 from distill.errors import ConfigError
 from distill.evaluation import load_evaluation
 from distill.interfaces import WeightManifest, WeightPushError
-from distill.run.folder import PolicyVersionCounter, RunFolder
+from distill.run.folder import RunFolder
 from distill.run.metrics import read_metrics
+from distill.run.policy_version import PolicyVersionCounter
 from distill.weights import verify_once, write_weights
 from tests.unit.bad_input.outcome import cases, outcome_of
 from tests.unit.bad_input.test_checkpoints import JSON

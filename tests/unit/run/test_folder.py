@@ -15,7 +15,8 @@ import pytest
 
 from deploy.cluster.memory import MemorySampler, pss_bytes
 from distill.errors import ConfigError, Diverged
-from distill.run.folder import PolicyVersionCounter, RunFolder
+from distill.run.folder import RunFolder
+from distill.run.policy_version import PolicyVersionCounter
 
 PYTHON = [sys.executable, "-u", "-c"]
 
@@ -129,7 +130,7 @@ def test_the_lock_works_within_a_process_and_ends_with_close(tmp_path):
 
 COUNT = """
 import sys
-from distill.run.folder import PolicyVersionCounter
+from distill.run.policy_version import PolicyVersionCounter
 versions = PolicyVersionCounter(sys.argv[1])
 while True:
     print(versions.next(), flush=True)
