@@ -73,4 +73,3 @@ def test_a_run_that_is_killed_at_every_write_comes_to_the_same_end(world: Path) 
     assert_nothing_shared(run)
     left = [path.name for path in run.rglob("*") if is_temporary(path.name)]
     assert all(name.startswith(".report.html.") for name in left), left  # the report of a run that has ended
-    assert [path for path in cache.rglob("*") if is_temporary(path.name)] == []
