@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from deploy.run.cache import remove_unfinished
 from deploy.run.context import run_context
 from deploy.run.preflight import Preflight
 from deploy.run.prepare import prepare
@@ -61,6 +62,7 @@ def train(config: RunConfig, progress: Progress) -> dict[str, Any]:
 def _run_stages(
     config: RunConfig, preflight: Preflight, folder: RunFolder, progress: Progress
 ) -> dict[str, Any]:
+    remove_unfinished()
     inputs = prepare(config, preflight, folder)
     record = RunRecord(config, folder)
     with run_context(config, record, progress) as run:

@@ -270,7 +270,8 @@ class RunFolder:
         """Return the update, metric and value of the student in ``best/``; None before an evaluation during training."""
         if not self.best_numbers.is_file():
             return None
-        return _read_json("best", self.best_numbers, (), "remove it; the next evaluation writes it again")
+        remedy = "remove it; the next evaluation writes it again"
+        return _read_json("best", self.best_numbers, ("update", "metric", "value"), remedy)
 
     # Steps of opening
 
