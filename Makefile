@@ -33,7 +33,7 @@ audit: setup
 	timeout 420 $(PYTHON_BIN)/python -m deploy.dependency_audit
 
 integration: setup-dev
-	timeout 4000 $(PYTHON_BIN)/python -m pytest tests/integration tests/chaos -n 2 --dist loadfile --durations=15
+	timeout 4200 $(PYTHON_BIN)/python -m pytest tests/integration tests/chaos -n 2 --dist loadfile --durations=15
 
 # One benchmark after the other; a stored result, where there is one, is the baseline. All run, even if one fails.
 bench: setup

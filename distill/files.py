@@ -22,6 +22,7 @@ import math
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,11 +113,10 @@ def put_folder(made: Path, place: Path, *, if_exists: Literal["replace", "keep"]
             shutil.rmtree(made)
     elif place.exists():
         _exchange(made, place)
-        sync(place.parent)  # before the old one is deleted
-        shutil.rmtree(made, ignore_errors=True)
     else:
         made.rename(place)
     sync(place.parent)
+    shutil.rmtree(made, ignore_errors=True)  # what was there before
 
 
 def _exchange(made: Path, place: Path) -> None:
@@ -156,10 +156,13 @@ def is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what dead writers left in a folder. The caller ensures that no writer is active in it."""
+def remove_temporaries(folder: Path, *, unchanged_s: float = 0.0) -> None:
+    """Delete what dead writers left in a folder.
+
+    The caller ensures that no writer is active in it, or says for how many seconds a writer changes nothing only if it is dead.
+    """
     for path in folder.iterdir() if folder.is_dir() else ():
-        if is_temporary(path.name):
+        if is_temporary(path.name) and time.time() - _last_change(path) >= unchanged_s:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -276,6 +279,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _last_change(path: Path) -> float:
+    """When a file, or something in a folder, was last changed: seconds since the epoch."""
+    inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else ()
+    return max(each.lstat().st_mtime for each in (path, *inside))
 
 
 def _temporary(path: Path) -> Path:

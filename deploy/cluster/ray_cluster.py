@@ -109,8 +109,10 @@ class RayCluster(Backend):
         )
         self._sigterm.take()  # Ray has installed a handler that exits without unwinding
         if local:
-            children = {process: process.name() for process in psutil.Process().children()}
-            self._services = {each: name for each, name in children.items() if name in _NEEDED}
+            for child in psutil.Process().children():
+                with suppress(psutil.NoSuchProcess):  # Ray starts helpers that end soon
+                    if (name := child.name()) in _NEEDED:
+                        self._services[child] = name
         return self
 
     def service_pids(self) -> list[int]:

@@ -30,7 +30,10 @@ def _cell(text: str) -> str:
 
 
 def _fenced(text: str) -> Markup:
-    """Text in a Markdown code block, which shows HTML as it is, and which the text cannot close: the fence is longer than any in the text."""
+    """Text in a Markdown code block that it cannot close: the fence is longer than any in the text.
+
+    Such a block shows HTML as it is, so nothing in it is replaced.
+    """
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return Markup(f"{fence}\n{strip_control(text)}\n{fence}")

@@ -1,10 +1,14 @@
-"""What runs share through the cache: teacher corpora and trained proxies, found by fingerprint."""
+"""What runs share through the cache: teacher corpora and trained proxies, found by fingerprint.
+
+Runs of other machines may use the same cache, so a temporary file there has a living writer until it is a day old.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,11 +18,21 @@ import xxhash
 from deploy.fetch import cache_dir
 from deploy.run.identity import checkpoint_fingerprint
 from distill.config import RunConfig
-from distill.files import new_folder, write_json
+from distill.files import new_folder, remove_temporaries, write_json
 from distill.room import IN_CACHE, advising
 
+_DEAD_AFTER_S = 86_400.0
+"""Time without a change after which the writer of a temporary file counts as dead. None writes for so long into one."""
 _TRAINING_FILE = "training.json"
 """A file in a cached proxy's folder: the cost of its training."""
+
+
+def remove_unfinished() -> None:
+    """Delete what killed writers left in the cache. What belongs to another user stays."""
+    root = cache_dir()
+    for folder in (root, *root.glob("*/"), *root.glob("corpora/*.parts/")):
+        with suppress(OSError):  # another run may be deleting the same
+            remove_temporaries(folder, unchanged_s=_DEAD_AFTER_S)
 
 
 def corpus_file(sampling: Mapping[str, object], prompts: pa.Table, num_prompts: int) -> Path:

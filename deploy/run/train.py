@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from deploy.run.cache import remove_unfinished
 from deploy.run.context import run_context
 from deploy.run.inputs_record import (
     InputsRecord,
@@ -119,6 +120,7 @@ def _notes(folder: RunFolder, record: InputsRecord | None) -> Iterator[str]:
 def _run_stages(
     config: RunConfig, preflight: Preflight, folder: RunFolder, progress: Progress, teacher: str
 ) -> dict[str, Any]:
+    remove_unfinished()
     inputs = prepare(config, preflight, folder, teacher)
     keep_corpora(folder, config, inputs)
     record = RunRecord(config, folder)

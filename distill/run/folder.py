@@ -255,7 +255,8 @@ class RunFolder:
         """Return the update, metric and value of the student in ``best/``; None before an evaluation during training."""
         if not self.best_numbers.is_file():
             return None
-        return read_object("best", self.best_numbers, (), "remove it; the next evaluation writes it again")
+        remedy = "remove it; the next evaluation writes it again"
+        return read_object("best", self.best_numbers, ("update", "metric", "value"), remedy)
 
     # Steps of opening
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distill.errors import ConfigError
 from distill.files import write_json
+from distill.run.json_object import read_object
 
 
 class PolicyVersionCounter:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distill.errors import Diverged
 from learner.process.first_nonfinite import Rows, TensorWatch, in_inputs, in_weights
-from learner.process.update_file import About, UpdateFile
+from learner.process.update_file import About, UpdateFile, as_written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,9 @@ def replay_update(path: str | Path, device: str = "auto") -> Replayed:
     Raises: ConfigError for a file that cannot be read.
     """
     file = UpdateFile.read(path)
-    distiller = file.distiller(device)
-    batch = file.batch.to(distiller.student.device)
+    with as_written(path):
+        distiller = file.distiller(device)
+        batch = file.batch.to(distiller.student.device)
     rows = Rows(file.about.trajectories)
     reads_scores = distiller.config.recipe.payload != "text"
     first = next(in_inputs(batch, rows), None) if reads_scores else None

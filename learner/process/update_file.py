@@ -29,7 +29,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,8 +44,8 @@ from torch import Tensor
 from distill.config import RunConfig
 from distill.config.load import read_config
 from distill.config.tree import to_yaml
-from distill.errors import ConfigError, first_line
-from distill.files import replacing_file
+from distill.errors import ConfigError, DistillError, first_line
+from distill.files import NOT_AS_WRITTEN, replacing_file
 from learner.batch import Pack, TokenBatch
 from learner.distiller import Distiller
 from learner.model.head import Head, LogitTransform
@@ -124,6 +125,18 @@ def _files(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
+@contextmanager
+def as_written(path: str | Path) -> Iterator[None]:
+    """Raises: ConfigError for what reading the parts of a damaged file raises."""
+    try:
+        yield
+    except DistillError:
+        raise
+    except (RuntimeError, *NOT_AS_WRITTEN) as error:
+        must = f"be as a run wrote it ({first_line(error)})"
+        raise ConfigError("file", path, must, "take another file of the run; this one is damaged") from None
+
+
 @dataclass(frozen=True)
 class UpdateFile:
     """A file that was read."""
@@ -138,7 +151,7 @@ class UpdateFile:
         path = Path(path)
         remedy = "name a file of the folder nonfinite in a run's folder"
         try:
-            with safe_open(path, framework="pt") as file:
+            with as_written(path), safe_open(path, framework="pt") as file:
                 written = (file.metadata() or {}).get(_KEY)
                 if written is None:
                     must = "be the batch of an update that a run wrote (it is another safetensors file)"
@@ -159,8 +172,9 @@ class UpdateFile:
         except SafetensorError as error:
             must = f"be a whole safetensors file ({first_line(error)})"
             raise ConfigError("file", path, must, "take another file of the run; this one is torn") from None
-        about = facts["about"] | {"trajectories": tuple(facts["about"]["trajectories"])}
-        return cls(About(**about), facts, tensors)
+        with as_written(path):
+            about = facts["about"] | {"trajectories": tuple(facts["about"]["trajectories"])}
+            return cls(About(**about), facts, tensors)
 
     @property
     def config(self) -> RunConfig:

@@ -26,7 +26,7 @@ from tests.integration.test_train import (
 
 __all__ = ["world"]  # the fixture
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def assert_audit_is_clean(run: Path, num_updates: int) -> None:

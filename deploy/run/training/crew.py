@@ -202,7 +202,10 @@ class Crew:
     # Failures
 
     async def _beat(self) -> None:
-        """Report actors that do not answer, and end the run when no actor can be started any more. One of them delays the next question to the others."""
+        """Report actors that do not answer, one of which delays the next question to the others.
+
+        Raises: BackendEnded when no actor can start any more.
+        """
         while True:
             self._run.backend.require_life()
             await asyncio.gather(self._fleet.stats_of(self._fleet.members), self._kill_a_silent_learner())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,21 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deploy.cli.main import main
 from distill.config import RunConfig
-from distill.errors import ConfigError, Diverged
+from distill.errors import Diverged
 from distill.run.folder import RunFolder
 from distill.schema import Trajectory, trajectory_batch, with_teacher_hidden
 from learner.distiller import Distiller
 from learner.model.student import Student
-from learner.process import update_file
 from learner.process.first_nonfinite import Rows, TensorWatch
 from learner.process.replay_update import replay_update
 from learner.process.skips import COUNTER, Skips
-from learner.process.update_file import KEPT, UpdateFile
+from learner.process.update_file import KEPT
 from tests.tiny import make_world, tiny_config
 
 WIDTH = 64
@@ -276,85 +272,6 @@ def test_a_score_that_does_not_count_is_no_failure(world):
 
 
 # The file
-
-
-@pytest.fixture(scope="module")
-def file(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.raises(Diverged):
-        skips_of(a_distiller(world), folder).update(rows_of(0, spoil_token_3), 5)
-    return next((folder / "nonfinite").iterdir())
-
-
-def test_the_file_has_all_that_the_update_began_with(world, file):
-    read = UpdateFile.read(file)
-    there, here = read.distiller("cpu"), a_distiller(world)
-    assert there.config == here.config
-    assert same(there.tensors(), here.tensors())
-    assert torch.equal(there.teacher.weight, here.teacher.weight)
-    batch = here.batch(rows_of(0, spoil_token_3))
-    for ours, its in zip(batch.packs, read.batch.packs, strict=True):
-        assert ours.sequence_lengths == its.sequence_lengths
-        assert torch.equal(ours.input_ids, its.input_ids) and torch.equal(ours.counted, its.counted)
-    assert read.batch.num_student_tokens == batch.num_student_tokens == 24
-
-
-def test_the_command_says_what_it_found_and_ends_with_1(file, capsys, monkeypatch):
-    monkeypatch.setattr("learner.process.replay_update.UpdateFile.distiller", on_cpu(UpdateFile.distiller))
-    assert main(["replay-batch", str(file)]) == 1
-    head, found = capsys.readouterr().out.splitlines()
-    assert head.startswith(
-        "update 1 of run 0a1b2c3d, weights of version 5, stage scores, 6 rows from student_text-0-0/0 to teacher_text-0-1/0: "
-    )
-    assert found.startswith("the first tensor that is not finite is teacher_hidden, shape ")
-
-
-def test_a_finite_update_ends_with_0(file, tmp_path, capsys, monkeypatch):
-    """As on another machine, or after a failure of memory that a file does not show."""
-    monkeypatch.setattr("learner.process.replay_update.UpdateFile.distiller", on_cpu(UpdateFile.distiller))
-    tensors = {
-        name: value.nan_to_num() if value.is_floating_point() else value
-        for name, value in load_file(file).items()
-    }
-    save_file(tensors, tmp_path / "sound.safetensors", metadata=metadata(file))
-    assert main(["replay-batch", str(tmp_path / "sound.safetensors")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("everything is finite when this machine")
-
-
-def on_cpu(distiller: Callable[..., Distiller]) -> Callable[..., Distiller]:
-    return lambda read, device: distiller(read, "cpu")
-
-
-def metadata(file: Path) -> dict[str, str]:
-    with update_file.safe_open(file, framework="pt") as opened:
-        return opened.metadata()
-
-
-def with_version(file: Path, path: Path) -> None:
-    facts = json.loads(metadata(file)[update_file._KEY]) | {"format_version": 99}
-    save_file({}, path, metadata={update_file._KEY: json.dumps(facts)})
-
-
-DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
-    "torn": (lambda file, path: path.write_bytes(file.read_bytes()[:-100]), r"be a whole safetensors file \(.+\); take another"),
-    "torn in its header": (lambda file, path: path.write_bytes(file.read_bytes()[:40]), r"be a whole safetensors file \("),
-    "empty": (lambda file, path: path.write_bytes(b""), r"be a whole safetensors file \("),
-    "other file": (lambda file, path: path.write_text("hello, this is text"), r"be a whole safetensors file \("),
-    "other tensors": (lambda file, path: save_file({"a": torch.ones(1)}, path), r"be the batch of an update that a run wrote"),
-    "other version": (with_version, r"format_version of \S+=99 must be 1; replay it with the version"),
-    "no file": (lambda file, path: None, r"be readable \(.+\); name a file of the folder nonfinite"),
-    "folder": (lambda file, path: path.mkdir(), r"be readable \(.+\); name a file"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_file_that_cannot_be_read_is_one_line(file, tmp_path, capsys, damage):
-    change, message = DAMAGES[damage]
-    path = tmp_path / "x.safetensors"
-    change(file, path)
-    assert main(["replay-batch", str(path)]) == ConfigError.exit_code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(message, line), line
 
 
 @pytest.mark.parametrize(

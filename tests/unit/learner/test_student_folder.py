@@ -55,12 +55,12 @@ def test_student_trained_without_a_template_has_none(written) -> None:
 def test_the_numbers_of_a_student_are_replaced_with_it(written, tmp_path, monkeypatch) -> None:
     folder = RunFolder(tmp_path)
     assert folder.read_best() is None
-    written(chat_template=True, name="best", best={"update": 20, "value": 0.25})
-    assert folder.read_best() == {"update": 20, "value": 0.25}
+    written(chat_template=True, name="best", best={"update": 20, "metric": "kl", "value": 0.25})
+    assert folder.read_best() == {"update": 20, "metric": "kl", "value": 0.25}
     monkeypatch.setattr("distill.files.sync", disk_full)
     with pytest.raises(OSError, match="full"):
-        written(chat_template=True, name="best", best={"update": 40, "value": 0.24})
-    assert folder.read_best() == {"update": 20, "value": 0.25}
+        written(chat_template=True, name="best", best={"update": 40, "metric": "kl", "value": 0.24})
+    assert folder.read_best() == {"update": 20, "metric": "kl", "value": 0.25}
     monkeypatch.undo()
     written(chat_template=True, name="best")
     assert folder.read_best() is None, "the numbers of the student before"
