@@ -319,7 +319,8 @@ def test_other_versions_are_a_warning(begun: RunFolder, train: Train) -> None:
     ("text", "says"),
     [
         ("{", "must be JSON"),
-        ("[]", "must contain inputs_format, inputs, corpora, versions"),
+        ("[]", "must be a JSON object"),
+        ("{}", "must contain inputs_format, inputs, corpora, versions"),
         ('{"inputs_format": 9, "inputs": {}, "corpora": {}, "versions": {}}', "inputs_format=9 must be 1"),
         ('{"inputs_format": 1, "inputs": [], "corpora": {}, "versions": {}}', "must be a record of a run's inputs"),
         ('{"inputs_format": 1, "inputs": {"data.path": {}}, "corpora": {}, "versions": {}}', "must be a record"),

@@ -58,7 +58,7 @@ def test_the_numbers_of_a_student_are_replaced_with_it(written, tmp_path, monkey
     written(chat_template=True, name="best", best={"update": 20, "metric": "kl", "value": 0.25})
     assert folder.read_best() == {"update": 20, "metric": "kl", "value": 0.25}
     monkeypatch.setattr("distill.files.sync", disk_full)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(OSError, match="free space"):
         written(chat_template=True, name="best", best={"update": 40, "metric": "kl", "value": 0.24})
     assert folder.read_best() == {"update": 20, "metric": "kl", "value": 0.25}
     monkeypatch.undo()

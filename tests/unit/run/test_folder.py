@@ -162,7 +162,7 @@ def test_the_version_is_on_disk_before_it_is_returned(tmp_path, monkeypatch):
         raise OSError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr("distill.run.folder.write_json", power_cut)
+        patch.setattr("distill.run.policy_version.write_json", power_cut)
         with pytest.raises(OSError, match="power cut"):
             versions.next()
     version = versions.next()

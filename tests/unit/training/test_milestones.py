@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from deploy.run.training.milestones import RunMilestones, Spent
+from deploy.run.training.room import Room
 from distill.config import EvaluationConfig, LearnerConfig, RunConfig
 from distill.interfaces import Lease
 
@@ -24,12 +25,13 @@ async def events_of(*counters: float | None) -> list[dict[str, Any]]:
 
     recorder = SimpleNamespace(
         update=lambda *_: None,
+        note_draws=lambda *_: None,
         start_clock=lambda: None,
         event=lambda name, **fields: events.append({"event": name} | fields),
     )
     config = RunConfig(learner=LearnerConfig(num_updates=9), evaluation=EvaluationConfig(every=0))
     fleet = SimpleNamespace(learner=SimpleNamespace(skipped=skipped))
-    parts: list[Any] = [None, fleet, recorder, None, None, stats, Spent()]
+    parts: list[Any] = [None, fleet, recorder, None, None, stats, Spent(), Room(0.0)]
     milestones = RunMilestones(config, *cast(Any, parts))
     for update, count in enumerate(counters, 1):
         metrics = {} if count is None else {"learner/num_nonfinite": count}
