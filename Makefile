@@ -3,11 +3,12 @@
 # make bench   measure the speed of each part against a peer, and compare with benchmarks/*.json;
 #              choose some with: make bench NAMES="rollout push"
 # make test    run linters, unit tests, and tests with real Ray and real vLLM, in some of which actors are killed
+# make chaos   let the processes of one real run fail about fifty times, and print what that cost, in about an hour
 # make audit   look the pinned packages up in a database of known vulnerabilities
 
 PYTHON_BIN := .venv/bin
 
-.PHONY: demo test bench lint unit integration audit setup setup-dev
+.PHONY: demo test bench lint unit integration chaos audit setup setup-dev
 
 demo: setup
 	@$(PYTHON_BIN)/python -m deploy.demo $(ARGS)
@@ -34,6 +35,9 @@ audit: setup
 
 integration: setup-dev
 	timeout 4200 $(PYTHON_BIN)/python -m pytest tests/integration tests/chaos -n 2 --dist loadfile --durations=15
+
+chaos: setup-dev
+	$(PYTHON_BIN)/python -m tests.chaos.soak --rounds 3
 
 # One benchmark after the other; a stored result, where there is one, is the baseline. All run, even if one fails.
 bench: setup

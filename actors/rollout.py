@@ -13,6 +13,7 @@ from actors.metered import MeteredGenerator
 from actors.shown import ShownPrompts
 from distill.algorithm import roll_out, rollout_loop
 from distill.interfaces import Draw, Generator, Holder, Prompts, Replay, SampleRef, WeightManifest
+from distill.machine.clock import SILENT
 from distill.replay.desk import Desk
 from distill.replay.segments import SegmentStore
 from distill.replay.tidy import deleting_dead_segments
@@ -100,6 +101,7 @@ class RolloutWorker:
             "rollout/num_tokens": float(self.generator.num_tokens),
             "rollout/num_bytes": float(self.store.num_appended_bytes),
             "rollout/num_diverted": float(self.store.num_diverted),
+            SILENT: clock.silent_s,
             "timing/rollout_busy_s": clock.busy_s,
             "timing/rollout_storing_s": clock.storing_s,
             "timing/rollout_blocked_s": clock.waiting_s,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from actors.metered import MeteredTeacher
 from distill.algorithm import score, score_loop
 from distill.interfaces import Corpus, Draw, Holder, Replay, SampleRef, Teacher, Work
+from distill.machine.clock import SILENT
 from distill.replay.desk import Desk
 from distill.replay.segments import SegmentStore
 from distill.replay.tidy import deleting_dead_segments
@@ -88,6 +89,7 @@ class TeacherWorker:
             "teacher/num_tokens": float(self.teacher.num_tokens),
             "teacher/num_bytes": float(self.store.num_appended_bytes),
             "teacher/num_diverted": float(self.store.num_diverted),
+            SILENT: clock.silent_s,
             "timing/teacher_busy_s": clock.busy_s,
             "timing/teacher_storing_s": clock.storing_s,
             "timing/teacher_starved_s": clock.waiting_s,

@@ -71,6 +71,15 @@ class BackendEnded(ActorFailed):
             "look at what ended it (too little memory is a common cause), and resume the run",
         )  # fmt: skip
 
+    @classmethod
+    def stopped(cls, name: str, pid: int, seconds: float) -> BackendEnded:
+        """The error for a process of a local Ray that the system does not run. ``name``: its program."""
+        return cls(
+            "Ray", NO_VALUE,
+            f"live; its process {name} ({pid}) has stood still for {seconds:.0f} s, and no actor can start without it",
+            "resume the run",
+        )  # fmt: skip
+
 
 def root_cause(error: BaseException) -> BaseException:
     """The first failure inside exception groups and Ray's wrappers, which have it as ``cause``."""

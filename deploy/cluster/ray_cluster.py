@@ -79,6 +79,8 @@ class RayCluster(Backend):
         """Of the actors, with their identity: the system uses pids again."""
         self._services: dict[psutil.Process, str] = {}
         """The processes of a local Ray that it cannot do without, with their programs."""
+        self._stopped: dict[psutil.Process, float] = {}
+        """When one of them was first found standing still."""
         self._num_killed = num_killed() or 0
         """Processes that had been killed for lack of memory when an actor was last found dead."""
 
@@ -121,8 +123,27 @@ class RayCluster(Backend):
 
     def require_life(self) -> None:
         for process, name in self._services.items():
-            if not is_alive(process):
+            try:
+                stands_still = process.status() == psutil.STATUS_STOPPED
+            except psutil.NoSuchProcess:
+                raise BackendEnded.process(name, process.pid) from None
+            if stands_still:
+                self._note_stopped(process, name)
+            elif not is_alive(process):
                 raise BackendEnded.process(name, process.pid)
+            else:
+                self._stopped.pop(process, None)
+
+    def _note_stopped(self, process: psutil.Process, name: str) -> None:
+        """Kill a process of a local Ray that has stood still for too long, so that calls which wait for it fail.
+
+        Raises: BackendEnded, if it did.
+        """
+        now = time.monotonic()
+        seconds = now - self._stopped.setdefault(process, now)
+        if seconds > self._config.beat_timeout_s:
+            process.kill()
+            raise BackendEnded.stopped(name, process.pid, seconds)
 
     def node(self) -> Node | None:
         import ray

@@ -52,6 +52,7 @@ class RunContext:
         self.room = Room(config.checkpoint.wait_for_room_s, progress.say, record.event)
         self._memory = memory
         self._placement = _place(config, backend)
+        self._started: set[str] = set()
         self.config = config = with_threads(config, self._placement)  # the actors read their threads there
         self.start_learner()
 
@@ -96,8 +97,15 @@ class RunContext:
             num_gpus=share.num_gpus,
             revives=revives,
         )
+        self._started.add(name)
         self._note_started(name, role)
         return handle
+
+    def kill_actors(self) -> None:
+        """Kill the processes of all actors that were started here and have not ended."""
+        for name in self._started:
+            self.backend.kill_actor(name)
+        self._started.clear()
 
     def revive_actor(self, name: str) -> None:
         """Kill the process of an actor that revives, and wait for its successor."""
@@ -120,9 +128,19 @@ class RunContext:
         self.record.event("member_failed", member=actor, error=str(error))
         self.progress.say(f"warning: {first_line(error)}; {then}")
 
-    def note_replaced(self, actor: str, heir: str, seconds: float) -> None:
-        """Say that an actor which has failed works again. ``seconds``: since the failure was noticed."""
-        self.record.event("member_replaced", member=actor, heir=heir, seconds=round(seconds, 2))
+    def note_replaced(self, actor: str, heir: str, seconds: float, loading_s: float = 0.0) -> None:
+        """Say that an actor which has failed works again.
+
+        ``seconds``: since the failure was noticed; ``loading_s``: of these, those that the start of the heir's process
+        and the load of its model took.
+        """
+        self.record.event(
+            "member_replaced",
+            member=actor,
+            heir=heir,
+            seconds=round(seconds, 2),
+            loading_s=round(loading_s, 2),
+        )
         does = "works again" if heir == actor else f"has taken the place of {actor}"
         self.progress.say(f"{heir} {does} after {seconds:.0f} s")
 

@@ -3,17 +3,19 @@
     cut -> warm start -> teacher corpora -> proxy -> distillation, with its evaluations
 
 A stage receives the run's inputs and returns them with the checkpoint that it has found or trained. It
-leaves a file or folder that shows that it is done, so a resumed run skips it. The driver, which executes the
+leaves a file or folder that shows that it is done, so a resumed run skips it, and one that loses an actor begins again. The driver, which executes the
 stages, loads no rows and no model: it starts actors, has them work and shows their progress.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from deploy.run.before_training import outliving, wait_for_work
 from deploy.run.cache import keep_proxy, proxy_folder, proxy_training_s
 from deploy.run.context import RunContext
 from deploy.run.tracking.kinds import start_trackers
@@ -25,17 +27,19 @@ from distill.run.folder import RunFolder
 from distill.run.inputs import RunInputs
 
 
+@outliving
 def cut(run: RunContext, inputs: RunInputs) -> RunInputs:
     """Cut the student from the teacher, if the configuration asks for it."""
     if run.config.student.init.source is None or Path(inputs.student_dir).exists():
         return inputs
     run.progress.show("student: choosing the teacher's layers to keep", force=True)
     with run.record.timed("cut"):
-        choice = run.backend.wait({"learner": run.learner.cut.remote(inputs)})["learner"]
+        choice = wait_for_work(run, "learner", run.learner.cut.remote(inputs), run.learner.facts.remote)
     run.progress.say(f"student: {choice}")
     return inputs
 
 
+@outliving
 def warm_start(run: RunContext, inputs: RunInputs) -> RunInputs:
     """Fine-tune the student on the references, if the configuration asks for it."""
     if not run.config.sft.enabled:
@@ -47,6 +51,7 @@ def warm_start(run: RunContext, inputs: RunInputs) -> RunInputs:
     return replace(inputs, student_dir=str(out))
 
 
+@outliving
 def write_corpora(run: RunContext, inputs: RunInputs) -> RunInputs:
     """Sample the teacher's text on the training and the held-out prompts, unless the cache has it.
 
@@ -80,19 +85,18 @@ def write_corpora(run: RunContext, inputs: RunInputs) -> RunInputs:
         total, num_written, num_tokens = sum(corpus.num_texts for corpus in missing), 0, 0
         for corpus in missing:
 
-            def show(before: int = num_written) -> None:
-                stats = run.backend.poll(writer.stats.remote()) or {}
-                written = before + stats.get("corpus/num_rows", 0.0)
+            def show(stats: Mapping[str, float], before: int = num_written) -> None:
+                written = before + stats["corpus/num_rows"]
                 run.progress.show(f"teacher corpus: {written:.0f}/{total} texts")
 
             work = writer.write.remote(
                 corpus.prompts, corpus.num_prompts, corpus.samples_per_prompt, corpus.file
             )
-            num_tokens += run.backend.wait({"corpus": work}, tick=show)["corpus"]
+            num_tokens += wait_for_work(run, "corpus", work, writer.stats.remote, show)
             num_written += corpus.num_texts
         if not answers_are_there:
             work = writer.answer_shown.remote(inputs.shown_prompts, inputs.teacher_answers)
-            run.backend.wait({"corpus": work})
+            wait_for_work(run, "corpus", work, writer.stats.remote)
         run.backend.end_actor("corpus")
     run.record.tokens["corpus"] = num_tokens
     seconds = run.record.timing_s["corpus"]
@@ -100,6 +104,7 @@ def write_corpora(run: RunContext, inputs: RunInputs) -> RunInputs:
     return inputs
 
 
+@outliving
 def train_proxy(run: RunContext, inputs: RunInputs) -> RunInputs:
     """Train the proxy, which provides probabilities when the teacher gives only text."""
     if run.config.recipe.teacher_gives == "probabilities":
@@ -122,7 +127,7 @@ def distil(run: RunContext, inputs: RunInputs) -> RunInputs:
     """Start the engines and train the student to the last update."""
     with run.record.timed("start_engines"):
         run.progress.show("starting engines", force=True)
-        fleet, state = start_fleet(run, inputs)
+        fleet, state = outliving(start_fleet)(run, inputs)
     if state is not None:
         run.progress.say(f"resumed from the checkpoint after update {state['updates_done']}")
     updates_done = state["updates_done"] if state is not None else 0
@@ -166,12 +171,11 @@ def _fit(
     with run.record.timed(out.name):
         work = run.learner.fit.remote(inputs, model, corpus, str(out), training)
 
-        def show() -> None:
-            facts = run.backend.poll(run.learner.facts.remote()) or {}
+        def show(facts: Mapping[str, Any]) -> None:
             loss = f", loss {facts['fit_loss']:.3f}" if "fit_loss" in facts else ""
             run.progress.show(f"{name}: update {facts.get('fit_update', 0)}/{updates}{loss}")
 
-        totals = run.backend.wait({"learner": work}, tick=show)["learner"]
+        totals = wait_for_work(run, "learner", work, run.learner.facts.remote, show)
     run.record.tokens[out.name] = totals["num_tokens"]
     seconds = run.record.timing_s[out.name]
     run.progress.say(f"{name}: done after {updates} updates, loss {totals['loss']:.3f}, {seconds:.0f} s")

@@ -16,6 +16,10 @@ def epoch_ns() -> int:
     return time.monotonic_ns() + _EPOCH_NS
 
 
+SILENT = "engine_silent_s"
+"""The name of :attr:`BusyClock.silent_s` in what an actor says of itself. It is no counter, so it is not added up."""
+
+
 class BusyClock:
     """Divides the time of an actor among three states, which add up to all of it.
 
@@ -31,18 +35,23 @@ class BusyClock:
         self._holds: bool | None = None
         """Whether the actor holds work; None before the first and after the last."""
         self._since = 0.0
+        self._moved = 0.0
+        """When a call last ended, or began while no other ran."""
         self._spent = {"busy": 0.0, "storing": 0.0, "waiting": 0.0}
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count the seconds of a ``with`` block as busy; overlapping blocks count once."""
         self._settle()
+        if not self._num_running:
+            self._moved = self._since
         self._num_running += 1
         try:
             yield
         finally:
             self._settle()
             self._num_running -= 1
+            self._moved = self._since
 
     def hold(self, holds: bool) -> None:
         """From now on, the actor holds work or does not."""
@@ -71,6 +80,11 @@ class BusyClock:
         """Seconds in which nothing was held and no call ran."""
         self._settle()
         return self._spent["waiting"]
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds for which calls have run and none has ended; 0 while none runs."""
+        return self._now() - self._moved if self._num_running else 0.0
 
     def _settle(self) -> None:
         """Count the time since the last call for the state that lasted until now."""

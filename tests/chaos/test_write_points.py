@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distill.files import is_temporary
-from tests.chaos.test_failures import assert_audit_is_clean
+from tests.chaos.victims import assert_audit_is_clean
 from tests.integration.test_train import (
     PLAIN,
     assert_nothing_shared,

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pyarrow.parquet as pq
@@ -39,13 +40,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(world: Path, *arguments: str, within: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """``within``: a command that runs the one that follows."""
+def start(
+    world: Path, *arguments: str, within: Sequence[str] = (), output: IO[str] | int = subprocess.PIPE
+) -> subprocess.Popen[str]:
+    """``within``: a command that runs the one that follows. ``output``: where what it prints goes."""
     environment = os.environ | {"DISTILL_CACHE": str(world / "cache")}
     return subprocess.Popen(
         [*within, sys.executable, "-m", "deploy.cli.main", *arguments],
         env=environment,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,

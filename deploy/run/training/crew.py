@@ -107,10 +107,12 @@ class Crew:
         while True:
             self._run.note_failure("learner", failure, "it is started again from its newest checkpoint")
             self._run.restarts.take("learner", failure)
+            loading = time.monotonic()
             try:
                 await asyncio.to_thread(self._run.start_learner)
                 learner = learner_actor(self._run)
                 state = await self._loaded(learner, self._run.learner.load.remote(self._inputs))
+                loading_s = time.monotonic() - loading
                 break
             except ActorGone as again:
                 failure = again
@@ -123,7 +125,7 @@ class Crew:
             await asyncio.gather(*map(self._idle, self._fleet.rollouts))
         await self._fleet.replay.go_back(state["ledger"] if state else None)
         updates_done = state["updates_done"] if state else 0
-        self._run.note_replaced("learner", "learner", time.monotonic() - began)
+        self._run.note_replaced("learner", "learner", time.monotonic() - began, loading_s)
         self._run.progress.say(f"the learner goes on after update {updates_done}")
         return state
 
@@ -136,10 +138,17 @@ class Crew:
 
     async def _join(self, role: Role, number: int) -> None:
         """Let one more actor work in a pool."""
-        self._start_loop(await self._enter(role, number, self.pool(role).append))
+        member, _ = await self._enter(role, number, self.pool(role).append)
+        self._start_loop(member)
 
-    async def _enter(self, role: Role, number: int, take_place: Callable[[Member], None]) -> Member:
-        """Start an actor under a name of its own, and let it take its place with the weights that the others have."""
+    async def _enter(
+        self, role: Role, number: int, take_place: Callable[[Member], None]
+    ) -> tuple[Member, float]:
+        """Start an actor under a name of its own, and let it take its place with the weights that the others have.
+
+        Returns it with the seconds that the start of its process and the load of its model took.
+        """
+        began = time.monotonic()
         self._num_joined[role, number] += 1
         restart = self._num_joined[role, number]
         member, loading = await asyncio.to_thread(
@@ -147,6 +156,7 @@ class Crew:
         )
         try:
             await self._loaded(member.actor, loading)
+            loading_s = time.monotonic() - began
             async with self._publisher.pinned():
                 newest = self._publisher.newest
                 if role == "rollout" and newest is not None:
@@ -158,7 +168,7 @@ class Crew:
         except Exception:
             await asyncio.to_thread(self._run.backend.kill_actor, member.actor.name)
             raise
-        return member
+        return member, loading_s
 
     async def _loaded(self, actor: Actor, loading: Any) -> Any:
         """Wait until an actor has loaded its model; returns what it says. Raises: ActorFailed, or its own error."""
@@ -252,23 +262,24 @@ class Crew:
             loop.cancel()
         await self._fleet.replay.forget(member.holder)
         await asyncio.to_thread(self._run.backend.kill_actor, member.actor.name)
-        heir: Member | None = None
-        while heir is None:
+        while True:
             self._run.note_failure(str(member.holder), error, "it is started again")
             self._run.restarts.take(str(member.holder), error)
             try:
-                heir = await self._enter(
+                heir, loading_s = await self._enter(
                     member.holder.role,
                     member.holder.number,
                     lambda heir: self._fleet.replace(member, heir),
                 )
+                break
             except (ConfigError, NoSpace, BackendEnded):
                 raise
             except Exception as failure:
                 error = failure
         if loop is not None:
             self._start_loop(heir)
-        self._run.note_replaced(str(member.holder), str(heir.holder), time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self._run.note_replaced(str(member.holder), str(heir.holder), seconds, loading_s)
         async with self._fleet.steady:  # an evaluation may need what it has written
             self._departed.add(str(member.holder))
 

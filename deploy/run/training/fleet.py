@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.cluster.actor import Actor
+from deploy.cluster.failures import ActorGone
 from deploy.run.training.replay import LastingReplay
 from distill.errors import ConfigError
 from distill.interfaces import Holder
+from distill.machine.clock import SILENT
 from distill.room import NoSpace
 
 _OF_THE_LIVING = ("rollout/num_actors", "teacher/num_actors")
@@ -45,6 +48,8 @@ class Fleet:
     beat_timeout_s: float | None = 60.0
     """Seconds within which an actor answers a question that costs it nothing. None: it takes its time, because it shares its
     thread with others that compute."""
+    stall_timeout_s: float = math.inf
+    """Seconds for which an engine may have work without finishing any of it."""
     steady: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held during an evaluation, so that no actor leaves in the middle of it and no row that it needs is deleted."""
     departed: dict[Holder, dict[str, float]] = field(default_factory=dict)
@@ -117,7 +122,11 @@ class Fleet:
     async def _counters(self, member: Member) -> dict[str, float]:
         if self.serves(member):
             try:
-                self._newest[member.holder] = await member.actor.within(self.beat_timeout_s, "stats")
+                counters = await member.actor.within(self.beat_timeout_s, "stats")
+                silent_s = counters.pop(SILENT, 0.0)
+                self._newest[member.holder] = counters
+                if silent_s > self.stall_timeout_s:
+                    raise ActorGone.stalled(member.actor.name, silent_s, self.stall_timeout_s)
             except Exception as error:
                 self.failed(member, error)
         return self._newest.get(member.holder) or self.departed.get(member.holder, {})
@@ -127,7 +136,9 @@ class Fleet:
 
         async def of(actor: Actor | LastingReplay) -> dict[str, float]:
             try:
-                return await actor.within(self.beat_timeout_s, "stats")
+                counters = await actor.within(self.beat_timeout_s, "stats")
+                counters.pop(SILENT, None)
+                return counters
             except Exception:  # the part that needs it reports it
                 return {}
 

@@ -52,6 +52,7 @@ def start_fleet(run: RunContext, inputs: RunInputs) -> tuple[Fleet, dict[str, An
         rollouts=members["rollout"],
         scorers=members.get("proxy", members["teacher"]),
         teachers=members["teacher"],
+        stall_timeout_s=run.config.cluster.stall_timeout_s,
         beat_timeout_s=None
         if run.config.cluster.backend == "in_process"
         else run.config.cluster.beat_timeout_s,

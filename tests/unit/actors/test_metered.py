@@ -114,3 +114,28 @@ async def test_busy_storing_and_waiting_add_up_to_all_the_time(now: list[float])
     actor.stop()
     now[0] += 64
     assert actor.waiting_s == 37
+
+
+@pytest.mark.parametrize("kind", ["generator", "teacher"])
+async def test_an_engine_is_silent_since_a_call_began_or_ended_while_others_run(
+    kind: str, now: list[float]
+) -> None:
+    inner, metered, start = calls(kind)
+    now[0] += 50.0
+    assert metered.clock.silent_s == 0.0
+    first = asyncio.create_task(start())
+    await asyncio.sleep(0)
+    now[0] += 7.0
+    second = asyncio.create_task(start())
+    await asyncio.sleep(0)
+    now[0] += 1.0
+    assert metered.clock.silent_s == 8.0
+    inner.released[0].set()
+    await first
+    assert metered.clock.silent_s == 0.0
+    now[0] += 3.0
+    assert metered.clock.silent_s == 3.0
+    inner.released[1].set()
+    await second
+    now[0] += 50.0
+    assert metered.clock.silent_s == 0.0

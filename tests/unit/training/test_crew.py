@@ -154,7 +154,7 @@ class World:
             restarts=RestartBudget(config.cluster),
             note_damage=lambda state: None,
             note_failure=lambda actor, error, then: self.events.append(("member_failed", actor)),
-            note_replaced=lambda actor, heir, seconds: self.events.append(("member_replaced", heir)),
+            note_replaced=lambda actor, heir, *seconds: self.events.append(("member_replaced", heir)),
         )
         inputs: Any = SimpleNamespace(segments=None, run_dir="x", weights=Path("no such folder"))
         monkeypatch.setattr(crew_module, "start_member", self.start_member)
