@@ -37,7 +37,7 @@ integration: setup-dev
 	timeout 4200 $(PYTHON_BIN)/python -m pytest tests/integration tests/chaos -n 2 --dist loadfile --durations=15
 
 chaos: setup-dev
-	$(PYTHON_BIN)/python -m tests.chaos.soak --rounds 3
+	$(PYTHON_BIN)/python -m tests.chaos.soak
 
 # One benchmark after the other; a stored result, where there is one, is the baseline. All run, even if one fails.
 bench: setup
