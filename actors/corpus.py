@@ -61,7 +61,11 @@ class CorpusWorker:
             write_json(Path(path), {"answers": answers})
 
     def stats(self) -> dict[str, float]:
-        return {"corpus/num_rows": float(self.num_rows), "corpus/num_tokens": float(self.num_tokens)}
+        return {
+            "corpus/num_rows": float(self.num_rows),
+            "corpus/num_tokens": float(self.num_tokens),
+            "corpus/num_finished": float(self.generator.num_finished),
+        }
 
     async def close(self) -> None:
         await self.generator.close()

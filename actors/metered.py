@@ -19,6 +19,15 @@ class MeteredGenerator:
         self.num_tokens = 0
         self.clock = BusyClock()
 
+    @property
+    def num_finished(self) -> int:
+        return self.inner.num_finished
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds for which the engine has had requests and finished none."""
+        return self.clock.silent_s(self.num_finished)
+
     async def generate(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         with self.clock.running():
             completions = await self.inner.generate(requests)
@@ -47,6 +56,15 @@ class MeteredTeacher:
         self.inner = inner
         self.num_texts = self.num_tokens = 0
         self.clock = BusyClock()
+
+    @property
+    def num_finished(self) -> int:
+        return self.inner.num_finished
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds for which the engine has had texts and scored none."""
+        return self.clock.silent_s(self.num_finished)
 
     async def hidden_states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[np.ndarray]:
         with self.clock.running():

@@ -101,7 +101,7 @@ class RolloutWorker:
             "rollout/num_tokens": float(self.generator.num_tokens),
             "rollout/num_bytes": float(self.store.num_appended_bytes),
             "rollout/num_diverted": float(self.store.num_diverted),
-            SILENT: clock.silent_s,
+            SILENT: self.generator.silent_s,
             "timing/rollout_busy_s": clock.busy_s,
             "timing/rollout_storing_s": clock.storing_s,
             "timing/rollout_blocked_s": clock.waiting_s,

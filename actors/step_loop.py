@@ -83,6 +83,8 @@ class StepLoop:
         self._in_engine: dict[str, _Call] = {}
         """The unfinished requests of the engine. Only the thread uses it."""
         self._num_requests = 0
+        self.num_finished = 0
+        """Texts that have left the engine."""
         self._thread: threading.Thread | None = None
 
     async def start(self, start: Callable[[], SteppedEngine]) -> None:
@@ -179,6 +181,7 @@ class StepLoop:
         call = self._in_engine.pop(request_id, None)
         if call is None:  # dropped since the step began
             return
+        self.num_finished += 1
         place = call.places.pop(request_id)
         try:
             if isinstance(states, Exception):

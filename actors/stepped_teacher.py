@@ -21,6 +21,10 @@ class SteppedTeacher:
         """``loop``: of an engine that has started."""
         self._loop = loop
 
+    @property
+    def num_finished(self) -> int:
+        return self._loop.num_finished
+
     async def hidden_states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[np.ndarray]:
         """Return the final-norm state before each response token: a uint16 array [T, D] (bf16 bits) per pair.
 

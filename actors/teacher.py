@@ -89,7 +89,7 @@ class TeacherWorker:
             "teacher/num_tokens": float(self.teacher.num_tokens),
             "teacher/num_bytes": float(self.store.num_appended_bytes),
             "teacher/num_diverted": float(self.store.num_diverted),
-            SILENT: clock.silent_s,
+            SILENT: self.teacher.silent_s,
             "timing/teacher_busy_s": clock.busy_s,
             "timing/teacher_storing_s": clock.storing_s,
             "timing/teacher_starved_s": clock.waiting_s,

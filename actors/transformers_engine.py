@@ -75,6 +75,7 @@ class TransformersGenerator:
         self._on_push = on_push
         self._max_num_seqs = max_num_seqs
         self._version = 0
+        self.num_finished = 0
         self._pushes: list[tuple[WeightManifest, asyncio.Future[None]]] = []
         self._failure: WeightPushError | None = None
         # Not torch's own, which other threads of the process use, and which starts equal in every process.
@@ -203,6 +204,7 @@ class TransformersGenerator:
             _append_tokens(batch, logits, version, self._stop_token_ids)
             width += 1
             unfinished = [index for index, sequence in enumerate(batch) if sequence.finish_reason is None]
+            self.num_finished += len(batch) - len(unfinished)
             if len(unfinished) < len(batch):
                 cache.batch_select_indices(torch.tensor(unfinished, dtype=torch.long))
                 batch = [batch[index] for index in unfinished]

@@ -183,6 +183,11 @@ class WeightManifest:
 class Generator(Protocol):
     """Samples responses from the current student, or from the teacher when a corpus is written."""
 
+    @property
+    def num_finished(self) -> int:
+        """Number of requests that have ended so far. It grows while a call with several requests runs."""
+        ...
+
     async def generate(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         """Sample all requests as one batch; returns the responses in the order of the requests."""
         ...
@@ -214,6 +219,11 @@ class Teacher(Protocol):
     Calls may overlap: their texts share the engine's steps. A call fails alone, unless the engine dies. A call
     that is cancelled frees the engine of its texts.
     """
+
+    @property
+    def num_finished(self) -> int:
+        """Number of texts that have been scored so far. It grows while a call with several texts runs."""
+        ...
 
     async def hidden_states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[np.ndarray]:
         """Compute the final-norm hidden state before each response token.

@@ -26,11 +26,13 @@ class FakeGenerator:
         self.version = 0
         self.delay_s = delay_s
         self.num_calls = 0
+        self.num_finished = 0
 
     async def generate(self, requests: Sequence[SampleRequest]) -> list[Completion]:
         self.num_calls += 1
         version = self.version
         await asyncio.sleep(self.delay_s * (1 + self.num_calls % 3))
+        self.num_finished += len(requests)
         return [self._complete(request, version) for request in requests]
 
     def _complete(self, request: SampleRequest, version: int) -> Completion:
@@ -62,8 +64,12 @@ class FakeTeacher:
 
     width = 4
 
+    def __init__(self) -> None:
+        self.num_finished = 0
+
     async def hidden_states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[np.ndarray]:
         await asyncio.sleep(0)
+        self.num_finished += len(responses)
         return [np.repeat(np.array(tokens, np.uint16)[:, None], self.width, 1) for tokens in responses]
 
     async def close(self) -> None:

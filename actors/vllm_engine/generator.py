@@ -71,6 +71,7 @@ class VllmGenerator:
         self._on_push = on_push
         self._lock_step = lock_step
         self._num_requests = 0
+        self.num_finished = 0
         self._scheduler = asyncio.Lock()  # to be acquired before pausing the engine
         self._pushing = asyncio.Lock()  # one push at a time, and the later version wins
         self._newest_version = 0
@@ -286,7 +287,24 @@ class VllmGenerator:
                 await self._engine.resume_generation()
         else:
             queues = [await self._admit(*request) for request in zip(prompts, params, strict=True)]
-        return await _all_finished(self._engine, queues)
+        return await self._all_finished(queues)
+
+    async def _all_finished(self, queues: Sequence[Any]) -> list[RequestOutput]:
+        """Return the final output of each admitted request; aborts the remaining ones when interrupted."""
+        outputs = []
+        try:
+            for queue in queues:
+                output = await queue.get()
+                while not output.finished:
+                    output = await queue.get()
+                outputs.append(output)
+                self.num_finished += 1
+        except BaseException:
+            if not self._engine.errored:
+                unfinished = [queue.request_id for queue in queues[len(outputs) :]]
+                await self._engine.abort(unfinished, internal=True)
+            raise
+        return outputs
 
     async def _admit(self, prompt: Tokens, params: SamplingParams) -> Any:
         from vllm.inputs import tokens_input
@@ -316,22 +334,6 @@ class VllmGenerator:
         finally:
             self._in_flight.discard(task)
             task.cancel()
-
-
-async def _all_finished(engine: AsyncLLM, queues: Sequence[Any]) -> list[RequestOutput]:
-    """Return the final output of each admitted request; aborts the remaining ones when interrupted."""
-    outputs = []
-    try:
-        for queue in queues:
-            output = await queue.get()
-            while not output.finished:
-                output = await queue.get()
-            outputs.append(output)
-    except BaseException:
-        if not engine.errored:
-            await engine.abort([queue.request_id for queue in queues[len(outputs) :]], internal=True)
-        raise
-    return outputs
 
 
 def _version(weight_version: str) -> int:

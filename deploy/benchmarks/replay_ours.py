@@ -40,8 +40,10 @@ class ReadyTeacher:
 
     def __init__(self, states: np.ndarray) -> None:
         self._states = iter(states)
+        self.num_finished = 0
 
     async def hidden_states(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[np.ndarray]:
+        self.num_finished += len(prompts)
         return list(itertools.islice(self._states, len(prompts)))
 
     async def close(self) -> None:

@@ -24,6 +24,9 @@ class ActorFailed(DistillError, RuntimeError):
 class ActorGone(ActorFailed):
     """An actor that died, or does not answer: nothing can be expected of it any more. Its heir may do better."""
 
+    waited_s: float = 0.0
+    """Seconds of a deadline that had to pass before the failure was noticed. Only the driver makes such errors."""
+
     @classmethod
     def died(cls, actor: str, cause: str, *, num_killed: int = 0) -> ActorGone:
         """The error for an actor whose process has ended. ``num_killed``: processes that were killed for lack of memory
@@ -42,13 +45,13 @@ class ActorGone(ActorFailed):
         return cls(
             ", ".join(sorted(actors)), NO_VALUE, f"answer within {timeout_s:.0f} s",
             "raise cluster.start_timeout_s" + (f", or read the actors' logs under {logs}" if logs else ""),
-        )  # fmt: skip
+        )._after(timeout_s)  # fmt: skip
 
     @classmethod
     def silent(cls, actor: str, timeout_s: float, setting: str) -> ActorGone:
         """The error for an actor that does not answer a question that costs it little. ``setting``: the limit's name."""
         remedy = f"raise {setting} if it is only slow, or look at what holds it up"
-        return cls(actor, NO_VALUE, f"answer within {timeout_s:g} s", remedy)
+        return cls(actor, NO_VALUE, f"answer within {timeout_s:g} s", remedy)._after(timeout_s)
 
     @classmethod
     def stalled(cls, actor: str, seconds: float, timeout_s: float) -> ActorGone:
@@ -57,7 +60,11 @@ class ActorGone(ActorFailed):
             actor, NO_VALUE,
             f"finish some of its work within cluster.stall_timeout_s={timeout_s:g} (it has been silent for {seconds:.0f} s)",
             "raise the limit if its work takes so long, or look at what its engine does",
-        )  # fmt: skip
+        )._after(timeout_s)  # fmt: skip
+
+    def _after(self, seconds: float) -> ActorGone:
+        self.waited_s = seconds
+        return self
 
 
 class BackendEnded(ActorFailed):

@@ -63,15 +63,23 @@ def proxy_folder(config: RunConfig, start: Path, corpus: Path) -> Path:
     return cache_dir() / "proxies" / xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def keep_proxy(trained: Path, cached: Path, training_s: float) -> None:
-    """Move a trained proxy into the cache. A folder that another run has put there meanwhile stays."""
-    write_json(trained / _TRAINING_FILE, {"training_s": round(training_s, 2)})
+def note_proxy_training(trained: Path, seconds: float) -> None:
+    """Record beside a trained proxy how long that took."""
+    write_json(trained / _TRAINING_FILE, {"training_s": round(seconds, 2)})
+
+
+def keep_proxy(trained: Path, cached: Path) -> None:
+    """Move a trained proxy into the cache, which may be on another disk. A folder that is there already stays.
+
+    Raises: NoSpace, and leaves the proxy where it is.
+    """
     with advising(IN_CACHE), new_folder(cached, if_exists="keep") as arriving:
         for file in trained.iterdir():
-            shutil.move(file, arriving)
-    trained.rmdir()
+            shutil.copy2(file, arriving)
+    shutil.rmtree(trained)
 
 
-def proxy_training_s(proxy: Path) -> float:
-    """Seconds that a cached proxy's training took, in the run that trained it."""
-    return json.loads((proxy / _TRAINING_FILE).read_text())["training_s"]
+def proxy_training_s(proxy: Path) -> float | None:
+    """Seconds that a cached proxy's training took, in the run that trained it; None if a crash came before it was written."""
+    file = proxy / _TRAINING_FILE
+    return json.loads(file.read_text())["training_s"] if file.exists() else None

@@ -29,6 +29,7 @@ from distill.data import KNOWN_DATA
 from distill.errors import ConfigError
 from distill.files import write_json
 from distill.run.folder import RunFolder
+from distill.run.json_object import read_object
 
 SettingChange = tuple[str, Any, Any]
 """Name, value of the folder's run and value that is wanted now."""
@@ -158,7 +159,8 @@ def _differences(folder: RunFolder, config: RunConfig) -> list[SettingChange]:
     """Every setting that differs."""
     if not folder.exists or not folder.settings.exists():  # the folder itself compares the fingerprint
         return []
-    there, here = json.loads(folder.settings.read_text()), flat_settings(config)
+    there = read_object("settings", folder.settings, (), "bring it back from a copy")
+    here = flat_settings(config)
     return [(name, there[name], here[name]) for name in here if name in there and here[name] != there[name]]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.run.before_training import outliving, wait_for_work
-from deploy.run.cache import keep_proxy, proxy_folder, proxy_training_s
+from deploy.run.cache import keep_proxy, note_proxy_training, proxy_folder, proxy_training_s
 from deploy.run.context import RunContext
 from deploy.run.tracking.kinds import start_trackers
 from deploy.run.training.live import LiveTraining
@@ -117,8 +117,10 @@ def train_proxy(run: RunContext, inputs: RunInputs) -> RunInputs:
         run.progress.say("proxy: found in the cache")
     else:
         out = Path(inputs.run_dir) / "proxy"
-        totals = _fit(run, inputs, "proxy", start, inputs.teacher_text, out, run.config.proxy.training)
-        keep_proxy(out, cached, totals["seconds"])
+        if not out.exists():
+            totals = _fit(run, inputs, "proxy", start, inputs.teacher_text, out, run.config.proxy.training)
+            note_proxy_training(out, totals["seconds"])
+        keep_proxy(out, cached)
     run.record.proxy_training_s = proxy_training_s(cached)
     return replace(inputs, scoring_dir=str(cached))
 

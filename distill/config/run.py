@@ -121,6 +121,7 @@ class RunConfig:
         yield from self._replay_violations()
         yield from self._evaluation_violations()
         yield from self._engine_violations()
+        yield from self._deadline_violations()
 
     def _critic_violations(self) -> Iterator[ConfigError]:
         warmup = self.critic.warmup_updates if self.method.learns_critics else 0
@@ -190,6 +191,16 @@ class RunConfig:
                 self.replay.samples_per_insert,
                 "be >= 1",
                 "set it to 1 to use each group once, because groups that are never used only grow old",
+            )
+
+    def _deadline_violations(self) -> Iterator[ConfigError]:
+        """An actor that waits for room does not count as one that hangs."""
+        if self.checkpoint.wait_for_room_s >= self.cluster.stall_timeout_s:
+            yield ConfigError(
+                "checkpoint.wait_for_room_s",
+                self.checkpoint.wait_for_room_s,
+                f"be < cluster.stall_timeout_s ({self.cluster.stall_timeout_s:g})",
+                "lower it or raise stall_timeout_s, or an actor that waits is replaced as one that hangs",
             )
 
     def _evaluation_violations(self) -> Iterator[ConfigError]:

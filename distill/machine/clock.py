@@ -36,7 +36,8 @@ class BusyClock:
         """Whether the actor holds work; None before the first and after the last."""
         self._since = 0.0
         self._moved = 0.0
-        """When a call last ended, or began while no other ran."""
+        """When a call or a part of one was last seen to end, or a call began while no other ran."""
+        self._num_finished = 0
         self._spent = {"busy": 0.0, "storing": 0.0, "waiting": 0.0}
 
     @contextmanager
@@ -81,9 +82,13 @@ class BusyClock:
         self._settle()
         return self._spent["waiting"]
 
-    @property
-    def silent_s(self) -> float:
-        """Seconds for which calls have run and none has ended; 0 while none runs."""
+    def silent_s(self, num_finished: int) -> float:
+        """Seconds for which calls have run and nothing has ended, as far as was seen; 0 while none runs.
+
+        ``num_finished``: of the parts of calls so far.
+        """
+        if num_finished != self._num_finished:
+            self._num_finished, self._moved = num_finished, self._now()
         return self._now() - self._moved if self._num_running else 0.0
 
     def _settle(self) -> None:

@@ -76,6 +76,8 @@ class RunFolder:
         self.best_numbers = self.best / "best.json"
         self._lock_file = self.path / ".lock"
         self._lock: int | None = None
+        self._is_ours = False
+        """Whether it was opened as the folder of a run."""
         self.found_copy_of: str | None = None
         """The id of the run whose folder this is a copy of, if ``create`` noticed that."""
 
@@ -141,6 +143,7 @@ class RunFolder:
                 self.refuse_foreign_files()
             write_bytes(self.config, config_yaml.encode())
             self._begin_incarnation(fingerprint)
+            self._is_ours = True
         except BaseException:
             self.close()
             raise
@@ -149,7 +152,8 @@ class RunFolder:
     def close(self) -> None:
         """Release the lock; the folder can be opened again. What shared memory had no room for is removed."""
         if self._lock is not None:
-            shutil.rmtree(self.replay, ignore_errors=True)
+            if self._is_ours:  # another folder with such a name may be somebody's data
+                shutil.rmtree(self.replay, ignore_errors=True)
             os.close(self._lock)
             self._lock = None
 

@@ -42,6 +42,7 @@ SETTINGS = [
     f"checkpoint.every={CHECKPOINT_EVERY}",
     f"cluster.beat_timeout_s={BEAT_S:.0f}",
     f"cluster.stall_timeout_s={STALL_S:.0f}",
+    "checkpoint.wait_for_room_s=10",
     "cluster.max_restarts=1000",
 ]
 AFTER_LOAD_S = {"rollout": 10.0, "teacher": 10.0, "learner": 15.0, "replay": 15.0}
@@ -123,7 +124,7 @@ def stop_service(name: str, victims: Victims, _: str) -> None:
 
 def _end_service(victims: Victims, name: str, end: Callable[[psutil.Process], None], says: str) -> None:
     """Without it, no call to an actor returns and no heir can start: the run ends with one line."""
-    family = psutil.Process(victims.driver.pid).children(recursive=True)
+    family = victims.family()
     (service,) = (process for process in family if process.name() == name)
     end(service)
     output = victims.wait(120, exit_code=1)
@@ -219,7 +220,7 @@ class Soak:
             num_updates = victims.last_update() + UPDATES_AFTER
             victims.resume(f"learner.num_updates={num_updates}")
             victims.until_another_update()
-            family = psutil.Process(victims.driver.pid).children(recursive=True)
+            family = victims.family()
             victims.finish()
             ended_within(family, 5.0)
         return self._at_the_end(num_updates)

@@ -42,7 +42,7 @@ class Victims:
         self._num_replaced = 0
         self._num_starts = 0
         self._helpers: list[psutil.Process] = []
-        """Of Rays whose drivers have been killed."""
+        """Those of Ray."""
         self._start(train_arguments(world, name, *settings))
 
     def _start(self, arguments: Sequence[str]) -> None:
@@ -87,19 +87,23 @@ class Victims:
         self._start(["train", "--resume", str(self.run), *settings])
 
     def kill_driver(self) -> str:
-        """Kill the driver, and check that its actors, engines and Ray end by themselves; returns what it printed.
+        """Kill the driver, and check that its actors, engines and Ray end by themselves; returns what it printed."""
+        family = self.family()
+        self.driver.kill()
+        self.driver.wait(timeout=30)
+        ended_within(family, 15.0)
+        return self.output
+
+    def family(self) -> list[psutil.Process]:
+        """The processes that have to end within seconds when the run ends in whatever way.
 
         Two helpers of Ray wait for a minute for its control store; :meth:`finish` checks that they have ended.
         """
         family = psutil.Process(self.driver.pid).children(recursive=True)
-        helpers = [each for each in family if each.cmdline()[0] in HELPERS]
-        family = [each for each in family if each not in helpers]
-        assert len(family) > 5
-        self.driver.kill()
-        self.driver.wait(timeout=30)
-        ended_within(family, 15.0)
-        self._helpers += helpers
-        return self.output
+        self._helpers += [each for each in family if each.cmdline()[0] in HELPERS]
+        others = [each for each in family if each not in self._helpers]
+        assert len(others) > 5
+        return others
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [event for event in read_events(self.run) if event["event"] == name]

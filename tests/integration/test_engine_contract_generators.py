@@ -40,6 +40,18 @@ def test_responses_end_at_a_stop_token_or_at_the_limit(generator: GeneratorHost)
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
 
 
+def test_what_has_ended_is_counted_while_a_call_runs(generator: GeneratorHost) -> None:
+    """So that a long call can be told from an engine that hangs."""
+    before = generator.call("num_finished")
+    running = generator.submit("generate", make_requests(96, 96))
+    seen = {0}
+    while not running.done():
+        seen.add(generator.call("num_finished") - before)
+    running.result()
+    assert generator.call("num_finished") - before == 96
+    assert seen - {0, 96}
+
+
 def test_logprobs_are_those_of_the_unmodified_policy(generator: GeneratorHost) -> None:
     """They are at temperature 1 over the whole vocabulary, in spite of the checkpoint's sampling defaults."""
     requests = make_requests(12, 48)

@@ -38,6 +38,18 @@ def _pairs() -> tuple[list[list[int]], list[list[int]]]:
     return prompts, responses
 
 
+def test_what_has_been_scored_is_counted_while_a_call_runs(teacher: EngineHost) -> None:
+    before = teacher.call("num_finished")
+    prompts, responses = _pairs()
+    running = teacher.submit("hidden_states", prompts * 20, responses * 20)
+    seen = {0}
+    while not running.done():
+        seen.add(teacher.call("num_finished") - before)
+    running.result()
+    assert teacher.call("num_finished") - before == 20 * len(prompts)
+    assert seen - {0, 20 * len(prompts)}
+
+
 def test_states_precede_each_response_token(teacher: EngineHost, student: Student) -> None:
     """Multiplied by the head, they give transformers' full-vocabulary log-probabilities."""
     prompts, responses = _pairs()

@@ -89,6 +89,9 @@ class RunMilestones:
 
         Otherwise the learner waits only until its weights are copied.
         """
+        for task in (self._evaluating, self._saving):
+            if task is not None and task.done():
+                task.result()  # what failed beside the updates ends the run now, and not when the next is due
         row = metrics | await self._stats()
         await self._room.of(lambda: self._recorder.note_draws(updates_done, lease))
         self._recorder.update(updates_done, policy_version, lease, row)

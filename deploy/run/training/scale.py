@@ -11,6 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from distill.errors import NO_VALUE, ConfigError, DistillError
 from distill.files import write_json
 from distill.interfaces import Role
 from distill.machine.hardware import usable_cores
+from distill.room import NoSpace
 from distill.run.folder import RunFolder
 
 Section = Literal["rollout", "scoring"]
@@ -91,8 +93,9 @@ async def answer_requests(
         except DistillError as error:
             text = failure = str(error)
         answer = {"name": request["name"], "text": text, "refusal": refusal, "failure": failure}
-        write_json(folder.scale_answer, answer)
         say(f"scale: {text}")
+        with suppress(NoSpace):  # the answer is on the terminal, and the run is worth more
+            write_json(folder.scale_answer, answer)
 
 
 async def _scale(config: RunConfig, crew: Crew, wanted: Mapping[Section, int]) -> str:

@@ -34,7 +34,7 @@ BROKEN = [
     "replay.min_size_to_sample=-1", "replay.segment_bytes=1", "replay.segment_bytes=2000000000",
     "replay.memory_bytes=9000000000", "critic.rank=0", "critic.bound=0", "critic.num_steps=0",
     "critic.warmup_updates=-1", "learner.num_updates=0", "learner.learning_rate=0",
-    "learner.warmup_fraction=1", "weights.deadline_s=0", "checkpoint.every=0", "checkpoint.keep=0", "checkpoint.wait_for_room_s=-1",
+    "learner.warmup_fraction=1", "weights.deadline_s=0", "checkpoint.every=0", "checkpoint.keep=0", "checkpoint.wait_for_room_s=-1", "checkpoint.wait_for_room_s=1800",
     "evaluation.every=-1", "evaluation.num_prompts=1 evaluation.num_prompts_during=1",
     "evaluation.num_prompts_during=129", "evaluation.shown_prompts=[]", "evaluation.best_metric=bleu", "cluster.object_store_bytes=1",
     "cluster.address=null", "cluster.address=http://10.0.0.1:8265", "cluster.address=somewhere",

@@ -13,6 +13,7 @@ from deploy.run.before_training import outliving, wait_for_work
 from deploy.run.training.restarts import RestartBudget
 from distill.config import ClusterConfig
 from distill.errors import ConfigError
+from distill.interfaces import EngineDied
 
 
 class World:
@@ -45,10 +46,12 @@ class World:
 
 
 def test_the_stage_begins_again_with_new_actors(monkeypatch: pytest.MonkeyPatch) -> None:
-    world, failures = (
-        World(monkeypatch),
-        [ActorGone.died("corpus", "x"), ActorGone.silent("learner", 1.0, "y")],
-    )
+    world = World(monkeypatch)
+    failures = [
+        ActorGone.died("corpus", "x"),
+        ActorGone.silent("learner", 1.0, "y"),
+        EngineDied("corpus", "", "live; its core has ended"),
+    ]
 
     @outliving
     def stage(run: Any, inputs: str) -> str:
@@ -58,7 +61,46 @@ def test_the_stage_begins_again_with_new_actors(monkeypatch: pytest.MonkeyPatch)
 
     assert stage(world.run, "corpus") == "corpus done"
     again = ["kill", "start learner"]
-    assert world.log == ["corpus failed", *again, "learner failed", *again]
+    assert world.log == ["corpus failed", *again, "learner failed", *again, "corpus failed", *again]
+
+
+def test_a_learner_that_cannot_start_again_is_one_more_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, failures = World(monkeypatch), [ActorGone.died("corpus", "x"), ActorGone.died("learner", "y")]
+
+    def fail() -> None:
+        if failures:
+            raise failures.pop(0)
+
+    world.run.start_learner = fail
+    assert outliving(lambda run: fail() or "done")(world.run) == "done"
+    assert world.log == ["corpus failed", "kill", "learner failed", "kill"]
+
+
+def test_a_deadline_that_passes_twice_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is more likely too short, and the error says which it is."""
+    world, late = World(monkeypatch), ActorGone.late(["teacher-0.1000"], 600.0)
+
+    @outliving
+    def stage(run: Any) -> None:
+        raise late
+
+    with pytest.raises(ActorGone) as raised:
+        stage(world.run)
+    assert raised.value is late and world.log.count("kill") == 1
+
+
+def test_actors_of_this_process_are_not_started_again_beside_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, late = World(monkeypatch, backend="in_process"), ActorGone.late(["learner"], 600.0)
+
+    @outliving
+    def stage(run: Any) -> None:
+        raise late
+
+    with pytest.raises(ActorGone):
+        stage(world.run)
+    assert world.log == []
 
 
 @pytest.mark.parametrize("error", [ConfigError("a", 1, "be 2", "set it"), ActorFailed("a", 1, "work", "x")])
@@ -101,6 +143,8 @@ def test_an_actor_that_does_not_answer_has_failed(monkeypatch: pytest.MonkeyPatc
     assert slow.work() == "done"
     alone = World(monkeypatch, *[None] * 9, beat_timeout_s=4.0, backend="in_process")
     assert alone.work() == "done", "an actor that computes in this process cannot answer"
+    alone = World(monkeypatch, *[None] * 9, stall_timeout_s=4.0, backend="in_process")
+    assert alone.work() == "done"
 
 
 def test_an_actor_without_progress_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.run.cache import remove_unfinished
+from deploy.run.cache import keep_proxy, note_proxy_training, proxy_training_s, remove_unfinished
+from distill.room import NoSpace
+from tests.media import fill, mounted
 
 
 @pytest.mark.parametrize("folder", ["corpora", "corpora/7f.parts", "proxies", "models", "."])
@@ -30,3 +32,24 @@ def test_an_absent_cache_has_nothing_to_delete(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "none"))
     remove_unfinished()
     assert not (tmp_path / "none").exists()
+
+
+def test_a_cache_without_room_leaves_a_trained_proxy_where_it_is(tmp_path: Path) -> None:
+    trained, cached = tmp_path / "run" / "proxy", tmp_path / "cache" / "proxies" / "1"
+    trained.mkdir(parents=True)
+    for name in ("a.safetensors", "b.safetensors"):
+        (trained / name).write_bytes(bytes(200_000))
+    note_proxy_training(trained, 7.0)
+    with mounted(tmp_path / "cache", 1 << 20) as cache:
+        filling = fill(cache, leave=300_000)
+        with pytest.raises(NoSpace, match="DISTILL_CACHE"):
+            keep_proxy(trained, cached)
+        assert len(list(trained.iterdir())) == 3 and not cached.exists()
+        filling.unlink()
+        keep_proxy(trained, cached)
+        assert len(list(cached.iterdir())) == 3 and not trained.exists()
+        assert proxy_training_s(cached) == 7.0
+
+
+def test_a_proxy_whose_training_was_not_timed_has_no_seconds(tmp_path: Path) -> None:
+    assert proxy_training_s(tmp_path) is None

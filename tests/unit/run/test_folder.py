@@ -155,6 +155,14 @@ def test_a_version_is_never_used_again_after_a_kill(tmp_path):
     assert versions.last == seen[-1]
 
 
+def test_a_folder_that_is_refused_keeps_what_is_in_it(tmp_path):
+    (tmp_path / "replay").mkdir()
+    (tmp_path / "replay" / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError):
+        RunFolder(tmp_path).create("recipe: ammd\n", "fingerprint")
+    assert (tmp_path / "replay" / "mine.txt").read_text() == "mine"
+
+
 def test_the_version_is_on_disk_before_it_is_returned(tmp_path, monkeypatch):
     versions = PolicyVersionCounter(tmp_path)
 

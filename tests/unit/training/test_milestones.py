@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
+
+import pytest
 
 from deploy.run.training.milestones import RunMilestones, Spent
 from deploy.run.training.room import Room
 from distill.config import EvaluationConfig, LearnerConfig, RunConfig
 from distill.interfaces import Lease
+from distill.room import NoSpace
 
 
 async def events_of(*counters: float | None) -> list[dict[str, Any]]:
@@ -46,3 +50,22 @@ async def test_a_skipped_update_is_one_event() -> None:
     skipped = {"event": "update_skipped", "update": 2, "stage": "scores", "file": "x"}
     assert await events_of(0, 1, 1, 1) == [skipped]
     assert await events_of(0, 0, 0) == await events_of(None) == []
+
+
+async def test_what_fails_beside_the_updates_ends_the_run_at_the_next() -> None:
+    """And not only when the next checkpoint is due."""
+    milestones, asked = RunMilestones.__new__(RunMilestones), []
+
+    async def fail() -> None:
+        raise NoSpace("free space", "1 byte", "be enough")
+
+    async def stats() -> dict[str, float]:
+        asked.append(1)
+        return {}
+
+    milestones._stats, milestones._evaluating = stats, None
+    milestones._saving = asyncio.create_task(fail())
+    await asyncio.sleep(0)
+    with pytest.raises(NoSpace):
+        await milestones.after_update(7, 7, Lease(update=6, groups=(), policy_ages=()), {})
+    assert not asked

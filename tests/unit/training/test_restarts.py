@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.cluster.failures import ActorFailed
+from deploy.cluster.failures import ActorFailed, ActorGone
 from deploy.run.training.restarts import RestartBudget
 from distill.config import ClusterConfig
 
@@ -40,3 +40,16 @@ def test_without_restarts_the_first_failure_is_the_error():
     with pytest.raises(ActorFailed) as caught:
         RestartBudget(ClusterConfig(max_restarts=0)).take("rollout-0.1003", DEAD)
     assert caught.value is DEAD
+
+
+def test_a_deadline_that_passes_again_and_again_uses_up_the_budget():
+    """Each time, it takes so long to notice that the window has passed."""
+    now = [0.0]
+    budget = RestartBudget(ClusterConfig(max_restarts=2, restart_window_s=60.0), now=lambda: now[0])
+    stalled = ActorGone.stalled("rollout-0.1000", 1000.0, 1000.0)
+    for _ in range(2):
+        now[0] += 1000.0
+        budget.take("rollout-0.1000", stalled)
+    now[0] += 1000.0
+    with pytest.raises(ActorFailed, match="after 2 restarts within 3000 s"):
+        budget.take("rollout-0.1000", stalled)
