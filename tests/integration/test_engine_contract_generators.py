@@ -41,7 +41,7 @@ def test_responses_end_at_a_stop_token_or_at_the_limit(generator: GeneratorHost)
 
 
 def test_what_has_ended_is_counted_while_a_call_runs(generator: GeneratorHost) -> None:
-    """So that a long call can be told from an engine that hangs."""
+    """So a long call differs from an engine that hangs."""
     before = generator.call("num_finished")
     running = generator.submit("generate", make_requests(96, 96))
     seen = {0}
