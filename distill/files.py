@@ -156,13 +156,16 @@ def is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 
-def remove_temporaries(folder: Path, *, unchanged_s: float = 0.0) -> None:
+def remove_temporaries(folder: Path, *, of: str = "", unchanged_s: float = 0.0) -> None:
     """Delete what dead writers left in a folder.
+
+    ``of``: how the names begin that the files would have got.
 
     The caller ensures that no writer is active in it, or says for how many seconds a writer changes nothing only if it is dead.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
-        if is_temporary(path.name) and time.time() - _last_change(path) >= unchanged_s:
+        is_meant = is_temporary(path.name) and path.name[1:].startswith(of)
+        if is_meant and time.time() - _last_change(path) >= unchanged_s:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

@@ -55,6 +55,7 @@ class Crew:
         self._keepers: list[asyncio.Task[None]] = []
         self._replacements: set[asyncio.Task[None]] = set()
         self._loops: dict[Member, asyncio.Task[None]] = {}
+        self._first_restart = run.restarts.num_restarts
         self._num_joined: Counter[tuple[Role, int]] = Counter()
         self._departed: set[str] = set()
         """Writers of segments that have left or failed."""
@@ -119,8 +120,10 @@ class Crew:
         self._run.note_damage(state)
         self._fleet.learner = learner
         self._replaces_learner = False
-        for folder in (self._inputs.weights, RunFolder(self._inputs.run_dir).checkpoints):
-            remove_temporaries(folder)  # what it did not finish
+        folder = RunFolder(self._inputs.run_dir)  # what it did not finish
+        for place in (self._inputs.weights, folder.checkpoints):
+            remove_temporaries(place)
+        remove_temporaries(folder.replay, of="weights-")
         if self._run.config.replay.lock_step:  # what is under way belongs to updates that are done again
             await asyncio.gather(*map(self._idle, self._fleet.rollouts))
         await self._fleet.replay.go_back(state["ledger"] if state else None)
@@ -150,7 +153,7 @@ class Crew:
         """
         began = time.monotonic()
         self._num_joined[role, number] += 1
-        restart = self._num_joined[role, number]
+        restart = self._first_restart + self._num_joined[role, number]
         member, loading = await asyncio.to_thread(
             start_member, self._run, self._inputs, role, number, restart=restart
         )

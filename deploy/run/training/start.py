@@ -36,7 +36,8 @@ def start_fleet(run: RunContext, inputs: RunInputs) -> tuple[Fleet, dict[str, An
             continue
         members[role] = []
         for number in range(count):
-            member, call = start_member(run, inputs, role, number)
+            # A start that failed has used up the names before this.
+            member, call = start_member(run, inputs, role, number, restart=run.restarts.num_restarts)
             members[role].append(member)
             starting[member.actor.name] = call
     state = run.wait_briefly(starting)["learner"]
@@ -75,7 +76,7 @@ def learner_actor(run: RunContext) -> Actor:
 
 
 def start_member(
-    run: RunContext, inputs: RunInputs, role: Role, number: int, *, restart: int = 0
+    run: RunContext, inputs: RunInputs, role: Role, number: int, *, restart: int
 ) -> tuple[Member, Any]:
     """Construct an actor of a pool; returns it with the call that loads its engine.
 
