@@ -16,9 +16,11 @@ from typing import Any
 from distill.config import RunConfig
 from distill.errors import ConfigError, DistillError
 from distill.replay.draws import BatchPlan, DrawOrder
+from distill.replay.ledger import DrawState
 from distill.replay.spans import TABLES
 from distill.run.folder import RunFolder
 from distill.run.ledger_file import LedgerReader, LedgerStart, LedgerUpdate
+from distill.run.metrics import read_metrics
 
 
 class LedgerWrong(DistillError, RuntimeError):
@@ -42,6 +44,9 @@ class Audit:
     """Uses of draws by table."""
     reissued: dict[str, int]
     """Those of draws that had been issued before, by table."""
+    states: dict[str, dict[str, int]]
+    """By table, the draws that the replay knew at the last update whose metrics were written, by state. A draw that was trained
+    is forgotten when a checkpoint has it."""
     most_uses: int
     """Of one student draw, as the configuration allows."""
 
@@ -55,6 +60,11 @@ class Audit:
         found += [
             f"{table}: {count} draws used, {self.reissued[table]} of them issued more than once"
             for table, count in self.used.items()
+        ]
+        found += [
+            f"{table} in the replay at the last update: "
+            + ", ".join(f"{n} {state}" for state, n in counts.items())
+            for table, counts in self.states.items()
         ]
         if self.num_broken:
             found.append(f"{self.num_broken} lines of the ledger were cut by a crash")
@@ -128,8 +138,24 @@ def audit(folder: RunFolder, config: RunConfig, ledger: Mapping[str, Any] | None
         num_broken=reader.num_broken,
         used={table: sum(of == table for of, _ in uses) for table in TABLES},
         reissued={table: sum(of == table and used.issue > 0 for of, used in uses) for table in TABLES},
+        states=_states(folder),
         most_uses=check.most_uses,
     )
+
+
+def _states(folder: RunFolder) -> dict[str, dict[str, int]]:
+    """The counts by table and state in the last row of the metrics; empty without one."""
+    metrics = read_metrics(folder.path)
+    last = metrics.slice(metrics.num_rows - 1).to_pylist()[0] if metrics.num_rows else {}
+    counts = {
+        table: {state.name.lower(): last.get(f"replay/{table}.{state.name.lower()}") for state in DrawState}
+        for table in TABLES
+    }
+    known = {
+        table: {state: int(count) for state, count in of_table.items() if count is not None}
+        for table, of_table in counts.items()
+    }
+    return {table: of_table for table, of_table in known.items() if of_table}
 
 
 def _history(folder: RunFolder, table: str, number: int) -> Iterator[str]:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from deploy.report.audit import LedgerWrong, audit
@@ -85,6 +87,19 @@ def test_the_lines_claim_what_was_checked(tmp_path: Path) -> None:
         "teacher_text: 12 draws used, 0 of them issued more than once",
         "every draw adds up",
     ]
+
+
+def test_what_the_replay_knew_last_is_counted_by_state(tmp_path: Path) -> None:
+    folder = ledger(tmp_path, settings())
+    counts = {
+        "replay/student_text.trained": [4.0, 8.0],
+        "replay/student_text.drawn": [2.0, 3.0],
+        "replay/bytes": [1.0, 1.0],
+    }
+    pq.write_table(pa.table({"update": [1, 2], **counts}), folder.metrics)
+    found = of(folder, settings())
+    assert found.states == {"student_text": {"drawn": 3, "trained": 8}}
+    assert "student_text in the replay at the last update: 3 drawn, 8 trained" in found.lines
 
 
 def test_the_history_of_a_wrong_draw_contains_what_was_undone(tmp_path: Path) -> None:
