@@ -43,6 +43,7 @@ SETTINGS = [
     f"cluster.beat_timeout_s={BEAT_S:.0f}",
     f"cluster.stall_timeout_s={STALL_S:.0f}",
     "checkpoint.wait_for_room_s=10",
+    f"weights.deadline_s={STALL_S:.0f}",
     "cluster.max_restarts=1000",
 ]
 AFTER_LOAD_S = {"rollout": 10.0, "teacher": 10.0, "learner": 15.0, "replay": 15.0}
