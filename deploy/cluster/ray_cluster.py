@@ -94,8 +94,10 @@ class RayCluster(Backend):
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
-        # `wait` reports the failure of an actor, in one line.
+        # The run reports the failure of an actor, in one line.
         logging.getLogger("ray").setLevel(logging.CRITICAL)
+        # Ray's debugger sets it for the same purpose; `log_to_driver` does not cover what a raylet says of dead workers.
+        ray._private.worker._worker_logs_enabled = False  # pyright: ignore
         local = self._head is None
         if local:  # a job's files are in its own cluster, where a Ray that the job starts cannot find them
             os.environ.pop(JOB_VARIABLE, None)

@@ -14,7 +14,7 @@ It is one safetensors file, without pickle:
 | ``teacher.weight``, ``.bias``| the head that turns the teacher's states into its distribution              |
 
 The metadata has one entry, ``distill.update``, in JSON: format, what was not finite, the trajectories of the rows,
-the configuration as YAML, the student's architecture, and the counts of the batch.
+the configuration as YAML, the student's architecture, the counts of the batch, and a checksum of the tensors.
 
 Why the weights. A checkpoint is some updates older, and the numbers of an update depend on the weights to the last bit. The
 student's own optimizer is left out, because its step comes after everything that can fail. So a file is about a third
@@ -37,6 +37,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -110,13 +111,23 @@ def write_update(folder: Path, about: About, distiller: Distiller, batch: TokenB
         "counts": {name: getattr(batch, name) for name in _COUNTS},
         "num_packs": len(batch.packs),
     }
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    facts["xxh3"] = _checksum(plain)
     path = update_path(folder, about.update, about.stage)
     with replacing_file(path) as temporary:
-        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(plain, temporary, metadata={_KEY: json.dumps(facts)})
     for old in _files(folder)[1 : 1 - KEPT]:
         old.unlink(missing_ok=True)
     return path
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """xxh3-64 over names, types, shapes and bytes, hexadecimal: a changed bit would make another update."""
+    digest = xxhash.xxh3_64()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -172,6 +183,9 @@ class UpdateFile:
         except SafetensorError as error:
             must = f"be a whole safetensors file ({first_line(error)})"
             raise ConfigError("file", path, must, "take another file of the run; this one is torn") from None
+        if facts.get("xxh3") != _checksum(tensors):
+            must = "have the checksum that it was written with"
+            raise ConfigError("file", path, must, "take another file of the run; this one is damaged")
         with as_written(path):
             about = facts["about"] | {"trajectories": tuple(facts["about"]["trajectories"])}
             return cls(About(**about), facts, tensors)

@@ -232,6 +232,7 @@ class Soak:
 
     def _fail(self, kind: Kind) -> None:
         victims = self.victims
+        time.sleep(self._random.uniform(0.0, 2.0))  # so that it comes in any phase of an update
         before = victims.last_update()
         began = time.monotonic()
         name = kind.fail(victims, self._random.choice(kind.victims) if kind.victims else "")

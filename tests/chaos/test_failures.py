@@ -53,6 +53,7 @@ def test_in_lock_step_the_numbers_are_those_of_a_run_without_failure(world: Path
             process.kill()
             victims.until_replaced(name)
         output = victims.kill_driver()
+    assert "raylet" not in output, "Ray says in its own words what the run says"
     resumed = re.findall(r"the learner goes on after update (\d+)\n", output)
     assert resumed in (["0", "20"], ["0", "40"]), output
     resuming = start(world, "train", "--resume", str(victims.run))

@@ -67,7 +67,7 @@ def test_a_finite_update_ends_with_0(file, tmp_path, capsys, monkeypatch):
         name: value.nan_to_num() if value.is_floating_point() else value
         for name, value in load_file(file).items()
     }
-    save_file(tensors, tmp_path / "sound.safetensors", metadata=metadata(file))
+    save(tensors, tmp_path / "sound.safetensors", facts_of(file))
     assert main(["replay-batch", str(tmp_path / "sound.safetensors")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("everything is finite when this machine")
 
@@ -90,9 +90,21 @@ def with_facts(**changes: Any) -> Callable[[Path, Path], object]:
 
     def change(file: Path, path: Path) -> None:
         facts = {name: value for name, value in (facts_of(file) | changes).items() if value is not None}
-        save_file(load_file(file), path, metadata={update_file._KEY: json.dumps(facts)})
+        save(load_file(file), path, facts)
 
     return change
+
+
+def save(tensors: dict[str, torch.Tensor], path: Path, facts: dict[str, Any]) -> None:
+    """Write a file whose checksum is that of its tensors."""
+    facts = facts | {"xxh3": update_file._checksum(tensors)}
+    save_file(tensors, path, metadata={update_file._KEY: json.dumps(facts)})
+
+
+def with_a_bit_changed(file: Path, path: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
 
 
 def with_tensors(
@@ -103,7 +115,7 @@ def with_tensors(
     def rewrite(file: Path, path: Path) -> None:
         tensors = {name: change(name, tensor) for name, tensor in load_file(file).items()}
         kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        save_file(kept, path, metadata=metadata(file))
+        save(kept, path, facts_of(file))
 
     return rewrite
 
@@ -111,6 +123,7 @@ def with_tensors(
 DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "torn": (lambda file, path: path.write_bytes(file.read_bytes()[:-100]), r"be a whole safetensors file \(.+\); take another"),
     "torn in its header": (lambda file, path: path.write_bytes(file.read_bytes()[:40]), r"be a whole safetensors file \("),
+    "one bit": (with_a_bit_changed, r"have the checksum that it was written with; take another file"),
     "empty": (lambda file, path: path.write_bytes(b""), r"be a whole safetensors file \("),
     "other file": (lambda file, path: path.write_text("hello, this is text"), r"be a whole safetensors file \("),
     "other tensors": (lambda file, path: save_file({"a": torch.ones(1)}, path), r"be the batch of an update that a run wrote"),
