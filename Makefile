@@ -34,7 +34,7 @@ audit: setup
 	timeout 420 $(PYTHON_BIN)/python -m deploy.dependency_audit
 
 integration: setup-dev
-	timeout 4200 $(PYTHON_BIN)/python -m pytest tests/integration tests/chaos -n 2 --dist loadfile --durations=15
+	timeout 4500 $(PYTHON_BIN)/python -m pytest tests/integration tests/chaos -n 2 --dist loadfile --durations=15
 
 chaos: setup-dev
 	$(PYTHON_BIN)/python -m tests.chaos.soak

@@ -149,19 +149,15 @@ OF_ACTORS = [
     Kind("replay: killed", ("replay",), kill_actor),
     Kind("replay: stopped", ("replay",), stop_actor),
 ]
-RAYLET_KILLED = Kind("Ray's raylet: killed", (), partial(kill_service, "raylet"))
-STORE_STOPPED = Kind("Ray's control store: stopped", (), partial(stop_service, "gcs_server"))
 OF_THE_RUN = [
     Kind("driver: killed", (), kill_driver),
-    RAYLET_KILLED,
+    Kind("Ray's raylet: killed", (), partial(kill_service, "raylet")),
     Kind("Ray's raylet: stopped", (), partial(stop_service, "raylet")),
     Kind("Ray's control store: killed", (), partial(kill_service, "gcs_server")),
-    STORE_STOPPED,
+    Kind("Ray's control store: stopped", (), partial(stop_service, "gcs_server")),
 ]
 ROUND = [*OF_ACTORS, *OF_ACTORS, *OF_THE_RUN]
 """Those after which the run is resumed come less often, because they take longest."""
-SHORT = [*OF_ACTORS, RAYLET_KILLED, STORE_STOPPED]
-""":meth:`Soak.run` kills the driver at the end."""
 
 
 @dataclass(frozen=True)
