@@ -27,8 +27,8 @@ IN_CACHE = "free some there or set DISTILL_CACHE to a folder with more room; the
 
 _MEMORY = Path("/dev/shm")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_IN_TEXT = re.compile(r"\(os error (\d+)\)")
-"""How libraries in Rust (safetensors, tokenizers) name the system's error."""
+_IN_TEXT = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+"""How libraries in Rust (safetensors, tokenizers), and ``shutil.copytree``, name the system's error."""
 
 
 class NoSpace(DistillError, OSError):
@@ -87,10 +87,10 @@ def advising(remedy: str) -> Iterator[None]:
 
 
 def _number(error: Exception) -> int | None:
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     named = _IN_TEXT.search(str(error))
-    return int(named[1]) if named else None
+    return int(named[1] or named[2]) if named else None
 
 
 def _free(path: Path) -> tuple[int | None, bool]:

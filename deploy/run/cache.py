@@ -74,8 +74,7 @@ def keep_proxy(trained: Path, cached: Path) -> None:
     Raises: NoSpace, and leaves the proxy where it is.
     """
     with advising(IN_CACHE), new_folder(cached, if_exists="keep") as arriving:
-        for file in trained.iterdir():
-            shutil.copy2(file, arriving)
+        shutil.copytree(trained, arriving, dirs_exist_ok=True)
     shutil.rmtree(trained)
 
 

@@ -3,8 +3,9 @@
     cut -> warm start -> teacher corpora -> proxy -> distillation, with its evaluations
 
 A stage receives the run's inputs and returns them with the checkpoint that it has found or trained. It
-leaves a file or folder that shows that it is done, so a resumed run skips it, and one that loses an actor begins again. The driver, which executes the
-stages, loads no rows and no model: it starts actors, has them work and shows their progress.
+leaves a file or folder that shows that it is done, so a resumed run skips it, and a stage that loses an actor begins
+again. The driver, which executes the stages, loads no rows and no model: it starts actors, has them work and shows
+their progress.
 """
 
 from __future__ import annotations

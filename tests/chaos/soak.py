@@ -88,15 +88,9 @@ def stop_actor(victims: Victims, actor: str) -> str:
     return name
 
 
-def kill_engine(victims: Victims, actor: str) -> str:
+def fail_engine(fail: Callable[[psutil.Process], None], victims: Victims, actor: str) -> str:
     name, core = victims.engine_of(actor)
-    core.kill()
-    return name
-
-
-def stop_engine(victims: Victims, actor: str) -> str:
-    name, core = victims.engine_of(actor)
-    core.suspend()
+    fail(core)
     return name
 
 
@@ -114,20 +108,13 @@ def kill_driver(victims: Victims, _: str) -> None:
     victims.kill_driver()
 
 
-def kill_service(name: str, victims: Victims, _: str) -> None:
-    """Kill a process of the run's Ray by the name of its program."""
-    _end_service(victims, name, psutil.Process.kill, "has ended")
-
-
-def stop_service(name: str, victims: Victims, _: str) -> None:
-    _end_service(victims, name, psutil.Process.suspend, "has stood still for ")
-
-
-def _end_service(victims: Victims, name: str, end: Callable[[psutil.Process], None], says: str) -> None:
-    """Without it, no call to an actor returns and no heir can start: the run ends with one line."""
+def fail_service(
+    name: str, fail: Callable[[psutil.Process], None], says: str, victims: Victims, _: str
+) -> None:
+    """Without this process of the run's Ray, no heir can start: the run ends with one line."""
     family = victims.family()
     (service,) = (process for process in family if process.name() == name)
-    end(service)
+    fail(service)
     output = victims.wait(120, exit_code=1)
     line = f"the run failed: Ray must live; its process {name} ({service.pid}) {says}"
     assert line in output.splitlines()[-2], output[-2000:]
@@ -139,8 +126,8 @@ ROLLOUTS, TEACHERS = ("rollout-0", "rollout-1"), ("teacher-0", "teacher-1")
 OF_ACTORS = [
     Kind("rollout: killed", ROLLOUTS, kill_actor),
     Kind("rollout: stopped", ROLLOUTS, stop_actor),
-    Kind("rollout: engine core killed", ROLLOUTS, kill_engine),
-    Kind("rollout: engine core stopped", ROLLOUTS, stop_engine),
+    Kind("rollout: engine core killed", ROLLOUTS, partial(fail_engine, psutil.Process.kill)),
+    Kind("rollout: engine core stopped", ROLLOUTS, partial(fail_engine, psutil.Process.suspend)),
     Kind("rollout: killed, engine core stopped", ROLLOUTS, kill_actor_of_stopped_engine),
     Kind("teacher: killed", TEACHERS, kill_actor),  # vLLM's engine for scoring is in the process of the actor
     Kind("teacher: stopped", TEACHERS, stop_actor),
@@ -151,10 +138,14 @@ OF_ACTORS = [
 ]
 OF_THE_RUN = [
     Kind("driver: killed", (), kill_driver),
-    Kind("Ray's raylet: killed", (), partial(kill_service, "raylet")),
-    Kind("Ray's raylet: stopped", (), partial(stop_service, "raylet")),
-    Kind("Ray's control store: killed", (), partial(kill_service, "gcs_server")),
-    Kind("Ray's control store: stopped", (), partial(stop_service, "gcs_server")),
+    *(
+        Kind(f"Ray's {name}: {what}", (), partial(fail_service, name, fail, says))
+        for name in ("raylet", "gcs_server")
+        for what, fail, says in (
+            ("killed", psutil.Process.kill, "has ended"),
+            ("stopped", psutil.Process.suspend, "has stood still for "),
+        )
+    ),
 ]
 ROUND = [*OF_ACTORS, *OF_ACTORS, *OF_THE_RUN]
 """Those after which the run is resumed come less often, because they take longest."""

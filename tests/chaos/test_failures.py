@@ -1,4 +1,4 @@
-"""Every kind of actor is killed and stopped in one run of real Ray actors. It goes on, and nothing is lost."""
+"""Actors fail in a run in lock-step and before the training, and the numbers are those of a run without failures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.soak import OF_ACTORS, Soak
 from tests.chaos.victims import Victims, assert_audit_is_clean
 from tests.integration.test_pools import TWO, check_ledger
 from tests.integration.test_train import (
@@ -24,11 +23,6 @@ from tests.tiny import make_world
 __all__ = ["world"]  # the fixture
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-
-
-def test_an_asynchronous_run_loses_nothing(world: Path) -> None:
-    """Every actor fails in every way, and at last the driver, with vLLM's student, whose engine core is a process of its own."""
-    Soak(world, "asynchronous", ["scoring.engine=transformers"], seed=0).run(OF_ACTORS)
 
 
 def test_in_lock_step_the_numbers_are_those_of_a_run_without_failure(world: Path) -> None:
@@ -75,7 +69,10 @@ def test_the_stages_before_the_training_outlive_their_actors(tmp_path: Path) -> 
             victims.until(lambda actor=actor: victims.has_started(actor))
             _, process = victims.actor(actor)
             num_failed = len(victims.events("member_failed"))
-            process.kill()
+            if actor == "learner":
+                process.suspend()  # it is asked for its progress
+            else:
+                process.kill()
             victims.until(lambda before=num_failed: len(victims.events("member_failed")) > before)
         victims.finish()
     assert [event["member"].partition(".")[0] for event in victims.events("member_failed")] == [

@@ -36,18 +36,18 @@ def test_an_absent_cache_has_nothing_to_delete(tmp_path: Path, monkeypatch: pyte
 
 def test_a_cache_without_room_leaves_a_trained_proxy_where_it_is(tmp_path: Path) -> None:
     trained, cached = tmp_path / "run" / "proxy", tmp_path / "cache" / "proxies" / "1"
-    trained.mkdir(parents=True)
-    for name in ("a.safetensors", "b.safetensors"):
+    (trained / "additional_chat_templates").mkdir(parents=True)
+    for name in ("a.safetensors", "b.safetensors", "additional_chat_templates/tools.jinja"):
         (trained / name).write_bytes(bytes(200_000))
     note_proxy_training(trained, 7.0)
     with mounted(tmp_path / "cache", 1 << 20) as cache:
         filling = fill(cache, leave=300_000)
         with pytest.raises(NoSpace, match="DISTILL_CACHE"):
             keep_proxy(trained, cached)
-        assert len(list(trained.iterdir())) == 3 and not cached.exists()
+        assert len(list(trained.iterdir())) == 4 and not cached.exists()
         filling.unlink()
         keep_proxy(trained, cached)
-        assert len(list(cached.iterdir())) == 3 and not trained.exists()
+        assert len(list(cached.iterdir())) == 4 and not trained.exists()
         assert proxy_training_s(cached) == 7.0
 
 
