@@ -127,6 +127,13 @@ def test_other_settings_are_named_with_a_remedy_that_works(
     assert stored(begun) == before
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "\0"])
+def test_damaged_settings_are_one_line(begun: RunFolder, train: Train, content: str) -> None:
+    begun.settings.write_text(content)
+    line = train("--resume", str(begun.path), refused=True)[0]
+    assert f"settings={begun.settings} must be " in line and "; bring it back from a copy" in line
+
+
 def test_a_new_run_in_the_folder_of_another_is_refused(
     begun: RunFolder, train: Train, world: Path, home: Path
 ) -> None:

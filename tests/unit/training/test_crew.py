@@ -115,7 +115,7 @@ class Publisher:
 class World:
     """A crew of two rollout actors and one teacher actor, whose heirs start as planned."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, budget: Any = None, **settings: Any) -> None:
         self.log: list[str] = []
         self.events: list[tuple[str, str]] = []
         self.starts: list[Exception | None] = []
@@ -151,7 +151,7 @@ class World:
                 require_life=self.require_life,
             ),
             progress=SimpleNamespace(say=lambda text: None),
-            restarts=RestartBudget(config.cluster),
+            restarts=budget or RestartBudget(config.cluster),
             note_damage=lambda state: None,
             note_failure=lambda actor, error, then: self.events.append(("member_failed", actor)),
             note_replaced=lambda actor, heir, *seconds: self.events.append(("member_replaced", heir)),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 
 from deploy.run.training.milestones import RunMilestones, Spent
 from deploy.run.training.room import Room
-from distill.config import EvaluationConfig, LearnerConfig, RunConfig
+from distill.config import CheckpointConfig, EvaluationConfig, LearnerConfig, ReplayConfig, RunConfig
 from distill.interfaces import Lease
 from distill.room import NoSpace
 
@@ -52,20 +53,30 @@ async def test_a_skipped_update_is_one_event() -> None:
     assert await events_of(0, 0, 0) == await events_of(None) == []
 
 
-async def test_what_fails_beside_the_updates_ends_the_run_at_the_next() -> None:
+async def test_a_checkpoint_that_fails_beside_the_updates_ends_the_run_at_the_next() -> None:
     """And not only when the next checkpoint is due."""
-    milestones, asked = RunMilestones.__new__(RunMilestones), []
 
-    async def fail() -> None:
+    async def save(update: int, state: dict[str, Any]) -> float:
         raise NoSpace("free space", "1 byte", "be enough")
 
-    async def stats() -> dict[str, float]:
-        asked.append(1)
+    async def nothing(*_: Any) -> dict[str, float]:
         return {}
 
-    milestones._stats, milestones._evaluating = stats, None
-    milestones._saving = asyncio.create_task(fail())
-    await asyncio.sleep(0)
+    fleet = SimpleNamespace(
+        learner=SimpleNamespace(save=save), replay=SimpleNamespace(state=nothing, commit=nothing)
+    )
+    recorder = MagicMock()
+    config = RunConfig(
+        learner=LearnerConfig(num_updates=9),
+        evaluation=EvaluationConfig(every=0),
+        checkpoint=CheckpointConfig(every=5),
+        replay=ReplayConfig(max_policy_age=2),
+    )
+    parts: list[Any] = [None, fleet, recorder, None, MagicMock(), nothing, Spent(), Room(0.0)]
+    milestones = RunMilestones(config, *cast(Any, parts))
+    lease = Lease(update=4, groups=(), policy_ages=())
+    await milestones.after_update(5, 5, lease, {})
+    await asyncio.sleep(0.01)
     with pytest.raises(NoSpace):
-        await milestones.after_update(7, 7, Lease(update=6, groups=(), policy_ages=()), {})
-    assert not asked
+        await milestones.after_update(6, 6, lease, {})
+    assert recorder.note_draws.call_count == 1
