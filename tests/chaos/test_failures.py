@@ -70,7 +70,7 @@ def test_the_stages_before_the_training_outlive_their_actors(tmp_path: Path) -> 
             _, process = victims.actor(actor)
             num_failed = len(victims.events("member_failed"))
             if actor == "learner":
-                process.suspend()  # it is asked for its progress
+                process.suspend()  # its progress is polled
             else:
                 process.kill()
             victims.until(lambda before=num_failed: len(victims.events("member_failed")) > before)

@@ -15,7 +15,7 @@ from distill.room import NoSpace
 from distill.run.folder import RunFolder
 
 
-async def test_an_answer_for_which_the_disk_has_no_room_is_said_and_ends_nothing(
+async def test_an_answer_for_which_the_disk_has_no_room_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -24,7 +24,7 @@ async def test_an_answer_for_which_the_disk_has_no_room_is_said_and_ends_nothing
     monkeypatch.setattr(scale, "POLL_S", 0.01)
     monkeypatch.setattr(scale, "write_json", full)
     folder, said = RunFolder(tmp_path), []
-    crew: Any = None  # in lock-step, a request is refused before anyone is asked
+    crew: Any = None  # in lock-step, a request is refused before the crew acts
     answering = asyncio.create_task(scale.answer_requests(RunConfig(), folder, crew, said.append))
     await asyncio.sleep(0.02)
     for number in range(2):
